@@ -1,0 +1,82 @@
+"""What a run came to, as a table on the console and as summary.json."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from rich.console import Console
+from rich.table import Table
+
+from callbacks.throughput import Throughput
+from core.run_folder import resume_command
+
+
+class RunSummary(L.Callback):
+    """Writes RUN/summary.json when training ends, and prints the same.
+
+    | key | unit |
+    |---|---|
+    | train_loss, val_loss | nats per token |
+    | val_perplexity | exp(val_loss) |
+    | val_bits_per_byte | bits per byte of the validation text |
+    | bigram_loss | nats per token on the same validation sequences; null for large vocabularies |
+    | steps, tokens | since step 0 |
+    | tokens_per_second | mean of this process |
+    | seconds | wall clock of this process' training, validation included |
+    | parameters, active_parameters | count |
+
+    Args:
+        run_dir: the run's folder.
+    """
+
+    def __init__(self, run_dir: str) -> None:
+        self.run_dir = Path(run_dir)
+        self._started = time.monotonic()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._started = time.monotonic()
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        summary = self._collect(trainer, pl_module)
+        path = self.run_dir / "summary.json"
+        path.write_text(json.dumps(summary, indent=2) + "\n")
+        table = Table(title="Run summary", show_header=False)
+        for key, value in summary.items():
+            table.add_row(key.replace("_", " "), f"{value:,.4f}" if isinstance(value, float) else _plain(value))
+        Console(width=None if Console().is_terminal else 160).print(table)
+
+    def _collect(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        module: Any = pl_module
+        total, active = module.num_parameters
+        val_loss = metrics.get("val/loss")
+        known = val_loss is not None and math.isfinite(val_loss)
+        throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore[attr-defined]
+        best, last = (self.run_dir / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
+        return {
+            "train_loss": metrics.get("train/loss"),
+            "val_loss": val_loss,
+            "val_perplexity": metrics.get("val/perplexity"),
+            "val_bits_per_byte": datamodule.bits_per_byte(val_loss) if known else None,
+            "bigram_loss": datamodule.baseline_loss(),
+            "steps": trainer.global_step,
+            "tokens": throughput.total_tokens if throughput else None,
+            "tokens_per_second": throughput.tokens_per_second if throughput else None,
+            "seconds": time.monotonic() - self._started,
+            "parameters": total,
+            "active_parameters": active,
+            "best_checkpoint": str(best) if best.exists() else None,
+            "last_checkpoint": str(last) if last.exists() else None,
+            "tensorboard": f"tensorboard --logdir {self.run_dir}",
+            "resume": resume_command(self.run_dir),
+        }
+
+
+def _plain(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else "-" if value is None else str(value)

@@ -1,0 +1,31 @@
+"""A sample of the model's own text, for TensorBoard's text tab."""
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
+
+
+class TextSample(L.Callback):
+    """Writes the text tag `sample` when training ends.
+
+    Args:
+        prompt: what the model continues.
+        num_tokens: how much it adds.
+        temperature: of the sampling; 0 is greedy.
+        seed: of the sampling.
+    """
+
+    def __init__(self, prompt: str, num_tokens: int, temperature: float = 0.8, seed: int = 0) -> None:
+        self.prompt, self.num_tokens, self.temperature, self.seed = prompt, num_tokens, temperature, seed
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        module: Any = pl_module
+        prompt = datamodule.tokenizer.encode(self.prompt.encode()).tolist()
+        tokens = module.generate(prompt, self.num_tokens, self.temperature, self.seed, window=datamodule.seq_len)
+        text = datamodule.tokenizer.decode(tokens)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                fenced = "\n".join(f"    {line}" for line in text.splitlines())  # an indented block shows code as is
+                logger.experiment.add_text("sample", fenced, trainer.global_step)

@@ -1,0 +1,75 @@
+"""Hold keyword arguments against the signature they are meant for, before the call."""
+
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from core.errors import ConfigError, suggest
+
+
+def check_arguments(field: str, function: Callable[..., Any], arguments: Mapping[str, Any], *hidden: str) -> None:
+    """Refuse unknown names and wrong primitive types.
+
+    Args:
+        field: dotted name of the configuration group that holds the arguments.
+        function: a function or class; its annotations say what is valid.
+        arguments: plain values by name.
+        hidden: parameters that the project fills in itself, so that a user may not.
+
+    Raises:
+        ConfigError: names the first argument that does not fit, and what would.
+    """
+    parameters = inspect.signature(function).parameters
+    names = [name for name in parameters if name not in hidden and name not in ("self", "args", "kwargs")]
+    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    hints = _type_hints(function)
+    for name, value in arguments.items():
+        if name not in names:
+            if open_ended and name not in hidden:
+                continue
+            raise ConfigError(f"{field}.{name}", value, f"no such field; {suggest(name, names)}")
+        if not accepts(hints.get(name, Any), value):
+            raise ConfigError(f"{field}.{name}", value, describe(hints[name]))
+
+
+def _type_hints(function: Callable[..., Any]) -> dict[str, Any]:
+    target = function.__init__ if inspect.isclass(function) else function
+    try:
+        return typing.get_type_hints(target)
+    except (NameError, TypeError):  # a third party's annotations that exist for type checkers only
+        return {}
+
+
+def accepts(hint: Any, value: Any) -> bool:
+    """Whether a plain value fits a type hint, as far as plain values can: anything else passes."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(accepts(argument, value) for argument in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    if hint is None or hint is type(None):
+        return value is None
+    if hint is bool:
+        return isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is str:
+        return isinstance(value, str)
+    if origin in (list, tuple) or hint in (list, tuple):
+        return isinstance(value, list | tuple)
+    if origin is dict or hint is dict:
+        return isinstance(value, dict)
+    return hint is Any or not isinstance(value, bool | int | float | str | None)
+
+
+def describe(hint: Any) -> str:
+    """A type hint in words: `int or None`."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(describe(argument) for argument in typing.get_args(hint))
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(repr(argument) for argument in typing.get_args(hint))
+    return "null" if hint is type(None) else getattr(hint, "__name__", str(hint))

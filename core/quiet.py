@@ -1,0 +1,19 @@
+"""Keeps the console to what a person training a model wants to read."""
+
+import logging
+import warnings
+
+_NOISE = (
+    r".*does not have many workers.*",  # the reader is faster than worker processes are
+    r".*Checkpoint directory .* exists and is not empty.*",  # a resumed run's own folder
+    r".*You're resuming from a checkpoint that ended before the epoch ended.*",  # the stream has no epochs
+    r".*treespec, LeafSpec.*",  # a deprecation inside Lightning
+    r".*The `srun` command is available.*",
+)
+
+
+def quieten() -> None:
+    """Silence Lightning's hardware banner and the warnings that do not apply here; errors and the rest stay."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in _NOISE:
+        warnings.filterwarnings("ignore", message)

@@ -1,0 +1,114 @@
+"""Where a run lives: runs/EXPERIMENT/TIME with its config, checkpoints, logs and summary."""
+
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from core.errors import ConfigError, require
+
+RUNS = Path("runs")
+LAST = Path("checkpoints/last.ckpt")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's folder, and the checkpoint that it resumes from, if any."""
+
+    path: Path
+    ckpt_path: Path | None
+
+    def create(self, config: DictConfig, overrides: list[str]) -> None:
+        """Make the folder and note what was asked for. A resumed run keeps the notes of its beginning."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        first = not (self.path / "config.yaml").exists()
+        suffix = "" if first else time.strftime("-resumed-%Y-%m-%d_%H-%M-%S")
+        OmegaConf.save(config, self.path / f"config{suffix}.yaml", resolve=True)
+        OmegaConf.save(OmegaConf.create(overrides), self.path / f"overrides{suffix}.yaml")
+
+
+def locate(config: DictConfig, experiment: str | None, now: str) -> RunFolder:
+    """Decide on the folder from `run_dir` and `ckpt_path`; creates nothing.
+
+    `ckpt_path=last` means the run in run_dir, or else this experiment's newest; a checkpoint of a run continues in the
+    folder of that run, unless run_dir says otherwise.
+
+    Args:
+        config: the composed config.
+        experiment: name of the chosen experiment; None: plain `python train.py`.
+        now: the time, as it goes into a new folder's name.
+
+    Raises:
+        ConfigError: a checkpoint that is not there, or a folder that holds a run already.
+    """
+    given = Path(config.run_dir) if config.run_dir else None
+    siblings = RUNS / (experiment or "default")
+    if config.ckpt_path is None:
+        path = given or siblings / now
+        taken = (path / LAST).exists() or (path / "config.yaml").exists()
+        valid = "a folder without a run in it, or ckpt_path=last beside it to resume that run"
+        require(not (taken and is_main_process()), "run_dir", str(path), valid)
+        return RunFolder(path, None)
+    if config.ckpt_path == "last":
+        runs = [given] if given else sorted(siblings.glob("*/"), key=lambda path: path.stat().st_mtime)
+        resumable = [path for path in runs if (path / LAST).exists()]
+        valid = f"a run with a {LAST} in {given or siblings}, or the path of a checkpoint"
+        require(bool(resumable), "ckpt_path", "last", valid)
+        return RunFolder(resumable[-1], resumable[-1] / LAST)
+    checkpoint = Path(str(config.ckpt_path))
+    require(checkpoint.is_file(), "ckpt_path", str(checkpoint), "last, or the path of a checkpoint file")
+    owner = checkpoint.absolute().parent.parent
+    home = owner if (owner / "config.yaml").exists() else siblings / now
+    return RunFolder(given or home, checkpoint)
+
+
+def check_resumable(checkpoint: Path, hyper_parameters: dict[str, object]) -> None:
+    """Hold the checkpoint's model against the one that is asked for.
+
+    Raises:
+        ConfigError: it cannot be read, or another model is in it; names the first field that differs.
+    """
+    import torch
+
+    try:
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["hyper_parameters"]
+    except Exception as error:  # truncated, no checkpoint at all, or one with code in it
+        reason = str(error).splitlines()[0]
+        raise ConfigError("ckpt_path", str(checkpoint), f"a whole checkpoint of this project ({reason})") from error
+    old, new = _flatten(saved), _flatten(hyper_parameters)
+    for field in sorted((old.keys() | new.keys()) - {"model.compile", "model.moe.backend"}):
+        if field.startswith(("model.", "vocab_size")) and old.get(field) != new.get(field):
+            raise ConfigError(field, new.get(field), f"{old.get(field)!r}, as in the checkpoint that is resumed")
+
+
+def _flatten(values: dict[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def resume_command(run_dir: Path) -> str:
+    """The command line that goes on with a run: its own overrides, its folder, its last checkpoint."""
+    overrides = [str(item) for item in OmegaConf.load(run_dir / "overrides.yaml")]
+    kept = [item for item in overrides if item.split("=")[0] not in ("run_dir", "ckpt_path")]
+    script = "train.py" if Path(sys.argv[0]).name != "train.py" else sys.argv[0]
+    return shlex.join(["python", script, *kept, f"run_dir={_display(run_dir)}", "ckpt_path=last"])
+
+
+def _display(path: Path) -> Path:
+    """Relative to the working folder where it lies below it."""
+    return path.relative_to(Path.cwd()) if path.is_absolute() and path.is_relative_to(Path.cwd()) else path
+
+
+def is_main_process() -> bool:
+    """Whether this process is global rank 0, also before a process group exists."""
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+    return int(getattr(rank_zero_only, "rank", 0) or 0) == 0

@@ -1,0 +1,159 @@
+"""Typed configuration of the model and its optimizer. Imports no torch, so `--help` stays fast.
+
+Names (placement, norm, init, ffn, backend) are resolved where the thing is built, so that adding one touches a single
+registry; here stand the numeric constraints.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from core.errors import require
+from core.explain import explain_omegaconf
+
+C = TypeVar("C", "ModelConfig", "OptimConfig")
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """A token-choice mixture of SwiGLU experts in place of the dense FFN (`model.ffn=moe`)."""
+
+    num_experts: int = 8
+    top_k: int = 2  # experts per token
+    expert_dim: int | None = None  # hidden width of one expert; None: model.ffn_dim
+    backend: str = "auto"  # auto: grouped on CUDA, loop elsewhere
+    normalize_weights: bool = True  # divide the top-k weights by their sum
+    load_balancing_weight: float = 0.01
+    z_loss_weight: float = 0.001
+    jitter: float = 0.0  # training noise on the router's input: times U[1 - jitter, 1 + jitter]
+
+    def __post_init__(self) -> None:
+        require(self.num_experts >= 1, "model.moe.num_experts", self.num_experts, "an integer >= 1")
+        require(
+            1 <= self.top_k <= self.num_experts,
+            "model.moe.top_k",
+            self.top_k,
+            f"an integer from 1 to model.moe.num_experts={self.num_experts}",
+        )
+        require(
+            self.expert_dim is None or self.expert_dim >= 1, "model.moe.expert_dim", self.expert_dim, ">= 1 or null"
+        )
+        require(0 <= self.jitter < 1, "model.moe.jitter", self.jitter, "a number in [0, 1)")
+        for name in ("load_balancing_weight", "z_loss_weight"):
+            require(getattr(self, name) >= 0, f"model.moe.{name}", getattr(self, name), "a number >= 0")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer. Every field can be overridden as `model.FIELD=VALUE`."""
+
+    placement: str = "spannorm"  # where the block normalizes: lightning_modules/placements
+    placement_options: dict[str, Any] = field(default_factory=dict)  # arguments of that placement
+    init: str = "default"  # lightning_modules/initialization.py; default: what the placement names
+    init_options: dict[str, Any] = field(default_factory=dict)  # arguments of that init
+    norm: str = "rmsnorm"  # lightning_modules/layers/norms.py
+    norm_eps: float = 1e-6
+    num_layers: int = 8
+    dim: int = 256
+    num_heads: int = 4
+    num_kv_heads: int | None = None  # None: num_heads; fewer: grouped-query attention
+    rope_theta: float = 10000.0
+    ffn: str = "dense"  # dense or moe
+    ffn_dim: int | None = None  # hidden width of the SwiGLU; None: 8/3 dim, rounded up to a multiple of 16
+    tie_embeddings: bool = False
+    compile: bool = False  # torch.compile each block
+    moe: MoEConfig = field(default_factory=MoEConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "dim", "num_heads"):
+            require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "an integer >= 1")
+        require(self.ffn_dim is None or self.ffn_dim >= 1, "model.ffn_dim", self.ffn_dim, "an integer >= 1 or null")
+        require(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "a number > 0")
+        require(self.rope_theta > 0, "model.rope_theta", self.rope_theta, "a number > 0")
+        require(
+            self.dim % (2 * self.num_heads) == 0,
+            "model.dim",
+            self.dim,
+            f"a multiple of 2 x model.num_heads={self.num_heads} (heads of equal, even width: RoPE turns pairs)",
+        )
+        require(
+            self.num_kv_heads is None or (self.num_kv_heads >= 1 and self.num_heads % self.num_kv_heads == 0),
+            "model.num_kv_heads",
+            self.num_kv_heads,
+            f"a divisor of model.num_heads={self.num_heads}, or null",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        """Width of the dense FFN. 8/3 dim makes three SwiGLU matrices as large as two of 4 dim (2002.05202)."""
+        return self.ffn_dim if self.ffn_dim is not None else -(-8 * self.dim // 48) * 16
+
+    @property
+    def expert_hidden_dim(self) -> int:
+        return self.moe.expert_dim if self.moe.expert_dim is not None else self.hidden_dim
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW (1711.05101) with linear warm-up, then cosine decay or warm-up-stable-decay (2404.06395)."""
+
+    lr: float = 3e-3  # peak learning rate
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # not on norms, biases and embeddings
+    schedule: str = "cosine"  # cosine, wsd or constant
+    warmup_steps: int = 100
+    min_lr_ratio: float = 0.1  # where the schedule ends, as a fraction of lr
+    decay_fraction: float = 0.2  # wsd: the last part of the run that decays
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "weight_decay", "warmup_steps"):
+            require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "a number >= 0")
+        require(self.eps > 0, "optim.eps", self.eps, "a number > 0")
+        require(all(0 <= beta < 1 for beta in self.betas), "optim.betas", self.betas, "two numbers in [0, 1)")
+        for name in ("min_lr_ratio", "decay_fraction"):
+            require(0 <= getattr(self, name) <= 1, f"optim.{name}", getattr(self, name), "a number in [0, 1]")
+
+
+def writable_schema(schema: type) -> DictConfig:
+    """The dataclass as a typed OmegaConf node that still takes overrides: OmegaConf makes frozen ones read-only."""
+    node = OmegaConf.structured(schema)
+    assert isinstance(node, DictConfig)
+    for child in (node, *(value for value in node.values() if isinstance(value, DictConfig))):
+        OmegaConf.set_readonly(child, False)
+    return node
+
+
+def parse(schema: type[C], prefix: str, values: dict[str, Any]) -> C:
+    """`schema` filled with plain values, type-checked.
+
+    Args:
+        schema: ModelConfig or OptimConfig.
+        prefix: what the user calls this group (`model`, `optim`), for the messages.
+        values: plain containers, as a checkpoint or Hydra's `_convert_=all` gives them.
+
+    Raises:
+        ConfigError: an unknown field, a wrong type, or a value outside its range.
+    """
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(writable_schema(schema), values))
+    except OmegaConfBaseException as error:
+        raise explain_omegaconf(error, prefix, _value_at(values, error.full_key or "")) from error
+    assert isinstance(config, schema)
+    return config
+
+
+def _value_at(values: Any, key: str) -> Any:
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values

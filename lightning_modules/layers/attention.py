@@ -1,0 +1,74 @@
+"""Causal grouped-query self-attention with rotary positions."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_modules.config import ModelConfig
+from lightning_modules.layers.matrices import Matrix
+from lightning_modules.layers.norms import make_norm
+from lightning_modules.layers.rope import Rope, rotate
+
+
+class QKVNorm(NamedTuple):
+    """Norms on the projections, before the rotation.
+
+    Attributes:
+        on: which of q, k and v, as letters.
+        per_head: over each head's dimensions (2503.04598), or over all heads together (OLMo 2, 2501.00656).
+    """
+
+    on: str
+    per_head: bool
+
+
+class Attention(nn.Module):
+    """Projections without biases around `scaled_dot_product_attention`; knows nothing of norms around it.
+
+    Args:
+        config: widths, number of heads, grouped-query attention (2305.13245), norm kind.
+        qkv_norm: norms on the projections, if any.
+        inner_norm: one norm before the output projection (2210.06423).
+    """
+
+    def __init__(self, config: ModelConfig, qkv_norm: QKVNorm | None = None, inner_norm: bool = False) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.grouped = config.kv_heads != config.num_heads
+        q_dim, kv_dim = config.num_heads * config.head_dim, config.kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.dim, q_dim, bias=False)
+        self.k_proj = nn.Linear(config.dim, kv_dim, bias=False)
+        self.v_proj = nn.Linear(config.dim, kv_dim, bias=False)
+        self.o_proj = nn.Linear(q_dim, config.dim, bias=False)
+
+        self.per_head = qkv_norm is not None and qkv_norm.per_head
+        widths = {"q": q_dim, "k": kv_dim, "v": kv_dim}
+        self.projection_norms = nn.ModuleDict()
+        for name in qkv_norm.on if qkv_norm is not None else "":
+            self.projection_norms[name] = make_norm(config, config.head_dim if self.per_head else widths[name])
+        self.inner_norm = make_norm(config, q_dim) if inner_norm else nn.Identity()
+
+    def forward(self, x: Tensor, rope: Rope) -> Tensor:
+        """x [batch, seq, dim], rope of seq positions -> [batch, seq, dim]."""
+        q = self._heads("q", self.q_proj(x))
+        k = self._heads("k", self.k_proj(x))
+        v = self._heads("v", self.v_proj(x))
+        out = F.scaled_dot_product_attention(
+            rotate(q, rope), rotate(k, rope), v, is_causal=True, enable_gqa=self.grouped
+        )
+        return self.o_proj(self.inner_norm(out.transpose(1, 2).flatten(2)))
+
+    def _heads(self, name: str, projected: Tensor) -> Tensor:
+        """q, k or v [batch, seq, heads x head_dim] -> [batch, heads, seq, head_dim], normed where declared."""
+        norm = self.projection_norms[name] if name in self.projection_norms else nn.Identity()
+        if self.per_head:
+            return norm(projected.unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
+        return norm(projected).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def matrices(self) -> Iterator[Matrix]:
+        yield Matrix("query", self.q_proj.weight, self.q_proj.in_features, self.q_proj.out_features)
+        yield Matrix("key", self.k_proj.weight, self.k_proj.in_features, self.k_proj.out_features)
+        yield Matrix("value", self.v_proj.weight, self.v_proj.in_features, self.v_proj.out_features)
+        yield Matrix("attn_out", self.o_proj.weight, self.o_proj.in_features, self.o_proj.out_features)

@@ -1,0 +1,35 @@
+"""Dense SwiGLU feed-forward layer (2002.05202)."""
+
+from collections.abc import Iterator
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_modules.config import ModelConfig
+from lightning_modules.layers.matrices import Matrix
+from lightning_modules.layers.norms import make_norm
+
+
+class FeedForward(nn.Module):
+    """down(silu(gate x) * up x), without biases.
+
+    Args:
+        config: dim, width of the hidden layer and norm kind.
+        inner_norm: one norm before the output projection (2210.06423).
+    """
+
+    def __init__(self, config: ModelConfig, inner_norm: bool = False) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.up_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.down_proj = nn.Linear(config.hidden_dim, config.dim, bias=False)
+        self.inner_norm = make_norm(config, config.hidden_dim) if inner_norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """x [batch, seq, dim] -> (output of the same shape, None: a dense layer has no router statistics)."""
+        return self.down_proj(self.inner_norm(F.silu(self.gate_proj(x)) * self.up_proj(x))), None
+
+    def matrices(self) -> Iterator[Matrix]:
+        for linear in (self.gate_proj, self.up_proj):
+            yield Matrix("ffn_up", linear.weight, linear.in_features, linear.out_features)
+        yield Matrix("ffn_down", self.down_proj.weight, self.down_proj.in_features, self.down_proj.out_features)

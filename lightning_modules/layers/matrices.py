@@ -1,0 +1,24 @@
+"""What initialization and the optimizer need to know of a weight: its role, its fan-in, and the weight itself."""
+
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+Role = Literal["embedding", "head", "query", "key", "value", "attn_out", "ffn_up", "ffn_down", "router"]
+"""ffn_up covers the gate and up projections, dense or expert; attn_out and ffn_down end a residual branch."""
+
+
+class Matrix(NamedTuple):
+    """One weight matrix, as its layer describes it.
+
+    Attributes:
+        role: what the matrix does in the transformer.
+        weight: the parameter; experts' are stacked, [num_experts x hidden, dim].
+        fan_in: number of inputs summed into one output.
+        fan_out: number of outputs.
+    """
+
+    role: Role
+    weight: Tensor
+    fan_in: int
+    fan_out: int

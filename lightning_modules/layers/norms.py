@@ -1,0 +1,50 @@
+"""Norm kinds, orthogonal to where a placement puts them."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from core.errors import lookup
+from lightning_modules.config import ModelConfig
+
+NormFactory = Callable[[], nn.Module]
+"""Makes one norm over the model dimension."""
+
+
+class DyT(nn.Module):
+    """Dynamic tanh: g * tanh(a x) + b, elementwise (2503.10622, eq. 1). Shape-preserving, no statistics."""
+
+    def __init__(self, dim: int, eps: float = 0.0, alpha: float = 0.5) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.tensor([alpha]))
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.alpha * x) * self.weight + self.bias
+
+
+def _rms_norm(dim: int, eps: float) -> nn.Module:
+    return nn.RMSNorm(dim, eps=eps)
+
+
+def _layer_norm(dim: int, eps: float) -> nn.Module:
+    return nn.LayerNorm(dim, eps=eps)
+
+
+def _no_norm(dim: int, eps: float) -> nn.Module:
+    return nn.Identity()
+
+
+NORMS: dict[str, Callable[[int, float], nn.Module]] = {
+    "rmsnorm": _rms_norm,  # 1910.07467
+    "layernorm": _layer_norm,  # 1607.06450
+    "dyt": DyT,
+    "none": _no_norm,
+}
+
+
+def make_norm(config: ModelConfig, dim: int) -> nn.Module:
+    """A norm of the configured kind over `dim` features."""
+    return lookup("model.norm", config.norm, NORMS)(dim, config.norm_eps)

@@ -1,0 +1,63 @@
+"""AdamW's parameter groups and the learning-rate schedules."""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from core.errors import lookup
+from lightning_modules.config import OptimConfig
+from lightning_modules.transformer import Transformer
+
+Schedule = Callable[[int], float]
+"""Optimizer step (0-based) -> factor on the peak learning rate."""
+
+
+def make_optimizer(model: Transformer, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only: not on embeddings, norms and biases. Fused where torch has it."""
+    decayed = [m.weight for m in model.matrices() if m.role != "embedding"]
+    ids = {id(weight) for weight in decayed}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in ids]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in model.parameters())
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+
+
+def cosine(config: OptimConfig, num_steps: int) -> Schedule:
+    """Half a cosine from 1 to min_lr_ratio (1608.03983, eq. 5)."""
+    span = max(1, num_steps - config.warmup_steps)
+
+    def factor(step: int) -> float:
+        progress = min(1.0, (step - config.warmup_steps) / span)
+        return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return factor
+
+
+def wsd(config: OptimConfig, num_steps: int) -> Schedule:
+    """Constant, then linear to min_lr_ratio over the last decay_fraction of the run (2404.06395)."""
+    length = max(1, round(config.decay_fraction * num_steps))
+
+    def factor(step: int) -> float:
+        progress = min(1.0, max(0.0, (step - (num_steps - length)) / length))
+        return 1 - (1 - config.min_lr_ratio) * progress
+
+    return factor
+
+
+def constant(config: OptimConfig, num_steps: int) -> Schedule:
+    """The peak learning rate to the end."""
+    return lambda step: 1.0
+
+
+SCHEDULES: dict[str, Callable[[OptimConfig, int], Schedule]] = {"cosine": cosine, "wsd": wsd, "constant": constant}
+
+
+def make_schedule(config: OptimConfig, num_steps: int) -> Schedule:
+    """The configured schedule behind a linear warm-up that reaches the peak after warmup_steps."""
+    after = lookup("optim.schedule", config.schedule, SCHEDULES)(config, num_steps)
+
+    def factor(step: int) -> float:
+        return (step + 1) / config.warmup_steps if step < config.warmup_steps else after(step)
+
+    return factor

@@ -1,0 +1,111 @@
+"""The decoder-only transformer: the only place where a placement and its sublayers meet."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from core.errors import lookup
+from core.options import check_arguments
+from lightning_modules.config import ModelConfig
+from lightning_modules.layers.attention import Attention
+from lightning_modules.layers.ffn import FeedForward
+from lightning_modules.layers.matrices import Matrix
+from lightning_modules.layers.moe import MoE, RouterStats
+from lightning_modules.layers.norms import make_norm
+from lightning_modules.layers.rope import Rope, rope_tables
+from lightning_modules.placements.base import Depth
+from lightning_modules.placements.registry import PLACEMENTS
+
+FFNS: dict[str, type[FeedForward] | type[MoE]] = {"dense": FeedForward, "moe": MoE}
+
+
+class Block(nn.Module):
+    """One placement around one attention and one FFN."""
+
+    def __init__(self, config: ModelConfig, depth: Depth) -> None:
+        super().__init__()
+        scheme = lookup("model.placement", config.placement, PLACEMENTS)
+        check_arguments("model.placement_options", scheme, config.placement_options, "depth", "norm")
+        norm = partial(make_norm, config, config.dim)
+        self.placement = scheme(depth, norm, **config.placement_options)
+        self.attn = Attention(config, self.placement.qkv_norm, self.placement.inner_norm)
+        self.ffn = lookup("model.ffn", config.ffn, FFNS)(config, self.placement.inner_norm)
+
+    def forward(self, state: Any, rope: Rope) -> tuple[Any, RouterStats | None]:
+        """The placement's state before the block -> (state after it, router statistics of a MoE layer).
+
+        The first block takes the embedding output, and the last returns one stream, both [batch, seq, dim].
+        """
+        stats: RouterStats | None = None
+
+        def attn(x: Tensor) -> Tensor:
+            return self.attn(x, rope)
+
+        def ffn(x: Tensor) -> Tensor:
+            nonlocal stats
+            out, stats = self.ffn(x)
+            return out
+
+        # Inside the block rather than around it, so that sharding and compilation per block cover these norms too.
+        if self.placement.depth.is_first:
+            state = self.placement.enter(state)
+        state = self.placement(state, attn, ffn)
+        if self.placement.depth.is_last:
+            state = self.placement.leave(state)
+        return state, stats
+
+
+class Transformer(nn.Module):
+    """Embedding, blocks, language-model head.
+
+    Args:
+        config: the architecture.
+        vocab_size: number of tokens; comes with the data.
+
+    Raises:
+        ConfigError: a name that is in no registry, or an option that its scheme does not have.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(vocab_size, config.dim)
+        self.blocks = nn.ModuleList(
+            Block(config, Depth(index, config.num_layers)) for index in range(1, config.num_layers + 1)
+        )
+        self.head = nn.Linear(config.dim, vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, list[RouterStats]]:
+        """tokens [batch, seq] -> (logits [batch, seq, vocab_size], one RouterStats per MoE layer)."""
+        rope = rope_tables(tokens.size(1), self.config.head_dim, self.config.rope_theta, tokens.device)
+        state, router_stats = self.embedding(tokens), []
+        for block in self.blocks:
+            state, stats = block(state, rope)
+            if stats is not None:
+                router_stats.append(stats)
+        return self.head(state), router_stats
+
+    def matrices(self) -> Iterator[Matrix]:
+        """Every weight matrix, with its role. Norm gains and biases are what is left."""
+        dim, vocab_size = self.config.dim, self.embedding.num_embeddings
+        # A lookup sums one row; a tied matrix is used as a head too, and that is what bounds its scale.
+        yield Matrix("embedding", self.embedding.weight, dim if self.config.tie_embeddings else 1, dim)
+        if not self.config.tie_embeddings:
+            yield Matrix("head", self.head.weight, dim, vocab_size)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            yield from block.attn.matrices()
+            yield from block.ffn.matrices()
+
+    def num_parameters(self) -> tuple[int, int]:
+        """(total, active): active counts top_k of num_experts experts."""
+        total = sum(parameter.numel() for parameter in self.parameters())
+        if self.config.ffn != "moe":
+            return total, total
+        moe = self.config.moe
+        idle = 3 * self.config.dim * self.config.expert_hidden_dim * (moe.num_experts - moe.top_k)
+        return total, total - idle * self.config.num_layers

@@ -1,0 +1,54 @@
+"""Train a language model: compose the config, build module, data, callbacks and trainer, fit."""
+
+import sys
+import time
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from core import cli
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="train")
+def main(config: DictConfig) -> None:
+    # Here and not above, so that --help and shell completion do not wait for torch.
+    import lightning as L
+
+    from callbacks.last_checkpoint import TrainingInterrupted
+    from core.build import build, build_all
+    from core.quiet import quieten
+    from core.run_folder import check_resumable, is_main_process, locate, resume_command
+
+    hydra_config = HydraConfig.get()
+    run = locate(config, hydra_config.runtime.choices.get("experiment"), time.strftime("%Y-%m-%d_%H-%M-%S"))
+    config.run_dir = str(run.path)
+    quieten()
+    L.seed_everything(config.seed, workers=True, verbose=False)
+
+    datamodule = build(config, "data")
+    module = build(config, "module", vocab_size=datamodule.vocab_size)
+    trainer = build(
+        config,
+        "trainer",
+        callbacks=build_all(config, "callbacks"),
+        logger=build_all(config, "logger"),
+        default_root_dir=config.run_dir,
+    )
+    datamodule.prepare_data()
+    datamodule.check()
+    if run.ckpt_path is not None:
+        check_resumable(run.ckpt_path, dict(module.hparams))
+    if is_main_process():
+        run.create(config, list(hydra_config.overrides.task))
+        print(f"Run folder: {run.path}")
+
+    try:
+        trainer.fit(module, datamodule=datamodule, ckpt_path=run.ckpt_path)
+    except TrainingInterrupted as interruption:
+        print(f"\nInterrupted: {interruption}. Saved; go on with\n  {resume_command(run.path)}")
+        sys.exit(128 + interruption.signum)
+
+
+if __name__ == "__main__":
+    cli.run(main)
