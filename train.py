@@ -19,6 +19,7 @@ def main(config: DictConfig) -> None:
     from core.build import build, build_all
     from core.quiet import quieten
     from core.run_folder import check_resumable, is_main_process, locate, resume_command
+    from core.steps import check_length
 
     hydra_config = HydraConfig.get()
     run = locate(config, hydra_config.runtime.choices.get("experiment"), time.strftime("%Y-%m-%d_%H-%M-%S"))
@@ -35,6 +36,7 @@ def main(config: DictConfig) -> None:
         logger=build_all(config, "logger"),
         default_root_dir=config.run_dir,
     )
+    check_length(trainer)
     datamodule.prepare_data()
     datamodule.check()
     if run.ckpt_path is not None:

@@ -38,6 +38,14 @@ class RunSummary(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._started = time.monotonic()
+        module: Any = pl_module
+        total, active = module.num_parameters
+        if trainer.is_global_zero:
+            config = module.model_config
+            print(
+                f"{config.placement}, {config.ffn}, {config.num_layers} blocks of dim {config.dim}: "
+                f"{total:,} parameters, {active:,} active"
+            )
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:

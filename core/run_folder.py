@@ -9,9 +9,11 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from core.errors import ConfigError, require
+from core.mappings import flatten
 
 RUNS = Path("runs")
 LAST = Path("checkpoints/last.ckpt")
+HOW_NOT_WHAT = {"model.compile", "model.activation_checkpointing", "model.moe.backend"}  # change no result
 
 
 @dataclass(frozen=True)
@@ -78,20 +80,10 @@ def check_resumable(checkpoint: Path, hyper_parameters: dict[str, object]) -> No
     except Exception as error:  # truncated, no checkpoint at all, or one with code in it
         reason = str(error).splitlines()[0]
         raise ConfigError("ckpt_path", str(checkpoint), f"a whole checkpoint of this project ({reason})") from error
-    old, new = _flatten(saved), _flatten(hyper_parameters)
-    for field in sorted((old.keys() | new.keys()) - {"model.compile", "model.moe.backend"}):
+    old, new = flatten(saved, "."), flatten(hyper_parameters, ".")
+    for field in sorted((old.keys() | new.keys()) - HOW_NOT_WHAT):
         if field.startswith(("model.", "vocab_size")) and old.get(field) != new.get(field):
             raise ConfigError(field, new.get(field), f"{old.get(field)!r}, as in the checkpoint that is resumed")
-
-
-def _flatten(values: dict[str, object], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def resume_command(run_dir: Path) -> str:

@@ -2,6 +2,8 @@
 
 import lightning as L
 
+from core.errors import require
+
 
 def completes_step(trainer: L.Trainer, batch_idx: int) -> bool:
     """Whether the batch is the last of its optimizer step."""
@@ -12,3 +14,16 @@ def is_logged(trainer: L.Trainer, step: int) -> bool:
     """Whether the loggers write the optimizer step of this number, counted from 1."""
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
     return every > 0 and step % every == 0
+
+
+def check_length(trainer: L.Trainer) -> None:
+    """Refuse a Trainer that would never end, or never step.
+
+    Raises:
+        ConfigError: the run's length is not given in steps, or a step in batches.
+    """
+    valid = "an integer >= 1: the token stream has no end, a run is so many optimizer steps long"
+    require(trainer.max_steps >= 1, "trainer.max_steps", trainer.max_steps, valid)
+    require(trainer.max_epochs == -1, "trainer.max_epochs", trainer.max_epochs, "-1; give trainer.max_steps instead")
+    batches = trainer.accumulate_grad_batches
+    require(batches >= 1, "trainer.accumulate_grad_batches", batches, "an integer >= 1")

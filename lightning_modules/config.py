@@ -10,8 +10,10 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from core.errors import require
+from core.errors import ConfigError, require, suggest
 from core.explain import explain_omegaconf
+
+WIDTH_SCALINGS = ("none", "mup", "standard")
 
 C = TypeVar("C", "ModelConfig", "OptimConfig")
 
@@ -64,6 +66,7 @@ class ModelConfig:
     ffn_dim: int | None = None  # hidden width of the SwiGLU; None: 8/3 dim, rounded up to a multiple of 16
     tie_embeddings: bool = False
     compile: bool = False  # torch.compile each block
+    activation_checkpointing: bool = False  # recompute each block in the backward pass instead of storing it
     moe: MoEConfig = field(default_factory=MoEConfig)
 
     def __post_init__(self) -> None:
@@ -115,12 +118,25 @@ class OptimConfig:
     warmup_steps: int = 100
     min_lr_ratio: float = 0.1  # where the schedule ends, as a fraction of lr
     decay_fraction: float = 0.2  # wsd: the last part of the run that decays
+    width_scaling: str = "none"  # none, mup or standard: lightning_modules/width_scaling.py
+    base_width: int = 128  # the model.dim at which lr and init were tuned
+    base_ffn_width: int | None = None  # the FFN's or expert's hidden width there; None: in proportion to dim
 
     def __post_init__(self) -> None:
         for name in ("lr", "weight_decay", "warmup_steps"):
             require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "a number >= 0")
         require(self.eps > 0, "optim.eps", self.eps, "a number > 0")
-        require(all(0 <= beta < 1 for beta in self.betas), "optim.betas", self.betas, "two numbers in [0, 1)")
+        valid_betas = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        require(valid_betas, "optim.betas", self.betas, "two numbers in [0, 1)")
+        if self.width_scaling not in WIDTH_SCALINGS:
+            raise ConfigError("optim.width_scaling", self.width_scaling, suggest(self.width_scaling, WIDTH_SCALINGS))
+        require(self.base_width >= 1, "optim.base_width", self.base_width, "an integer >= 1")
+        require(
+            self.base_ffn_width is None or self.base_ffn_width >= 1,
+            "optim.base_ffn_width",
+            self.base_ffn_width,
+            "an integer >= 1 or null",
+        )
         for name in ("min_lr_ratio", "decay_fraction"):
             require(0 <= getattr(self, name) <= 1, f"optim.{name}", getattr(self, name), "a number in [0, 1]")
 

@@ -23,6 +23,7 @@ from lightning_modules.config import ModelConfig
 from lightning_modules.layers.matrices import Matrix
 from lightning_modules.placements.registry import PLACEMENTS
 from lightning_modules.transformer import Transformer
+from lightning_modules.width_scaling import UNSCALED, WidthScaling
 
 Init = Callable[[Matrix], float]
 """The standard deviation that a matrix is drawn with."""
@@ -94,11 +95,16 @@ def resolve_init(config: ModelConfig) -> Init:
 
 
 @torch.no_grad()
-def initialize(model: Transformer) -> None:
-    """Draw every matrix of the model anew, from torch's global generator."""
+def initialize(model: Transformer, scaling: WidthScaling = UNSCALED) -> None:
+    """Draw every matrix of the model anew, from torch's global generator.
+
+    Args:
+        model: its configuration names the init.
+        scaling: how the standard deviations depend on the width beyond what the init says itself.
+    """
     init = resolve_init(model.config)
     for matrix in model.matrices():
-        std = ROUTER_STD if matrix.role == "router" else init(matrix)
+        std = ROUTER_STD if matrix.role == "router" else init(scaling.at_base(matrix))
         if not math.isfinite(std) or std < 0:
             raise ConfigError("model.init_options", model.config.init_options, "a finite standard deviation >= 0")
-        nn.init.normal_(matrix.weight, std=std)
+        nn.init.normal_(matrix.weight, std=std * scaling.std_factor(matrix))

@@ -16,6 +16,7 @@ from lightning_modules.initialization import initialize, resolve_init
 from lightning_modules.layers.moe import RouterStats
 from lightning_modules.optim import make_optimizer, make_schedule
 from lightning_modules.transformer import Transformer
+from lightning_modules.width_scaling import width_scaling
 
 
 class LanguageModule(L.LightningModule):
@@ -52,6 +53,7 @@ class LanguageModule(L.LightningModule):
         self.vocab_size = vocab_size
         with torch.device("meta"):  # a dry build finds every impossible configuration, at no cost
             self.num_parameters = Transformer(self.model_config, vocab_size).num_parameters()
+        self.width_scaling = width_scaling(self.model_config, self.optim_config)
         resolve_init(self.model_config)
         make_schedule(self.optim_config, num_steps=1)
         self.model = None
@@ -61,8 +63,8 @@ class LanguageModule(L.LightningModule):
         """Build and initialize; Lightning calls this where the strategy wants the weights to come to life."""
         if self.model is not None:
             return
-        self.model = Transformer(self.model_config, self.vocab_size)
-        initialize(self.model)
+        self.model = Transformer(self.model_config, self.vocab_size, self.width_scaling.output_multiplier)
+        initialize(self.model, self.width_scaling)
         if self.model_config.compile:
             for block in self.model.blocks:
                 block.compile()

@@ -1,24 +1,38 @@
 """AdamW's parameter groups and the learning-rate schedules."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from core.errors import lookup
 from lightning_modules.config import OptimConfig
 from lightning_modules.transformer import Transformer
+from lightning_modules.width_scaling import width_scaling
 
 Schedule = Callable[[int], float]
 """Optimizer step (0-based) -> factor on the peak learning rate."""
 
 
 def make_optimizer(model: Transformer, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only: not on embeddings, norms and biases. Fused where torch has it."""
-    decayed = [m.weight for m in model.matrices() if m.role != "embedding"]
-    ids = {id(weight) for weight in decayed}
+    """AdamW with weight decay on matrices only: not on embeddings, norms and biases. Fused where torch has it.
+
+    One parameter group for everything that keeps optim.lr undecayed, which comes first, and one for each learning-rate
+    factor of the width scaling.
+    """
+    scaling = width_scaling(model.config, config)
+    matrices: dict[float, list[Tensor]] = defaultdict(list)
+    for matrix in model.matrices():
+        if matrix.role != "embedding":
+            matrices[scaling.lr_factor(matrix)].append(matrix.weight)
+    ids = {id(weight) for weights in matrices.values() for weight in weights}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in ids]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": rest, "weight_decay": 0.0}]
+    for factor, weights in matrices.items():
+        groups.append({"params": weights, "lr": config.lr * factor, "weight_decay": config.weight_decay / factor})
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in model.parameters())
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
 

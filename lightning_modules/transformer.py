@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from core.errors import lookup
 from core.options import check_arguments
@@ -63,14 +65,16 @@ class Transformer(nn.Module):
     Args:
         config: the architecture.
         vocab_size: number of tokens; comes with the data.
+        output_multiplier: on the logits; not 1 only under width scaling.
 
     Raises:
         ConfigError: a name that is in no registry, or an option that its scheme does not have.
     """
 
-    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+    def __init__(self, config: ModelConfig, vocab_size: int, output_multiplier: float = 1.0) -> None:
         super().__init__()
         self.config = config
+        self.output_multiplier = output_multiplier
         self.embedding = nn.Embedding(vocab_size, config.dim)
         self.blocks = nn.ModuleList(
             Block(config, Depth(index, config.num_layers)) for index in range(1, config.num_layers + 1)
@@ -84,10 +88,13 @@ class Transformer(nn.Module):
         rope = rope_tables(tokens.size(1), self.config.head_dim, self.config.rope_theta, tokens.device)
         state, router_stats = self.embedding(tokens), []
         for block in self.blocks:
-            state, stats = block(state, rope)
+            if self.config.activation_checkpointing and torch.is_grad_enabled():
+                state, stats = checkpoint(block, state, rope, use_reentrant=False)
+            else:
+                state, stats = block(state, rope)
             if stats is not None:
                 router_stats.append(stats)
-        return self.head(state), router_stats
+        return self.head(state * self.output_multiplier), router_stats
 
     def matrices(self) -> Iterator[Matrix]:
         """Every weight matrix, with its role. Norm gains and biases are what is left."""

@@ -14,11 +14,11 @@ class Matrix(NamedTuple):
     Attributes:
         role: what the matrix does in the transformer.
         weight: the parameter; experts' are stacked, [num_experts x hidden, dim].
-        fan_in: number of inputs summed into one output.
-        fan_out: number of outputs.
+        fan_in: number of inputs summed into one output (a fraction where width scaling refers to another width).
+        fan_out: number of outputs, likewise.
     """
 
     role: Role
     weight: Tensor
-    fan_in: int
-    fan_out: int
+    fan_in: float
+    fan_out: float

@@ -1,0 +1,95 @@
+"""How initialization, learning rates and the output scale with width, so that a rate tuned small serves large.
+
+With m = fan_in / (its value at the base width), against what the init and optim.lr give at the base width:
+
+    scaling    matrices                std            learning rate   logits
+    none       all                     the init's     1               1
+    mup        hidden                  1/sqrt(m)      1/m             1/m       Tensor Programs V, table 8
+               head                    1              1
+               router                  1/m            1/m                       an output, without a multiplier
+    standard   hidden, head, router    1/sqrt(m)      1/m             1         2407.05872, table 1, full alignment
+
+Embedding, norm gains and biases keep both. Weight decay is multiplied by the inverse of the learning-rate factor: AdamW
+shrinks weights by lr x weight_decay a step, and that product should not depend on width (2407.05872, section 3).
+Hidden matrices are those of attention, dense FFN and experts (with the expert's own fan-in).
+
+Widen a model by adding heads, not by widening them: the attention logits' scale is then untouched.
+"""
+
+from dataclasses import dataclass
+
+from core.errors import require
+from lightning_modules.config import ModelConfig, OptimConfig
+from lightning_modules.layers.matrices import Matrix
+
+
+@dataclass(frozen=True)
+class WidthScaling:
+    """The factors above, for one model.
+
+    Attributes:
+        kind: none, mup or standard.
+        dim: model.dim over optim.base_width.
+        hidden: the FFN's (or an expert's) hidden width over its base.
+    """
+
+    kind: str
+    dim: float
+    hidden: float
+
+    @property
+    def output_multiplier(self) -> float:
+        """What the logits are multiplied by."""
+        return 1 / self.dim if self.kind == "mup" else 1.0
+
+    def ratio(self, matrix: Matrix) -> float:
+        """m: the matrix' fan-in over that at the base width."""
+        if self.kind == "none" or matrix.role == "embedding":
+            return 1.0  # a lookup sums one row at any width
+        return self.hidden if matrix.role == "ffn_down" else self.dim
+
+    def at_base(self, matrix: Matrix) -> Matrix:
+        """The matrix as the init would see it at the base width."""
+        if self.kind == "none":
+            return matrix
+        tied = matrix.role == "embedding" and matrix.fan_in > 1  # scaled as the head that it also is
+        fan_in = matrix.fan_in / (self.dim if tied else self.ratio(matrix))
+        if matrix.role in ("head", "router"):  # their outputs, tokens and experts, do not grow with the width
+            return matrix._replace(fan_in=fan_in)
+        return matrix._replace(
+            fan_in=fan_in, fan_out=matrix.fan_out / (self.hidden if matrix.role == "ffn_up" else self.dim)
+        )
+
+    def std_factor(self, matrix: Matrix) -> float:
+        """On the standard deviation that the init gives at the base width."""
+        if self.kind == "mup" and matrix.role == "router":
+            return 1 / self.ratio(matrix)
+        if self.kind == "mup" and matrix.role == "head":
+            return 1.0
+        return self.ratio(matrix) ** -0.5
+
+    def lr_factor(self, matrix: Matrix) -> float:
+        """On optim.lr."""
+        return 1.0 if self.kind == "mup" and matrix.role == "head" else 1 / self.ratio(matrix)
+
+
+UNSCALED = WidthScaling("none", 1.0, 1.0)
+
+
+def width_scaling(model: ModelConfig, optim: OptimConfig) -> WidthScaling:
+    """The scaling that a configuration asks for.
+
+    A null base_ffn_width means that the hidden width grows in proportion to dim.
+
+    Raises:
+        ConfigError: standard scaling with tied embeddings.
+    """
+    require(
+        not (optim.width_scaling == "standard" and model.tie_embeddings),
+        "model.tie_embeddings",
+        True,
+        "false with optim.width_scaling=standard: as an embedding the matrix keeps its scale, as a head it shrinks",
+    )
+    dim = model.dim / optim.base_width
+    width = model.expert_hidden_dim if model.ffn == "moe" else model.hidden_dim
+    return WidthScaling(optim.width_scaling, dim, dim if optim.base_ffn_width is None else width / optim.base_ffn_width)

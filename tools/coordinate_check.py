@@ -1,0 +1,142 @@
+"""The coordinate check of Tensor Programs V (2203.03466, appendix D.1): do sizes depend on the width?
+
+    python -m tools.coordinate_check [--output PICTURE.png] [--ffn moe]
+
+Trains the same model at several widths for a few Adam steps on one batch, with optim.width_scaling none and mup, and
+prints, for the logits and the last block's output, the root mean square size and that of its change since step 0. With
+mup both stay where they are as the width grows; without, the change grows with it.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from lightning_modules.config import ModelConfig, MoEConfig, OptimConfig
+from lightning_modules.initialization import initialize
+from lightning_modules.optim import make_optimizer
+from lightning_modules.transformer import Transformer
+from lightning_modules.width_scaling import width_scaling
+
+WIDTHS = (64, 128, 256, 512, 1024)
+STEPS = (1, 5, 10)
+HEAD_DIM = 32
+VOCAB_SIZE = 64
+
+
+class Size(NamedTuple):
+    """Root mean square of one activation at one width after one number of steps."""
+
+    scaling: str
+    width: int
+    step: int
+    name: str  # logits or hidden
+    activation: float
+    update: float  # of its change since step 0
+
+
+def sizes_at(model_config: ModelConfig, optim_config: OptimConfig, seed: int = 0) -> list[Size]:
+    """Train one model on one batch of random tokens and measure it after each of STEPS."""
+    torch.manual_seed(seed)
+    scaling = width_scaling(model_config, optim_config)
+    model = Transformer(model_config, VOCAB_SIZE, scaling.output_multiplier)
+    initialize(model, scaling)
+    optimizer = make_optimizer(model, optim_config)
+    tokens = torch.randint(VOCAB_SIZE, (4, 33), generator=torch.Generator().manual_seed(seed))
+    hidden: list[Tensor] = []
+    model.blocks[-1].register_forward_hook(lambda module, inputs, output: hidden.append(output[0].detach()))
+    start: dict[str, Tensor] = {}
+    sizes = []
+    for step in range(max(STEPS) + 1):
+        logits, router_stats = model(tokens[:, :-1])
+        current = {"logits": logits.detach(), "hidden": hidden.pop()}
+        start = start or current
+        if step in STEPS:
+            for name, value in current.items():
+                size, change = (x.float().square().mean().sqrt().item() for x in (value, value - start[name]))
+                sizes.append(Size(optim_config.width_scaling, model_config.dim, step, name, size, change))
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss = loss + 0.01 * sum(stats.load_balancing_loss for stats in router_stats)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return sizes
+
+
+def check(ffn: str, widths: tuple[int, ...] = WIDTHS, lr: float = 3e-3) -> list[Size]:
+    """The sizes at every width, with and without mup; two PreNorm blocks of heads of constant width."""
+    sizes = []
+    for kind in ("none", "mup"):
+        optim = OptimConfig(lr=lr, width_scaling=kind, base_width=widths[0], warmup_steps=0)
+        for width in widths:
+            model = ModelConfig(placement="prenorm", init="megatron", num_layers=2, dim=width, num_heads=width // HEAD_DIM)
+            model = replace(model, ffn=ffn, moe=MoEConfig(num_experts=4))
+            sizes += sizes_at(model, optim)
+    return sizes
+
+
+def spread(sizes: list[Size], scaling: str, step: int, name: str, field: str) -> float:
+    """Largest over smallest size among the widths."""
+    values = [getattr(s, field) for s in sizes if (s.scaling, s.step, s.name) == (scaling, step, name)]
+    return max(values) / min(values)
+
+
+def print_table(sizes: list[Size]) -> None:
+    """One row for each scaling, quantity and step: the size at each width, and the spread among them."""
+    widths = sorted({size.width for size in sizes})
+    table = Table(title="Root mean square size by width")
+    for column in ("scaling", "what", "step", *map(str, widths), "max / min"):
+        table.add_column(column, justify="right")
+    for kind in ("none", "mup"):
+        for name in ("hidden", "logits"):
+            for field in ("activation", "update"):
+                for step in STEPS:
+                    values = [getattr(s, field) for s in sizes if (s.scaling, s.name, s.step) == (kind, name, step)]
+                    cells = (f"{value:.3g}" for value in values)
+                    table.add_row(kind, f"{name} {field}", str(step), *cells, f"{max(values) / min(values):.2f}")
+    Console(width=None if Console().is_terminal else 120).print(table)
+
+
+def draw(sizes: list[Size], output: Path) -> None:
+    """Update sizes against width, one line a step; left without scaling, right with mup."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, grid = plt.subplots(2, 2, figsize=(9, 7), sharex=True, sharey="row", layout="constrained")
+    for row, name in zip(grid, ("hidden", "logits"), strict=True):
+        for axes, kind in zip(row, ("none", "mup"), strict=True):
+            for step in STEPS:
+                points = [(s.width, s.update) for s in sizes if (s.scaling, s.name, s.step) == (kind, name, step)]
+                axes.plot(*zip(*points, strict=True), "o-", label=f"step {step}")
+            axes.set(xscale="log", yscale="log", title=f"{name}, optim.width_scaling={kind}", xlabel="model.dim")
+            axes.set_ylabel("change since step 0 (rms)")
+            axes.grid(alpha=0.3)
+            axes.legend()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.coordinate_check", description=__doc__)
+    parser.add_argument("--ffn", choices=("dense", "moe"), default="dense")
+    parser.add_argument("--lr", type=float, default=3e-3, help="learning rate at the smallest width")
+    parser.add_argument("--output", type=Path, help="where to draw it (PNG); needs matplotlib")
+    arguments = parser.parse_args()
+    sizes = check(arguments.ffn, lr=arguments.lr)
+    print_table(sizes)
+    if arguments.output is not None:
+        draw(sizes, arguments.output)
+        print(f"Picture: {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()
