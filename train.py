@@ -11,12 +11,14 @@ from core import cli
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
+@cli.job
 def main(config: DictConfig) -> None:
     # Here and not above, so that --help and shell completion do not wait for torch.
     import lightning as L
 
     from callbacks.last_checkpoint import TrainingInterrupted
     from core.build import build, build_all
+    from core.errors import require
     from core.quiet import quieten
     from core.run_folder import check_resumable, is_main_process, locate, resume_command
     from core.steps import check_length
@@ -25,6 +27,8 @@ def main(config: DictConfig) -> None:
     run = locate(config, hydra_config.runtime.choices.get("experiment"), time.strftime("%Y-%m-%d_%H-%M-%S"))
     config.run_dir = str(run.path)
     quieten()
+    valid_seed = type(config.seed) is int and 0 <= config.seed < 2**32
+    require(valid_seed, "seed", config.seed, "an integer from 0 to 2**32 - 1")
     L.seed_everything(config.seed, workers=True, verbose=False)
 
     datamodule = build(config, "data")
@@ -40,7 +44,7 @@ def main(config: DictConfig) -> None:
     datamodule.prepare_data()
     datamodule.check()
     if run.ckpt_path is not None:
-        check_resumable(run.ckpt_path, dict(module.hparams))
+        check_resumable(run.ckpt_path, dict(module.hparams), trainer.max_steps)
     if is_main_process():
         run.create(config, list(hydra_config.overrides.task))
         print(f"Run folder: {run.path}")

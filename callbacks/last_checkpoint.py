@@ -7,8 +7,9 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 
+from core.errors import require
 from core.steps import completes_step
 
 
@@ -25,11 +26,12 @@ class TrainingInterrupted(Exception):
         super().__init__(f"{signal.Signals(signum).name} after step {step}")
 
 
-class LastCheckpoint(ModelCheckpoint):
+class LastCheckpoint(Checkpoint):
     """Keeps one checkpoint that a run can always be resumed from.
 
-    On SIGINT (Ctrl-C) or SIGTERM the step in progress is finished and saved before the process leaves, so that nothing
-    is lost and the resumed curve is the uninterrupted one. A second signal leaves at once.
+    On SIGINT (Ctrl-C) or SIGTERM the step in progress is finished, with its validation where one is due, and saved
+    before the process leaves, so that nothing is lost and the resumed curve is the uninterrupted one. A second signal
+    leaves at once.
 
     Args:
         dirpath: where last.ckpt is written.
@@ -37,18 +39,21 @@ class LastCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, dirpath: str, every_n_train_steps: int) -> None:
-        super().__init__(
-            dirpath=dirpath,
-            filename="last",
-            every_n_train_steps=every_n_train_steps,
-            enable_version_counter=False,
-            save_on_train_epoch_end=False,
+        require(
+            every_n_train_steps >= 1,
+            "callbacks.last_checkpoint.every_n_train_steps",
+            every_n_train_steps,
+            "an integer >= 1",
         )
-        self._signum: int | None = None
+        self.path, self.every_n_train_steps = Path(dirpath) / "last.ckpt", every_n_train_steps
+        self._saved_step = -1
+        self._received = self._leaving = 0  # signal numbers; 0: none
         self._handlers: dict[int, Any] = {}
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.path = trainer.strategy.broadcast(self.path)  # ranks started at different seconds name different folders
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
         # Here and not in setup, because Lightning installs its own handlers in between.
         try:
             self._handlers = {
@@ -58,41 +63,51 @@ class LastCheckpoint(ModelCheckpoint):
             self._handlers = {}
 
     def _request(self, signum: int, frame: FrameType | None) -> None:
-        if self._signum is not None:
-            self._restore_handlers()
+        if self._received:
+            signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
             signal.raise_signal(signum)
-        self._signum = signum
+        self._received = signum
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # Not at the end of the batch before: its metrics were not with the loggers yet.
+        if self._leaving:
+            raise TrainingInterrupted(self._leaving, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if not completes_step(trainer, batch_idx):
             return
-        if signum := self._agreed_signal(trainer):
-            self._save_now(trainer)
-            raise TrainingInterrupted(signum, trainer.global_step)
-        if trainer.global_step >= trainer.max_steps > 0:
+        if trainer.global_step >= trainer.max_steps:
             trainer.should_stop = True  # makes Lightning validate after the last step, wherever the interval falls
+            return
+        self._leaving = self._agreed_signal(trainer)
+        if self._leaving or trainer.global_step % self.every_n_train_steps == 0:
+            self._save(trainer)
 
-    def _agreed_signal(self, trainer: L.Trainer) -> int:
-        """The signal that any rank received: all must leave after the same step."""
-        mine = self._signum or 0
-        if trainer.world_size == 1:
-            return mine
-        seen = trainer.strategy.reduce(torch.tensor(mine, device=trainer.strategy.root_device), reduce_op="max")
-        return int(seen)
-
-    def _save_now(self, trainer: L.Trainer) -> None:
-        assert self.dirpath is not None
-        trainer.save_checkpoint(str(Path(self.dirpath) / "last.ckpt"))
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._saved_step == trainer.global_step:
+            self._save(trainer)  # anew, or a resumed run would not know of this validation
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._restore_handlers()
-        self._save_now(trainer)
+        self._save(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._restore_handlers()
+
+    def _agreed_signal(self, trainer: L.Trainer) -> int:
+        """The signal that any rank received, or 0: all must leave after the same step."""
+        if trainer.world_size == 1:
+            return self._received
+        received = torch.tensor(self._received, device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(received, reduce_op="max"))
+
+    def _save(self, trainer: L.Trainer) -> None:
+        trainer.save_checkpoint(self.path)
+        self._saved_step = trainer.global_step
 
     def _restore_handlers(self) -> None:
         for number, handler in self._handlers.items():

@@ -8,6 +8,8 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from core.steps import completes_step
+
 
 class StepProgress(ProgressBar):
     """Shows step, loss, tokens/s and time left.
@@ -44,10 +46,12 @@ class StepProgress(ProgressBar):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         now, finished = time.monotonic(), trainer.global_step >= trainer.max_steps
-        if not self._enabled or (now - self._last_shown < self.period and not finished):
+        due = finished or now - self._last_shown >= self.period
+        if not (self._enabled and due and completes_step(trainer, batch_idx)):
             return
         self._last_shown = now
-        loss = outputs["loss"].item() if isinstance(outputs, dict) else outputs.item()
+        # Lightning divides what training_step returns by the number of batches that make a step.
+        loss = outputs["loss"].item() * trainer.accumulate_grad_batches
         text = f"step {trainer.global_step}/{trainer.max_steps}  loss {loss:.3f}"
         rate = trainer.callback_metrics.get("train/tokens_per_second")
         if rate is not None:

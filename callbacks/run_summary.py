@@ -82,7 +82,7 @@ class RunSummary(L.Callback):
             "best_checkpoint": str(best) if best.exists() else None,
             "last_checkpoint": str(last) if last.exists() else None,
             "tensorboard": f"tensorboard --logdir {self.run_dir}",
-            "resume": resume_command(self.run_dir),
+            "resume": resume_command(self.run_dir, 2 * trainer.max_steps),
         }
 
 

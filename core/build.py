@@ -1,11 +1,15 @@
 """Makes the objects that a composed config names with `_target_`, after holding each against its signature."""
 
+import pydoc
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from hydra.utils import get_class, instantiate
-from omegaconf import DictConfig
+from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
 
-from core.errors import ConfigError, require
+from core.errors import ConfigError, Refused, UserError, require
 from core.options import check_arguments
 
 
@@ -20,31 +24,46 @@ def build(config: DictConfig, field: str, **filled_in: Any) -> Any:
     Raises:
         ConfigError: no such class, or an argument that it does not take.
     """
-    node = _node(config, field)
+    node = OmegaConf.select(config, field)
     require(isinstance(node, DictConfig) and "_target_" in node, field, node, "a group with a _target_")
-    try:
-        target = get_class(node["_target_"])
-    except Exception as error:  # whatever the import of somebody's class raises
-        raise ConfigError(f"{field}._target_", node["_target_"], f"an importable class ({error})") from error
+    target = _locate(f"{field}._target_", node["_target_"])
     given = instantiate(DictConfig({k: v for k, v in node.items() if k != "_target_"}), _convert_="all")
     arguments = {name: value for name, value in given.items() if not name.startswith("_")}
-    check_arguments(field, target, {name: v for name, v in arguments.items() if name not in filled_in})
+    check_arguments(field, target, {**arguments, **filled_in})
     try:
         return target(**{**arguments, **filled_in})
-    except ConfigError:
+    except UserError:
         raise
-    except (TypeError, ValueError, RuntimeError, ImportError) as error:
-        # Lightning's misconfiguration errors and the like: the message says more than its traceback.
-        raise ConfigError(field, arguments, str(error)) from error
+    except (TypeError, ValueError, RuntimeError, ImportError, MisconfigurationException) as error:
+        # What Lightning and the like find wrong: the message says more than its traceback.
+        message = re.sub(r"\s+", " ", str(error)).strip()
+        name = _culprit(arguments, message)
+        raise Refused(f"{field}.{name}", node[name], message) from error
 
 
 def build_all(config: DictConfig, group: str) -> list[Any]:
     """Every entry of a group that is not null, in order: `callbacks.NAME=null` leaves one out."""
-    return [build(config, f"{group}.{name}") for name, node in (config[group] or {}).items() if node is not None]
+    entries = OmegaConf.select(config, group) or {}
+    return [build(config, f"{group}.{name}") for name, node in entries.items() if node is not None]
 
 
-def _node(config: DictConfig, field: str) -> Any:
-    node: Any = config
-    for part in field.split("."):
-        node = node[part]
-    return node
+def _locate(field: str, name: object) -> Callable[..., Any]:
+    reason = ""
+    try:
+        target = pydoc.locate(str(name))
+    except pydoc.ErrorDuringImport as error:
+        target, reason = None, f" ({error})"
+    if not callable(target):
+        raise ConfigError(field, name, f"a class that can be imported, as package.module.Class{reason}")
+    return target
+
+
+def _culprit(arguments: Mapping[str, Any], message: str) -> str:
+    """The argument whose name or value comes first in an error message; failing that, the target itself."""
+    found = [
+        (match.start(), name)
+        for name, value in arguments.items()
+        for word in (name, value)
+        if isinstance(word, str) and (match := re.search(rf"\b{re.escape(word)}\b", message))
+    ]
+    return min(found)[1] if found else "_target_"

@@ -1,28 +1,37 @@
 """The command line: Hydra composes, mistakes end in one clear message, signals in a way to resume."""
 
+import functools
 import os
 import re
 import sys
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from core.errors import ConfigError
+from core.errors import ConfigError, UserError, suggest
 from core.explain import explain_omegaconf
 from lightning_modules.config import ModelConfig, OptimConfig, writable_schema
 
 USER_ERROR = 2
 INTERRUPTED = 130
+MISTAKES = (UserError, HydraException, OmegaConfBaseException)
+DEBUGGING = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
 def register_schemas() -> None:
     """Give Hydra the typed `model` and `optim` groups; configs/train.yaml starts from them."""
     store = ConfigStore.instance()
-    store.store(group="schema", name="model", node=writable_schema(ModelConfig), package="model")
-    store.store(group="schema", name="optim", node=writable_schema(OptimConfig), package="optim")
+    for name, schema in (("model", ModelConfig), ("optim", OptimConfig)):
+        node = writable_schema(schema)
+        for child in node.values():
+            if OmegaConf.get_type(child) is dict:
+                OmegaConf.set_struct(child, False)  # options: what they may hold is known where they are used
+        store.store(group="schema", name=name, node=node, package=name)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -30,36 +39,59 @@ def run(main: Callable[[], None]) -> None:
 
     A fault of the project itself keeps its traceback and exits with 1.
     """
-    debugging = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, so that the message can be better
+    sys.path.append(os.getcwd())  # your own classes may lie where you are
     register_schemas()
     try:
         main()
     except KeyboardInterrupt:
         print("\nInterrupted before training started: nothing to save.", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
-    except (ConfigError, HydraException, OmegaConfBaseException) as error:
-        if debugging:
-            traceback.print_exc()
-        print(f"Error: {explain(error)}", file=sys.stderr)
-        raise SystemExit(USER_ERROR) from None
+    except MISTAKES as error:
+        _leave(error)
+    except ValueError as error:  # not a HydraException, but Hydra's
+        if not str(error).startswith("Config group override"):
+            raise
+        _leave(HydraException(f"{error}; choose with GROUP=NAME, or leave it out with ~GROUP"))
+
+
+def job(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+    """Decorate the function under `hydra.main`: its mistakes end here, before Hydra adds words of its own."""
+
+    @functools.wraps(task)
+    def wrapped(config: DictConfig) -> None:
+        try:
+            task(config)
+        except MISTAKES as error:
+            _leave(error)
+
+    return wrapped
+
+
+def _leave(error: Exception) -> NoReturn:
+    if DEBUGGING:
+        traceback.print_exception(error)
+    print(f"Error: {explain(error)}", file=sys.stderr)
+    raise SystemExit(USER_ERROR) from None
 
 
 def explain(error: BaseException) -> str:
     """The message for the user, with the valid choices where they are known."""
     chain: BaseException | None = error
     while chain is not None:
-        if isinstance(chain, ConfigError):
+        if isinstance(chain, UserError):
             return str(chain)
-        if isinstance(chain, OmegaConfBaseException):
+        if isinstance(chain, OmegaConfBaseException) and chain.full_key:
             return str(explain_omegaconf(chain, value=_given(chain.full_key)))
         chain = chain.__cause__
-    text = str(error).strip()
-    if isinstance(error, MissingConfigException):
-        text = re.split(r"\n?Config search path", text)[0]
-        text = re.sub(r"\s*Available options in '(\w+)':\s*", r". Valid choices of \1: ", text)
-        text = re.sub(r"^In '\w+': ", "", text).replace("\n\t", ", ")
-    return re.sub(r"\s*\n\s*", " ", text)
+    text = re.split(r"\nSee https://|\n?Config search path|\n    full_key:", str(error))[0]
+    text = re.sub(r"^In '\w+': |\.$", "", re.sub(r"\s+", " ", text.strip()))
+    if isinstance(error, OverrideParseException):
+        return f"{text}; expected FIELD=VALUE, +FIELD=VALUE for a new field, or ~FIELD to leave one out"
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        return str(ConfigError(group, name, suggest(name, error.options)))
+    return text
 
 
 def _given(field: str | None) -> str | None:

@@ -1,14 +1,19 @@
-"""The one exception that means "the user asked for something that cannot be had"."""
+"""What the user can mend: `train.py` prints these errors without a traceback and exits with 2."""
 
 import difflib
-from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
-class ConfigError(ValueError):
-    """A configuration value that cannot work. `train.py` prints it without a traceback and exits with 2.
+class UserError(Exception):
+    """The base of all of them."""
+
+
+class ConfigError(UserError, ValueError):
+    """A configuration value that cannot work.
 
     Args:
         field: dotted name of the configuration field, as the user would override it.
@@ -16,12 +21,31 @@ class ConfigError(ValueError):
         valid: what would have been accepted, in words.
     """
 
+    template = "{}={!r} is not valid: expected {}"
+
     def __init__(self, field: str, value: object, valid: str) -> None:
         self.field, self.value, self.valid = field, value, valid
-        super().__init__(f"{field}={value!r} is not valid: expected {valid}")
+        super().__init__(self.template.format(field, value, valid))
 
-    def __reduce__(self) -> tuple[type["ConfigError"], tuple[str, object, str]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.field, self.value, self.valid)
+
+
+class Refused(ConfigError):
+    """A value that cannot work for a reason that stands in `valid` as a sentence of its own."""
+
+    template = "{}={!r} is not valid: {}"
+
+
+class UnknownField(Refused):
+    """A field that does not exist; `valid` lists those that do."""
+
+    def __init__(self, field: str, value: object, choices: Iterable[str]) -> None:
+        self.choices = sorted(choices)
+        super().__init__(field, value, f"no such field; {suggest(field.rpartition('.')[2], self.choices)}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.field, self.value, self.choices)
 
 
 def suggest(name: str, choices: Iterable[str]) -> str:
@@ -42,3 +66,12 @@ def require(condition: bool, field: str, value: object, valid: str) -> None:
     """Raise ConfigError(field, value, valid) unless the condition holds."""
     if not condition:
         raise ConfigError(field, value, valid)
+
+
+@contextmanager
+def writing(field: str, folder: object) -> Iterator[None]:
+    """While writing to the folder that a field names: what the file system refuses becomes a ConfigError."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(field, str(folder), f"a folder that can be written to ({error.strerror})") from error

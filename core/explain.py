@@ -2,14 +2,14 @@
 
 import dataclasses
 import re
+import typing
 from typing import Any
 
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
-from core.errors import ConfigError, suggest
-
-_TYPE_NAMES = {"Integer": "an integer", "Float": "a number", "Boolean": "true or false", "String": "text"}
+from core.errors import ConfigError, Refused, UnknownField
+from core.options import describe
 
 
 def explain_omegaconf(error: OmegaConfBaseException, prefix: str = "", value: Any = None) -> ConfigError:
@@ -23,13 +23,18 @@ def explain_omegaconf(error: OmegaConfBaseException, prefix: str = "", value: An
     field = ".".join(part for part in (prefix, error.full_key or str(error.key or "")) if part)
     message = str(error.msg or error).splitlines()[0]
     if isinstance(error, ConfigKeyError | AttributeError):
-        return ConfigError(field, value, f"no such field; {suggest(str(error.key), _siblings(error))}")
-    if isinstance(error, ValidationError):
+        return UnknownField(field, value, _siblings(error))
+    if isinstance(error, ValidationError) and (wanted := _wanted(error)):
         given = re.search(r"'(.*)' of type", message)
-        wanted = re.search(r"converted to (\w+)", message)
-        valid = _TYPE_NAMES.get(wanted[1], wanted[1]) if wanted else message
-        return ConfigError(field, given[1] if given else value, valid)
-    return ConfigError(field, value, message)
+        return ConfigError(field, given[1] if given else value, wanted)
+    return Refused(field, value, message)
+
+
+def _wanted(error: ValidationError) -> str | None:
+    """The declared type of the field, in words."""
+    if dataclasses.is_dataclass(error.object_type):
+        return describe(typing.get_type_hints(error.object_type)[str(error.key)])
+    return describe(error.ref_type) if error.ref_type not in (None, Any) else None  # an item of a list
 
 
 def _siblings(error: OmegaConfBaseException) -> list[str]:

@@ -1,16 +1,19 @@
 """Hold keyword arguments against the signature they are meant for, before the call."""
 
+import dataclasses
 import inspect
 import types
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from core.errors import ConfigError, suggest
+from core.errors import ConfigError, UnknownField, require
+
+_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
 
 def check_arguments(field: str, function: Callable[..., Any], arguments: Mapping[str, Any], *hidden: str) -> None:
-    """Refuse unknown names and wrong primitive types.
+    """Refuse unknown names, wrong primitive types, and the lack of an argument without a default.
 
     Args:
         field: dotted name of the configuration group that holds the arguments.
@@ -22,16 +25,20 @@ def check_arguments(field: str, function: Callable[..., Any], arguments: Mapping
         ConfigError: names the first argument that does not fit, and what would.
     """
     parameters = inspect.signature(function).parameters
-    names = [name for name in parameters if name not in hidden and name not in ("self", "args", "kwargs")]
+    collecting = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    names = [name for name, p in parameters.items() if name not in hidden and p.kind not in collecting]
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     hints = _type_hints(function)
     for name, value in arguments.items():
         if name not in names:
             if open_ended and name not in hidden:
                 continue
-            raise ConfigError(f"{field}.{name}", value, f"no such field; {suggest(name, names)}")
+            raise UnknownField(f"{field}.{name}", value, names)
         if not accepts(hints.get(name, Any), value):
             raise ConfigError(f"{field}.{name}", value, describe(hints[name]))
+    for name in names:
+        needed = parameters[name].default is inspect.Parameter.empty
+        require(not needed or name in arguments, f"{field}.{name}", None, "a value: it has no default")
 
 
 def _type_hints(function: Callable[..., Any]) -> dict[str, Any]:
@@ -67,9 +74,14 @@ def accepts(hint: Any, value: Any) -> bool:
 
 
 def describe(hint: Any) -> str:
-    """A type hint in words: `int or None`."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(describe(argument) for argument in typing.get_args(hint))
-    if typing.get_origin(hint) is typing.Literal:
-        return "one of " + ", ".join(repr(argument) for argument in typing.get_args(hint))
-    return "null" if hint is type(None) else getattr(hint, "__name__", str(hint))
+    """A type hint in words: `an integer or null`."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(describe(argument) for argument in arguments)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(repr(argument) for argument in arguments)
+    if origin is tuple and Ellipsis not in arguments:
+        return f"[{', '.join(describe(argument) for argument in arguments)}]"
+    if origin is dict or dataclasses.is_dataclass(hint):
+        return "a group of fields"
+    return _WORDS.get(hint) or str(getattr(hint, "__name__", hint))

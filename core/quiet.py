@@ -7,6 +7,7 @@ _NOISE = (
     r".*does not have many workers.*",  # the reader is faster than worker processes are
     r".*Checkpoint directory .* exists and is not empty.*",  # a resumed run's own folder
     r".*You're resuming from a checkpoint that ended before the epoch ended.*",  # the stream has no epochs
+    r".*The dirpath has changed from .*",  # a checkpoint that goes on in another folder
     r".*treespec, LeafSpec.*",  # a deprecation inside Lightning
     r".*The `srun` command is available.*",
 )

@@ -1,5 +1,6 @@
 """Where a run lives: runs/EXPERIMENT/TIME with its config, checkpoints, logs and summary."""
 
+import itertools
 import shlex
 import sys
 import time
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from core.errors import ConfigError, require
+from core.errors import ConfigError, require, writing
 from core.mappings import flatten
 
 RUNS = Path("runs")
@@ -25,11 +26,12 @@ class RunFolder:
 
     def create(self, config: DictConfig, overrides: list[str]) -> None:
         """Make the folder and note what was asked for. A resumed run keeps the notes of its beginning."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        first = not (self.path / "config.yaml").exists()
-        suffix = "" if first else time.strftime("-resumed-%Y-%m-%d_%H-%M-%S")
-        OmegaConf.save(config, self.path / f"config{suffix}.yaml", resolve=True)
-        OmegaConf.save(OmegaConf.create(overrides), self.path / f"overrides{suffix}.yaml")
+        with writing("run_dir", self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            first = not (self.path / "config.yaml").exists()
+            suffix = "" if first else time.strftime("-resumed-%Y-%m-%d_%H-%M-%S")
+            OmegaConf.save(config, self.path / f"config{suffix}.yaml", resolve=True)
+            OmegaConf.save(OmegaConf.create(overrides), self.path / f"overrides{suffix}.yaml")
 
 
 def locate(config: DictConfig, experiment: str | None, now: str) -> RunFolder:
@@ -46,10 +48,10 @@ def locate(config: DictConfig, experiment: str | None, now: str) -> RunFolder:
     Raises:
         ConfigError: a checkpoint that is not there, or a folder that holds a run already.
     """
-    given = Path(config.run_dir) if config.run_dir else None
+    given = Path(str(config.run_dir)) if config.run_dir else None
     siblings = RUNS / (experiment or "default")
     if config.ckpt_path is None:
-        path = given or siblings / now
+        path = given or _fresh(siblings / now)
         taken = (path / LAST).exists() or (path / "config.yaml").exists()
         valid = "a folder without a run in it, or ckpt_path=last beside it to resume that run"
         require(not (taken and is_main_process()), "run_dir", str(path), valid)
@@ -63,33 +65,51 @@ def locate(config: DictConfig, experiment: str | None, now: str) -> RunFolder:
     checkpoint = Path(str(config.ckpt_path))
     require(checkpoint.is_file(), "ckpt_path", str(checkpoint), "last, or the path of a checkpoint file")
     owner = checkpoint.absolute().parent.parent
-    home = owner if (owner / "config.yaml").exists() else siblings / now
+    home = owner if (owner / "config.yaml").exists() else _fresh(siblings / now)
     return RunFolder(given or home, checkpoint)
 
 
-def check_resumable(checkpoint: Path, hyper_parameters: dict[str, object]) -> None:
-    """Hold the checkpoint's model against the one that is asked for.
+def _fresh(path: Path) -> Path:
+    """The path, or PATH-2, PATH-3, ...: the first that is not there yet."""
+    names = itertools.chain([path.name], (f"{path.name}-{n}" for n in itertools.count(2)))
+    return next(fresh for name in names if not (fresh := path.with_name(name)).exists())
+
+
+def check_resumable(checkpoint: Path, hyper_parameters: dict[str, object], max_steps: int) -> None:
+    """Hold the checkpoint against the model that is asked for, and its step against where the run is to end.
 
     Raises:
-        ConfigError: it cannot be read, or another model is in it; names the first field that differs.
+        ConfigError: it cannot be read, another model is in it (names the first field that differs), or it is at the
+            end already.
     """
     import torch
 
     try:
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["hyper_parameters"]
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        saved, step = content["hyper_parameters"], content["global_step"]
     except Exception as error:  # truncated, no checkpoint at all, or one with code in it
-        reason = str(error).splitlines()[0]
-        raise ConfigError("ckpt_path", str(checkpoint), f"a whole checkpoint of this project ({reason})") from error
+        valid = "a whole checkpoint of this project; this file cannot be read as one"
+        raise ConfigError("ckpt_path", str(checkpoint), valid) from error
     old, new = flatten(saved, "."), flatten(hyper_parameters, ".")
     for field in sorted((old.keys() | new.keys()) - HOW_NOT_WHAT):
         if field.startswith(("model.", "vocab_size")) and old.get(field) != new.get(field):
             raise ConfigError(field, new.get(field), f"{old.get(field)!r}, as in the checkpoint that is resumed")
+    require(
+        step < max_steps, "trainer.max_steps", max_steps, f"more than {step}, the steps that the checkpoint has done"
+    )
 
 
-def resume_command(run_dir: Path) -> str:
-    """The command line that goes on with a run: its own overrides, its folder, its last checkpoint."""
+def resume_command(run_dir: Path, max_steps: int | None = None) -> str:
+    """The command line that goes on with a run: its own overrides, its folder, its last checkpoint.
+
+    Args:
+        run_dir: the run's folder.
+        max_steps: another end than the run's own.
+    """
     overrides = [str(item) for item in OmegaConf.load(run_dir / "overrides.yaml")]
-    kept = [item for item in overrides if item.split("=")[0] not in ("run_dir", "ckpt_path")]
+    replaced = {"run_dir", "ckpt_path", *(["trainer.max_steps"] if max_steps else [])}
+    kept = [item for item in overrides if item.split("=")[0] not in replaced]
+    kept += [f"trainer.max_steps={max_steps}"] if max_steps else []
     script = "train.py" if Path(sys.argv[0]).name != "train.py" else sys.argv[0]
     return shlex.join(["python", script, *kept, f"run_dir={_display(run_dir)}", "ckpt_path=last"])
 

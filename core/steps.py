@@ -11,9 +11,10 @@ def completes_step(trainer: L.Trainer, batch_idx: int) -> bool:
 
 
 def is_logged(trainer: L.Trainer, step: int) -> bool:
-    """Whether the loggers write the optimizer step of this number, counted from 1."""
+    """Whether metrics of the optimizer step of this number, counted from 1, are wanted: by the loggers or, of the last
+    one, by the summary."""
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    return every > 0 and step % every == 0
+    return step == trainer.max_steps or (every > 0 and step % every == 0)
 
 
 def check_length(trainer: L.Trainer) -> None:
@@ -22,8 +23,14 @@ def check_length(trainer: L.Trainer) -> None:
     Raises:
         ConfigError: the run's length is not given in steps, or a step in batches.
     """
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
     valid = "an integer >= 1: the token stream has no end, a run is so many optimizer steps long"
     require(trainer.max_steps >= 1, "trainer.max_steps", trainer.max_steps, valid)
     require(trainer.max_epochs == -1, "trainer.max_epochs", trainer.max_epochs, "-1; give trainer.max_steps instead")
     batches = trainer.accumulate_grad_batches
     require(batches >= 1, "trainer.accumulate_grad_batches", batches, "an integer >= 1")
+    every = trainer.val_check_interval
+    valid = f"an integer, a multiple of trainer.accumulate_grad_batches={batches}: a step is validated and saved whole"
+    whole = isinstance(every, int) and every >= 1 and every % batches == 0
+    require(whole, "trainer.val_check_interval", every, valid)

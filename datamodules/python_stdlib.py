@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from core.errors import writing
 from datamodules.shards import CorpusError, read_index, write_corpus
 from datamodules.token_datamodule import TokenDataModule
 from datamodules.tokenizers import ByteTokenizer
@@ -48,7 +49,8 @@ class PythonStdlib(TokenDataModule):
             "vocab_size": self.tokenizer.vocab_size,
             "source": f"standard library of Python {platform.python_version()}",
         }
-        write_corpus(self.folder, documents(self.tokenizer), self.tokenizer.end_of_document, description)
+        with writing("data.root", self.root):
+            write_corpus(self.folder, documents(self.tokenizer), self.tokenizer.end_of_document, description)
 
 
 def documents(tokenizer: ByteTokenizer) -> Iterator[tuple[str, bytes, npt.NDArray[np.uint16]]]:

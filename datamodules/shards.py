@@ -6,17 +6,20 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from core.errors import UserError
+
 INDEX_VERSION = 1
 SPLITS = ("train", "val")
 
 
-class CorpusError(RuntimeError):
+class CorpusError(UserError):
     """A corpus on disk that cannot be trusted; says which file and why."""
 
 
@@ -103,20 +106,20 @@ def write_corpus(
     try:
         splits = {name: {"file": f"{name}.bin", "num_tokens": 0, "num_bytes": 0, "num_documents": 0} for name in SPLITS}
         hashes = {name: hashlib.sha256() for name in SPLITS}
-        files = {name: (scratch / f"{name}.bin").open("wb") for name in SPLITS}
-        for name, text, tokens in documents:
-            data = np.append(tokens, np.uint16(end_of_document)).tobytes()
-            files[name].write(data)
-            hashes[name].update(data)
-            entry: dict[str, Any] = splits[name]
-            entry["num_tokens"] += len(tokens) + 1
-            entry["num_bytes"] += len(text)
-            entry["num_documents"] += 1
-        for name, file in files.items():
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-            splits[name]["sha256"] = hashes[name].hexdigest()
+        with ExitStack() as stack:
+            files = {name: stack.enter_context((scratch / f"{name}.bin").open("wb")) for name in SPLITS}
+            for name, text, tokens in documents:
+                data = np.append(tokens, np.uint16(end_of_document)).tobytes()
+                files[name].write(data)
+                hashes[name].update(data)
+                entry: dict[str, Any] = splits[name]
+                entry["num_tokens"] += len(tokens) + 1
+                entry["num_bytes"] += len(text)
+                entry["num_documents"] += 1
+            for name, file in files.items():
+                file.flush()
+                os.fsync(file.fileno())
+                splits[name]["sha256"] = hashes[name].hexdigest()
         index = {"version": INDEX_VERSION, "dtype": "uint16", **description, "splits": splits}
         (scratch / "index.json").write_text(json.dumps(index, indent=2) + "\n")
         scratch.chmod(0o755)

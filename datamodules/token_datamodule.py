@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -93,7 +94,11 @@ class TokenDataModule(L.LightningDataModule):
 
     def _loader(self, stream: TokenStream) -> DataLoader[dict[str, Tensor]]:
         pinned = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        return DataLoader(stream, batch_size=None, num_workers=self.num_workers, pin_memory=pinned)
+        # A generator of its own: a loader draws a seed for its workers, and one more validation must not shift torch's.
+        generator = torch.Generator().manual_seed(self.seed)
+        return DataLoader(
+            stream, batch_size=None, num_workers=self.num_workers, pin_memory=pinned, generator=generator
+        )
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         if self.trainer:

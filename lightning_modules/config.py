@@ -4,6 +4,7 @@ Names (placement, norm, init, ffn, backend) are resolved where the thing is buil
 registry; here stand the numeric constraints.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -25,26 +26,51 @@ class MoEConfig:
     num_experts: int = 8
     top_k: int = 2  # experts per token
     expert_dim: int | None = None  # hidden width of one expert; None: model.ffn_dim
-    backend: str = "auto"  # auto: grouped on CUDA, loop elsewhere
+    num_shared_experts: int = 0  # experts beside those, on every token (2401.06066)
+    shared_expert_dim: int | None = None  # hidden width of one shared expert; None: that of a routed one
+    shared_expert_weighted_sum: bool = False  # shared / (k + 1) + routed k / (k + 1); false: their plain sum
+    first_dense_layers: int = 0  # that many layers keep the dense FFN (2401.06066)
+    every: int = 1  # of the layers after those, each n-th is a mixture
+    backend: str = "auto"  # auto, megablocks, grouped or loop: lightning_modules/layers/experts.py
+    expert_parallel: int = 1  # processes that share out the experts of a layer
+    score: str = "softmax"  # softmax or sigmoid, of the router's logits
     normalize_weights: bool = True  # divide the top-k weights by their sum
-    load_balancing_weight: float = 0.01
-    z_loss_weight: float = 0.001
     jitter: float = 0.0  # training noise on the router's input: times U[1 - jitter, 1 + jitter]
+    balancing: str = "loss"  # loss: auxiliary (2101.03961); bias: free of it (2408.15664); none
+    load_balancing_weight: float = 0.01  # of the loss
+    bias_update_rate: float = 0.001  # of the bias, per optimizer step
+    z_loss_weight: float = 0.001
 
     def __post_init__(self) -> None:
-        require(self.num_experts >= 1, "model.moe.num_experts", self.num_experts, "an integer >= 1")
+        for name, least in (("num_experts", 1), ("num_shared_experts", 0), ("first_dense_layers", 0), ("every", 1)):
+            require(getattr(self, name) >= least, f"model.moe.{name}", getattr(self, name), f"an integer >= {least}")
         require(
             1 <= self.top_k <= self.num_experts,
             "model.moe.top_k",
             self.top_k,
             f"an integer from 1 to model.moe.num_experts={self.num_experts}",
         )
+        for name in ("expert_dim", "shared_expert_dim"):
+            width = getattr(self, name)
+            require(width is None or width >= 1, f"model.moe.{name}", width, "an integer >= 1 or null")
         require(
-            self.expert_dim is None or self.expert_dim >= 1, "model.moe.expert_dim", self.expert_dim, ">= 1 or null"
+            self.expert_parallel >= 1 and self.num_experts % self.expert_parallel == 0,
+            "model.moe.expert_parallel",
+            self.expert_parallel,
+            f"a divisor of model.moe.num_experts={self.num_experts}",
         )
         require(0 <= self.jitter < 1, "model.moe.jitter", self.jitter, "a number in [0, 1)")
-        for name in ("load_balancing_weight", "z_loss_weight"):
+        for name in ("load_balancing_weight", "bias_update_rate", "z_loss_weight"):
             require(getattr(self, name) >= 0, f"model.moe.{name}", getattr(self, name), "a number >= 0")
+
+    @property
+    def balance_weight(self) -> float:
+        """What the load-balancing loss is multiplied by."""
+        return self.load_balancing_weight if self.balancing == "loss" else 0.0
+
+    def is_mixture(self, layer: int) -> bool:
+        """Whether the layer of this number, counted from 1, is one of `model.ffn=moe`'s mixtures."""
+        return layer > self.first_dense_layers and (layer - self.first_dense_layers) % self.every == 0
 
 
 @dataclass(frozen=True)
@@ -124,7 +150,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         for name in ("lr", "weight_decay", "warmup_steps"):
-            require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "a number >= 0")
+            require(0 <= getattr(self, name) < math.inf, f"optim.{name}", getattr(self, name), "a number >= 0")
         require(self.eps > 0, "optim.eps", self.eps, "a number > 0")
         valid_betas = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         require(valid_betas, "optim.betas", self.betas, "two numbers in [0, 1)")

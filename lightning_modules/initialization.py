@@ -1,17 +1,25 @@
 """Initializations, orthogonal to placement: each says the standard deviation of every matrix.
 
-    init        base             residual branches' output matrices (L = number of blocks)
-    plain       std              as the base                        GPT-2's 0.02 by default
-    fan_in      1/sqrt(fan_in)   as the base                        unit variance in, unit variance out
-    megatron    std              x 1/sqrt(2L)                       1909.08053
-    scale_init  1/sqrt(fan_in)   x 1/sqrt(L), targets selectable    2601.22580, reconstructed
+    init         base   times                                                             source
+    plain        std    1                                                                 GPT-2's 0.02 by default
+    fan_in       F      1                                                                 unit variance in, and out
+    megatron     std    1/sqrt(2L) on O and D                                             1909.08053
+    scale_init   F      1/sqrt(L) on O and D; L and the matrices selectable               2601.22580, reconstructed
+    deepnorm     X      (8L)^(-1/4) on V, O, U and D                                      2203.00555, figure 2
+    b2t          X      1/sqrt(L) on Q, K, V, O, U and D                                  2206.00330, reconstructed
+    subln        X      sqrt(ln 2L) on V, O, U and D                                      2210.06423
+    deepscalelm  F      sqrt(2/L) on O and D; 1/sqrt(E silu(z)^2) on D; r^(-1/4) on V, O  2403.09635, partly derived
+
+    L: number of blocks. Q, K, V, O: attention's query, key, value and output matrices; U: the FFN's gate and up
+    matrices, D: its down matrix, and those of experts alike. F: 1/sqrt(fan_in). X: sqrt(2 / (fan_in + fan_out))
+    (Xavier) on these; F on embedding and head.
 
 All draws are normal with mean 0. An embedding lookup has fan-in 1. The router always draws with 0.02, so that the
 experts start nearly balanced whatever the init. Norm gains start at 1 and biases at 0.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
 import torch
@@ -30,6 +38,30 @@ Init = Callable[[Matrix], float]
 
 ROUTER_STD = 0.02
 TARGETS = ("attn_out", "value", "ffn_up", "ffn_down")
+OUTPUTS = ("attn_out", "ffn_down")
+"""The two matrices that end a residual branch."""
+BLOCK = ("query", "key", *TARGETS)
+SILU_POWER = 0.3557755
+"""E silu(z)^2 of a standard normal z."""
+
+
+def _fan_in(matrix: Matrix) -> float:
+    return matrix.fan_in**-0.5
+
+
+def _xavier(matrix: Matrix) -> float:
+    """Keeps the variance on the way forward and back, on average (Glorot and Bengio 2010); fan_in outside blocks."""
+    return (2 / (matrix.fan_in + matrix.fan_out)) ** 0.5 if matrix.role in BLOCK else _fan_in(matrix)
+
+
+def _small(matrix: Matrix) -> float:
+    """sqrt(2 / (5 dim)) (1910.05895), dim the width of the stream that the matrix reads or writes."""
+    dim = matrix.fan_out if matrix.role in ("embedding", *OUTPUTS) else matrix.fan_in
+    return (2 / (5 * dim)) ** 0.5
+
+
+def _scaled(base: Init, scale: float, targets: Collection[str]) -> Init:
+    return lambda matrix: base(matrix) * (scale if matrix.role in targets else 1.0)
 
 
 def plain(num_layers: int, std: float = 0.02) -> Init:
@@ -39,19 +71,21 @@ def plain(num_layers: int, std: float = 0.02) -> Init:
 
 def fan_in(num_layers: int) -> Init:
     """1/sqrt(fan_in): every product keeps the variance of its input."""
-    return lambda matrix: matrix.fan_in**-0.5
+    return _fan_in
 
 
-def megatron(num_layers: int, std: float = 0.02) -> Init:
-    """plain, with the two matrices that end a residual branch times 1/sqrt(2L) (1909.08053)."""
-    scale = (2 * num_layers) ** -0.5
-    return lambda matrix: std * (scale if matrix.role in ("attn_out", "ffn_down") else 1.0)
+def megatron(num_layers: int, std: float | None = 0.02) -> Init:
+    """plain, with the two matrices that end a residual branch times 1/sqrt(2L) (1909.08053).
+
+    Args:
+        num_layers: number of blocks.
+        std: of all other matrices; None: sqrt(2 / (5 dim)), as HybridNorm has it (2503.04598).
+    """
+    return _scaled(_small if std is None else plain(num_layers, std), (2 * num_layers) ** -0.5, OUTPUTS)
 
 
 def scale_init(
-    num_layers: int,
-    factor: Literal["blocks", "sublayers"] = "blocks",
-    targets: Sequence[str] = ("attn_out", "ffn_down"),
+    num_layers: int, factor: Literal["blocks", "sublayers"] = "blocks", targets: Sequence[str] = OUTPUTS
 ) -> Init:
     """ScaleInit (2601.22580): fan_in, with the target matrices times 1/sqrt(L); each branch then has variance O(1/L).
 
@@ -66,8 +100,45 @@ def scale_init(
     for target in targets:
         if target not in TARGETS:
             raise ConfigError("model.init_options.targets", list(targets), f"a list of {', '.join(TARGETS)}")
-    scale = (num_layers if factor == "blocks" else 2 * num_layers) ** -0.5
-    return lambda matrix: matrix.fan_in**-0.5 * (scale if matrix.role in targets else 1.0)
+    return _scaled(_fan_in, (num_layers if factor == "blocks" else 2 * num_layers) ** -0.5, targets)
+
+
+def deepnorm(num_layers: int) -> Init:
+    """Xavier with the gain (8L)^(-1/4) on values, outputs and FFN (2203.00555, the decoder-only case)."""
+    return _scaled(_xavier, (8 * num_layers) ** -0.25, TARGETS)
+
+
+def b2t(num_layers: int) -> Init:
+    """Xavier times 1/sqrt(L) on every matrix of the blocks (2206.00330).
+
+    The paper scales all but the norms; that its base is Xavier, and that embedding and head are left alone, is
+    reconstructed.
+    """
+    return _scaled(_xavier, num_layers**-0.5, BLOCK)
+
+
+def subln(num_layers: int) -> Init:
+    """Xavier with the gain sqrt(ln 2L) on values, outputs and FFN (2210.06423, the decoder-only case)."""
+    return _scaled(_xavier, math.log(2 * num_layers) ** 0.5, TARGETS)
+
+
+def deepscalelm(num_layers: int, correlation: float = 1.0) -> Init:
+    """DeepScaleLM's unit-variance branches and their weight 2/L (2403.09635).
+
+    Known: queries and keys with 1/sqrt(fan_in), and branches of variance 2/L. Derived here: the value and output
+    matrices share the factor 1/sqrt(r) that undoes attention's averaging, and a SwiGLU's down matrix undoes its hidden
+    layer's power E silu(z)^2 (the paper has ReLU). Left out: the paper multiplies the skip connections by
+    sqrt(1 - 2/L), which no init can.
+
+    Args:
+        num_layers: number of blocks.
+        correlation: r, the mean correlation of two tokens at attention's input: the share of the values' variance that
+            is left after averaging over tokens. The paper computes it for each layer from the data.
+    """
+    if not 0 < correlation <= 1:
+        raise ConfigError("model.init_options.correlation", correlation, "a number in (0, 1]")
+    attention = _scaled(_fan_in, correlation**-0.25, ("value", "attn_out"))
+    return _scaled(_scaled(attention, SILU_POWER**-0.5, ["ffn_down"]), min(1.0, 2 / num_layers) ** 0.5, OUTPUTS)
 
 
 INITS: dict[str, Callable[..., Init]] = {
@@ -75,6 +146,10 @@ INITS: dict[str, Callable[..., Init]] = {
     "fan_in": fan_in,
     "megatron": megatron,
     "scale_init": scale_init,
+    "deepnorm": deepnorm,
+    "b2t": b2t,
+    "subln": subln,
+    "deepscalelm": deepscalelm,
 }
 
 

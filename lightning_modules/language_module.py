@@ -1,6 +1,8 @@
 """The LightningModule: loss, metrics and optimizer around a Transformer."""
 
+import logging
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import lightning as L
@@ -9,14 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from core.errors import require
 from core.steps import completes_step, is_logged
 from lightning_modules.config import ModelConfig, OptimConfig, parse
 from lightning_modules.generation import generate
-from lightning_modules.initialization import initialize, resolve_init
-from lightning_modules.layers.moe import RouterStats
+from lightning_modules.initialization import initialize
+from lightning_modules.layers.router import RouterStats
 from lightning_modules.optim import make_optimizer, make_schedule
+from lightning_modules.router_health import router_health, tally, tokens_per_expert
+from lightning_modules.sharding import shard
 from lightning_modules.transformer import Transformer
 from lightning_modules.width_scaling import width_scaling
+
+log = logging.getLogger(__name__)
 
 
 class LanguageModule(L.LightningModule):
@@ -36,9 +43,7 @@ class LanguageModule(L.LightningModule):
     |---|---|
     | train/loss, val/loss | nats per token, without auxiliary losses; train: mean over the accumulated batches |
     | val/perplexity | exp(val/loss) |
-    | moe/load_balancing_loss | unweighted mean over layers; 1 is perfect balance |
-    | moe/z_loss | unweighted mean over layers |
-    | moe/max_load | busiest expert's tokens over the mean, worst layer |
+    | moe/... | the routers' health: lightning_modules/router_health.py |
     | optim/lr | learning rate of the step just taken |
     | optim/grad_norm | l2 norm over all parameters, accumulated, before clipping |
     """
@@ -51,23 +56,39 @@ class LanguageModule(L.LightningModule):
         self.model_config = parse(ModelConfig, "model", model)
         self.optim_config = parse(OptimConfig, "optim", optim)
         self.vocab_size = vocab_size
-        with torch.device("meta"):  # a dry build finds every impossible configuration, at no cost
-            self.num_parameters = Transformer(self.model_config, vocab_size).num_parameters()
         self.width_scaling = width_scaling(self.model_config, self.optim_config)
-        resolve_init(self.model_config)
+        with torch.device("meta"):  # a dry build finds every impossible configuration, at no cost
+            weightless = Transformer(self.model_config, vocab_size)
+        initialize(weightless, self.width_scaling)
+        self.num_parameters = weightless.num_parameters()
         make_schedule(self.optim_config, num_steps=1)
         self.model = None
         self.train_loss, self.val_loss = MeanMetric(), MeanMetric()
+        self._router_tally: Tensor | None = None
 
     def configure_model(self) -> None:
         """Build and initialize; Lightning calls this where the strategy wants the weights to come to life."""
         if self.model is not None:
             return
-        self.model = Transformer(self.model_config, self.vocab_size, self.width_scaling.output_multiplier)
+        with self._precision():
+            self.model = Transformer(self.model_config, self.vocab_size, self.width_scaling.output_multiplier)
         initialize(self.model, self.width_scaling)
+        for mixture in list(self.model.mixtures().values())[:1]:
+            if self.global_rank == 0:
+                log.info("MoE backend: %s (%s)", *mixture.backend)
         if self.model_config.compile:
             for block in self.model.blocks:
                 block.compile()
+        experts = self.model_config.moe.expert_parallel
+        if self.device_mesh is not None:
+            shard(self.model, self.device_mesh["data_parallel"])
+        elif self._trainer is not None and self.trainer.state.fn == "fit":  # elsewhere one process may have them all
+            valid = "1 unless trainer.strategy is a ModelParallelStrategy: docs/megablocks.md"
+            require(experts == 1, "model.moe.expert_parallel", experts, valid)
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        """That of the forward pass, by which the backend of the experts is chosen."""
+        return nullcontext() if self._trainer is None else self.trainer.precision_plugin.forward_context()
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, list[RouterStats]]:
         """tokens [batch, seq] -> (logits [batch, seq, vocab_size], one RouterStats per MoE layer)."""
@@ -86,21 +107,32 @@ class LanguageModule(L.LightningModule):
         if not router_stats:
             return loss
         moe = self.model_config.moe
+        if self._logs_this_step or moe.balancing == "bias":
+            new = tally(router_stats)
+            self._router_tally = new if self._router_tally is None else self._router_tally + new
         balance = torch.stack([stats.load_balancing_loss for stats in router_stats]).mean()
         z_loss = torch.stack([stats.z_loss for stats in router_stats]).mean()
-        if self._logs_this_step:
-            loads = torch.stack([stats.tokens_per_expert for stats in router_stats])
-            max_load = (loads.amax(dim=1) / loads.mean(dim=1)).max()
-            self.log_dict({"moe/load_balancing_loss": balance, "moe/z_loss": z_loss}, sync_dist=True)
-            self.log("moe/max_load", max_load, sync_dist=True, reduce_fx="max")
-        return loss + moe.load_balancing_weight * balance + moe.z_loss_weight * z_loss
+        return loss + moe.balance_weight * balance + moe.z_loss_weight * z_loss
 
     @property
     def _logs_this_step(self) -> bool:
         """Whether the optimizer step in progress is one that the loggers will write."""
         return is_logged(self.trainer, self.trainer.global_step + 1)
 
+    def _settle_routers(self) -> None:
+        """Balance and report by what all batches and processes of the step have routed; in one reduction."""
+        if self._router_tally is None:
+            return
+        assert self.model is not None
+        tallied = self.trainer.strategy.reduce(self._router_tally, reduce_op="sum")
+        self._router_tally, mixtures = None, self.model.mixtures()
+        for mixture, load in zip(mixtures.values(), tokens_per_expert(tallied), strict=True):
+            mixture.router.update_bias(load)
+        if self._logs_this_step:
+            self.log_dict(router_health(tallied, list(mixtures)))
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self._settle_routers()
         if not self._logs_this_step:
             return
         gradients = [p.grad for p in self.parameters() if p.grad is not None]

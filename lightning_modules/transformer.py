@@ -1,22 +1,22 @@
 """The decoder-only transformer: the only place where a placement and its sublayers meet."""
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from core.errors import lookup
+from core.errors import lookup, require
 from core.options import check_arguments
 from lightning_modules.config import ModelConfig
 from lightning_modules.layers.attention import Attention
 from lightning_modules.layers.ffn import FeedForward
 from lightning_modules.layers.matrices import Matrix
-from lightning_modules.layers.moe import MoE, RouterStats
-from lightning_modules.layers.norms import make_norm
+from lightning_modules.layers.moe import MoE
+from lightning_modules.layers.norms import NormFactory
 from lightning_modules.layers.rope import Rope, rope_tables
+from lightning_modules.layers.router import RouterStats
 from lightning_modules.placements.base import Depth
 from lightning_modules.placements.registry import PLACEMENTS
 
@@ -30,10 +30,13 @@ class Block(nn.Module):
         super().__init__()
         scheme = lookup("model.placement", config.placement, PLACEMENTS)
         check_arguments("model.placement_options", scheme, config.placement_options, "depth", "norm")
-        norm = partial(make_norm, config, config.dim)
+        norm = NormFactory(config.norm, config.dim, config.norm_eps)
         self.placement = scheme(depth, norm, **config.placement_options)
         self.attn = Attention(config, self.placement.qkv_norm, self.placement.inner_norm)
-        self.ffn = lookup("model.ffn", config.ffn, FFNS)(config, self.placement.inner_norm)
+        ffn = lookup("model.ffn", config.ffn, FFNS)
+        if ffn is MoE and not config.moe.is_mixture(depth.index):
+            ffn = FeedForward
+        self.ffn = ffn(config, self.placement.inner_norm)
 
     def forward(self, state: Any, rope: Rope) -> tuple[Any, RouterStats | None]:
         """The placement's state before the block -> (state after it, router statistics of a MoE layer).
@@ -79,6 +82,9 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(
             Block(config, Depth(index, config.num_layers)) for index in range(1, config.num_layers + 1)
         )
+        first = config.moe.first_dense_layers + config.moe.every
+        valid = f"at least one mixture: first_dense_layers + every <= model.num_layers={config.num_layers}"
+        require(config.ffn != "moe" or first <= config.num_layers, "model.moe.every", config.moe.every, valid)
         self.head = nn.Linear(config.dim, vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
@@ -109,10 +115,11 @@ class Transformer(nn.Module):
             yield from block.ffn.matrices()
 
     def num_parameters(self) -> tuple[int, int]:
-        """(total, active): active counts top_k of num_experts experts."""
+        """(total, active): active counts top_k of num_experts routed experts, and every shared one."""
         total = sum(parameter.numel() for parameter in self.parameters())
-        if self.config.ffn != "moe":
-            return total, total
-        moe = self.config.moe
-        idle = 3 * self.config.dim * self.config.expert_hidden_dim * (moe.num_experts - moe.top_k)
-        return total, total - idle * self.config.num_layers
+        return total, total - sum(moe.num_idle_parameters() for moe in self.mixtures().values())
+
+    def mixtures(self) -> dict[int, MoE]:
+        """The MoE layers by number, counted from 1 over all layers; in the order of forward's statistics."""
+        layers = {number: block.ffn for number, block in enumerate(self.blocks, start=1)}
+        return {number: ffn for number, ffn in layers.items() if isinstance(ffn, MoE)}

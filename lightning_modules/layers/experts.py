@@ -1,52 +1,129 @@
-"""Ways to run the experts on tokens sorted by expert. All compute the same; see docs/decisions.md for when which."""
+"""The routed experts, by any of the backends. All compute the same, from parameters of the same names and shapes.
 
-from collections.abc import Callable
+backend      how                                       where auto takes it
+megablocks   the package's grouped dMoE (2211.15841)   CUDA in bf16, where it is installed: docs/megablocks.md
+grouped      F.grouped_mm                              CUDA otherwise
+loop         a matrix product per expert               CPU
+"""
+
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from core.errors import ConfigError, suggest
+from lightning_modules.config import ModelConfig
+from lightning_modules.layers import expert_parallel, megablocks
+from lightning_modules.layers.expert_products import GROUPED, LOOP, Products
+from lightning_modules.layers.norms import make_norm
 
-Backend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, nn.Module], Tensor]
-"""(x [N, dim], w1, v1, w2 [experts, hidden, dim], tokens_per_expert [experts], inner norm) -> [N, dim]."""
-
-
-@torch.compiler.disable  # the split sizes are data: compile around the experts, not through them
-def run_loop(x: Tensor, w1: Tensor, v1: Tensor, w2: Tensor, tokens_per_expert: Tensor, inner: nn.Module) -> Tensor:
-    """One pair of matrix products per expert over its contiguous slice. The fastest on a CPU."""
-    chunks = x.split(tokens_per_expert.long().tolist())
-    # Every expert is called, also on no tokens: under FSDP all ranks must take part in the same gradients.
-    outputs = [
-        F.linear(inner(F.silu(F.linear(chunk, gate)) * F.linear(chunk, up)), down.t())
-        for chunk, gate, up, down in zip(chunks, w1.unbind(), v1.unbind(), w2.unbind(), strict=True)
-    ]
-    return torch.cat(outputs)
+PRODUCTS: dict[str, Products] = {"loop": LOOP, "grouped": GROUPED}
 
 
-@torch.compiler.disable  # grouped_mm in fp32 does not trace
-def run_grouped(x: Tensor, w1: Tensor, v1: Tensor, w2: Tensor, tokens_per_expert: Tensor, inner: nn.Module) -> Tensor:
-    """One grouped matrix product per projection; no host synchronization."""
-    if torch.is_autocast_enabled(x.device.type):  # grouped_mm ignores autocast
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, w1, v1, w2 = (tensor.to(dtype) for tensor in (x, w1, v1, w2))
-    ends = tokens_per_expert.cumsum(0).to(torch.int32)
-    gate = F.grouped_mm(x, w1.transpose(1, 2), offs=ends)
-    up = F.grouped_mm(x, v1.transpose(1, 2), offs=ends)
-    return F.grouped_mm(inner(F.silu(gate) * up), w2, offs=ends)
+class Backend(NamedTuple):
+    """What computes the experts.
+
+    Attributes:
+        name: megablocks, grouped or loop.
+        reason: why this one.
+    """
+
+    name: str
+    reason: str
 
 
-BACKENDS: dict[str, Backend] = {"loop": run_loop, "grouped": run_grouped}
+class ExpertMLP(nn.Module):
+    """Weights of all experts, stacked: w1 (gate), v1 (up) and w2 (down), each [num_experts x hidden, dim]."""
+
+    def __init__(self, config: ModelConfig, inner_norm: bool, products: Products) -> None:
+        super().__init__()
+        self.products = products
+        self.hidden_dim = config.expert_hidden_dim
+        shape = (config.moe.num_experts * self.hidden_dim, config.dim)
+        self.w1 = nn.Parameter(torch.empty(shape))
+        self.v1 = nn.Parameter(torch.empty(shape))
+        self.w2 = nn.Parameter(torch.empty(shape))
+        self.inner_norm = make_norm(config, self.hidden_dim) if inner_norm else nn.Identity()
+        self.group: dist.ProcessGroup | None = None
+
+    def forward(self, x: Tensor, tokens_per_expert: Tensor) -> Tensor:
+        """x [assignments, dim], sorted by expert -> [assignments, dim]."""
+        if torch.is_autocast_enabled(x.device.type):  # which does not know the operators of expert_products
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self.group is None:
+            return self._run(x, tokens_per_expert)
+        return expert_parallel.exchange(self._run, x, tokens_per_expert, self.group)
+
+    def _run(self, x: Tensor, tokens_per_expert: Tensor) -> Tensor:
+        weights = (expert_parallel.local(weight) for weight in (self.w1, self.v1, self.w2))
+        w1, v1, w2 = (weight.to(x.dtype).unflatten(0, (-1, self.hidden_dim)) for weight in weights)
+        matmul = self.products.matmul
+        gate, up = matmul(x, w1, tokens_per_expert, True), matmul(x, v1, tokens_per_expert, True)
+        return matmul(self.inner_norm(F.silu(gate) * up), w2, tokens_per_expert, False)
 
 
-def choose_backend(name: str) -> str:
-    """Resolve `auto`, and refuse what does not exist.
+class Experts(nn.Module):
+    """Sorts tokens by expert, runs the experts, and adds up each token's weighted outputs."""
+
+    def __init__(self, config: ModelConfig, inner_norm: bool, products: Products) -> None:
+        super().__init__()
+        self.top_k = config.moe.top_k
+        self.mlp = ExpertMLP(config, inner_norm, products)
+
+    def forward(self, x: Tensor, weights: Tensor, experts: Tensor, tokens_per_expert: Tensor) -> Tensor:
+        """x [tokens, dim], weights and experts [tokens, k] -> [tokens, dim]; no token is ever dropped."""
+        order = experts.flatten().argsort(stable=True)
+        tokens = order // self.top_k
+        out = self.mlp(x.index_select(0, tokens), tokens_per_expert)
+        # Weighted in fp32 and only then cast: what MegaBlocks does, so that checkpoints may change backend.
+        out = (out * weights.flatten().index_select(0, order).unsqueeze(-1)).to(x.dtype)
+        return torch.zeros_like(x).index_add_(0, tokens, out)
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Keep this process's experts only, and send tokens to those of the others.
+
+        Args:
+            mesh: processes with the same weights, of one dimension; see expert_parallel.
+        """
+        expert_parallel.shard(self.mlp, mesh)
+        self.mlp.group = mesh.get_group()
+
+
+def choose_backend(config: ModelConfig, inner_norm: bool = False) -> Backend:
+    """Resolve `model.moe.backend`, under the default dtype and the autocast that the model will run with.
 
     Raises:
-        ConfigError: `name` is neither auto nor a backend.
+        ConfigError: it names no backend, or one that cannot be had here.
     """
+    name, obstacles = config.moe.backend, _obstacles(config, inner_norm)
     if name == "auto":
-        return "grouped" if torch.cuda.is_available() else "loop"
-    if name not in BACKENDS:
-        raise ConfigError("model.moe.backend", name, suggest(name, [*BACKENDS, "auto"]))
-    return name
+        if not torch.cuda.is_available():
+            return Backend("loop", "no CUDA device")
+        if obstacles["grouped"] is not None:
+            return Backend("loop", f"grouped {obstacles['grouped']}")
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else torch.get_default_dtype()
+        obstacle = obstacles["megablocks"] or (None if dtype == torch.bfloat16 else "needs bf16")
+        return Backend("grouped", f"megablocks {obstacle}") if obstacle else Backend("megablocks", "CUDA in bf16")
+    if name not in obstacles:
+        raise ConfigError("model.moe.backend", name, suggest(name, [*obstacles, "auto"]))
+    if obstacles[name] is not None:
+        raise ConfigError("model.moe.backend", name, f"auto or another one: {name} {obstacles[name]}")
+    return Backend(name, "as configured")
+
+
+def _obstacles(config: ModelConfig, inner_norm: bool) -> dict[str, str | None]:
+    """By backend, what keeps it from computing this layer here."""
+    widths = (config.dim, config.expert_hidden_dim)
+    unaligned = f"needs widths in multiples of 8, not {widths}" if any(width % 8 for width in widths) else None
+    inner = "has no norm inside its experts, which the placement asks for" if inner_norm else None
+    return {"megablocks": megablocks.obstacle(config) or inner or unaligned, "grouped": unaligned, "loop": None}
+
+
+def make_experts(config: ModelConfig, inner_norm: bool, backend: str) -> Experts:
+    """The routed experts by the backend of that name."""
+    if backend == "megablocks":
+        return megablocks.make_experts(config)
+    return Experts(config, inner_norm, PRODUCTS[backend])

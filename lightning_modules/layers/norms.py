@@ -1,15 +1,13 @@
 """Norm kinds, orthogonal to where a placement puts them."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from core.errors import lookup
 from lightning_modules.config import ModelConfig
-
-NormFactory = Callable[[], nn.Module]
-"""Makes one norm over the model dimension."""
 
 
 class DyT(nn.Module):
@@ -25,8 +23,15 @@ class DyT(nn.Module):
         return torch.tanh(self.alpha * x) * self.weight + self.bias
 
 
+class RMSNorm(nn.RMSNorm):
+    """Computed in the gain's precision, whatever x has: torch's own warns under autocast, and is not fused there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
 def _rms_norm(dim: int, eps: float) -> nn.Module:
-    return nn.RMSNorm(dim, eps=eps)
+    return RMSNorm(dim, eps=eps)
 
 
 def _layer_norm(dim: int, eps: float) -> nn.Module:
@@ -45,6 +50,23 @@ NORMS: dict[str, Callable[[int, float], nn.Module]] = {
 }
 
 
+class NormFactory(NamedTuple):
+    """Makes one norm of the model's kind at a call.
+
+    Attributes:
+        kind: name in NORMS.
+        dim: number of features that it normalizes over.
+        eps: added to the variance or mean square.
+    """
+
+    kind: str
+    dim: int
+    eps: float
+
+    def __call__(self) -> nn.Module:
+        return lookup("model.norm", self.kind, NORMS)(self.dim, self.eps)
+
+
 def make_norm(config: ModelConfig, dim: int) -> nn.Module:
     """A norm of the configured kind over `dim` features."""
-    return lookup("model.norm", config.norm, NORMS)(dim, config.norm_eps)
+    return NormFactory(config.norm, dim, config.norm_eps)()

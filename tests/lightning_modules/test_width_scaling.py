@@ -105,7 +105,7 @@ def test_sizes_do_not_depend_on_the_width_with_mup_and_do_without(ffn: str, widt
 def test_the_best_learning_rate_at_a_small_width_is_the_best_at_a_large_one(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    rates = [3e-4, 1.2e-3, 4.8e-3, 1.92e-2, 7.68e-2]
+    rates = [1.5e-4, 6e-4, 2.4e-3, 9.6e-3, 3.84e-2]
     root = str(tmp_path_factory.mktemp("corpus"))
 
     def final_loss(width: int, lr: float) -> float:

@@ -1,0 +1,101 @@
+"""Products of many tokens with many experts' matrices, each token with its own expert's; rows are sorted by expert.
+
+    matmul(x, w, counts, transpose)   y_t = x_t w_e, or x_t w_e^T, with e the expert of row t
+    outer(a, b, counts)               g_e = sum_t a_t^T b_t over the rows of expert e
+
+The gradient of each is made of the two, so both have gradients of every order. They are operators of their own, opaque
+to torch.compile: the sizes of the groups are data, and a graph must not break over them.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Products(NamedTuple):
+    """One way to compute the two.
+
+    Attributes:
+        matmul: (x [rows, p or q], w [experts, p, q], rows per expert [experts], transpose) -> [rows, q or p].
+        outer: (a [rows, p], b [rows, q], rows per expert [experts]) -> [experts, p, q].
+    """
+
+    matmul: Callable[[Tensor, Tensor, Tensor, bool], Tensor]
+    outer: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _register(name: str, matmul: Callable[..., Tensor], outer: Callable[..., Tensor]) -> Products:
+    """The two as operators `experts::NAME_matmul` and `experts::NAME_outer`, with shapes and gradients."""
+    matmul_op = torch.library.custom_op(f"experts::{name}_matmul", matmul, mutates_args=())
+    outer_op = torch.library.custom_op(f"experts::{name}_outer", outer, mutates_args=())
+
+    def matmul_shape(x: Tensor, w: Tensor, counts: Tensor, transpose: bool) -> Tensor:
+        return x.new_empty(x.size(0), w.size(1 if transpose else 2))
+
+    def matmul_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.transpose = inputs
+        ctx.save_for_backward(*tensors)
+
+    def matmul_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, counts = ctx.saved_tensors
+        needs_x, needs_w, *_ = ctx.needs_input_grad
+        grad_x = matmul_op(grad, w, counts, not ctx.transpose) if needs_x else None
+        left, right = (grad, x) if ctx.transpose else (x, grad)
+        grad_w = outer_op(left, right, counts) if needs_w else None
+        return grad_x, grad_w, None, None
+
+    def outer_shape(a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
+        return a.new_empty(counts.size(0), a.size(1), b.size(1))
+
+    def outer_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    def outer_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        a, b, counts = ctx.saved_tensors
+        return matmul_op(b, grad, counts, True), matmul_op(a, grad, counts, False), None
+
+    matmul_op.register_fake(matmul_shape)
+    matmul_op.register_autograd(matmul_gradient, setup_context=matmul_save)
+    outer_op.register_fake(outer_shape)
+    outer_op.register_autograd(outer_gradient, setup_context=outer_save)
+    return Products(matmul_op, outer_op)
+
+
+def _loop_matmul(x: Tensor, w: Tensor, counts: Tensor, transpose: bool) -> Tensor:
+    out = x.new_empty(x.size(0), w.size(1 if transpose else 2))
+    sizes = counts.long().tolist()
+    for rows, matrix, result in zip(x.split(sizes), w.unbind(), out.split(sizes), strict=True):
+        torch.mm(rows, matrix.t() if transpose else matrix, out=result)
+    return out
+
+
+def _loop_outer(a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
+    # Experts without rows get zeros, not None: under sharding all ranks must take part in the same gradients.
+    out = a.new_empty(counts.size(0), a.size(1), b.size(1))
+    sizes = counts.long().tolist()
+    for left, right, result in zip(a.split(sizes), b.split(sizes), out.unbind(), strict=True):
+        torch.mm(left.t(), right, out=result)
+    return out
+
+
+def _grouped_matmul(x: Tensor, w: Tensor, counts: Tensor, transpose: bool) -> Tensor:
+    w = w.contiguous()
+    return F.grouped_mm(x.contiguous(), w.transpose(1, 2) if transpose else w, offs=_ends(counts))
+
+
+def _grouped_outer(a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
+    return F.grouped_mm(a.contiguous().t(), b.contiguous(), offs=_ends(counts))
+
+
+def _ends(counts: Tensor) -> Tensor:
+    return counts.cumsum(0).to(torch.int32)
+
+
+LOOP = _register("loop", _loop_matmul, _loop_outer)
+"""One matrix product per expert over its contiguous rows. The fastest on a CPU; copies the counts to the host."""
+
+GROUPED = _register("grouped", _grouped_matmul, _grouped_outer)
+"""One `F.grouped_mm` for all experts; no host synchronization. Widths must be multiples of 16 bytes; no float64."""

@@ -1,0 +1,81 @@
+"""The one file that knows the megablocks package: its dropless experts behind the interface of ours.
+
+Only its expert computation is used. Routing and losses are this project's, so nothing goes through its global lists.
+The package is never required: docs/megablocks.md says how to install it where there is a CUDA device.
+"""
+
+import importlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from core.errors import require
+from lightning_modules.config import ModelConfig
+from lightning_modules.layers import expert_parallel
+
+
+def obstacle(config: ModelConfig) -> str | None:
+    """What keeps MegaBlocks from computing this configuration's experts on this machine, or None."""
+    install = "docs/megablocks.md says how to install it"
+    if not torch.cuda.is_available():
+        return f"needs a CUDA device; {install}"
+    for name in ("grouped_gemm", "megablocks.layers.dmoe"):  # in this order: the second warns without the first
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            return f"cannot be imported ({error}); {install}"
+    if config.moe.num_experts * config.expert_hidden_dim < 128:
+        return "needs num_experts x expert_dim >= 128"  # or its index arithmetic fails
+    return None
+
+
+def make_experts(config: ModelConfig) -> Any:
+    """MegaBlocks' ParallelDroplessMLP with grouped SwiGLU, used as an `experts.Experts` is."""
+    from megablocks.layers.arguments import Arguments
+    from megablocks.layers.dmoe import ParallelDroplessMLP
+
+    class MegaBlocksExperts(ParallelDroplessMLP):
+        @torch.compiler.disable  # it is not made for being traced: compile around it
+        def forward(self, x: Tensor, weights: Tensor, experts: Tensor, tokens_per_expert: Tensor) -> Tensor:
+            """x [tokens, dim], weights and experts [tokens, k] -> [tokens, dim]; it counts tokens by itself."""
+            rows = x
+            if torch.is_autocast_enabled(x.device.type):  # before the tokens are copied to their experts
+                rows = x.to(torch.get_autocast_dtype(x.device.type))
+            wrong = rows.is_cuda and rows.dtype != torch.bfloat16
+            valid = "bf16-mixed or bf16-true with model.moe.backend=megablocks: its products are bf16 only"
+            require(not wrong, "trainer.precision", str(rows.dtype), valid)
+            scores = weights  # stand in for all scores, which only its load-balancing loss would read
+            return super().forward(rows, scores, weights, experts).to(x.dtype)
+
+        def shard(self, mesh: DeviceMesh) -> None:
+            """See `experts.Experts.shard`; MegaBlocks divides the gradients by itself."""
+            self.args.moe_expert_model_parallelism = True
+            self.args.expert_parallel_group = mesh.get_group()
+            self.forward_fn = self.parallel_forward_once
+            self.mlp.gradient_scale = 1 / mesh.size()
+            expert_parallel.shard(self.mlp, mesh)
+
+    def leave(weight: Tensor) -> None:
+        """No initialization: that is the model's."""
+
+    return MegaBlocksExperts(
+        Arguments(
+            hidden_size=config.dim,
+            ffn_hidden_size=config.expert_hidden_dim,
+            moe_num_experts=config.moe.num_experts,
+            moe_top_k=config.moe.top_k,
+            moe_loss_weight=0.0,
+            mlp_type="glu",
+            mlp_impl="grouped",
+            memory_optimized_mlp=True,
+            activation_fn=F.silu,
+            bias=False,
+            fp16=False,  # with bf16=False too, the weights get torch's default dtype
+            init_method=leave,
+            output_layer_init_method=leave,
+            device=torch.get_default_device(),
+        )
+    )

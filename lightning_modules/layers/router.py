@@ -1,0 +1,131 @@
+"""Which experts a token goes to, with what weights, and what there is to say about it."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core.errors import ConfigError, lookup, suggest
+from lightning_modules.config import ModelConfig
+
+
+class RouterStats(NamedTuple):
+    """What one MoE layer reports beside its output; carried by return value, never by a global.
+
+    p_te: token t's scores over the experts e, divided by their sum. T tokens; k experts a token, of E. Only the two
+    losses carry a gradient.
+
+    Attributes:
+        tokens_per_expert: [num_experts], how many of the T k assignments each expert got.
+        load_balancing_loss: scalar, E / (T k) sum_e count_e mean_t p_te; 1 at perfect balance (2101.03961, eq. 4).
+        z_loss: scalar, mean_t logsumexp(logits_t)^2 (2202.08906, eq. 5).
+        entropy: scalar, mean_t of p_t's entropy in nats; ln E where the router is undecided.
+        top1_margin: scalar, mean_t of the largest p_te minus the second largest.
+        logits_norm: scalar, mean_t of the logits' l2 norm.
+    """
+
+    tokens_per_expert: Tensor
+    load_balancing_loss: Tensor
+    z_loss: Tensor
+    entropy: Tensor
+    top1_margin: Tensor
+    logits_norm: Tensor
+
+
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    scores = logits.softmax(dim=-1)
+    return scores, scores
+
+
+def _sigmoid(logits: Tensor) -> tuple[Tensor, Tensor]:
+    scores = logits.sigmoid()
+    return scores, _share(scores)
+
+
+def _share(scores: Tensor) -> Tensor:
+    """Divided by their sum over the last dimension, which a token that every expert scores 0 does not have."""
+    return scores / scores.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+
+
+SCORES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "softmax": _softmax,
+    "sigmoid": _sigmoid,  # 2408.15664, 2412.19437: no competition between experts
+}
+"""Logits [tokens, experts] -> (scores, which select and weigh; the same with sum 1 over the experts)."""
+
+BALANCINGS = ("loss", "bias", "none")
+
+
+class Router(nn.Module):
+    """Scores over all experts, of which the top k are taken; in fp32 under any precision.
+
+    Args:
+        config: dim and `model.moe`.
+
+    Raises:
+        ConfigError: a kind of score or of balancing that does not exist.
+    """
+
+    expert_bias: Tensor | None
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.moe = config.moe
+        self.score = lookup("model.moe.score", config.moe.score, SCORES)
+        if config.moe.balancing not in BALANCINGS:
+            valid = suggest(config.moe.balancing, BALANCINGS)
+            raise ConfigError("model.moe.balancing", config.moe.balancing, valid)
+        self.layer = nn.Linear(config.dim, config.moe.num_experts, bias=False)
+        bias = torch.zeros(config.moe.num_experts) if config.moe.balancing == "bias" else None
+        self.register_buffer("expert_bias", bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, RouterStats]:
+        """x [tokens, dim] -> (weights [tokens, k] fp32, experts [tokens, k] int64, statistics)."""
+        if self.training and self.moe.jitter > 0:
+            x = x * torch.empty_like(x).uniform_(1 - self.moe.jitter, 1 + self.moe.jitter)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.to(dtype), self.layer.weight.to(dtype))
+            scores, probabilities = self.score(logits)
+            weights, experts = self._select(scores)
+            if self.moe.normalize_weights:
+                weights = _share(weights)
+            return weights, experts, self._statistics(logits, probabilities, experts)
+
+    def _select(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        if self.expert_bias is None:
+            return scores.topk(self.moe.top_k, dim=-1)
+        experts = (scores.detach() + self.expert_bias).topk(self.moe.top_k, dim=-1).indices
+        return scores.gather(-1, experts), experts
+
+    def _statistics(self, logits: Tensor, probabilities: Tensor, experts: Tensor) -> RouterStats:
+        flat = experts.flatten()
+        counts = logits.new_zeros(self.moe.num_experts).index_add(0, flat, logits.new_ones(flat.shape))
+        balance = self.moe.num_experts / experts.numel() * (counts * probabilities.mean(dim=0)).sum()
+        z_loss = logits.logsumexp(dim=-1).square().mean()
+        with torch.no_grad():
+            top = probabilities.topk(min(2, self.moe.num_experts), dim=-1).values
+            return RouterStats(
+                counts,
+                balance,
+                z_loss,
+                entropy=torch.special.entr(probabilities).sum(dim=-1).mean(),
+                top1_margin=(top[:, 0] - top[:, 1:].sum(dim=-1)).mean(),
+                logits_norm=logits.norm(dim=-1).mean(),
+            )
+
+    @torch.no_grad()
+    def update_bias(self, tokens_per_expert: Tensor) -> None:
+        """b_e += rate sign(mean load - load_e), after an optimizer step (2408.15664, algorithm 1).
+
+        The bias takes part in the selection alone, so it balances without a gradient of its own. Nothing happens under
+        another kind of balancing.
+
+        Args:
+            tokens_per_expert: [num_experts], over all batches and processes of that step.
+        """
+        if self.expert_bias is not None:
+            error = tokens_per_expert.mean() - tokens_per_expert
+            self.expert_bias += self.moe.bias_update_rate * error.sign()

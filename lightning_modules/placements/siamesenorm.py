@@ -1,0 +1,37 @@
+"""SiameseNorm (2602.08064): a PostNorm and a PreNorm stream, read together and fed by the same branches."""
+
+import torch
+from torch import Tensor, nn
+
+from lightning_modules.layers.norms import NormFactory
+from lightning_modules.placements.base import Depth, Streams, Sublayer, TwoStreams
+
+
+class SiameseNorm(TwoStreams):
+    """o = f(N(x + N y)), x <- N(x + o/√l), y <- y + o for f = A, then F.   2602.08064, algorithm 1
+
+    x ─┬───────────────────── + ─ N ─       x_0 = y_0 = h;  out = x + N(y)
+       + ─ N ─ f ─ o ┬─ 1/√l ─┘
+       N             │
+    y ─┴──────────── + ──────────────
+
+    Args:
+        count_sublayers: l is the index of the block, from 1 (the paper's text), or twice that (the authors' code).
+    """
+
+    scale: Tensor
+
+    def __init__(
+        self, depth: Depth, norm: NormFactory, final_norm: bool | None = None, count_sublayers: bool = False
+    ) -> None:
+        super().__init__(depth, norm, final_norm)
+        # A tensor, as in LNScaling.
+        self.register_buffer("scale", torch.tensor((depth.index * (1 + count_sublayers)) ** -0.5), persistent=False)
+        self.norms_attn, self.norms_ffn = (nn.ModuleDict({at: norm() for at in ("y", "in", "x")}) for _ in range(2))
+
+    def forward(self, state: Streams, attn: Sublayer, ffn: Sublayer) -> Streams:
+        for sublayer, norms in ((attn, self.norms_attn), (ffn, self.norms_ffn)):
+            x, y = state
+            out = sublayer(norms["in"](x + norms["y"](y)))
+            state = norms["x"](x + out * self.scale), y + out
+        return state

@@ -1,0 +1,24 @@
+"""The baseline against its definition."""
+
+import math
+
+import numpy as np
+import pytest
+
+from datamodules.bigram import bigram_loss
+
+
+def test_against_a_plain_double_loop() -> None:
+    rng = np.random.default_rng(0)
+    train, samples, vocab_size = rng.integers(0, 7, 200).astype(np.uint16), rng.integers(0, 7, (5, 9)), 7
+    total = 0.0
+    for row in samples:
+        for before, after in zip(row[:-1], row[1:], strict=True):
+            pairs = [pair for pair in zip(train[:-1], train[1:], strict=True) if pair[0] == before]
+            total -= math.log((sum(pair[1] == after for pair in pairs) + 1) / (len(pairs) + vocab_size))
+    assert bigram_loss(train, samples, vocab_size) == pytest.approx(total / 40, rel=1e-12)
+
+
+def test_a_token_never_seen_costs_no_more_than_a_guess() -> None:
+    train, samples = np.zeros(10, np.uint16), np.full((1, 2), 3)
+    assert bigram_loss(train, samples, vocab_size=1024) == pytest.approx(math.log(1024))

@@ -1,0 +1,61 @@
+"""The stream of batches: the same global batches however many ranks and workers share them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from datamodules.order import permute
+from datamodules.shards import Split, open_split
+from datamodules.stream import TokenStream
+
+SEQ_LEN, BATCH_SIZE, NUM_BATCHES = 16, 4, 7
+
+
+@pytest.fixture(scope="module")
+def split(root: Path) -> Split:
+    return open_split(root / "tiny", "val")
+
+
+def batches(split: Split, num_workers: int = 0, seed: int = 0, **position: int) -> list[Tensor]:
+    stream = TokenStream(split, SEQ_LEN, BATCH_SIZE, seed, num_batches=NUM_BATCHES, **position)
+    return [batch["tokens"] for batch in DataLoader(stream, batch_size=None, num_workers=num_workers)]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_the_global_batches_do_not_depend_on_ranks_and_workers(split: Split, world_size: int, num_workers: int) -> None:
+    by_rank = [batches(split, num_workers, rank=rank, world_size=world_size) for rank in range(world_size)]
+    together = [torch.cat(parts) for parts in zip(*by_rank, strict=True)]
+    order = permute(np.arange(NUM_BATCHES * BATCH_SIZE), split.num_samples(SEQ_LEN), seed=0, epoch=0)
+    for batch, indices in zip(together, order.reshape(NUM_BATCHES, BATCH_SIZE), strict=True):
+        windows = [split.tokens[i * SEQ_LEN : (i + 1) * SEQ_LEN + 1] for i in indices]
+        np.testing.assert_array_equal(batch.numpy(), np.stack(windows))
+
+
+def test_a_stream_goes_on_where_another_one_stopped(split: Split) -> None:
+    whole = batches(split)
+    for consumed in (1, 3):
+        rest = batches(split, first_sample=consumed * BATCH_SIZE)
+        assert all(torch.equal(a, b) for a, b in zip(whole[consumed:], rest, strict=False))
+    assert not torch.equal(whole[0], batches(split, seed=1)[0])
+
+
+def test_an_epoch_ends_amid_a_batch_and_nothing_is_skipped(split: Split) -> None:
+    size = split.num_samples(SEQ_LEN)
+    assert size % BATCH_SIZE, "the tiny corpus should not divide into batches"
+    stream = TokenStream(split, SEQ_LEN, BATCH_SIZE, seed=5)
+    seen = np.concatenate([stream.read(n) for n in range(-(-2 * size // BATCH_SIZE))])[: 2 * size]
+    expected = sorted(split.read(np.arange(size), SEQ_LEN).tolist())
+    first, second = seen[:size].tolist(), seen[size:].tolist()
+    assert first != second
+    assert sorted(first) == sorted(second) == expected
+
+
+def test_without_num_batches_it_never_ends(split: Split) -> None:
+    batches = iter(TokenStream(split, SEQ_LEN, BATCH_SIZE, seed=0))
+    num_batches = 3 * split.num_samples(SEQ_LEN) // BATCH_SIZE
+    assert sum(1 for _, _ in zip(range(num_batches), batches, strict=False)) == num_batches

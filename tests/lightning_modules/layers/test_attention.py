@@ -1,0 +1,89 @@
+"""Attention and RoPE against a loop over heads, and the properties that the loop does not show."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_modules.layers.attention import Attention, QKVNorm
+from lightning_modules.layers.rope import rope_tables, rotate
+from tests.conftest import tiny_config
+from tests.lightning_modules import reference
+
+CPU = torch.device("cpu")
+EPS, THETA = 1e-5, 300.0
+
+
+def make_attention(num_kv_heads: int = 4, qkv_norm: QKVNorm | None = None, inner_norm: bool = False) -> Attention:
+    layer = Attention(tiny_config(num_kv_heads=num_kv_heads, norm_eps=EPS), qkv_norm, inner_norm)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.uniform_(0.5, 1.5) if parameter.dim() == 1 else parameter.normal_(std=0.3)
+    return layer
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
+@pytest.mark.parametrize(
+    ("qkv_norm", "inner_norm"),
+    [
+        (None, False),
+        (QKVNorm("qk", per_head=True), False),
+        (QKVNorm("qk", per_head=False), False),
+        (QKVNorm("qkv", per_head=True), False),
+        (QKVNorm("qkv", per_head=False), True),
+    ],
+    ids=str,
+)
+def test_attention_equals_a_loop_over_heads(qkv_norm: QKVNorm | None, inner_norm: bool, num_kv_heads: int) -> None:
+    layer, x = make_attention(num_kv_heads, qkv_norm, inner_norm), torch.randn(2, 9, 32)
+    weights = dict(layer.named_parameters())
+    norms: dict[str, Callable[[Tensor], Tensor]] = {
+        name: partial(reference.rms_norm, gain=weights[f"projection_norms.{name}.weight"], eps=EPS)
+        for name in (qkv_norm.on if qkv_norm else "")
+    }
+    inner = partial(reference.rms_norm, gain=weights["inner_norm.weight"], eps=EPS) if inner_norm else lambda h: h
+    per_head = qkv_norm is not None and qkv_norm.per_head
+    expected = torch.stack(
+        [reference.attention(sequence, weights, 4, num_kv_heads, THETA, norms, per_head, inner) for sequence in x]
+    )
+    torch.testing.assert_close(layer(x, rope_tables(9, 8, THETA, CPU)), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_position_sees_itself_and_the_past_only() -> None:
+    layer, x, rope = make_attention(), torch.randn(1, 9, 32), rope_tables(9, 8, THETA, CPU)
+    changed = x.clone()
+    changed[:, 5] += 1
+    difference = (layer(x, rope) - layer(changed, rope)).abs().amax(dim=(0, 2))
+    assert (difference[:5] == 0).all()
+    assert (difference[5:] > 1e-4).all()
+
+
+def test_grouped_queries_equal_repeated_key_and_value_heads() -> None:
+    grouped, full = make_attention(num_kv_heads=2), make_attention(num_kv_heads=4)
+    state = grouped.state_dict()
+    for name in ("k_proj.weight", "v_proj.weight"):
+        state[name] = state[name].unflatten(0, (2, 8)).repeat_interleave(2, dim=0).flatten(0, 1)
+    full.load_state_dict(state)
+    x, rope = torch.randn(2, 9, 32), rope_tables(9, 8, THETA, CPU)
+    torch.testing.assert_close(grouped(x, rope), full(x, rope))
+
+
+def test_rotated_products_depend_on_the_distance_only() -> None:
+    q, k = torch.randn(2, 8)
+    rope = rope_tables(64, 8, THETA, CPU)
+    turned_q, turned_k = (rotate(vector.expand(1, 1, 64, 8), rope)[0, 0] for vector in (q, k))
+    products = turned_q @ turned_k.T  # [position of q, position of k]
+    for distance in range(-20, 20):
+        diagonal = products.diagonal(distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-4, rtol=1e-4)
+    assert products[0].std() > 0.1
+    torch.testing.assert_close(turned_q[0], q)
+    torch.testing.assert_close(turned_q.norm(dim=-1), q.norm().expand(64))
+
+
+def test_rotation_keeps_the_dtype() -> None:
+    rope = rope_tables(4, 8, THETA, CPU)
+    assert rope[0].dtype == torch.float32
+    assert rotate(torch.randn(1, 1, 4, 8, dtype=torch.bfloat16), rope).dtype == torch.bfloat16

@@ -1,0 +1,51 @@
+"""The two products by expert, against a loop of masked rows, and their gradients of first and second order."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from lightning_modules.layers.expert_products import GROUPED, LOOP, Products
+
+COUNTS, FEW = torch.tensor([3.0, 0.0, 6.0, 1.0]), torch.tensor([2.0, 0.0, 1.0])
+EXPERT = torch.tensor([0, 0, 0, 2, 2, 2, 2, 2, 2, 3])
+
+
+def operands() -> list[Tensor]:
+    """x [10, 8], w [4, 16, 8], y [10, 16]."""
+    return [torch.randn(*shape, requires_grad=True) for shape in ((10, 8), (4, 16, 8), (10, 16))]
+
+
+@pytest.mark.parametrize("products", [LOOP, GROUPED], ids=["loop", "grouped"])
+def test_each_row_meets_its_experts_matrix(products: Products) -> None:
+    x, w, y = operands()
+    transposed = torch.stack([x[t] @ w[e].T for t, e in enumerate(EXPERT)])
+    plain = torch.stack([y[t] @ w[e] for t, e in enumerate(EXPERT)])
+    of_experts = [(e == EXPERT)[:, None] for e in range(4)]
+    outer = torch.stack([(y * mine).T @ x for mine in of_experts])
+    for actual, expected, of in (
+        (products.matmul(x, w, COUNTS, True), transposed, (x, w)),
+        (products.matmul(y, w, COUNTS, False), plain, (y, w)),
+        (products.outer(y, x, COUNTS), outer, (y, x)),
+    ):
+        torch.testing.assert_close(actual, expected)
+        direction = torch.randn_like(actual)
+        gradients = torch.autograd.grad((actual * direction).sum(), of)
+        torch.testing.assert_close(gradients, torch.autograd.grad((expected * direction).sum(), of))
+
+
+@pytest.mark.parametrize("products", [LOOP, GROUPED], ids=["loop", "grouped"])
+def test_the_operators_keep_torchs_rules(products: Products) -> None:
+    x, w, y = operands()
+    torch.library.opcheck(products.matmul, (x, w, COUNTS, True))
+    torch.library.opcheck(products.matmul, (y, w, COUNTS, False))
+    torch.library.opcheck(products.outer, (y, x, COUNTS))
+
+
+def test_gradients_in_float64_to_second_order() -> None:
+    shapes = ((3, 2), (3, 3, 2), (3, 3))
+    x, w, y = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    for check in (gradcheck, gradgradcheck):
+        assert check(lambda x, w: LOOP.matmul(x, w, FEW, True), (x, w))
+        assert check(lambda y, w: LOOP.matmul(y, w, FEW, False), (y, w))
+        assert check(lambda y, x: LOOP.outer(y, x, FEW), (y, x))

@@ -1,0 +1,257 @@
+"""The mixture of experts against every expert on every token, and its losses against their formulae."""
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from core.errors import ConfigError
+from lightning_modules.layers.moe import MoE
+from lightning_modules.transformer import Transformer
+from tests.conftest import tiny_config
+from tests.lightning_modules import reference
+
+BACKENDS = ["loop", "grouped"]
+
+
+def make_moe(inner_norm: bool = False, **moe: Any) -> MoE:
+    layer = MoE(tiny_config(ffn="moe", moe=moe), inner_norm)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.uniform_(0.5, 1.5) if parameter.dim() == 1 else parameter.normal_(std=0.3)
+    return layer
+
+
+def send_all_to(layer: MoE, expert: int) -> None:
+    """Router weights by which a token whose first feature is 1 goes to one expert."""
+    with torch.no_grad():
+        layer.router.layer.weight[:, 0] = -50.0
+        layer.router.layer.weight[expert, 0] = 50.0
+
+
+def inputs(*shape: int) -> Tensor:
+    x = torch.randn(*shape, 32)
+    x[..., 0] = 1.0
+    return x.requires_grad_()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("case", "shape"),
+    [
+        ({"num_experts": 4, "top_k": 2}, (2, 9)),
+        ({"num_experts": 4, "top_k": 1}, (2, 9)),
+        ({"num_experts": 4, "top_k": 2, "normalize_weights": False}, (2, 9)),
+        ({"num_experts": 3, "top_k": 3}, (2, 9)),
+        ({"num_experts": 1, "top_k": 1}, (2, 9)),
+        ({"num_experts": 8, "top_k": 2}, (1, 1)),  # a single token; six experts idle
+        ({"num_experts": 4, "top_k": 1, "normalize_weights": False, "taker": 2}, (2, 9)),  # one expert takes all
+        ({"num_experts": 4, "top_k": 2, "inner_norm": True}, (2, 9)),
+    ],
+    ids=str,
+)
+def test_output_and_gradients_equal_the_plain_mixture(
+    case: dict[str, Any], shape: tuple[int, int], backend: str
+) -> None:
+    case = dict(case)
+    taker, inner_norm = case.pop("taker", None), case.pop("inner_norm", False)
+    layer, x = make_moe(inner_norm, **case, backend=backend), inputs(*shape)
+    if taker is not None:
+        send_all_to(layer, taker)
+    weights = dict(layer.named_parameters())
+    options: dict[str, Any] = {"normalize": case.get("normalize_weights", True)}
+    if inner_norm:
+        gain = weights["experts.mlp.inner_norm.weight"]
+        options["inner"] = lambda h: reference.rms_norm(h, gain, 1e-5)
+
+    actual, stats = layer(x)
+    expected = reference.moe(x.flatten(0, 1), weights, case["num_experts"], case["top_k"], **options).view_as(x)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+
+    assert stats.tokens_per_expert.sum() == x[..., 0].numel() * case["top_k"]  # dropless
+    if taker is not None:
+        assert stats.tokens_per_expert.tolist() == [0, 0, 18, 0]
+
+    direction = torch.randn_like(x)
+    of = [x, *weights.values()]
+    actual_grads = torch.autograd.grad((actual * direction).sum(), of)
+    expected_grads = torch.autograd.grad((expected * direction).sum(), of)
+    for name, a, e in zip(["x", *weights], actual_grads, expected_grads, strict=True):
+        torch.testing.assert_close(a, e, atol=1e-4, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_statistics_are_their_formulae(top_k: int) -> None:
+    layer, x = make_moe(top_k=top_k), inputs(2, 9)
+    _, stats = layer(x)
+
+    logits = x.detach().flatten(0, 1).double().numpy() @ layer.router.layer.weight.detach().double().numpy().T
+    scores = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    chosen = np.argsort(-scores, axis=1)[:, :top_k]
+    counts = np.bincount(chosen.flatten(), minlength=4)
+    balance = sum(4 / (18 * top_k) * counts[e] * scores[:, e].mean() for e in range(4))
+    z_loss = np.mean(np.log(np.exp(logits).sum(axis=1)) ** 2)
+
+    assert stats.tokens_per_expert.tolist() == counts.tolist()
+    assert stats.load_balancing_loss.item() == pytest.approx(balance, rel=1e-5)
+    assert stats.z_loss.item() == pytest.approx(z_loss, rel=1e-5)
+
+
+def test_load_balancing_loss_is_one_at_balance_and_the_number_of_experts_at_collapse() -> None:
+    layer = make_moe(top_k=1)
+    with torch.no_grad():
+        layer.router.layer.weight.zero_()
+        layer.router.layer.weight[:, :4] = 50 * torch.eye(4)
+    one_each, all_one = torch.eye(4, 32)[None], torch.eye(1, 32).expand(1, 4, 32)
+    assert layer(one_each)[1].load_balancing_loss.item() == pytest.approx(1.0)
+    assert layer(all_one)[1].load_balancing_loss.item() == pytest.approx(4.0)
+
+
+def test_counts_carry_no_gradient_and_the_losses_reach_only_the_router() -> None:
+    layer = make_moe()
+    _, stats = layer(inputs(2, 9))
+    assert not stats.tokens_per_expert.requires_grad
+    (stats.load_balancing_loss + stats.z_loss).backward()
+    assert {name for name, p in layer.named_parameters() if p.grad is not None} == {"router.layer.weight"}
+
+
+def test_jitter_disturbs_the_router_in_training_only() -> None:
+    layer, x = make_moe(jitter=0.5), inputs(2, 9)
+    plain = make_moe()
+    plain.load_state_dict(layer.state_dict())
+    assert not torch.equal(layer(x)[0], layer(x)[0])
+    torch.testing.assert_close(layer.eval()(x)[0], plain(x)[0], atol=0, rtol=0)
+
+    lone = make_moe(num_experts=1, top_k=1, jitter=0.5)  # its gate is 1 whatever the noise
+    torch.testing.assert_close(lone(x)[0], lone.eval()(x)[0], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_under_bf16_autocast_the_router_stays_in_fp32(backend: str) -> None:
+    layer, x = make_moe(backend=backend), inputs(2, 9)
+    exact, exact_stats = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, stats = layer(x)
+    for name in ("load_balancing_loss", "z_loss", "tokens_per_expert"):
+        torch.testing.assert_close(getattr(stats, name), getattr(exact_stats, name), atol=0, rtol=0)
+    error = (out - exact).norm() / exact.norm()
+    assert 0 < error < 0.02  # bf16 has 8 bits; none at all would mean that autocast did not reach the experts
+    out.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in layer.parameters())
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_shape_equals_the_plain_mixture(data: st.DataObject) -> None:
+    num_experts = data.draw(st.integers(1, 9))
+    case = {
+        "num_experts": num_experts,
+        "top_k": data.draw(st.integers(1, num_experts)),
+        "expert_dim": 8 * data.draw(st.integers(1, 4)),
+        "normalize_weights": data.draw(st.booleans()),
+        "backend": data.draw(st.sampled_from(BACKENDS)),
+    }
+    layer, x = make_moe(**case), inputs(data.draw(st.integers(1, 3)), data.draw(st.integers(1, 12)))
+    if case["top_k"] == 1 and data.draw(st.booleans()):
+        send_all_to(layer, data.draw(st.integers(0, num_experts - 1)))
+    weights = dict(layer.named_parameters())
+    actual, stats = layer(x)
+    expected = reference.moe(x.flatten(0, 1), weights, num_experts, case["top_k"], case["normalize_weights"])
+    torch.testing.assert_close(actual, expected.view_as(x), atol=1e-5, rtol=1e-4)
+    assert stats.tokens_per_expert.sum() == x[..., 0].numel() * case["top_k"]
+    actual_grads = torch.autograd.grad(actual.square().sum(), [x, *weights.values()])
+    expected_grads = torch.autograd.grad(expected.square().sum(), [x, *weights.values()])
+    for name, a, e in zip(["x", *weights], actual_grads, expected_grads, strict=True):
+        torch.testing.assert_close(a, e, atol=1e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def stored_bytes(layer: MoE, x: Tensor) -> int:
+    """What the forward pass keeps for the backward pass, each storage once, without parameters."""
+    kept: dict[int, Tensor] = {}
+    parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # holding it, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(x)
+    return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in parameters)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_memory_grows_with_tokens_and_not_with_experts_nor_skew(backend: str) -> None:
+    def stored(num_experts: int, num_tokens: int, skewed: bool) -> int:
+        layer = make_moe(num_experts=num_experts, top_k=1, backend=backend)
+        if skewed:
+            send_all_to(layer, num_experts - 1)
+        return stored_bytes(layer, inputs(1, num_tokens))
+
+    few = stored(4, 64, skewed=False)
+    assert stored(4, 64, skewed=True) == few, "one expert with all tokens: no padding"
+    assert stored(4, 256, skewed=False) == pytest.approx(4 * few, rel=0.01)
+    router = 5 * 4 * 64 * (32 - 4)  # the router's few [tokens, experts] in fp32, and nothing wider
+    assert stored(32, 64, skewed=True) < few + router
+
+
+@pytest.mark.parametrize("inner_norm", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_graph_compiles_and_computes_the_same(backend: str, inner_norm: bool) -> None:
+    layer, x = make_moe(inner_norm, backend=backend, num_shared_experts=1), inputs(2, 9)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    results = []
+    for run in (layer, compiled):
+        out, stats = run(x)
+        loss = out.square().mean() + stats.load_balancing_loss + stats.z_loss
+        results.append((out, *stats, *torch.autograd.grad(loss, [x, *layer.parameters()])))
+    torch.testing.assert_close(results[1], results[0], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_shared_experts_see_every_token(weighted: bool) -> None:
+    shared = {"num_shared_experts": 2, "shared_expert_dim": 12, "shared_expert_weighted_sum": weighted}
+    layer, x = make_moe(**shared), inputs(2, 9)
+    routed = make_moe()
+    routed.load_state_dict({k: v for k, v in layer.state_dict().items() if not k.startswith("shared")})
+    gate, up, down = (layer.get_parameter(f"shared_expert.{name}_proj.weight") for name in ("gate", "up", "down"))
+    assert gate.shape == (24, 32)
+    of_one = [  # each of the two is a SwiGLU of its own, 12 wide
+        reference.silu(x @ gate[part].T) * (x @ up[part].T) @ down[:, part].T for part in (slice(12), slice(12, 24))
+    ]
+    both, rest = of_one[0] + of_one[1], routed(x)[0]
+    expected = both / 3 + rest * 2 / 3 if weighted else both + rest  # top-2
+    torch.testing.assert_close(layer(x)[0], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("moe", "mixtures"),
+    [
+        ({}, [1, 2, 3, 4, 5, 6]),
+        ({"first_dense_layers": 2}, [3, 4, 5, 6]),
+        ({"every": 2}, [2, 4, 6]),
+        ({"first_dense_layers": 1, "every": 3}, [4]),
+    ],
+    ids=str,
+)
+def test_which_layers_are_mixtures_and_what_they_weigh(moe: dict[str, Any], mixtures: list[int]) -> None:
+    model = Transformer(tiny_config(ffn="moe", num_layers=6, moe={**moe, "num_shared_experts": 1}), 50)
+    assert list(model.mixtures()) == mixtures
+    assert [n for n, block in enumerate(model.blocks, 1) if isinstance(block.ffn, MoE)] == mixtures
+    assert len(model(torch.zeros(1, 4, dtype=torch.long))[1]) == len(mixtures)
+    total, active = model.num_parameters()
+    assert total == sum(p.numel() for p in model.parameters())
+    assert total - active == len(mixtures) * 2 * 3 * 24 * 32  # two of four experts idle
+    matrices = {id(matrix.weight) for matrix in model.matrices()}
+    assert matrices == {id(p) for p in model.parameters() if p.dim() == 2}
+    roles = Counter(matrix.role for matrix in model.matrices())
+    assert roles["ffn_down"] == 6 + len(mixtures)  # one in each layer, and that of each shared expert
+
+
+def test_no_mixture_at_all_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model\.moe\.every=2 .* model\.num_layers=2"):
+        Transformer(tiny_config(ffn="moe", moe={"first_dense_layers": 1, "every": 2}), 50)

@@ -1,0 +1,90 @@
+"""The layers' equations written down a second time, slowly and from their weights alone."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    return x / (x.pow(2).mean(dim=-1, keepdim=True) + eps).sqrt() * gain
+
+
+def silu(x: Tensor) -> Tensor:
+    return x / (1 + (-x).exp())
+
+
+def swiglu(x: Tensor, weights: dict[str, Tensor], inner: Callable[[Tensor], Tensor] = lambda h: h) -> Tensor:
+    """x [..., dim]; weights by the names that FeedForward gives them."""
+    gate, up, down = (weights[f"{name}_proj.weight"] for name in ("gate", "up", "down"))
+    return inner(silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+
+def turn(x: Tensor, theta: float) -> Tensor:
+    """RoPE as complex rotation of the pairs (i, i + width / 2). x [seq, width]."""
+    seq, width = x.shape
+    frequencies = torch.tensor([theta ** (-2 * i / width) for i in range(width // 2)])
+    angles = torch.arange(seq)[:, None] * frequencies
+    turned = torch.complex(x[:, : width // 2], x[:, width // 2 :]) * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat((turned.real, turned.imag), dim=-1)
+
+
+def attention(
+    x: Tensor,
+    weights: dict[str, Tensor],
+    num_heads: int,
+    num_kv_heads: int,
+    theta: float,
+    norms: dict[str, Callable[[Tensor], Tensor]] | None = None,
+    per_head: bool = True,
+    inner: Callable[[Tensor], Tensor] = lambda h: h,
+) -> Tensor:
+    """Causal attention of one sequence, a loop over its heads.
+
+    Args:
+        x: [seq, dim].
+        weights: by the names that Attention gives them.
+        norms: of q, k and v, before the rotation, each over one head (per_head) or the whole projection.
+        inner: norm before the output projection.
+    """
+    q, k, v = (x @ weights[f"{name}_proj.weight"].T for name in "qkv")
+    norms = {name: norm for name, norm in (norms or {}).items()}
+    if not per_head:
+        q, k, v = (norms.get(name, lambda h: h)(h) for name, h in (("q", q), ("k", k), ("v", v)))
+        norms = {}
+    width, future = q.size(1) // num_heads, torch.ones(len(x), len(x)).triu(1).bool()
+    outputs = []
+    for head in range(num_heads):
+        mine, shared = head, head // (num_heads // num_kv_heads)
+        q_head, k_head, v_head = (
+            norms.get(name, lambda h: h)(h[:, index * width : (index + 1) * width])
+            for name, h, index in (("q", q, mine), ("k", k, shared), ("v", v, shared))
+        )
+        scores = turn(q_head, theta) @ turn(k_head, theta).T / math.sqrt(width)
+        outputs.append(scores.masked_fill(future, -math.inf).softmax(dim=-1) @ v_head)
+    return inner(torch.cat(outputs, dim=-1)) @ weights["o_proj.weight"].T
+
+
+def moe(
+    x: Tensor,
+    weights: dict[str, Tensor],
+    num_experts: int,
+    top_k: int,
+    normalize: bool = True,
+    inner: Callable[[Tensor], Tensor] = lambda h: h,
+) -> Tensor:
+    """Every expert on every token, weighted by a gate that is zero outside the token's top k.
+
+    Args:
+        x: [tokens, dim].
+        weights: by the names that MoE gives them.
+    """
+    w1, v1, w2 = (weights[f"experts.mlp.{name}"].chunk(num_experts) for name in ("w1", "v1", "w2"))
+    scores = (x @ weights["router.layer.weight"].T).softmax(dim=-1)
+    threshold = scores.sort(dim=-1, descending=True).values[:, top_k - 1 : top_k]
+    gates = scores * (scores >= threshold)
+    if normalize:
+        gates = gates / gates.sum(dim=-1, keepdim=True)
+    experts = [inner(silu(x @ w1[e].T) * (x @ v1[e].T)) @ w2[e] for e in range(num_experts)]
+    return sum((gates[:, e : e + 1] * out for e, out in enumerate(experts)), torch.zeros_like(x))

@@ -1,0 +1,40 @@
+"""Activation checkpointing recomputes; it must not change a single bit of loss or gradient."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_modules.initialization import initialize
+from lightning_modules.placements.registry import PLACEMENTS
+from lightning_modules.transformer import Transformer
+from tests.conftest import tiny_config
+
+
+def loss_and_gradients(model: Transformer, tokens: Tensor) -> list[Tensor]:
+    torch.manual_seed(1)  # the router's jitter: recomputation has to draw the same noise again
+    logits, router_stats = model(tokens)
+    loss = logits.square().mean() + sum(stats.load_balancing_loss + stats.z_loss for stats in router_stats)
+    model.zero_grad()
+    loss.backward()
+    return [loss.detach(), *(parameter.grad for parameter in model.parameters())]
+
+
+@pytest.mark.parametrize("ffn", ["dense", "moe"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_it_changes_neither_loss_nor_gradient(placement: str, ffn: str) -> None:
+    config = tiny_config(placement=placement, ffn=ffn, moe={"num_experts": 4, "top_k": 2, "jitter": 0.1})
+    model = Transformer(config, 32)
+    initialize(model)
+    tokens = torch.randint(32, (2, 8))
+    plain = loss_and_gradients(model, tokens)
+
+    calls = []
+    for block in model.blocks:
+        block.attn.register_forward_hook(lambda *_: calls.append(1))
+    model.config = replace(config, activation_checkpointing=True)
+    checkpointed = loss_and_gradients(model, tokens)
+    assert len(calls) == 2 * config.num_layers, "each block runs again in the backward pass"
+    for expected, actual in zip(plain, checkpointed, strict=True):
+        assert torch.equal(expected, actual)

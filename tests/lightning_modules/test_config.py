@@ -1,0 +1,98 @@
+"""What the typed configuration refuses, and the widths that it derives."""
+
+from typing import Any
+
+import pytest
+
+from core.errors import ConfigError
+from lightning_modules.config import ModelConfig, MoEConfig, OptimConfig, parse
+from tests.conftest import tiny_config
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("values", "field", "valid"),
+    [
+        ({"num_layer": 3}, "num_layer", "did you mean num_layers?"),
+        ({"moe": {"topk": 1}}, "moe.topk", "did you mean top_k?"),
+        ({"dim": "wide"}, "dim", "an integer"),
+        ({"dim": 48.5}, "dim", "an integer"),
+        ({"dim": None}, "dim", "an integer"),
+        ({"norm_eps": "tiny"}, "norm_eps", "a number"),
+        ({"moe": {"num_experts": "many"}}, "moe.num_experts", "an integer"),
+        ({"moe": {"normalize_weights": "perhaps"}}, "moe.normalize_weights", "true or false"),
+        ({"num_layers": 0}, "num_layers", "an integer >= 1"),
+        ({"num_heads": 0}, "num_heads", "an integer >= 1"),
+        ({"dim": 0}, "dim", "an integer >= 1"),
+        ({"ffn_dim": 0}, "ffn_dim", "an integer >= 1 or null"),
+        ({"norm_eps": 0.0}, "norm_eps", "a number > 0"),
+        ({"norm_eps": NAN}, "norm_eps", "a number > 0"),
+        ({"rope_theta": -1.0}, "rope_theta", "a number > 0"),
+        ({"dim": 36, "num_heads": 8}, "dim", "a multiple of 2 x model.num_heads=8"),  # 4.5 a head
+        ({"dim": 36, "num_heads": 4}, "dim", "a multiple of 2 x model.num_heads=4"),  # 9 a head
+        ({"num_heads": 4, "num_kv_heads": 3}, "num_kv_heads", "a divisor of model.num_heads=4, or null"),
+        ({"num_heads": 4, "num_kv_heads": 8}, "num_kv_heads", "a divisor of model.num_heads=4, or null"),
+        ({"num_heads": 4, "num_kv_heads": 0}, "num_kv_heads", "a divisor of model.num_heads=4, or null"),
+        ({"moe": {"num_experts": 0}}, "moe.num_experts", "an integer >= 1"),
+        ({"moe": {"num_experts": 2, "top_k": 3}}, "moe.top_k", "an integer from 1 to model.moe.num_experts=2"),
+        ({"moe": {"top_k": 0}}, "moe.top_k", "an integer from 1"),
+        ({"moe": {"expert_dim": 0}}, "moe.expert_dim", ">= 1 or null"),
+        ({"moe": {"jitter": 1.0}}, "moe.jitter", "a number in [0, 1)"),
+        ({"moe": {"load_balancing_weight": -1.0}}, "moe.load_balancing_weight", "a number >= 0"),
+        ({"moe": {"z_loss_weight": NAN}}, "moe.z_loss_weight", "a number >= 0"),
+    ],
+    ids=str,
+)
+def test_impossible_models_are_refused_by_field(values: dict[str, Any], field: str, valid: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse(ModelConfig, "model", values)
+    assert error.value.field == f"model.{field}"
+    assert valid in error.value.valid
+    assert str(error.value).startswith(f"model.{field}=")
+
+
+@pytest.mark.parametrize(
+    ("values", "field", "valid"),
+    [
+        ({"learning_rate": 1.0}, "learning_rate", "no such field; one of"),
+        ({"lr": "fast"}, "lr", "a number"),
+        ({"lr": -1.0}, "lr", "a number >= 0"),
+        ({"weight_decay": NAN}, "weight_decay", "a number >= 0"),
+        ({"warmup_steps": -1}, "warmup_steps", "a number >= 0"),
+        ({"eps": 0.0}, "eps", "a number > 0"),
+        ({"betas": [0.9, 1.0]}, "betas", "two numbers in [0, 1)"),
+        ({"betas": [0.9]}, "betas", "two numbers in [0, 1)"),
+        ({"betas": [0.9, 0.9, 0.9]}, "betas", "two numbers in [0, 1)"),
+        ({"min_lr_ratio": 1.1}, "min_lr_ratio", "a number in [0, 1]"),
+        ({"decay_fraction": -0.1}, "decay_fraction", "a number in [0, 1]"),
+    ],
+    ids=str,
+)
+def test_impossible_optimizers_are_refused_by_field(values: dict[str, Any], field: str, valid: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse(OptimConfig, "optim", values)
+    assert error.value.field == f"optim.{field}"
+    assert valid in error.value.valid
+
+
+def test_plain_values_become_frozen_dataclasses_of_the_declared_types() -> None:
+    model = parse(ModelConfig, "model", {"dim": 64, "rope_theta": 500, "moe": {"top_k": 1}})
+    assert model == ModelConfig(dim=64, rope_theta=500.0, moe=MoEConfig(top_k=1))
+    assert isinstance(model.rope_theta, float)
+    with pytest.raises(AttributeError):
+        model.dim = 32  # type: ignore[misc]
+    assert parse(OptimConfig, "optim", {"betas": [0.8, 0.9]}).betas == pytest.approx((0.8, 0.9))
+
+
+@pytest.mark.parametrize(("dim", "hidden"), [(96, 256), (128, 352), (48, 128), (32, 96)])
+def test_ffn_width_defaults_to_8_thirds_dim_in_sixteens(dim: int, hidden: int) -> None:
+    config = tiny_config(dim=dim, ffn_dim=None, moe={"expert_dim": None})
+    assert config.hidden_dim == config.expert_hidden_dim == hidden
+
+
+def test_derived_widths() -> None:
+    config = tiny_config(dim=64, num_heads=8, ffn_dim=40, moe={"expert_dim": None})
+    assert (config.head_dim, config.kv_heads, config.hidden_dim, config.expert_hidden_dim) == (8, 8, 40, 40)
+    config = tiny_config(num_heads=4, num_kv_heads=2, ffn_dim=40, moe={"expert_dim": 24})
+    assert (config.kv_heads, config.hidden_dim, config.expert_hidden_dim) == (2, 40, 24)

@@ -1,0 +1,78 @@
+"""Router health in numbers done by hand, and through the Trainer: one value a step, whatever its number of batches."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from lightning_modules.layers.router import RouterStats
+from lightning_modules.router_health import router_health, tally
+from tests.conftest import make_module, tokens
+from tests.lightning_modules.test_language_module import Recorder, fit
+
+
+def stats(load: list[float], *scalars: float) -> RouterStats:
+    return RouterStats(torch.tensor(load), *(torch.tensor(scalar) for scalar in scalars))
+
+
+def test_health_of_two_layers_over_two_batches() -> None:
+    first = tally([stats([4, 0, 2, 2], 1.0, 10.0, 0.5, 0.1, 2.0), stats([2, 2, 2, 2], 3.0, 20.0, 0.7, 0.3, 4.0)])
+    second = tally([stats([4, 0, 4, 0], 2.0, 12.0, 0.5, 0.1, 2.0), stats([2, 2, 2, 2], 3.0, 20.0, 0.7, 0.3, 4.0)])
+    health = {key: value.item() for key, value in router_health(first + second, [2, 5]).items()}
+
+    by_layer = {  # loads [8, 0, 6, 2] and [4, 4, 4, 4]; means 4
+        "load_balancing_loss": (1.5, 3.0, 2.25),
+        "z_loss": (11.0, 20.0, 15.5),
+        "entropy": (0.5, 0.7, 0.6),
+        "top1_margin": (0.1, 0.3, 0.2),
+        "logits_norm": (2.0, 4.0, 3.0),
+        "max_load": (2.0, 1.0, 2.0),
+        "load_cv": ((16 + 16 + 4 + 4) ** 0.5 / 2 / 4, 0.0, (16 + 16 + 4 + 4) ** 0.5 / 2 / 4),
+        "dead_experts": (1.0, 0.0, 1.0),
+    }
+    expected = {
+        key: value
+        for name, values in by_layer.items()
+        for key, value in zip((f"moe/layer_2/{name}", f"moe/layer_5/{name}", f"moe/{name}"), values, strict=True)
+    }
+    assert health == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_of_two_batches_moves_each_bias_once_by_the_load_of_both(checkpointing: bool, tmp_path: Path) -> None:
+    moe = {"balancing": "bias", "bias_update_rate": 0.25, "first_dense_layers": 1}
+    options: dict[str, Any] = {"ffn": "moe", "moe": moe, "activation_checkpointing": checkpointing}
+    module, recorder, batches = make_module({"lr": 0.0}, **options), Recorder(), [tokens(2, 9) for _ in range(4)]
+    assert module.model is not None
+    (router,) = (mixture.router for mixture in module.model.mixtures().values())
+
+    expected, loads = torch.zeros(4), []
+    for pair in (batches[:2], batches[2:]):
+        router.expert_bias = expected.clone()
+        load = sum(module(batch[:, :-1])[1][0].tokens_per_expert for batch in pair)
+        assert isinstance(load, torch.Tensor)
+        expected = expected + 0.25 * (16 - load).sign()
+        loads.append(load)
+    router.expert_bias = torch.zeros(4)
+
+    fit(tmp_path, module, *batches, max_steps=2, accumulate_grad_batches=2, log_every_n_steps=2, logger=recorder)
+    assert router.expert_bias.tolist() == expected.tolist()
+    assert recorder.series("moe/layer_2/max_load") == pytest.approx([loads[1].max().item() / 16])
+    assert not recorder.series("moe/layer_1/max_load")
+
+
+def test_with_the_bias_no_loss_balances(tmp_path: Path) -> None:
+    totals = []
+    for balancing in ("bias", "none", "loss"):
+        torch.manual_seed(0)
+        module = make_module({"lr": 0.0}, ffn="moe", moe={"balancing": balancing, "load_balancing_weight": 10.0})
+
+        class Loss(L.Callback):
+            def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
+                totals.append(outputs["loss"].item())
+
+        fit(tmp_path, module, tokens(2, 9), max_steps=1, logger=False, callbacks=[Loss()])
+    assert totals[0] == totals[1]
+    assert totals[2] > totals[0] + 5
