@@ -51,4 +51,6 @@ $(VENV)/.train: requirements.txt | $(VENV)/bin/python
 
 $(VENV)/.test: requirements.txt requirements-dev.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	@# Without its dependencies: it asks for older versions than ours. Its build needs torch. See docs/megablocks.md.
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation megablocks==0.10.0 stanford-stk==0.7.1
 	@touch $@ $(VENV)/.train

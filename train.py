@@ -52,7 +52,8 @@ def main(config: DictConfig) -> None:
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=run.ckpt_path)
     except TrainingInterrupted as interruption:
-        print(f"\nInterrupted: {interruption}. Saved; go on with\n  {resume_command(run.path)}")
+        if is_main_process():
+            print(f"\nInterrupted: {interruption}. Saved; go on with\n  {resume_command(run.path)}")
         sys.exit(128 + interruption.signum)
 
 

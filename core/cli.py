@@ -94,10 +94,10 @@ def explain(error: BaseException) -> str:
     return text
 
 
-def _given(field: str | None) -> str | None:
-    """What the command line set a field to."""
-    for argument in sys.argv[1:]:
+def _given(field: str) -> str | None:
+    """What the command line set a field, or one below it, to: the last of several overrides counts."""
+    for argument in reversed(sys.argv[1:]):
         name, _, value = argument.partition("=")
-        if name.lstrip("+~") == field:
+        if f"{name.lstrip('+')}.".startswith(f"{field}."):
             return value
     return None

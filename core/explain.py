@@ -23,7 +23,7 @@ def explain_omegaconf(error: OmegaConfBaseException, prefix: str = "", value: An
     field = ".".join(part for part in (prefix, error.full_key or str(error.key or "")) if part)
     message = str(error.msg or error).splitlines()[0]
     if isinstance(error, ConfigKeyError | AttributeError):
-        return UnknownField(field, value, _siblings(error))
+        return _unknown(field, value, error)
     if isinstance(error, ValidationError) and (wanted := _wanted(error)):
         given = re.search(r"'(.*)' of type", message)
         return ConfigError(field, given[1] if given else value, wanted)
@@ -35,6 +35,15 @@ def _wanted(error: ValidationError) -> str | None:
     if dataclasses.is_dataclass(error.object_type):
         return describe(typing.get_type_hints(error.object_type)[str(error.key)])
     return describe(error.ref_type) if error.ref_type not in (None, Any) else None  # an item of a list
+
+
+def _unknown(field: str, value: Any, error: OmegaConfBaseException) -> ConfigError:
+    siblings = _siblings(error)
+    unknown = UnknownField(field, value, [name for name in siblings if not name.startswith("_")])
+    if "_target_" not in siblings:
+        return unknown
+    target = error.parent_node["_target_"]
+    return Refused(field, value, f"{unknown.valid}; if {target} has it, +{field}={value} hands it on")
 
 
 def _siblings(error: OmegaConfBaseException) -> list[str]:

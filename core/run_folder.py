@@ -94,9 +94,7 @@ def check_resumable(checkpoint: Path, hyper_parameters: dict[str, object], max_s
     for field in sorted((old.keys() | new.keys()) - HOW_NOT_WHAT):
         if field.startswith(("model.", "vocab_size")) and old.get(field) != new.get(field):
             raise ConfigError(field, new.get(field), f"{old.get(field)!r}, as in the checkpoint that is resumed")
-    require(
-        step < max_steps, "trainer.max_steps", max_steps, f"more than {step}, the steps that the checkpoint has done"
-    )
+    require(step < max_steps, "trainer.max_steps", max_steps, f"more than {step}, the step of the checkpoint")
 
 
 def resume_command(run_dir: Path, max_steps: int | None = None) -> str:

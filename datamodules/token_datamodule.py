@@ -96,9 +96,7 @@ class TokenDataModule(L.LightningDataModule):
         pinned = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         # A generator of its own: a loader draws a seed for its workers, and one more validation must not shift torch's.
         generator = torch.Generator().manual_seed(self.seed)
-        return DataLoader(
-            stream, batch_size=None, num_workers=self.num_workers, pin_memory=pinned, generator=generator
-        )
+        return DataLoader(stream, batch_size=None, num_workers=self.num_workers, pin_memory=pinned, generator=generator)
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         if self.trainer:

@@ -8,7 +8,6 @@ mup both stay where they are as the width grows; without, the change grows with 
 """
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,8 +74,15 @@ def check(ffn: str, widths: tuple[int, ...] = WIDTHS, lr: float = 3e-3) -> list[
     for kind in ("none", "mup"):
         optim = OptimConfig(lr=lr, width_scaling=kind, base_width=widths[0], warmup_steps=0)
         for width in widths:
-            model = ModelConfig(placement="prenorm", init="megatron", num_layers=2, dim=width, num_heads=width // HEAD_DIM)
-            model = replace(model, ffn=ffn, moe=MoEConfig(num_experts=4))
+            model = ModelConfig(
+                placement="prenorm",
+                init="megatron",
+                num_layers=2,
+                dim=width,
+                num_heads=width // HEAD_DIM,
+                ffn=ffn,
+                moe=MoEConfig(num_experts=4),
+            )
             sizes += sizes_at(model, optim)
     return sizes
 

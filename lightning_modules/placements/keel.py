@@ -26,7 +26,7 @@ class Keel(Sandwich):
     has_final_norm, default_init, norms = False, "plain", ("rmsnorm", "layernorm")
 
     def __init__(
-        self, depth: Depth, norm: NormFactory, final_norm: bool | None = None, alpha: Alpha = "2L", ease_in: bool = False
+        self, depth: Depth, norm: NormFactory, final_norm: bool = False, alpha: Alpha = "2L", ease_in: bool = False
     ) -> None:
         super().__init__(depth, norm, final_norm)
         scale = {"2L": 2.0 * depth.total, "sqrt": (2 * depth.total) ** 0.5}[alpha] if isinstance(alpha, str) else alpha

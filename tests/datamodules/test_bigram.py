@@ -1,6 +1,7 @@
 """The baseline against its definition."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,8 +14,8 @@ def test_against_a_plain_double_loop() -> None:
     train, samples, vocab_size = rng.integers(0, 7, 200).astype(np.uint16), rng.integers(0, 7, (5, 9)), 7
     total = 0.0
     for row in samples:
-        for before, after in zip(row[:-1], row[1:], strict=True):
-            pairs = [pair for pair in zip(train[:-1], train[1:], strict=True) if pair[0] == before]
+        for before, after in pairwise(row):
+            pairs = [pair for pair in pairwise(train) if pair[0] == before]
             total -= math.log((sum(pair[1] == after for pair in pairs) + 1) / (len(pairs) + vocab_size))
     assert bigram_loss(train, samples, vocab_size) == pytest.approx(total / 40, rel=1e-12)
 

@@ -1,38 +1,65 @@
 """Two processes that share out the experts against one that has them all: the same loss and gradients."""
 
-import contextlib
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from lightning_modules.sharding import shard
 from lightning_modules.transformer import Transformer
 from tests.conftest import make_module, tokens
 from tests.megablocks_cpu import megablocks_on_cpu
 
-CASES = [("loop", "spannorm"), ("grouped", "spannorm"), ("megablocks", "spannorm"), ("loop", "subln")]
-"""Backend and placement; subln has a norm inside its experts."""
+
+class Case(NamedTuple):
+    backend: str
+    placement: str = "spannorm"
+    skewed: bool = False  # all tokens go to the experts of one process
+    fsdp: bool = False  # and FSDP2 shards the rest
+    checkpointing: bool = False
+
+    def environment(self) -> AbstractContextManager[None]:
+        return megablocks_on_cpu() if self.backend == "megablocks" else nullcontext()
+
+    def build(self) -> tuple[Transformer, Tensor]:
+        """The same in every process: two sequences for each of two."""
+        torch.manual_seed(0)
+        moe = {"backend": self.backend, "expert_dim": 32, "num_shared_experts": 1, "expert_parallel": 2}
+        moe |= {"top_k": 1, "normalize_weights": False} if self.skewed else {}
+        options: dict[str, Any] = {"placement": self.placement, "activation_checkpointing": self.checkpointing}
+        model, batch = make_module(ffn="moe", moe=moe, **options).model, tokens(4, 9)
+        assert model is not None
+        if self.skewed:
+            for mixture in model.mixtures().values():
+                weight = mixture.router.layer.weight.data
+                weight[1], weight[2:] = -weight[0], 0.0  # one of the first two logits is positive
+        return model, batch
+
+    def share_out(self, model: Transformer, mesh: DeviceMesh) -> None:
+        if self.fsdp:
+            shard(model, mesh)
+        else:
+            for mixture in model.mixtures().values():
+                mixture.shard_experts(mesh)
 
 
-def model_and_tokens(backend: str, placement: str, **model: Any) -> tuple[Transformer, Tensor]:
-    """The same in every process: two sequences for each of two."""
-    torch.manual_seed(0)
-    moe = {"backend": backend, "expert_dim": 32, "num_shared_experts": 1}
-    module = make_module(ffn="moe", placement=placement, moe=moe, **model)
-    assert module.model is not None
-    return module.model, tokens(4, 9)
+CASES = [Case(backend, skewed=skewed) for backend in ("loop", "grouped", "megablocks") for skewed in (False, True)]
+CASES += [Case("loop", "subln"), Case("loop", fsdp=True), Case("loop", fsdp=True, checkpointing=True)]
 
 
-def loss_and_gradients(model: Transformer, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def loss_and_gradients(model: Transformer, batch: Tensor) -> dict[str, Tensor | None]:
     logits, stats = model(batch)
     loss = logits.square().mean() + sum(s.z_loss for s in stats)  # means over tokens: equal shares add up
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    return loss, dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+    loss.backward()
+    of_second_process = torch.stack([s.tokens_per_expert[2:].sum() / s.tokens_per_expert.sum() for s in stats])
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {"loss": loss.detach(), "of second process": of_second_process, **gradients}
 
 
 def share(rank: int, folder: Path) -> None:
@@ -41,22 +68,22 @@ def share(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{folder}/rendezvous")
     mesh, results = init_device_mesh("cpu", (2,)), {}
     for case in CASES:
-        with megablocks_on_cpu() if case[0] == "megablocks" else contextlib.nullcontext():
-            model, batch = model_and_tokens(*case, activation_checkpointing=case[0] == "grouped")
-            for mixture in model.mixtures().values():
-                mixture.shard_experts(mesh)
-            loss, gradients = loss_and_gradients(model, batch[2 * rank : 2 * rank + 2])
-        values = {"loss": loss.detach(), **gradients}
+        with case.environment():
+            model, batch = case.build()
+            case.share_out(model, mesh)
+            values = loss_and_gradients(model, batch[2 * rank : 2 * rank + 2])
         for name, value in values.items():
             if isinstance(value, DTensor):
-                assert value.to_local().numel() == value.numel() // 2, "each process has half of the experts"
                 values[name] = value.full_tensor()
-            else:
+            elif value is not None:
                 dist.all_reduce(value)
                 values[name] = value / 2
+        weight = model.get_parameter("blocks.0.ffn.experts.mlp.w1")
+        assert isinstance(weight, DTensor)
+        assert weight.to_local().numel() == weight.numel() // 2, "each process has half of the experts"
         results[case] = values
     if rank == 0:
-        torch.save(results, folder / "results")
+        torch.save({tuple(case): values for case, values in results.items()}, folder / "results")
     dist.destroy_process_group()
 
 
@@ -64,6 +91,11 @@ def test_two_processes_have_the_loss_and_gradients_of_one(tmp_path: Path) -> Non
     mp.spawn(share, (tmp_path,), nprocs=2)
     results = torch.load(tmp_path / "results")
     for case in CASES:
-        with megablocks_on_cpu() if case[0] == "megablocks" else contextlib.nullcontext():
-            loss, gradients = loss_and_gradients(*model_and_tokens(*case))
-        torch.testing.assert_close(results[case], {"loss": loss.detach(), **gradients}, atol=1e-5, rtol=1e-5)
+        with case.environment():
+            expected = loss_and_gradients(*case.build())
+        share_of_second = expected["of second process"]
+        assert share_of_second is not None
+        assert bool(share_of_second.any()) is not case.skewed
+        torch.testing.assert_close(
+            results[case], expected, atol=1e-5, rtol=1e-5, msg=lambda text, c=case: f"{c}: {text}"
+        )

@@ -35,6 +35,16 @@ def test_each_row_meets_its_experts_matrix(products: Products) -> None:
 
 
 @pytest.mark.parametrize("products", [LOOP, GROUPED], ids=["loop", "grouped"])
+def test_one_gradient_alone(products: Products) -> None:
+    x, w, y = operands()
+    loss = products.matmul(x.detach(), w, COUNTS, True).sum() + products.matmul(y, w.detach(), COUNTS, False).sum()
+    transposed = torch.stack([x[t] @ w[e].T for t, e in enumerate(EXPERT)]).sum()
+    plain = torch.stack([y[t] @ w[e] for t, e in enumerate(EXPERT)]).sum()
+    expected = (*torch.autograd.grad(transposed, w), *torch.autograd.grad(plain, y))
+    torch.testing.assert_close(torch.autograd.grad(loss, (w, y)), expected)
+
+
+@pytest.mark.parametrize("products", [LOOP, GROUPED], ids=["loop", "grouped"])
 def test_the_operators_keep_torchs_rules(products: Products) -> None:
     x, w, y = operands()
     torch.library.opcheck(products.matmul, (x, w, COUNTS, True))

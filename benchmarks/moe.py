@@ -1,0 +1,273 @@
+"""One MoE layer, forward and backward, against other ways to compute it; and what more experts cost a training step.
+
+    python -m benchmarks.moe                     CPU, fp32; writes docs/results/moe-cpu.md
+    python -m benchmarks.moe --device cuda       bf16, with MegaBlocks where it is installed; docs/results/moe-cuda.md
+
+All contenders have the same weights and inputs, and agree on outputs and gradients before anything is timed. They take
+turns (A B C A B C ...), so that the machine's drift hits all alike; a ratio is the median of those within a round.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralSparseMoeBlock
+
+from core.errors import ConfigError
+from lightning_modules.config import ModelConfig, OptimConfig, parse
+from lightning_modules.initialization import initialize
+from lightning_modules.layers.moe import MoE
+from lightning_modules.optim import make_optimizer
+from lightning_modules.transformer import Transformer
+
+TOP_K, VOCAB_SIZE = 2, 512
+Step = Callable[[], Any]
+
+
+class Setting(NamedTuple):
+    """What the contenders compute: a layer's sizes, and whether the experts' popularity follows Zipf's law."""
+
+    num_experts: int
+    tokens: int
+    dim: int
+    hidden: int
+    skewed: bool
+    device: str
+
+    @property
+    def flops(self) -> int:
+        """Of the experts' products, forward and backward."""
+        return 6 * self.tokens * TOP_K * 3 * self.dim * self.hidden
+
+
+class PaddedBMM(nn.Module):
+    """Every expert's tokens padded to the busiest one's number, then batched products; dropless."""
+
+    def __init__(self, layer: MoE) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Any]:
+        tokens, mlp = x.flatten(0, -2), self.layer.experts.mlp
+        weights, experts, stats = self.layer.router(tokens)
+        counts = stats.tokens_per_expert.long()
+        order = experts.flatten().argsort(stable=True)
+        owner = experts.flatten().index_select(0, order)
+        capacity = int(counts.max())
+        slots = owner * capacity + torch.arange(len(order), device=x.device) - (counts.cumsum(0) - counts)[owner]
+        padded = x.new_zeros(len(counts) * capacity, x.size(-1)).index_copy(0, slots, tokens[order // TOP_K])
+        w1, v1, w2 = (w.to(x.dtype).unflatten(0, (len(counts), -1)) for w in (mlp.w1, mlp.v1, mlp.w2))
+        padded = padded.unflatten(0, (len(counts), -1))
+        hidden = F.silu(torch.bmm(padded, w1.mT)) * torch.bmm(padded, v1.mT)
+        out = torch.bmm(hidden, w2).flatten(0, 1).index_select(0, slots)
+        out = (out * weights.flatten()[order, None]).to(x.dtype)
+        return torch.zeros_like(tokens).index_add_(0, order // TOP_K, out).view_as(x), stats
+
+
+def make_layer(setting: Setting, backend: str) -> MoE:
+    moe = {"num_experts": setting.num_experts, "top_k": TOP_K, "expert_dim": setting.hidden, "backend": backend}
+    with torch.device(setting.device):
+        return MoE(parse(ModelConfig, "model", {"dim": setting.dim, "ffn": "moe", "moe": moe}))
+
+
+def make_mixtral(layer: MoE, setting: Setting, implementation: str) -> nn.Module:
+    """Hugging Face's block with the weights of ours."""
+    sizes = {"hidden_size": setting.dim, "intermediate_size": setting.hidden, "num_local_experts": setting.num_experts}
+    config = MixtralConfig(**sizes, num_experts_per_tok=TOP_K, router_jitter_noise=0.0)
+    config._experts_implementation = implementation
+    block, mlp = MixtralSparseMoeBlock(config).to(setting.device), layer.experts.mlp
+    w1, v1, w2 = (weight.detach().unflatten(0, (setting.num_experts, -1)) for weight in (mlp.w1, mlp.v1, mlp.w2))
+    with torch.no_grad():
+        block.gate.weight.copy_(layer.router.layer.weight)
+        block.experts.gate_up_proj.copy_(torch.cat((w1, v1), dim=1))
+        block.experts.down_proj.copy_(w2.mT)
+    return block
+
+
+def contenders(setting: Setting) -> dict[str, nn.Module]:
+    """By name; the first is what the others are compared with."""
+    names = ["loop", "grouped"] if setting.device == "cpu" else ["grouped", "loop", "megablocks"]
+    layers: dict[str, nn.Module] = {}
+    for name in names:
+        try:
+            layers[name] = make_layer(setting, name)
+        except ConfigError as error:
+            print(f"left out: {error}")
+    ours = layers[names[0]]
+    assert isinstance(ours, MoE)
+    for parameter in ours.parameters():
+        nn.init.normal_(parameter, std=parameter.size(1) ** -0.5)
+    if setting.skewed:  # the inputs' first feature is 1: a logit of -log(rank) each
+        ranks = torch.arange(1, setting.num_experts + 1, device=setting.device)
+        ours.router.layer.weight.data[:, 0] = -ranks.log()
+    for layer in layers.values():
+        layer.load_state_dict(ours.state_dict())
+    layers["padded bmm"] = PaddedBMM(ours)
+    for implementation in ("eager", "grouped_mm"):
+        layers[f"Mixtral, {implementation}"] = make_mixtral(ours, setting, implementation)
+    return layers
+
+
+def make_steps(layers: dict[str, nn.Module], setting: Setting) -> Iterator[tuple[str, Step]]:
+    """Forward and backward of each, after holding its output and input gradient against the first one's."""
+    dtype = torch.float32 if setting.device == "cpu" else torch.bfloat16
+    x = torch.randn(1, setting.tokens, setting.dim, device=setting.device)
+    x[..., 0] = 1.0
+    x, direction = x.requires_grad_(), torch.randn_like(x)
+    expected: tuple[Tensor, Tensor] | None = None
+    for name, layer in layers.items():
+        layer.to(dtype)
+
+        def step(layer: nn.Module = layer) -> tuple[Tensor, Tensor]:
+            layer.zero_grad()
+            inputs = x.detach().to(dtype).requires_grad_()
+            out = layer(inputs)
+            out = out[0] if isinstance(out, tuple) else out
+            out.backward(direction.to(dtype))
+            assert inputs.grad is not None
+            return out.detach(), inputs.grad
+
+        results = step()
+        expected = expected or results
+        for actual, wanted in zip(results, expected, strict=True):
+            error = ((actual - wanted).norm() / wanted.norm()).item()
+            assert error < (1e-4 if dtype == torch.float32 else 0.05), f"{name} is off by {error}"
+        yield name, step
+
+
+def take_turns(steps: dict[str, Step], rounds: int, device: str) -> dict[str, list[float]]:
+    """Seconds by contender and round, after one round that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(rounds + 1):
+        for name, step in steps.items():
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            step()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if turn > 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(seconds: list[float], base: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(seconds, base, strict=True))
+
+
+def layer_table(arguments: argparse.Namespace) -> Iterator[str]:
+    """One row per setting and contender."""
+    yield "| experts | load | max / mean load | | ms | of the first | tokens/s | TFLOP/s |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for num_experts in arguments.experts:
+        for skewed in (False, True):
+            sizes = (arguments.tokens, arguments.dim, arguments.hidden)
+            setting = Setting(num_experts, *sizes, skewed, arguments.device)
+            layers = contenders(setting)
+            steps = dict(make_steps(layers, setting))
+            seconds = take_turns(steps, arguments.rounds, arguments.device)
+            load = max_over_mean(next(iter(layers.values())), setting)
+            for name, values in seconds.items():
+                median = statistics.median(values)
+                relative = ratio(values, next(iter(seconds.values())))
+                yield (
+                    f"| {num_experts} | {'skewed' if skewed else 'balanced'} | {load:.2f} | {name} "
+                    f"| {1e3 * median:.2f} | {relative:.2f} | {setting.tokens / median:,.0f} "
+                    f"| {setting.flops / median / 1e12:.3f} |"
+                )
+
+
+@torch.no_grad()
+def max_over_mean(layer: nn.Module, setting: Setting) -> float:
+    x = torch.randn(1, setting.tokens, setting.dim, device=setting.device)
+    x[..., 0] = 1.0
+    counts = layer(x.to(next(layer.parameters()).dtype))[1].tokens_per_expert
+    return (counts.max() / counts.mean()).item()
+
+
+def make_training_step(num_experts: int, arguments: argparse.Namespace) -> Step:
+    """Of a whole model, optimizer included; the active parameters do not depend on the number of experts."""
+    moe = {"num_experts": num_experts, "top_k": TOP_K, "expert_dim": arguments.hidden}
+    values = {"ffn": "moe", "num_layers": arguments.layers, "dim": arguments.dim, "num_heads": 4, "moe": moe}
+    with torch.device(arguments.device):
+        model = Transformer(parse(ModelConfig, "model", values), VOCAB_SIZE)
+    initialize(model)
+    optimizer = make_optimizer(model, OptimConfig())
+    tokens = torch.randint(VOCAB_SIZE, (arguments.tokens // 256, 257), device=arguments.device)
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16, enabled=arguments.device == "cuda"):
+            logits, stats = model(tokens[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+        (loss + 0.01 * sum(s.load_balancing_loss for s in stats)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def step_table(arguments: argparse.Namespace) -> Iterator[str]:
+    few, many = min(arguments.experts), max(arguments.experts)
+    steps = {str(n): make_training_step(n, arguments) for n in (few, many)}
+    seconds = take_turns(steps, arguments.rounds, arguments.device)
+    yield f"| experts | ms per training step | of {few} experts |"
+    yield "|---|---|---|"
+    for name, values in seconds.items():
+        yield f"| {name} | {1e3 * statistics.median(values):.1f} | {ratio(values, seconds[str(few)]):.2f} |"
+
+
+def machine(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    name = models[0].partition(":")[2].strip() if models else platform.processor()
+    load = ", ".join(f"{value:.2f}" for value in os.getloadavg())
+    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used, load before {load}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--experts", type=int, nargs="+", default=[8, 32, 64])
+    parser.add_argument("--tokens", type=int, default=2048, help="a multiple of 256")
+    parser.add_argument("--dim", type=int, default=256)
+    parser.add_argument("--hidden", type=int, default=344, help="width of an expert")
+    parser.add_argument("--layers", type=int, default=8, help="of the model whose training step is timed")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    head = (
+        f"# One MoE layer on {arguments.device}, forward and backward\n\n"
+        f"`python -m benchmarks.moe --device {arguments.device} --threads {arguments.threads}`: top-{TOP_K}, "
+        f"{arguments.tokens} tokens, dim {arguments.dim}, experts of width {arguments.hidden}, "
+        f"{'fp32' if arguments.device == 'cpu' else 'bf16'}; medians of {arguments.rounds} rounds in which all take "
+        f"turns.\ntorch {torch.__version__}, transformers {transformers.__version__}; {machine(arguments.device)}.\n"
+    )
+    print(head)
+    lines = [head]
+    titles = ("## The layer\n", f"\n## A training step of {arguments.layers} blocks at equal active parameters\n")
+    for title, table in zip(titles, (layer_table, step_table), strict=True):
+        lines.append(title)
+        print(title)
+        for line in table(arguments):
+            lines.append(line)
+            print(line, flush=True)
+    output = arguments.output or Path(f"docs/results/moe-{arguments.device}.md")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

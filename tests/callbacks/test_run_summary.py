@@ -1,0 +1,84 @@
+"""summary.json and the table that says the same."""
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from datamodules.bigram import bigram_loss
+from datamodules.shards import open_split
+from lightning_modules.language_module import LanguageModule
+from tests.callbacks.conftest import ACCUMULATE, BATCH_SIZE, SEQ_LEN, STEPS, Job
+from tests.helpers_run import TEXT, corpus_root, load, scalars
+
+KEYS = ["train_loss", "val_loss", "val_perplexity", "val_bits_per_byte", "bigram_loss", "steps", "tokens"]
+KEYS += ["tokens_per_second", "seconds", "parameters", "active_parameters"]
+KEYS += ["best_checkpoint", "last_checkpoint", "tensorboard", "resume"]
+
+
+@pytest.fixture(scope="module")
+def summary(job: Job) -> dict[str, Any]:
+    return json.loads((job.folder / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def windows() -> np.ndarray:
+    """The one validation batch of the job, [4, 33]."""
+    from datamodules.python_stdlib import PythonStdlib
+
+    data = PythonStdlib(str(corpus_root()), SEQ_LEN, BATCH_SIZE, val_batches=1)
+    (batch,) = data.val_dataloader()
+    return batch["tokens"].numpy()
+
+
+def test_it_holds_what_it_promises(summary: dict[str, Any], job: Job) -> None:
+    assert list(summary) == KEYS
+    assert summary["steps"] == STEPS
+    assert summary["tokens"] == STEPS * ACCUMULATE * BATCH_SIZE * SEQ_LEN
+    assert summary["train_loss"] == pytest.approx(scalars(job.folder, "train/loss")[STEPS - 1])
+    assert summary["tokens_per_second"] > summary["tokens"] / summary["seconds"], "seconds include the validation"
+    assert summary["tensorboard"] == "tensorboard --logdir run"
+    for name in ("best", "last"):
+        assert summary[f"{name}_checkpoint"] == f"run/checkpoints/{name}.ckpt"
+    assert f"trainer.max_steps={2 * STEPS} run_dir=run ckpt_path=last" in summary["resume"]
+
+
+def test_the_validation_loss_is_that_of_the_saved_weights(
+    summary: dict[str, Any], job: Job, windows: np.ndarray
+) -> None:
+    module = LanguageModule.load_from_checkpoint(job.folder / "checkpoints/last.ckpt", map_location="cpu").eval()
+    tokens = torch.from_numpy(windows)
+    with torch.no_grad():
+        logits = module.model(tokens[:, :-1])[0]  # type: ignore[misc]
+    loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
+    assert summary["val_loss"] == pytest.approx(loss, rel=1e-5)
+    assert summary["val_perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+    num_bytes = len(TEXT) // 10  # of the one validation document
+    assert summary["val_bits_per_byte"] == pytest.approx(loss / math.log(2) * (num_bytes + 1) / num_bytes, rel=1e-5)
+
+
+def test_the_baseline_sees_what_the_model_sees(summary: dict[str, Any], windows: np.ndarray) -> None:
+    (folder,) = corpus_root().iterdir()
+    assert summary["bigram_loss"] == pytest.approx(bigram_loss(open_split(folder, "train").tokens, windows, 257))
+
+
+def test_parameters_are_those_of_the_checkpoint(summary: dict[str, Any], job: Job) -> None:
+    weights = load(job.folder / "checkpoints/last.ckpt")["state_dict"]
+    sizes = {name: weight.numel() for name, weight in weights.items() if name.startswith("model.")}
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    assert summary["parameters"] == sum(sizes.values())
+    assert summary["active_parameters"] == sum(sizes.values()) - experts // 2  # two experts of four
+
+
+def test_the_console_says_the_same(summary: dict[str, Any], job: Job) -> None:
+    out = job.finished.out
+    assert f"spannorm, moe, 2 blocks of dim 32: {summary['parameters']:,} parameters" in out
+    table = out[out.index("Run summary") :]
+    for key in ("train_loss", "val_loss", "val_perplexity", "val_bits_per_byte", "bigram_loss"):
+        assert f"{summary[key]:,.4f}" in table
+    assert f"{summary['tokens']:,}" in table
+    assert "run/checkpoints/last.ckpt" in table

@@ -1,0 +1,106 @@
+"""What a run writes for TensorBoard, read back and computed again from the batches themselves."""
+
+import math
+from typing import Any, ClassVar
+
+import lightning as L
+import pytest
+import torch
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from torch import Tensor
+
+from tests.callbacks.conftest import ACCUMULATE, BATCH_SIZE, SEQ_LEN, STEPS, Job
+from tests.helpers_run import EventAccumulator, events, scalars
+
+EVERY_STEP = list(range(STEPS))
+VALIDATED = [1, 3, 4]
+
+
+class Recorder(L.Callback):
+    """Computes losses and gradients of each batch once more, in float64 where it counts."""
+
+    losses: ClassVar[list[float]] = []
+    norms: ClassVar[list[float]] = []
+
+    def on_fit_start(self, *_: Any) -> None:
+        self.losses.clear()
+        self.norms.clear()
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
+        tokens = batch["tokens"]
+        logits = module.model(tokens[:, :-1])[0].double()
+        loss = -logits.log_softmax(-1).gather(-1, tokens[:, 1:, None]).mean()
+        self.losses.append(loss.item())
+        if batch_idx % ACCUMULATE == 0:
+            self.sums = [torch.zeros_like(p, dtype=torch.float64) for p in module.parameters()]
+        gradients = torch.autograd.grad(loss / ACCUMULATE, list(module.parameters()), allow_unused=True)
+        for total, gradient in zip(self.sums, gradients, strict=True):
+            total += 0 if gradient is None else gradient
+        if batch_idx % ACCUMULATE == ACCUMULATE - 1:
+            self.norms.append(math.sqrt(sum((total**2).sum().item() for total in self.sums)))
+
+
+@pytest.fixture(scope="module")
+def written(job: Job) -> EventAccumulator:
+    return events(job.folder)
+
+
+def test_every_documented_scalar_is_there_at_its_steps(written: EventAccumulator) -> None:
+    expected = {
+        **dict.fromkeys(("train/loss", "train/tokens", "train/tokens_per_second"), EVERY_STEP),
+        **dict.fromkeys(("moe/load_balancing_loss", "moe/z_loss", "moe/max_load"), EVERY_STEP),
+        **dict.fromkeys(("optim/lr", "optim/grad_norm"), EVERY_STEP),
+        **dict.fromkeys(("val/loss", "val/perplexity"), VALIDATED),
+    }
+    assert {tag: [event.step for event in written.Scalars(tag)] for tag in expected} == expected
+
+
+def test_the_training_loss_is_the_mean_over_the_batches_of_a_step(job: Job) -> None:
+    assert len(Recorder.losses) == STEPS * ACCUMULATE
+    means = [sum(Recorder.losses[n : n + 2]) / 2 for n in range(0, STEPS * ACCUMULATE, 2)]
+    assert list(scalars(job.folder, "train/loss").values()) == pytest.approx(means, rel=1e-5)
+
+
+def test_the_gradient_norm_is_that_before_clipping(job: Job) -> None:
+    assert min(Recorder.norms) > 0.1, "the job clips at 0.01"
+    assert list(scalars(job.folder, "optim/grad_norm").values()) == pytest.approx(Recorder.norms, rel=1e-4)
+
+
+def test_tokens_are_counted_over_all_batches(job: Job) -> None:
+    per_step = ACCUMULATE * BATCH_SIZE * SEQ_LEN
+    assert list(scalars(job.folder, "train/tokens").values()) == [per_step * step for step in range(1, STEPS + 1)]
+    assert min(scalars(job.folder, "train/tokens_per_second").values()) > 0
+
+
+def test_the_learning_rate_is_that_of_the_step(job: Job) -> None:
+    """Two steps of warm-up, then half a cosine over the three that are left, down to a tenth."""
+    cosine = [0.1 + 0.9 * (1 + math.cos(math.pi * step / 3)) / 2 for step in range(3)]
+    expected = [3e-3 * factor for factor in (0.5, 1.0, *cosine)]
+    assert list(scalars(job.folder, "optim/lr").values()) == pytest.approx(expected, rel=1e-6)
+
+
+def test_metrics_agree_with_each_other(job: Job) -> None:
+    losses = scalars(job.folder, "val/loss")
+    assert scalars(job.folder, "val/perplexity") == pytest.approx(
+        {step: math.exp(x) for step, x in losses.items()}, rel=1e-5
+    )
+    assert all(1 <= load <= 4 for load in scalars(job.folder, "moe/max_load").values())  # 4 experts
+    assert all(0.5 < balance < 2.5 for balance in scalars(job.folder, "moe/load_balancing_loss").values())
+
+
+def test_hyperparameters_of_model_optimizer_and_data_are_there(written: EventAccumulator) -> None:
+    content = written.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    settings = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert settings["model/dim"].number_value == 32
+    assert settings["model/placement"].string_value == "spannorm"
+    assert settings["model/moe/num_experts"].number_value == 4
+    assert settings["optim/lr"].number_value == 3e-3
+    assert settings["data/seq_len"].number_value == SEQ_LEN
+
+
+def test_a_sample_of_text_is_there(written: EventAccumulator) -> None:
+    (event,) = written.Tensors("sample/text_summary")
+    text = event.tensor_proto.string_val[0].decode()
+    assert text.startswith("    def ")
+    assert len(text) >= len("    def ") + 16
+    assert event.step == STEPS

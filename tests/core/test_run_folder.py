@@ -1,0 +1,62 @@
+"""Where a run lives and how it is resumed; tests/test_train.py tries it on real runs."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from core.errors import ConfigError
+from core.run_folder import RunFolder, locate, resume_command
+
+
+def asked(**values: Any) -> DictConfig:
+    return OmegaConf.create({"run_dir": None, "ckpt_path": None, **values})
+
+
+@pytest.fixture(autouse=True)
+def _cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_new_run_goes_below_its_experiment() -> None:
+    assert locate(asked(), "moe", "now") == RunFolder(Path("runs/moe/now"), None)
+    assert locate(asked(), None, "now") == RunFolder(Path("runs/default/now"), None)
+    assert locate(asked(run_dir=5), "moe", "now").path == Path("5")
+    Path("runs/moe/now").mkdir(parents=True)
+    assert locate(asked(), "moe", "now").path == Path("runs/moe/now-2")
+    assert not Path("runs/default").exists(), "deciding creates nothing"
+
+
+def test_a_checkpoint_from_elsewhere_starts_a_new_folder_and_one_of_a_run_goes_on_there() -> None:
+    for folder in (Path("somewhere/checkpoints"), Path("run/checkpoints")):
+        folder.mkdir(parents=True)
+        (folder / "x.ckpt").touch()
+    Path("run/config.yaml").touch()
+    path = "somewhere/checkpoints/x.ckpt"
+    assert locate(asked(ckpt_path=path), "moe", "now") == RunFolder(Path("runs/moe/now"), Path(path))
+    path = "run/checkpoints/x.ckpt"
+    assert locate(asked(ckpt_path=path), "moe", "now") == RunFolder(Path("run").absolute(), Path(path))
+    assert locate(asked(ckpt_path=path, run_dir="other"), "moe", "now").path == Path("other")
+
+
+@pytest.mark.parametrize(("values", "field"), [({"ckpt_path": "last"}, "ckpt_path"), ({"ckpt_path": "."}, "ckpt_path")])
+def test_what_is_not_there_is_refused(values: dict[str, str], field: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        locate(asked(**values), "moe", "now")
+    assert error.value.field == field
+
+
+def test_the_command_repeats_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/some where/train.py"])
+    overrides = ["experiment=moe", "+callbacks.mine={a: 1}", "trainer.max_steps=7", "run_dir=old", "ckpt_path=x.ckpt"]
+    run = RunFolder(Path("runs/moe/a run").absolute(), None)
+    run.create(asked(seed=1), overrides)
+    run.create(asked(seed=2), ["seed=2"])
+    assert OmegaConf.load(run.path / "config.yaml").seed == 1
+    command = ["python", "/some where/train.py", *overrides[:2]]
+    end = ["run_dir=runs/moe/a run", "ckpt_path=last"]
+    assert shlex.split(resume_command(run.path)) == [*command, "trainer.max_steps=7", *end]
+    assert shlex.split(resume_command(run.path, max_steps=14)) == [*command, "trainer.max_steps=14", *end]

@@ -1,0 +1,44 @@
+"""Optimizer steps as against batches."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from core.errors import ConfigError
+from core.steps import check_length, completes_step, is_logged
+
+
+def trainer(**values: Any) -> Any:
+    defaults = {"max_steps": 10, "max_epochs": -1, "accumulate_grad_batches": 3, "log_every_n_steps": 4}
+    return SimpleNamespace(**{**defaults, "val_check_interval": 6, "fast_dev_run": False, **values})
+
+
+def test_the_last_of_the_accumulated_batches_completes_the_step() -> None:
+    assert [index for index in range(9) if completes_step(trainer(), index)] == [2, 5, 8]
+
+
+def test_every_nth_step_is_logged_and_the_last() -> None:
+    assert [step for step in range(1, 11) if is_logged(trainer(), step)] == [4, 8, 10]
+    assert [step for step in range(1, 11) if is_logged(trainer(log_every_n_steps=0), step)] == [10]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_steps", -1),
+        ("max_steps", 0),
+        ("max_epochs", 3),
+        ("accumulate_grad_batches", 0),
+        ("val_check_interval", 7),
+        ("val_check_interval", 0),
+        ("val_check_interval", 1.0),
+        ("val_check_interval", None),
+    ],
+)
+def test_a_run_without_an_end_or_with_half_steps_is_refused(field: str, value: Any) -> None:
+    check_length(trainer())
+    with pytest.raises(ConfigError) as error:
+        check_length(trainer(**{field: value}))
+    assert error.value.field == f"trainer.{field}"
+    check_length(trainer(**{field: value}, fast_dev_run=True))

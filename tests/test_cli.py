@@ -1,0 +1,150 @@
+"""The command line: a mistake is said in one line, with field, value and choices, and nothing is written."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers_run import EXPERIMENTS, ROOT, TRAIN, tiny_job, train
+
+PLACEMENTS = ("postnorm", "prenorm", "spannorm")
+BAD = [  # (arguments, what the message must hold)
+    (["experiment=moe_spannrom"], ("experiment='moe_spannrom'", *EXPERIMENTS, "did you mean moe_spannorm?")),
+    (["model=huge"], ("model='huge'", "dense", "moe")),
+    (["optm.lr=1"], ("optm='1'", "no such field", "did you mean optim?")),
+    (["model.dmi=64"], ("model.dmi='64'", "no such field", "num_heads", "did you mean dim?")),
+    (["+model.moe.topk=1"], ("model.moe.topk=1", "no such field", "num_experts", "did you mean top_k?")),
+    (["model.placement=prenrom"], ("model.placement='prenrom'", *PLACEMENTS, "did you mean prenorm?")),
+    (["model.placement_options={first: 1}"], ("model.placement_options.first=1", "no such field", "first_norm")),
+    (["model.init_options.factor=2"], ("model.init_options.factor=2", "'blocks', 'sublayers'")),
+    (["model.dim=wide"], ("model.dim='wide'", "an integer")),
+    (["model.dim=null"], ("model.dim='null'", "an integer")),
+    (["model.compile=maybe"], ("model.compile='maybe'", "true or false")),
+    (["model.moe=8"], ("model.moe='8'", "a group of fields")),
+    (["optim.betas=0.9"], ("optim.betas='0.9'", "[a number, a number]")),
+    (["model.dim=30"], ("model.dim=30", "a multiple of 2 x model.num_heads=2")),
+    (["model.num_kv_heads=3"], ("model.num_kv_heads=3", "a divisor of model.num_heads=2, or null")),
+    (["model.ffn=moe", "model.moe.top_k=9"], ("model.moe.top_k=9", "from 1 to model.moe.num_experts=4")),
+    (["model.ffn=moe", "model.moe.backend=gpu"], ("model.moe.backend='gpu'", "auto", "grouped", "loop")),
+    (["data.seq_len=abc"], ("data.seq_len='abc'", "an integer")),
+    (["data.seq_len=1000000"], ("data.seq_len=1000000", "at most", "the train split's tokens - 1")),
+    (["data.batch_size=0"], ("data.batch_size=0", "an integer >= 1")),
+    (["data.batch_size=1000000"], ("data.batch_size=1000000", "at most", "train samples")),
+    (["~data.seq_len"], ("data.seq_len=None", "it has no default")),
+    (["optim.lr=-1"], ("optim.lr=-1.0", "a number >= 0")),
+    (["optim.schedule=linear"], ("optim.schedule='linear'", "constant", "cosine", "wsd")),
+    (["trainer.max_steps=abc"], ("trainer.max_steps='abc'", "an integer")),
+    (["trainer.max_steps=0"], ("trainer.max_steps=0", "an integer >= 1")),
+    (["trainer.max_steps=-1"], ("trainer.max_steps=-1", "an integer >= 1")),
+    (["trainer.max_epochs=2"], ("trainer.max_epochs=2", "give trainer.max_steps instead")),
+    (["trainer.accumulate_grad_batches=0"], ("trainer.accumulate_grad_batches=0", "an integer >= 1")),
+    (["trainer.accumulate_grad_batches=3"], ("trainer.val_check_interval=200", "accumulate_grad_batches=3")),
+    (["trainer.val_check_interval=0.5"], ("trainer.val_check_interval=0.5", "an integer")),
+    (["+trainer.max_step=3"], ("trainer.max_step=3", "no such field", "precision", "did you mean max_steps?")),
+    (["trainer.accelerator=nonsense"], ("trainer.accelerator='nonsense'", "auto", "cpu", "cuda")),
+    (["trainer.devices=0"], ("trainer.devices=0",)),
+    (["trainer.precision=12"], ("trainer.precision=12", "bf16-mixed", "32-true")),
+    (["+callbacks.mine._target_=my.Callback"], ("callbacks.mine._target_='my.Callback'", "can be imported")),
+    (["+callbacks.mine._target_=broken.Callback"], ("callbacks.mine._target_='broken.Callback'", "division by zero")),
+    (["+callbacks.mine=5"], ("callbacks.mine=5", "a group with a _target_")),
+    (["callbacks.best_checkpoint.save_top_k=all"], ("callbacks.best_checkpoint.save_top_k='all'", "an integer")),
+    (["+callbacks.progress.colour=red"], ("callbacks.progress.colour='red'", "no such field", "line_seconds")),
+    (["trainer.fast_dev_run=1"], ("trainer.fast_dev_run='1'", "max_steps", "+trainer.fast_dev_run=1 hands it on")),
+    (["callbacks=null"], ("GROUP=NAME", "~GROUP")),
+    (["logger=wandb"], ("logger='wandb'", "tensorboard")),
+    (["ckpt_path=last"], ("ckpt_path='last'", "checkpoints/last.ckpt in runs/default")),
+    (["ckpt_path=no.ckpt"], ("ckpt_path='no.ckpt'", "last, or the path of a checkpoint file")),
+    (["run_dir=broken.py/run"], ("run_dir='broken.py/run'", "a folder that can be written to")),
+    (["data.root=broken.py/data"], ("data.root='broken.py/data'", "a folder that can be written to")),
+    (["seed=-1"], ("seed=-1", "an integer from 0 to 2**32 - 1")),
+    (["seed=abc"], ("seed='abc'", "an integer")),
+    (["trainer.max_steps=${steps}"], ("trainer.max_steps='${steps}'", "'steps' not found")),
+    (["model.dim=${data.width}"], ("'data.width' not found",)),
+    (["model"], ("'model'", "FIELD=VALUE")),
+    (["model.dim=[1"], ("[1", "FIELD=VALUE")),
+    (["+experiment=dense_prenorm"], ("experiment", "override")),
+]
+
+
+@pytest.fixture
+def cwd(tmp_path: Path) -> Path:
+    """A working folder with one module that cannot be imported, and nothing else."""
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("arguments", "parts"), BAD, ids=lambda value: " ".join(value))
+def test_a_mistake_is_one_clear_line(cwd: Path, arguments: list[str], parts: tuple[str, ...]) -> None:
+    finished = train(cwd, *tiny_job(*arguments))
+    assert finished.code == 2
+    assert finished.out == ""
+    assert finished.err.startswith("Error: ")
+    assert finished.err.count("\n") == 1, "one line"
+    for part in parts:
+        assert part in finished.err
+    assert [path.name for path in cwd.iterdir()] == ["broken.py"]
+
+
+def test_of_a_damaged_corpus_the_file_is_named(cwd: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    root = tmp_path_factory.mktemp("data")
+    source = Path(tiny_job()[0].removeprefix("data.root="))
+    folder = root / next(source.iterdir()).name
+    folder.mkdir()
+    (folder / "index.json").write_text("{}")
+    finished = train(cwd, *tiny_job(), f"data.root={root}")
+    assert finished.code == 2
+    assert f"{folder}/index.json has version None" in finished.err
+
+
+def call(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    command = [sys.executable, str(TRAIN), *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=200)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model.dim=30"], "model.dim=30 is not valid: expected a multiple of 2 x model.num_heads=2"),
+        (["model.dmi=30"], "model.dmi='30' is not valid: no such field; one of"),
+    ],
+)
+def test_a_process_of_its_own_says_the_same(cwd: Path, arguments: list[str], message: str) -> None:
+    finished = call(cwd, *tiny_job(*arguments))
+    assert finished.returncode == 2
+    assert finished.stdout == ""
+    assert finished.stderr.startswith(f"Error: {message}")
+    assert finished.stderr.count("\n") == 1
+    assert [path.name for path in cwd.iterdir()] == ["broken.py"]
+
+
+def test_help_explains_the_groups_and_the_usual_overrides(cwd: Path) -> None:
+    finished = call(cwd, "--help")
+    assert finished.returncode == 0
+    for group in ("model", "data", "optim", "trainer", "callbacks", "logger", "experiment"):
+        names = sorted(path.stem for path in (ROOT / "configs" / group).glob("*.yaml"))
+        assert f"{group}: {', '.join(names)}" in finished.stdout
+    for field in (
+        *("model.placement", "model.init", "model.norm", "model.num_layers", "model.dim", "model.num_heads"),
+        *("model.num_kv_heads", "model.ffn", "model.moe.num_experts", "model.moe.top_k", "model.moe.backend"),
+        *("data.seq_len", "data.batch_size", "optim.lr", "trainer.max_steps", "seed", "ckpt_path", "run_dir"),
+    ):
+        assert field in finished.stdout
+    assert "python train.py experiment=moe_spannorm" in finished.stdout
+    assert [path.name for path in cwd.iterdir()] == ["broken.py"]
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys, train; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=200).returncode == 0
+
+
+def test_a_fault_of_the_project_keeps_its_traceback(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def faulty(*_: object) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr("datamodules.token_datamodule.TokenDataModule.check", faulty)
+    with pytest.raises(KeyError, match="a bug"):
+        train(cwd, *tiny_job())

@@ -1,0 +1,73 @@
+"""Every shipped config composes, names things that exist, and trains."""
+
+import inspect
+import json
+import pydoc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from core.cli import register_schemas
+from tests.helpers_run import EXPERIMENTS, ROOT, run, scalars
+
+CHOICES = [path.relative_to(ROOT / "configs").with_suffix("") for path in sorted((ROOT / "configs").glob("*/*.yaml"))]
+FILLED_IN = {"module": {"vocab_size"}, "trainer": {"callbacks", "logger", "default_root_dir"}}
+ON_A_CPU = ["trainer=default", "model.compile=false"]
+
+
+def composed(*overrides: str) -> DictConfig:
+    register_schemas()
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return compose("train", list(overrides))
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_every_shipped_file_composes_and_fits_what_it_configures(choice: Path) -> None:
+    config = composed(f"{choice.parent}={choice.stem}")
+    assert OmegaConf.missing_keys(config) == set()
+    OmegaConf.resolve(config)
+    targets = dict(find_targets(config))
+    assert {"module", "data", "trainer"} <= targets.keys()
+    for where, node in targets.items():
+        target = pydoc.locate(node.pop("_target_"))
+        assert inspect.isclass(target), where
+        filled_in = dict.fromkeys(FILLED_IN.get(where, ()))
+        inspect.signature(target).bind(**{**filled_in, **node})
+
+
+def find_targets(node: Any, where: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """(dotted name, the node) of everything with a `_target_`."""
+    if not isinstance(node, DictConfig):
+        return
+    if "_target_" in node:
+        yield where, {str(key): value for key, value in node.items()}
+    for key, child in node.items():
+        yield from find_targets(child, f"{where}.{key}".lstrip("."))
+
+
+@pytest.mark.parametrize("experiment", [None, *EXPERIMENTS])
+def test_every_experiment_trains(experiment: str | None, tmp_path: Path) -> None:
+    chosen = [f"experiment={experiment}", *ON_A_CPU] if experiment else []
+    folder = run(tmp_path, "run", *chosen)
+    losses = scalars(folder, "train/loss")
+    assert list(losses) == [0, 1]
+    assert all(3 < loss < 8 for loss in losses.values())  # ln 257 = 5.5
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 2
+    asked, ran = composed(*chosen[:1]).model, OmegaConf.load(folder / "config.yaml").model
+    assert (ran.ffn, ran.placement, ran.init, ran.norm) == (asked.ffn, asked.placement, asked.init, asked.norm)
+
+
+def test_the_sizes_that_are_promised() -> None:
+    """`moe_1b`: about 1B parameters, 300M of them active for a byte."""
+    from lightning_modules.language_module import LanguageModule
+
+    config = composed("experiment=moe_spannorm_gpu")
+    module = OmegaConf.to_container(config.module, resolve=True)
+    total, active = LanguageModule(module["model"], module["optim"], vocab_size=257).num_parameters
+    assert 0.9e9 < total < 1.1e9
+    assert 0.25e9 < active < 0.35e9
+    assert (config.trainer.accelerator, config.trainer.precision, config.model.compile) == ("gpu", "bf16-mixed", True)

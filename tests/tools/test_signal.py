@@ -1,0 +1,97 @@
+"""The command: what it prints, draws and refuses."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_modules.placements.registry import PLACEMENTS
+from tools import signal
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["model.dim=32", "model.num_heads=2"]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["signal", *arguments])
+    monkeypatch.setattr(signal.torch, "set_num_threads", lambda count: None)
+    signal.cli.run(lambda: signal.main(signal.parse_arguments()))
+
+
+def test_command_prints_a_table_and_draws_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tools.signal", "model.placement=spannorm", "model.num_layers=40", *SMALL]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "…" not in done.stdout  # no column is cut
+    lines = done.stdout.splitlines()
+    rows = [line.split() for line in lines if line.strip() and line.split()[0].isdigit()]
+    assert (rows[0][0], rows[-1][0], len(rows)) == ("1", "40", signal.NUM_ROWS)
+    assert {len(row) for row in rows} == {1 + len(signal.COLUMNS) + len(signal.PREDICTED)}
+    assert rows[-1][1:3] == ["1", "1"]  # SpanNorm's variance, measured and predicted
+    assert any(line.startswith("Hidden gradient, first block over last: 1.") for line in lines)
+    picture = tmp_path / lines[-1].removeprefix("Picture: ")
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [picture]
+
+
+def test_all_rows_and_no_theory_for_moe(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run(monkeypatch, "model=moe", "model.num_layers=18", *SMALL, "--all-rows", "--output", str(tmp_path / "a.png"))
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines() if line.strip() and line.split()[0].isdigit()]
+    assert [int(row[0]) for row in rows] == list(range(1, 19))
+    assert {len(row) for row in rows} == {1 + len(signal.COLUMNS)}
+    assert "No theory for this model" in out
+    assert (tmp_path / "a.png").exists()
+
+
+def test_without_matplotlib_the_table_still_comes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    run(monkeypatch, "model.num_layers=1", *SMALL, "--output", str(tmp_path / "a.png"))
+    out, err = capsys.readouterr()
+    assert "variance" in out
+    assert "Picture" not in out
+    assert "matplotlib is not installed" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("model.placement=spanorm", "did you mean spannorm?"),
+        ("model.num_layer=2", "did you mean num_layers?"),
+        ("model.dim=many", "an integer"),
+        ("model=huge", "dense, moe"),
+    ],
+)
+def test_mistakes_are_one_message(
+    argument: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, argument)
+    err = capsys.readouterr().err
+    assert err.startswith("Error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_table_of_every_placement() -> None:
+    rows = [
+        line.strip("| ").split(" | ") for line in signal.placements_table([*SMALL, "model.num_layers=2"]).split("\n")
+    ]
+    assert [row[0] for row in rows[2:]] == list(PLACEMENTS)
+    assert {len(row) for row in rows[2:]} == {len(rows[0])}
+    inits = {row[0]: row[1] for row in rows[2:]}
+    assert (inits["spannorm"], inits["prenorm"]) == ("scale_init", "megatron")
+
+
+def test_compiling_and_checkpointing_change_nothing() -> None:
+    plain = signal.report([*SMALL, "model.num_layers=2"])
+    other = signal.report([*SMALL, "model.num_layers=2", "model.compile=true", "model.activation_checkpointing=true"])
+    assert plain.signals == other.signals

@@ -1,0 +1,221 @@
+"""Signal propagation at initialization: how activations and gradients fare on their way through the blocks.
+
+    python -m tools.signal model.placement=spannorm model.num_layers=128
+    python -m tools.signal model=moe model.placement=prenorm model.init=fan_in seed=1 --output picture.png
+    python -m tools.signal --every-placement model.num_layers=64
+
+Takes the same overrides as train.py, builds the model as train.py would, and sends random tokens through it once,
+forward and backward; nothing is trained and no data is read. Prints a table with one row a block, and draws the same.
+Where docs/theory.md has a prediction (prenorm, postnorm, spannorm, deepnorm, with a dense FFN), it stands beside what
+was measured. Writes the picture and nothing else.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from analysis.propagation import BlockSignal, measure
+from analysis.theory import Prediction, predict_model
+from core import cli
+from core.build import build
+from lightning_modules.config import ModelConfig
+from lightning_modules.placements.registry import PLACEMENTS
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+PICTURES = Path("runs/signal")
+VOCAB_SIZE = 256
+NUM_ROWS = 16  # printed, of deeper models
+
+COLUMNS = {
+    "variance": "variance",
+    "attn_ratio": "attn/\nstream",
+    "ffn_ratio": "ffn/\nstream",
+    "hidden_gradient": "hidden\ngrad",
+    "attn_gradient": "attn\ngrad",
+    "ffn_gradient": "ffn\ngrad",
+    "cosine": "cosine",
+    "effective_rank": "eff.\nrank",
+}
+PREDICTED = ("variance", "attn_ratio", "ffn_ratio", "hidden_gradient", "cosine")
+
+
+class Report(NamedTuple):
+    """What was measured of one model, and what was predicted; None: no theory."""
+
+    config: ModelConfig
+    init: str
+    signals: list[BlockSignal]
+    predictions: list[Prediction] | None
+
+    @property
+    def title(self) -> str:
+        config = self.config
+        return f"{config.placement}, {config.ffn}, init {self.init}: {config.num_layers} blocks of dim {config.dim}"
+
+    def predicted(self, field: str) -> list[float] | None:
+        """One figure of every block; gradient norms are anchored at the last block's measured one."""
+        if self.predictions is None or field not in PREDICTED:
+            return None
+        unit = self.signals[-1].hidden_gradient if field == "hidden_gradient" else 1.0
+        return [unit * getattr(prediction, field) for prediction in self.predictions]
+
+
+def report(overrides: Sequence[str], batch_size: int = 4, seq_len: int = 64) -> Report:
+    """Build the model that train.py would build under these overrides, and measure it.
+
+    Raises:
+        ConfigError, HydraException, OmegaConfBaseException: what cannot be built.
+    """
+    cli.register_schemas()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config: DictConfig = compose("train", list(overrides))
+    config.model.compile = config.model.activation_checkpointing = False  # hooks see neither well, results are the same
+    torch.manual_seed(config.seed)
+    module = build(config, "module", vocab_size=VOCAB_SIZE)
+    module.configure_model()
+    tokens = torch.randint(VOCAB_SIZE, (batch_size, seq_len + 1), generator=torch.Generator().manual_seed(config.seed))
+    model_config: ModelConfig = module.model_config
+    init = model_config.init if model_config.init != "default" else PLACEMENTS[model_config.placement].default_init
+    return Report(model_config, init, measure(module.model, tokens), predict_model(module.model, seq_len))
+
+
+def make_table(result: Report, all_rows: bool) -> Table:
+    """One row a block; of many blocks about NUM_ROWS, evenly spaced, the first and the last among them."""
+    table = Table(title=result.title, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    table.add_column("block", justify="right")
+    for field, header in COLUMNS.items():
+        table.add_column(header, justify="right")
+        if result.predicted(field) is not None:
+            table.add_column("theory", justify="right", style="dim")
+    num_blocks = len(result.signals)
+    rows = min(num_blocks, num_blocks if all_rows else NUM_ROWS)
+    for index in sorted({round(i * (num_blocks - 1) / max(rows - 1, 1)) for i in range(rows)}):
+        cells = []
+        for field in COLUMNS:
+            cells.append(f"{getattr(result.signals[index], field):.3g}")
+            predicted = result.predicted(field)
+            cells += [] if predicted is None else [f"{predicted[index]:.3g}"]
+        table.add_row(str(index + 1), *cells)
+    return table
+
+
+def summary(result: Report) -> str:
+    """The gradient norm of the hidden state after the first block over that after the last, in one line."""
+    line = f"Hidden gradient, first block over last: {gradient_ratio(result):.3g}"
+    if result.predictions is None:
+        return f"{line}. No theory for this model."
+    first = result.predictions[0]
+    return f"{line}; theory {first.hidden_gradient:.3g}, through the skip path alone {first.skip_gradient:.3g}."
+
+
+def gradient_ratio(result: Report) -> float:
+    """Gradient norm of the hidden state after the first block over that after the last."""
+    last = result.signals[-1].hidden_gradient
+    return result.signals[0].hidden_gradient / last if last else float("nan")
+
+
+def draw(result: Report, output: Path) -> None:
+    """Every column against depth: measured as lines, predicted dashed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = {
+        "variance of the hidden state": ("variance",),
+        "variance of the branches over it": ("attn_ratio", "ffn_ratio"),
+        "gradient norm of the hidden state": ("hidden_gradient",),
+        "gradient norm of the parameters": ("attn_gradient", "ffn_gradient"),
+        "mean cosine similarity of tokens": ("cosine",),
+        "effective rank": ("effective_rank",),
+    }
+    figure, grid = plt.subplots(2, 3, figsize=(12, 6.5), sharex=True, layout="constrained")
+    blocks = [signal.block for signal in result.signals]
+    for axes, (title, fields) in zip(grid.flat, panels.items(), strict=True):
+        for field in fields:
+            name = field.split("_")[0] if len(fields) > 1 else "measured"
+            (line,) = axes.plot(blocks, [asdict(signal)[field] for signal in result.signals], label=name)
+            predicted = result.predicted(field)
+            if predicted is not None:
+                axes.plot(blocks, predicted, "--", color=line.get_color(), alpha=0.6, label=f"{name}, theory")
+        axes.set(title=title, yscale="linear" if fields[0] in ("cosine", "effective_rank") else "log")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    for axes in grid[-1]:
+        axes.set_xlabel("block")
+    figure.suptitle(result.title)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=110)
+    plt.close(figure)
+
+
+def placements_table(overrides: Sequence[str]) -> str:
+    """Markdown, one row for every placement of the registry, otherwise under the same overrides.
+
+    Variance, cosine and effective rank are the last block's. The two gradient columns are the hidden state's, first
+    block over last, and attention's parameters' over the FFN's, l2 norms over all blocks.
+    """
+    lines = [
+        "| placement | init | variance | attn/stream, last | ffn/stream, last "
+        "| hidden gradient, first/last | attn/ffn gradient | cosine | effective rank |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in PLACEMENTS:
+        result = report([*overrides, f"model.placement={name}"])
+        last = result.signals[-1]
+        attn, ffn = (sum(getattr(s, f"{b}_gradient") ** 2 for s in result.signals) ** 0.5 for b in ("attn", "ffn"))
+        ratio = attn / ffn if ffn else float("nan")
+        figures = (last.variance, last.attn_ratio, last.ffn_ratio, gradient_ratio(result), ratio, last.cosine)
+        cells = [f"{figure:.3g}" for figure in (*figures, last.effective_rank)]
+        lines.append(f"| {' | '.join([name, result.init, *cells])} |")
+    return "\n".join(lines)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    # With a thread for every core of a busy machine, products this small spend their time waiting for each other.
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
+    if arguments.every_placement:
+        print(placements_table(arguments.overrides))
+        return
+    result = report(arguments.overrides)
+    console = Console()
+    Console(width=max(console.width, 124)).print(make_table(result, arguments.all_rows))
+    print(summary(result))
+    config = result.config
+    name = f"{config.placement}-{config.ffn}-{result.init}-{config.num_layers}x{config.dim}.png"
+    output = arguments.output or PICTURES / name
+    try:
+        draw(result, output)
+    except ModuleNotFoundError as error:
+        print(f"No picture: {error.name} is not installed; pip install -r requirements-dev.txt", file=sys.stderr)
+    else:
+        print(f"Picture: {output}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.signal", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="as for train.py: model, optim, seed")
+    parser.add_argument("--output", type=Path, help=f"the picture (PNG); default: {PICTURES}/MODEL.png")
+    parser.add_argument("--all-rows", action="store_true", help=f"every block, also of more than {NUM_ROWS}")
+    parser.add_argument(
+        "--every-placement", action="store_true", help="instead: one Markdown row for each placement, no picture"
+    )
+    return parser.parse_intermixed_args()
+
+
+if __name__ == "__main__":
+    cli.run(partial(main, parse_arguments()))
