@@ -27,8 +27,7 @@ def main(config: DictConfig) -> None:
     run = locate(config, hydra_config.runtime.choices.get("experiment"), time.strftime("%Y-%m-%d_%H-%M-%S"))
     config.run_dir = str(run.path)
     quieten()
-    valid_seed = type(config.seed) is int and 0 <= config.seed < 2**32
-    require(valid_seed, "seed", config.seed, "an integer from 0 to 2**32 - 1")
+    require(type(config.seed) is int and 0 <= config.seed < 2**32, "seed", config.seed, "an integer in [0, 2**32)")
     L.seed_everything(config.seed, workers=True, verbose=False)
 
     datamodule = build(config, "data")

@@ -58,7 +58,7 @@ BAD = [  # (arguments, what the message must hold)
     (["ckpt_path=no.ckpt"], ("ckpt_path='no.ckpt'", "last, or the path of a checkpoint file")),
     (["run_dir=broken.py/run"], ("run_dir='broken.py/run'", "a folder that can be written to")),
     (["data.root=broken.py/data"], ("data.root='broken.py/data'", "a folder that can be written to")),
-    (["seed=-1"], ("seed=-1", "an integer from 0 to 2**32 - 1")),
+    (["seed=-1"], ("seed=-1", "an integer in [0, 2**32)")),
     (["seed=abc"], ("seed='abc'", "an integer")),
     (["trainer.max_steps=${steps}"], ("trainer.max_steps='${steps}'", "'steps' not found")),
     (["model.dim=${data.width}"], ("'data.width' not found",)),

@@ -4,6 +4,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -11,9 +12,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from core.errors import ConfigError
+from lightning_modules.language_module import LanguageModule
 from lightning_modules.sharding import shard
 from lightning_modules.transformer import Transformer
-from tests.conftest import make_module, tokens
+from tests.conftest import VOCAB_SIZE, make_module, tiny_values, tokens
+from tests.lightning_modules.test_language_module import fit
 from tests.megablocks_cpu import megablocks_on_cpu
 
 
@@ -99,3 +103,9 @@ def test_two_processes_have_the_loss_and_gradients_of_one(tmp_path: Path) -> Non
         torch.testing.assert_close(
             results[case], expected, atol=1e-5, rtol=1e-5, msg=lambda text, c=case: f"{c}: {text}"
         )
+
+
+def test_a_strategy_that_would_average_different_experts_is_refused(tmp_path: Path) -> None:
+    module = LanguageModule(tiny_values(ffn="moe", moe={"expert_parallel": 2}), {}, VOCAB_SIZE)
+    with pytest.raises(ConfigError, match=r"model\.moe\.expert_parallel=2 .* ModelParallelStrategy"):
+        fit(tmp_path, module, tokens(2, 9), max_steps=1, logger=False)

@@ -8,7 +8,7 @@ import torch
 from core.errors import ConfigError
 from lightning_modules.layers import megablocks
 from lightning_modules.layers.experts import Backend, choose_backend
-from tests.conftest import tiny_config
+from tests.conftest import make_module, tiny_config
 
 
 def test_a_backend_that_cannot_be_had_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,3 +38,11 @@ def test_a_backend_that_cannot_be_had_says_why(monkeypatch: pytest.MonkeyPatch) 
         assert choose("auto", inner_norm=True).name == "grouped"
     monkeypatch.setattr(torch, "get_default_dtype", lambda: torch.bfloat16)
     assert choose("auto").name == "megablocks"
+
+
+def test_a_model_says_once_what_computes_its_experts(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    make_module(ffn="moe")
+    assert caplog.messages == ["MoE backend: loop (no CUDA device)"]
+    make_module(ffn="dense")
+    assert len(caplog.messages) == 1
