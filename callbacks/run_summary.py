@@ -19,7 +19,7 @@ class RunSummary(L.Callback):
 
     | key | unit |
     |---|---|
-    | train_loss, val_loss | nats per token |
+    | train_loss, val_loss | nats per token; null where not finite |
     | val_perplexity | exp(val_loss) |
     | val_bits_per_byte | bits per byte of the validation text |
     | bigram_loss | nats per token on the same validation sequences; null for large vocabularies |
@@ -59,19 +59,19 @@ class RunSummary(L.Callback):
         Console(width=None if Console().is_terminal else 160).print(table)
 
     def _collect(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        values = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        metrics = {key: value for key, value in values.items() if math.isfinite(value)}  # JSON has no NaN
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         module: Any = pl_module
         total, active = module.num_parameters
         val_loss = metrics.get("val/loss")
-        known = val_loss is not None and math.isfinite(val_loss)
         throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore[attr-defined]
         best, last = (self.run_dir / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
         return {
             "train_loss": metrics.get("train/loss"),
             "val_loss": val_loss,
             "val_perplexity": metrics.get("val/perplexity"),
-            "val_bits_per_byte": datamodule.bits_per_byte(val_loss) if known else None,
+            "val_bits_per_byte": datamodule.bits_per_byte(val_loss) if val_loss is not None else None,
             "bigram_loss": datamodule.baseline_loss(),
             "steps": trainer.global_step,
             "tokens": throughput.total_tokens if throughput else None,

@@ -34,3 +34,5 @@ def check_length(trainer: L.Trainer) -> None:
     valid = f"an integer, a multiple of trainer.accumulate_grad_batches={batches}: a step is validated and saved whole"
     whole = isinstance(every, int) and every >= 1 and every % batches == 0
     require(whole, "trainer.val_check_interval", every, valid)
+    limit: float = trainer.limit_train_batches
+    require(limit == 1.0, "trainer.limit_train_batches", limit, "1.0; give trainer.max_steps instead")

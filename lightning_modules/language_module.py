@@ -63,7 +63,9 @@ class LanguageModule(L.LightningModule):
         self.num_parameters = weightless.num_parameters()
         make_schedule(self.optim_config, num_steps=1)
         self.model = None
-        self.train_loss, self.val_loss = MeanMetric(), MeanMetric()
+        # A NaN stays one. By default the mean leaves it out, and a run that diverged looks as if it had not; "disable"
+        # keeps it, but ignores weights.
+        self.train_loss, self.val_loss = (MeanMetric(nan_strategy=math.nan) for _ in range(2))
         self._router_tally: Tensor | None = None
 
     def configure_model(self) -> None:
@@ -77,6 +79,9 @@ class LanguageModule(L.LightningModule):
             if self.global_rank == 0:
                 log.info("MoE backend: %s (%s)", *mixture.backend)
         if self.model_config.compile:
+            # First, middle and last block, mixture or not, with and without gradients: past the limit of 8 graphs
+            # blocks would silently run uncompiled.
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             for block in self.model.blocks:
                 block.compile()
         experts = self.model_config.moe.expert_parallel
@@ -103,7 +108,7 @@ class LanguageModule(L.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss, router_stats = self._loss(batch)
-        self.train_loss.update(loss.detach())
+        self.train_loss.update(loss.detach().clone())
         if not router_stats:
             return loss
         moe = self.model_config.moe

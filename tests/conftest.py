@@ -15,6 +15,11 @@ TINY: dict[str, Any] = {"dim": 32, "num_heads": 4, "num_layers": 2, "ffn_dim": 4
 TINY_MOE: dict[str, Any] = {"num_experts": 4, "top_k": 2, "expert_dim": 24}
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

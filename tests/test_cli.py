@@ -43,6 +43,7 @@ BAD = [  # (arguments, what the message must hold)
     (["trainer.accumulate_grad_batches=3"], ("trainer.val_check_interval=200", "accumulate_grad_batches=3")),
     (["trainer.val_check_interval=0.5"], ("trainer.val_check_interval=0.5", "an integer")),
     (["+trainer.max_step=3"], ("trainer.max_step=3", "no such field", "precision", "did you mean max_steps?")),
+    (["+trainer.limit_train_batches=5"], ("trainer.limit_train_batches=5", "give trainer.max_steps instead")),
     (["trainer.accelerator=nonsense"], ("trainer.accelerator='nonsense'", "auto", "cpu", "cuda")),
     (["trainer.devices=0"], ("trainer.devices=0",)),
     (["trainer.precision=12"], ("trainer.precision=12", "bf16-mixed", "32-true")),

@@ -145,11 +145,11 @@ def draw(result: Report, output: Path) -> None:
     blocks = [signal.block for signal in result.signals]
     for axes, (title, fields) in zip(grid.flat, panels.items(), strict=True):
         for field in fields:
-            name = field.split("_")[0] if len(fields) > 1 else "measured"
-            (line,) = axes.plot(blocks, [asdict(signal)[field] for signal in result.signals], label=name)
+            name = field.split("_")[0] + ", " if len(fields) > 1 else ""
+            (line,) = axes.plot(blocks, [asdict(signal)[field] for signal in result.signals], label=f"{name}measured")
             predicted = result.predicted(field)
             if predicted is not None:
-                axes.plot(blocks, predicted, "--", color=line.get_color(), alpha=0.6, label=f"{name}, theory")
+                axes.plot(blocks, predicted, "--", color=line.get_color(), alpha=0.6, label=f"{name}theory")
         axes.set(title=title, yscale="linear" if fields[0] in ("cosine", "effective_rank") else "log")
         axes.grid(alpha=0.3)
         axes.legend()

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from datamodules.bigram import bigram_loss
 from datamodules.shards import open_split
 from lightning_modules.language_module import LanguageModule
 from tests.callbacks.conftest import ACCUMULATE, BATCH_SIZE, SEQ_LEN, STEPS, Job
-from tests.helpers_run import TEXT, corpus_root, load, scalars
+from tests.helpers_run import TEXT, corpus_root, load, run, scalars
 
 KEYS = ["train_loss", "val_loss", "val_perplexity", "val_bits_per_byte", "bigram_loss", "steps", "tokens"]
 KEYS += ["tokens_per_second", "seconds", "parameters", "active_parameters"]
@@ -82,3 +83,14 @@ def test_the_console_says_the_same(summary: dict[str, Any], job: Job) -> None:
         assert f"{summary[key]:,.4f}" in table
     assert f"{summary['tokens']:,}" in table
     assert "run/checkpoints/last.ckpt" in table
+
+
+def test_a_loss_that_is_no_number_is_null_and_the_file_stays_json(tmp_path: Path) -> None:
+    folder = run(tmp_path, "run", "optim.lr=1e30", "optim.warmup_steps=0", "model.norm=none", "model.placement=prenorm")
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    summary = json.loads((folder / "summary.json").read_text(), parse_constant=refuse)
+    assert summary["val_loss"] is summary["val_bits_per_byte"] is None
+    assert summary["steps"] == 2

@@ -10,8 +10,16 @@ from core.steps import check_length, completes_step, is_logged
 
 
 def trainer(**values: Any) -> Any:
-    defaults = {"max_steps": 10, "max_epochs": -1, "accumulate_grad_batches": 3, "log_every_n_steps": 4}
-    return SimpleNamespace(**{**defaults, "val_check_interval": 6, "fast_dev_run": False, **values})
+    defaults = {
+        "max_steps": 10,
+        "max_epochs": -1,
+        "accumulate_grad_batches": 3,
+        "log_every_n_steps": 4,
+        "val_check_interval": 6,
+        "limit_train_batches": 1.0,
+        "fast_dev_run": False,
+    }
+    return SimpleNamespace(**{**defaults, **values})
 
 
 def test_the_last_of_the_accumulated_batches_completes_the_step() -> None:

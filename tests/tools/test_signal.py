@@ -31,6 +31,7 @@ def test_command_prints_a_table_and_draws_it(tmp_path: Path) -> None:
     assert (rows[0][0], rows[-1][0], len(rows)) == ("1", "40", signal.NUM_ROWS)
     assert {len(row) for row in rows} == {1 + len(signal.COLUMNS) + len(signal.PREDICTED)}
     assert rows[-1][1:3] == ["1", "1"]  # SpanNorm's variance, measured and predicted
+    assert rows[-1][7] == rows[-1][8]  # gradients are predicted relative to the last block's
     assert any(line.startswith("Hidden gradient, first block over last: 1.") for line in lines)
     picture = tmp_path / lines[-1].removeprefix("Picture: ")
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -7,7 +7,7 @@ from lightning_modules.layers import megablocks
 from lightning_modules.layers.moe import MoE
 from tests.conftest import tiny_config
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("backend", ["grouped", "megablocks"])
