@@ -39,8 +39,8 @@ def run(main: Callable[[], None]) -> None:
 
     A fault of the project itself keeps its traceback and exits with 1.
     """
-    # Before torch is imported. Idle OpenMP threads that spin make a busy machine twenty times slower: docs/decisions.md
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Before torch is imported: OpenMP threads that spin without end bring a busy machine to a halt (docs/decisions.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "100000")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, so that the message can be better
     sys.path.append(os.getcwd())  # your own classes may lie where you are
     register_schemas()
