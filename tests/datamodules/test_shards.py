@@ -120,7 +120,8 @@ from datamodules.shards import write_corpus
 folder = Path(sys.argv[1]) / "corpus"
 
 def documents():
-    while len(list(folder.parent.glob(".corpus.*"))) < 2:  # until the other process writes too
+    # Until the other process writes too, or is done already: what it wrote may be gone between two looks.
+    while len(list(folder.parent.glob(".corpus.*"))) < 2 and not folder.exists():
         time.sleep(0.01)
     for split in ("train", "val"):
         yield split, bytes(1000), np.zeros(1000, np.uint16)
