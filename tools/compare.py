@@ -1,12 +1,15 @@
 """Compare runs: a table of how they ended, and one picture of their curves.
 
 python -m tools.compare RUN [RUN ...] [--output curves.png]
+python -m tools.compare RUN [RUN ...] --tags moe/max_load moe/dead_experts [--output curves.png]
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -16,49 +19,88 @@ Curve = tuple[list[int], list[float]]
 """Optimizer steps, and the value at each."""
 
 COLUMNS = ("train_loss", "val_loss", "val_bits_per_byte", "bigram_loss", "tokens", "tokens_per_second")
+LATE = 0.1
+"""The last part of a run, over which a tag's mean is shown: one logged step alone is noise."""
 
 
-def read_curve(run: Path, tag: str) -> Curve:
-    """One scalar of a run's TensorBoard log; empty where the run has not written it."""
-    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
-    events.Reload()
-    if tag not in events.Tags()["scalars"]:
-        return [], []
-    scalars = events.Scalars(tag)
-    return [scalar.step for scalar in scalars], [scalar.value for scalar in scalars]
+class Run:
+    """What a run folder says.
+
+    Attributes:
+        folder: the run's.
+        summary: summary.json; empty where the run has not ended.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        path = folder / "summary.json"
+        self.summary: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        self._events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+
+    def curve(self, tag: str) -> Curve:
+        """One scalar; empty where the run has not written it."""
+        if tag not in self._events.Tags()["scalars"]:
+            return [], []
+        scalars = self._events.Scalars(tag)
+        return [scalar.step for scalar in scalars], [scalar.value for scalar in scalars]
+
+    def late(self, tag: str) -> list[float]:
+        """The scalar's values in the last part of the run."""
+        _, values = self.curve(tag)
+        return values[-max(1, round(LATE * len(values))) :] if values else []
 
 
-def print_table(runs: list[Path]) -> None:
-    """One row a run, from its summary.json; a run without one has not ended."""
+def labels(runs: Sequence[Run]) -> list[str]:
+    """A name for each: its experiment, or, where that would stand twice, its folder below it as well."""
+    experiments = [run.folder.resolve().parent.name for run in runs]
+    if len(set(experiments)) == len(runs):
+        return experiments
+    return [f"{name}/{run.folder.resolve().name}" for name, run in zip(experiments, runs, strict=True)]
+
+
+def make_table(runs: Sequence[Run], tags: Sequence[str]) -> Table:
+    """One row a run: its summary, or the asked scalars' mean over the last part and their largest value there."""
     table = Table()
-    for column in ("run", *COLUMNS):
-        table.add_column(column.replace("_", " "))
+    table.add_column("run", overflow="fold")
+    if not tags:
+        for column in COLUMNS:
+            table.add_column(column.replace("_", " "))
+        for run in runs:
+            cells = (run.summary.get(column) for column in COLUMNS)
+            table.add_row(str(run.folder), *("-" if cell is None else f"{cell:,.4g}" for cell in cells))
+        return table
+    table.title = f"mean (largest) over the last {LATE:.0%} of the run"
+    for tag in tags:
+        table.add_column(tag)
     for run in runs:
-        path = run / "summary.json"
-        summary = json.loads(path.read_text()) if path.exists() else {}
-        cells = (summary.get(column) for column in COLUMNS)
-        table.add_row(str(run), *("-" if cell is None else f"{cell:,.4g}" for cell in cells))
-    Console(width=None if Console().is_terminal else 160).print(table)
+        late = [run.late(tag) for tag in tags]
+        cells = (f"{sum(v) / len(v):,.4g} ({max(v):,.4g})" if v else "-" for v in late)
+        table.add_row(str(run.folder), *cells)
+    return table
 
 
-def draw(runs: list[Path], output: Path) -> None:
-    """Training loss as a line, validation loss as dots, the bigram baseline dashed."""
+def draw(runs: Sequence[Run], tags: Sequence[str], output: Path) -> None:
+    """One panel a tag; without tags, training loss as a line, validation loss as dots, the bigram baseline dashed."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for run in runs:
-        (line,) = axes.plot(*read_curve(run, "train/loss"), linewidth=1, label=f"{run.parent.name}, training")
-        axes.plot(*read_curve(run, "val/loss"), "o", color=line.get_color(), label=f"{run.parent.name}, validation")
-    summary = runs[0] / "summary.json"
-    bigram = json.loads(summary.read_text()).get("bigram_loss") if summary.exists() else None
-    if bigram is not None:
-        axes.axhline(bigram, color="gray", linestyle="--", label="bigram baseline")
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    height = 4.5 if not tags else 3 * len(tags)
+    figure, grid = plt.subplots(max(1, len(tags)), squeeze=False, figsize=(8, height), layout="constrained")
+    for tag, axes in zip(tags or ["loss (nats per token)"], grid.flat, strict=True):
+        for run, label in zip(runs, labels(runs), strict=True):
+            if tags:
+                axes.plot(*run.curve(tag), linewidth=1, label=label)
+                continue
+            (line,) = axes.plot(*run.curve("train/loss"), linewidth=1, label=f"{label}, training")
+            axes.plot(*run.curve("val/loss"), "o", color=line.get_color(), label=f"{label}, validation")
+        if not tags and runs[0].summary.get("bigram_loss") is not None:
+            axes.axhline(runs[0].summary["bigram_loss"], color="gray", linestyle="--", label="bigram baseline")
+        axes.set(ylabel=tag)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    grid[-1, 0].set_xlabel("optimizer step")
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=120)
     plt.close(figure)
@@ -67,15 +109,21 @@ def draw(runs: list[Path], output: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.compare", description="Compare runs.")
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, such as runs/moe_spannorm/TIME")
+    parser.add_argument("--tags", nargs="+", default=[], help="scalars to compare instead of the losses")
     parser.add_argument("--output", type=Path, help="where to draw the curves (PNG); needs matplotlib")
     arguments = parser.parse_args()
-    for run in arguments.runs:
-        if not (run / "tensorboard").is_dir():
-            print(f"Error: {run} is no run folder: it holds no tensorboard/", file=sys.stderr)
+    for folder in arguments.runs:
+        if not (folder / "tensorboard").is_dir():
+            print(f"Error: {folder} is no run folder: it holds no tensorboard/", file=sys.stderr)
             raise SystemExit(2)
-    print_table(arguments.runs)
+    runs = [Run(folder) for folder in arguments.runs]
+    for tag in arguments.tags:
+        if not any(run.curve(tag)[0] for run in runs):
+            print(f"Error: none of the runs has written {tag}", file=sys.stderr)
+            raise SystemExit(2)
+    Console(width=None if Console().is_terminal else 160).print(make_table(runs, arguments.tags))
     if arguments.output is not None:
-        draw(arguments.runs, arguments.output)
+        draw(runs, arguments.tags, arguments.output)
         print(f"Curves: {arguments.output}")
 
 
