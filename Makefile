@@ -3,54 +3,56 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
-# .venv holds the versions of one interpreter; another one, asked for by name, replaces it.
-ifneq ($(origin PYTHON),file)
-WANTED := $(shell $(PYTHON) -c 'import platform; print(platform.python_version())')
-FOUND := $(shell $(BIN)/python -c 'import platform; print(platform.python_version())' 2>/dev/null)
-ifneq ($(WANTED),$(FOUND))
-$(shell rm -rf $(VENV))
+# .venv holds the packages of one interpreter. What was made is noted under its version, so that another interpreter,
+# asked for by name, makes it anew; without a name, the one that made it stays.
+ifeq ($(origin PYTHON),file)
+VERSION := $(patsubst .made-%,%,$(notdir $(firstword $(wildcard $(VENV)/.made-*))))
 endif
-endif
+VERSION := $(or $(VERSION),$(shell $(PYTHON) -c 'import sys; v = sys.version_info; \
+	print("%d.%d.%d" % v[:3] if (3, 11) <= v[:2] <= (3, 13) else "")' 2>/dev/null))
+MADE := $(VENV)/.made-$(VERSION)
+FOR_TRAINING := $(VENV)/.train-$(VERSION)
+FOR_TESTS := $(VENV)/.test-$(VERSION)
 
 .PHONY: help train test test-slow lint types format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-train: $(VENV)/.train  ## set up the environment and run the main job; ARGS="trainer.max_steps=20" hands overrides on
+train: $(FOR_TRAINING)  ## set up the environment and run the main job; ARGS="trainer.max_steps=20" hands overrides on
 	$(BIN)/python train.py experiment=moe_spannorm $(ARGS)
 
-test: $(VENV)/.test lint types  ## lint, types, and every test that takes no patience
+test: $(FOR_TESTS) lint types  ## lint, types, and every test that takes no patience
 	$(BIN)/python -m pytest -n auto $(ARGS)
 
-test-slow: $(VENV)/.test  ## the tests that take minutes
+test-slow: $(FOR_TESTS)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-lint: $(VENV)/.test  ## ruff
+lint: $(FOR_TESTS)  ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(VENV)/.test  ## mypy
+types: $(FOR_TESTS)  ## mypy
 	$(BIN)/mypy
 
-format: $(VENV)/.test  ## let ruff rewrite the code
+format: $(FOR_TESTS)  ## let ruff rewrite the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment and caches; data/ and runs/ stay
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-$(VENV)/bin/python:
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
-		{ echo "$(PYTHON) is not Python 3.11 to 3.13; choose one: make train PYTHON=python3.12"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+$(MADE):
+	@test -n "$(VERSION)" || { echo "$(PYTHON) is not Python 3.11 to 3.13; choose one: make train PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
 
-$(VENV)/.train: requirements.txt | $(VENV)/bin/python
+$(FOR_TRAINING): requirements.txt | $(MADE)
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	@touch $@
 
-$(VENV)/.test: requirements.txt requirements-dev.txt | $(VENV)/bin/python
+$(FOR_TESTS): requirements.txt requirements-dev.txt | $(MADE)
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	@# Without its dependencies: it asks for older versions than ours. Its build needs torch. See docs/megablocks.md.
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation megablocks==0.10.0 stanford-stk==0.7.1
-	@touch $@ $(VENV)/.train
+	@touch $@ $(FOR_TRAINING)

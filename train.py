@@ -1,6 +1,5 @@
 """Train a language model: compose the config, build module, data, callbacks and trainer, fit."""
 
-import sys
 import time
 
 import hydra
@@ -16,11 +15,11 @@ def main(config: DictConfig) -> None:
     # Here and not above, so that --help and shell completion do not wait for torch.
     import lightning as L
 
-    from callbacks.last_checkpoint import TrainingInterrupted
     from core.build import build, build_all
     from core.errors import require
+    from core.interruption import explained
     from core.quiet import quieten
-    from core.run_folder import check_resumable, is_main_process, locate, resume_command
+    from core.run_folder import check_resumable, is_main_process, locate
     from core.steps import check_length
 
     hydra_config = HydraConfig.get()
@@ -43,17 +42,13 @@ def main(config: DictConfig) -> None:
     datamodule.prepare_data()
     datamodule.check()
     if run.ckpt_path is not None:
-        check_resumable(run.ckpt_path, dict(module.hparams), trainer.max_steps)
+        check_resumable(run.ckpt_path, module, datamodule, trainer.max_steps)
     if is_main_process():
         run.create(config, list(hydra_config.overrides.task))
         print(f"Run folder: {run.path}")
 
-    try:
+    with explained(trainer, run.path):
         trainer.fit(module, datamodule=datamodule, ckpt_path=run.ckpt_path)
-    except TrainingInterrupted as interruption:
-        if is_main_process():
-            print(f"\nInterrupted: {interruption}. Saved; go on with\n  {resume_command(run.path)}")
-        sys.exit(128 + interruption.signum)
 
 
 if __name__ == "__main__":

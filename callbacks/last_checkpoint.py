@@ -10,20 +10,8 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 
 from core.errors import require
+from core.interruption import TrainingInterrupted
 from core.steps import completes_step
-
-
-class TrainingInterrupted(Exception):
-    """A signal ended the run early; everything is saved.
-
-    Attributes:
-        signum: the signal.
-        step: optimizer steps done.
-    """
-
-    def __init__(self, signum: int, step: int) -> None:
-        self.signum, self.step = signum, step
-        super().__init__(f"{signal.Signals(signum).name} after step {step}")
 
 
 class LastCheckpoint(Checkpoint):
@@ -74,6 +62,9 @@ class LastCheckpoint(Checkpoint):
         # Not at the end of the batch before: its metrics were not with the loggers yet.
         if self._leaving:
             raise TrainingInterrupted(self._leaving, trainer.global_step)
+        # The step that loggers write. Lightning restores it one too small or too large where the checkpoint was saved
+        # around a validation, and the curve of a resumed run would be shifted.
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -88,12 +79,14 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._saved_step == trainer.global_step:
+        finished = trainer.global_step >= trainer.max_steps
+        if (finished or self._saved_step == trainer.global_step) and not trainer.sanity_checking:
             self._save(trainer)  # anew, or a resumed run would not know of this validation
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._restore_handlers()
-        self._save(trainer)
+        if self._saved_step != trainer.global_step:
+            self._save(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._restore_handlers()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ class RunSummary(L.Callback):
             "active_parameters": active,
             "best_checkpoint": str(best) if best.exists() else None,
             "last_checkpoint": str(last) if last.exists() else None,
-            "tensorboard": f"tensorboard --logdir {self.run_dir}",
+            "tensorboard": shlex.join(["tensorboard", "--logdir", str(self.run_dir)]),
             "resume": resume_command(self.run_dir, 2 * trainer.max_steps),
         }
 

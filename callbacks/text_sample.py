@@ -1,25 +1,35 @@
 """A sample of the model's own text, for TensorBoard's text tab."""
 
+import math
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from core.errors import require
+
 
 class TextSample(L.Callback):
-    """Writes the text tag `sample` when training ends.
+    """Writes the text tag `sample` when all else is saved.
 
     Args:
         prompt: what the model continues.
         num_tokens: how much it adds.
         temperature: of the sampling; 0 is greedy.
         seed: of the sampling.
+
+    Raises:
+        ConfigError: nothing to continue, or a number out of range.
     """
 
     def __init__(self, prompt: str, num_tokens: int, temperature: float = 0.8, seed: int = 0) -> None:
+        field = "callbacks.text_sample"
+        require(prompt != "", f"{field}.prompt", prompt, "at least one character")
+        require(num_tokens >= 1, f"{field}.num_tokens", num_tokens, "an integer >= 1")
+        require(0 <= temperature < math.inf, f"{field}.temperature", temperature, "a number >= 0")
         self.prompt, self.num_tokens, self.temperature, self.seed = prompt, num_tokens, temperature, seed
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         module: Any = pl_module
         prompt = datamodule.tokenizer.encode(self.prompt.encode()).tolist()

@@ -1,8 +1,11 @@
 """Turns the configuration libraries' errors into ConfigErrors: field, value, and what would be valid."""
 
 import dataclasses
+import inspect
+import pydoc
 import re
 import typing
+from collections.abc import Iterable
 from typing import Any
 
 from omegaconf import DictConfig
@@ -39,11 +42,22 @@ def _wanted(error: ValidationError) -> str | None:
 
 def _unknown(field: str, value: Any, error: OmegaConfBaseException) -> ConfigError:
     siblings = _siblings(error)
-    unknown = UnknownField(field, value, [name for name in siblings if not name.startswith("_")])
+    choices = [name for name in siblings if not name.startswith("_")]
     if "_target_" not in siblings:
-        return unknown
+        return UnknownField(field, value, choices)
     target = error.parent_node["_target_"]
-    return Refused(field, value, f"{unknown.valid}; if {target} has it, +{field}={value} hands it on")
+    taken = _parameters(str(target))
+    if field.rpartition(".")[2] in taken:
+        return Refused(field, value, f"the configuration does not set it yet; +{field}={value} hands it on to {target}")
+    return UnknownField(field, value, {*choices, *taken})
+
+
+def _parameters(target: str) -> Iterable[str]:
+    """Names of what a `_target_` takes; none where it cannot be imported."""
+    try:
+        return inspect.signature(pydoc.locate(target)).parameters  # type: ignore[arg-type]
+    except (pydoc.ErrorDuringImport, TypeError, ValueError):
+        return ()
 
 
 def _siblings(error: OmegaConfBaseException) -> list[str]:

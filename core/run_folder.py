@@ -1,11 +1,13 @@
 """Where a run lives: runs/EXPERIMENT/TIME with its config, checkpoints, logs and summary."""
 
 import itertools
+import re
 import shlex
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -14,7 +16,10 @@ from core.mappings import flatten
 
 RUNS = Path("runs")
 LAST = Path("checkpoints/last.ckpt")
-HOW_NOT_WHAT = {"model.compile", "model.activation_checkpointing", "model.moe.backend"}  # change no result
+MAY_CHANGE = {  # in a resumed run: how it computes, and what follows from the step alone
+    *("model.compile", "model.activation_checkpointing", "model.moe.backend", "model.moe.expert_parallel"),
+    *("optim.schedule", "optim.warmup_steps", "optim.min_lr_ratio", "optim.decay_fraction"),
+}
 
 
 @dataclass(frozen=True)
@@ -48,12 +53,17 @@ def locate(config: DictConfig, experiment: str | None, now: str) -> RunFolder:
     Raises:
         ConfigError: a checkpoint that is not there, or a folder that holds a run already.
     """
-    given = Path(str(config.run_dir)) if config.run_dir else None
+    plain = config.run_dir is None or isinstance(config.run_dir, str | int | float)
+    require(plain, "run_dir", config.run_dir, "the name of a folder, or null")
+    given = Path(str(config.run_dir)) if config.run_dir is not None else None
     siblings = RUNS / (experiment or "default")
     if config.ckpt_path is None:
         path = given or _fresh(siblings / now)
         taken = (path / LAST).exists() or (path / "config.yaml").exists()
-        valid = "a folder without a run in it, or ckpt_path=last beside it to resume that run"
+        way = "ckpt_path=last beside it to resume that run"
+        if not (path / LAST).exists():
+            way = "one of another name: the run in it saved no checkpoint that could be resumed"
+        valid = f"a folder without a run in it, or {way}"
         require(not (taken and is_main_process()), "run_dir", str(path), valid)
         return RunFolder(path, None)
     if config.ckpt_path == "last":
@@ -75,12 +85,18 @@ def _fresh(path: Path) -> Path:
     return next(fresh for name in names if not (fresh := path.with_name(name)).exists())
 
 
-def check_resumable(checkpoint: Path, hyper_parameters: dict[str, object], max_steps: int) -> None:
-    """Hold the checkpoint against the model that is asked for, and its step against where the run is to end.
+def check_resumable(checkpoint: Path, module: Any, datamodule: Any, max_steps: int) -> None:
+    """Hold the checkpoint against what is asked for: nothing may be resumed as something else, or silently ignored.
+
+    Args:
+        checkpoint: a file.
+        module: the LightningModule; its hyperparameters must be those of the checkpoint.
+        datamodule: the DataModule; where it has a `stream_identity`, that must be the checkpoint's.
+        max_steps: where the run is to end.
 
     Raises:
-        ConfigError: it cannot be read, another model is in it (names the first field that differs), or it is at the
-            end already.
+        ConfigError: it cannot be read, is of another model, optimizer or stream (names the first field that differs),
+            or is at the end already.
     """
     import torch
 
@@ -90,9 +106,11 @@ def check_resumable(checkpoint: Path, hyper_parameters: dict[str, object], max_s
     except Exception as error:  # truncated, no checkpoint at all, or one with code in it
         valid = "a whole checkpoint of this project; this file cannot be read as one"
         raise ConfigError("ckpt_path", str(checkpoint), valid) from error
-    old, new = flatten(saved, "."), flatten(hyper_parameters, ".")
-    for field in sorted((old.keys() | new.keys()) - HOW_NOT_WHAT):
-        if field.startswith(("model.", "vocab_size")) and old.get(field) != new.get(field):
+    position = content.get(type(datamodule).__qualname__, {})
+    old = flatten({**saved, "data": position.get("stream_identity", {})}, ".")
+    new = flatten({**module.hparams, "data": getattr(datamodule, "stream_identity", {})}, ".")
+    for field in sorted((old.keys() | new.keys()) - MAY_CHANGE):
+        if old.get(field) != new.get(field):
             raise ConfigError(field, new.get(field), f"{old.get(field)!r}, as in the checkpoint that is resumed")
     require(step < max_steps, "trainer.max_steps", max_steps, f"more than {step}, the step of the checkpoint")
 
@@ -109,12 +127,22 @@ def resume_command(run_dir: Path, max_steps: int | None = None) -> str:
     kept = [item for item in overrides if item.split("=")[0] not in replaced]
     kept += [f"trainer.max_steps={max_steps}"] if max_steps else []
     script = "train.py" if Path(sys.argv[0]).name != "train.py" else sys.argv[0]
-    return shlex.join(["python", script, *kept, f"run_dir={_display(run_dir)}", "ckpt_path=last"])
+    # The environment's own interpreter, also where it is not activated.
+    python = Path(sys.executable).absolute()
+    interpreter = str(_display(python)) if python.is_relative_to(Path.cwd()) else "python"
+    return shlex.join([interpreter, script, *kept, f"run_dir={_quoted(str(_display(run_dir)))}", "ckpt_path=last"])
 
 
 def _display(path: Path) -> Path:
     """Relative to the working folder where it lies below it."""
     return path.relative_to(Path.cwd()) if path.is_absolute() and path.is_relative_to(Path.cwd()) else path
+
+
+def _quoted(value: str) -> str:
+    """As Hydra's grammar wants it: quoted where there is more in it than a plain word or path."""
+    if re.fullmatch(r"[\w./-]+", value):
+        return value
+    return "'" + value.replace("'", "\\'") + "'"
 
 
 def is_main_process() -> bool:

@@ -1,5 +1,7 @@
 """Optimizer steps as against batches: under accumulation several batches make one step."""
 
+import math
+
 import lightning as L
 
 from core.errors import require
@@ -34,5 +36,9 @@ def check_length(trainer: L.Trainer) -> None:
     valid = f"an integer, a multiple of trainer.accumulate_grad_batches={batches}: a step is validated and saved whole"
     whole = isinstance(every, int) and every >= 1 and every % batches == 0
     require(whole, "trainer.val_check_interval", every, valid)
+    clip = trainer.gradient_clip_val
+    require(clip is None or 0 <= clip < math.inf, "trainer.gradient_clip_val", clip, "a number >= 0, or null")
+    logged: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    require(logged >= 0, "trainer.log_every_n_steps", logged, "an integer >= 0; 0: never")
     limit: float = trainer.limit_train_batches
     require(limit == 1.0, "trainer.limit_train_batches", limit, "1.0; give trainer.max_steps instead")

@@ -110,15 +110,21 @@ class TokenDataModule(L.LightningDataModule):
     def _num_val_batches(self) -> int:
         return min(self.val_batches, open_split(self.folder, "val").num_samples(self.seq_len) // self.batch_size)
 
+    @property
+    def stream_identity(self) -> dict[str, Any]:
+        """The settings without which a position in the stream means nothing: a run is resumed under the same."""
+        return {"seq_len": self.seq_len, "seed": self.seed}
+
     def state_dict(self) -> dict[str, Any]:
-        """{"samples": consumed by all ranks, "step": at which}.
+        """{"samples": consumed by all ranks, "step": at which, "stream_identity"}.
 
         A half-accumulated step is not in the weights, so it is not counted.
         """
         assert self.trainer is not None
         steps = self.trainer.global_step - self._first_step
         consumed = steps * self.trainer.accumulate_grad_batches * self.batch_size
-        return {"samples": self._first_sample + consumed, "step": self.trainer.global_step}
+        samples = self._first_sample + consumed
+        return {"samples": samples, "step": self.trainer.global_step, "stream_identity": self.stream_identity}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Lightning calls this before it restores the step; train_dataloader, which comes after, needs both.

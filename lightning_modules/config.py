@@ -61,7 +61,7 @@ class MoEConfig:
         )
         require(0 <= self.jitter < 1, "model.moe.jitter", self.jitter, "a number in [0, 1)")
         for name in ("load_balancing_weight", "bias_update_rate", "z_loss_weight"):
-            require(getattr(self, name) >= 0, f"model.moe.{name}", getattr(self, name), "a number >= 0")
+            require(0 <= getattr(self, name) < math.inf, f"model.moe.{name}", getattr(self, name), "a number >= 0")
 
     @property
     def balance_weight(self) -> float:
@@ -99,8 +99,8 @@ class ModelConfig:
         for name in ("num_layers", "dim", "num_heads"):
             require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "an integer >= 1")
         require(self.ffn_dim is None or self.ffn_dim >= 1, "model.ffn_dim", self.ffn_dim, "an integer >= 1 or null")
-        require(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "a number > 0")
-        require(self.rope_theta > 0, "model.rope_theta", self.rope_theta, "a number > 0")
+        for name in ("norm_eps", "rope_theta"):
+            require(0 < getattr(self, name) < math.inf, f"model.{name}", getattr(self, name), "a number > 0")
         require(
             self.dim % (2 * self.num_heads) == 0,
             "model.dim",
@@ -151,7 +151,7 @@ class OptimConfig:
     def __post_init__(self) -> None:
         for name in ("lr", "weight_decay", "warmup_steps"):
             require(0 <= getattr(self, name) < math.inf, f"optim.{name}", getattr(self, name), "a number >= 0")
-        require(self.eps > 0, "optim.eps", self.eps, "a number > 0")
+        require(0 < self.eps < math.inf, "optim.eps", self.eps, "a number > 0")
         valid_betas = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         require(valid_betas, "optim.betas", self.betas, "two numbers in [0, 1)")
         if self.width_scaling not in WIDTH_SCALINGS:

@@ -34,7 +34,11 @@ def make_optimizer(model: Transformer, config: OptimConfig) -> torch.optim.AdamW
     for factor, weights in matrices.items():
         groups.append({"params": weights, "lr": config.lr * factor, "weight_decay": config.weight_decay / factor})
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in model.parameters())
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+    # A fused AdamW would undo fp16's loss scaling in its step, after the clipping; Lightning refuses to clip then, in
+    # any mixed precision. Without this the scaler undoes it before both.
+    optimizer._step_supports_amp_scaling = False
+    return optimizer
 
 
 def cosine(config: OptimConfig, num_steps: int) -> Schedule:

@@ -10,6 +10,7 @@ import pytest
 from tests.helpers_run import EXPERIMENTS, ROOT, TRAIN, tiny_job, train
 
 PLACEMENTS = ("postnorm", "prenorm", "spannorm")
+SAMPLE = "callbacks.text_sample={_target_: callbacks.text_sample.TextSample"
 BAD = [  # (arguments, what the message must hold)
     (["experiment=moe_spannrom"], ("experiment='moe_spannrom'", *EXPERIMENTS, "did you mean moe_spannorm?")),
     (["model=huge"], ("model='huge'", "dense", "moe")),
@@ -52,7 +53,15 @@ BAD = [  # (arguments, what the message must hold)
     (["+callbacks.mine=5"], ("callbacks.mine=5", "a group with a _target_")),
     (["callbacks.best_checkpoint.save_top_k=all"], ("callbacks.best_checkpoint.save_top_k='all'", "an integer")),
     (["+callbacks.progress.colour=red"], ("callbacks.progress.colour='red'", "no such field", "line_seconds")),
-    (["trainer.fast_dev_run=1"], ("trainer.fast_dev_run='1'", "max_steps", "+trainer.fast_dev_run=1 hands it on")),
+    (["callbacks.progress.refresh=1"], ("callbacks.progress.refresh='1'", "no such field", "mean refresh_seconds?")),
+    (["trainer.fast_dev_run=1"], ("trainer.fast_dev_run='1'", "+trainer.fast_dev_run=1 hands it on")),
+    (["trainer.gradient_clip_val=-1"], ("trainer.gradient_clip_val=-1", "a number >= 0, or null")),
+    (["trainer.log_every_n_steps=-1"], ("trainer.log_every_n_steps=-1", "an integer >= 0")),
+    (["optim.eps=inf"], ("optim.eps=inf", "a number > 0")),
+    (["model.rope_theta=inf"], ("model.rope_theta=inf", "a number > 0")),
+    ([f"{SAMPLE}, prompt: '', num_tokens: 1}}"], ("callbacks.text_sample.prompt=''", "at least one character")),
+    ([f"{SAMPLE}, prompt: a, num_tokens: 0}}"], ("callbacks.text_sample.num_tokens=0", "an integer >= 1")),
+    (["run_dir=[1]"], ("run_dir=[1]", "the name of a folder")),
     (["callbacks=null"], ("GROUP=NAME", "~GROUP")),
     (["logger=wandb"], ("logger='wandb'", "tensorboard")),
     (["ckpt_path=last"], ("ckpt_path='last'", "checkpoints/last.ckpt in runs/default")),

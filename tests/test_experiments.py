@@ -16,7 +16,7 @@ from tests.helpers_run import EXPERIMENTS, ROOT, run, scalars
 
 CHOICES = [path.relative_to(ROOT / "configs").with_suffix("") for path in sorted((ROOT / "configs").glob("*/*.yaml"))]
 FILLED_IN = {"module": {"vocab_size"}, "trainer": {"callbacks", "logger", "default_root_dir"}}
-ON_A_CPU = ["trainer=default", "model.compile=false"]
+ON_A_CPU = ["trainer.accelerator=cpu", "model.compile=false"]
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -57,5 +57,8 @@ def test_every_experiment_trains(experiment: str | None, tmp_path: Path) -> None
     assert list(losses) == [0, 1]
     assert all(3 < loss < 8 for loss in losses.values())  # ln 257 = 5.5
     assert json.loads((folder / "summary.json").read_text())["steps"] == 2
-    asked, ran = composed(*chosen[:1]).model, OmegaConf.load(folder / "config.yaml").model
+    asked, ran = composed(*chosen[:1]), OmegaConf.load(folder / "config.yaml")
+    assert ran.trainer.precision == asked.trainer.precision
+    assert ran.trainer.gradient_clip_val == asked.trainer.gradient_clip_val == 1.0
+    asked, ran = asked.model, ran.model
     assert (ran.ffn, ran.placement, ran.init, ran.norm) == (asked.ffn, asked.placement, asked.init, asked.norm)

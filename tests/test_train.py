@@ -13,6 +13,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.helpers_run import TRAIN, load, run, scalars, tiny_job, train
 
@@ -35,8 +36,10 @@ def uninterrupted(model: list[str], tmp_path_factory: pytest.TempPathFactory) ->
     return run(tmp_path_factory.mktemp("uninterrupted"), "run", *model, *keep)
 
 
-def assert_continues(resumed: Path, uninterrupted: Path, after: int = 0) -> None:
-    """Every scalar after that step, the final weights, optimizer and position are equal, bit for bit."""
+def assert_continues(resumed: Path, uninterrupted: Path, at: int, after: int = 0) -> None:
+    """It went on at step `at`, and every scalar after step `after`, the final weights, optimizer and position are
+    equal, bit for bit."""
+    assert_began(resumed, at)
     for tag in ("train/loss", "optim/grad_norm", "optim/lr", "train/tokens", "val/loss"):
         expected = {step: value for step, value in scalars(uninterrupted, tag).items() if step >= after}
         assert len(expected) > 1
@@ -47,6 +50,13 @@ def assert_continues(resumed: Path, uninterrupted: Path, after: int = 0) -> None
         assert_equal(ours[part], theirs[part], part)
     losses = scalars(uninterrupted, "val/loss")
     assert load(resumed / "checkpoints/best.ckpt")["global_step"] == min(losses, key=losses.__getitem__) + 1
+
+
+def assert_began(folder: Path, step: int) -> None:
+    """A run that starts again from nothing would give the same curve; the last process' own events tell them apart."""
+    newest = max((folder / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    first, *_ = EventAccumulator(str(newest), size_guidance={"scalars": 0}).Reload().Scalars("train/loss")
+    assert first.step == step
 
 
 def assert_equal(ours: Any, theirs: Any, where: str) -> None:
@@ -84,7 +94,7 @@ def test_interrupted_and_resumed_is_uninterrupted(
     assert not (tmp_path / "run/summary.json").exists()
     command = shlex.split(interrupted.out.splitlines()[-1])
     assert train(tmp_path, *command[2:]).code == 0
-    assert_continues(tmp_path / "run", uninterrupted)
+    assert_continues(tmp_path / "run", uninterrupted, at=step)
 
 
 WAIT = """
@@ -107,17 +117,20 @@ def test_a_terminated_process_saves_and_its_command_resumes(
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes) as process:
-        while process.stdout.readline() not in ("waiting\n", ""):
-            pass
-        process.send_signal(signal.SIGTERM)
-        out, _ = process.communicate("go on\n", timeout=60)
+        try:
+            while process.stdout.readline() not in ("waiting\n", ""):
+                pass
+            process.send_signal(signal.SIGTERM)
+            out, _ = process.communicate("go on\n", timeout=120)
+        finally:
+            process.kill()
     *_, message, resume = out.splitlines()
     assert process.returncode == 143
     assert message == "Interrupted: SIGTERM after step 4. Saved; go on with"
     assert resume.split()[:2] == ["python", str(TRAIN)]
     assert train(tmp_path, *shlex.split(resume)[2:]).code == 0
     (folder,) = (tmp_path / "runs/moe_spannorm").iterdir()
-    assert_continues(folder, uninterrupted)
+    assert_continues(folder, uninterrupted, at=4)
 
 
 def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
@@ -127,15 +140,37 @@ def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
         finished = train(tmp_path, *tiny_job("trainer.max_steps=4", "run_dir=run"), *twice)
     finally:
         signal.signal(signal.SIGINT, handler)  # Lightning leaves it ignored
-    assert finished.code == 1
+    assert finished.code == 130
+    assert finished.out.endswith("Interrupted at once; there was nothing to save.\n")
     assert not (tmp_path / "run/checkpoints").exists()
 
 
-def test_a_finished_run_can_be_made_longer(tmp_path: Path, model: list[str], uninterrupted: Path) -> None:
-    run(tmp_path, "run", *model, "trainer.max_steps=3")
+class Press(L.Callback):
+    """Ctrl-C while the model is being built."""
+
+    def on_fit_start(self, *_: Any) -> None:
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_before_the_first_step_says_that_nothing_was_saved(tmp_path: Path) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        finished = train(tmp_path, *tiny_job("run_dir=run", "+callbacks.press._target_=tests.test_train.Press"))
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert finished.code == 130
+    assert finished.out.endswith("Interrupted at once; there was nothing to save.\n")
+    again = train(tmp_path, *tiny_job("run_dir=run"))
+    assert "run_dir='run' is not valid" in again.err
+    assert "saved no checkpoint that could be resumed" in again.err
+
+
+@pytest.mark.parametrize("end", [3, 4], ids=["between validations", "at a validation"])
+def test_a_finished_run_can_be_made_longer(tmp_path: Path, model: list[str], uninterrupted: Path, end: int) -> None:
+    run(tmp_path, "run", *model, f"trainer.max_steps={end}")
     first = (tmp_path / "run/config.yaml").read_bytes()
     run(tmp_path, "run", *model, "ckpt_path=last")
-    assert_continues(tmp_path / "run", uninterrupted, after=3)
+    assert_continues(tmp_path / "run", uninterrupted, at=end, after=end)
     assert (tmp_path / "run/config.yaml").read_bytes() == first
     assert len(list((tmp_path / "run").glob("config-resumed-*.yaml"))) == 1
 
@@ -144,7 +179,7 @@ def test_a_checkpoint_saved_at_a_validation_resumes(tmp_path: Path, model: list[
     checkpoint = uninterrupted / "checkpoints/step=4.ckpt"
     assert load(checkpoint)["global_step"] == 4
     resumed = run(tmp_path, "elsewhere", *model, f"ckpt_path='{checkpoint}'")
-    assert_continues(resumed, uninterrupted, after=4)
+    assert_continues(resumed, uninterrupted, at=4, after=4)
 
 
 FIRST = "runs/dense_prenorm/first"
@@ -165,6 +200,7 @@ def test_the_printed_command_makes_a_finished_run_as_long_again(finished: Path, 
     assert train(tmp_path, *shlex.split(resume)[2:]).code == 0
     summary = json.loads((tmp_path / FIRST / "summary.json").read_text())
     assert (summary["steps"], summary["tokens"]) == (4, 4 * 4 * 32)
+    assert_began(tmp_path / FIRST, 2)
 
 
 def test_last_is_the_newest_run_of_the_experiment(finished: Path, tmp_path: Path) -> None:
@@ -177,6 +213,7 @@ def test_last_is_the_newest_run_of_the_experiment(finished: Path, tmp_path: Path
     assert resumed.code == 0, resumed.err
     assert resumed.out.startswith("Run folder: runs/dense_prenorm/a\n")
     assert load(tmp_path / "runs/dense_prenorm/a/checkpoints/last.ckpt")["global_step"] == 3
+    assert_began(tmp_path / "runs/dense_prenorm/a", 2)
 
 
 def test_a_checkpoint_of_a_run_goes_on_in_its_folder(finished: Path, tmp_path: Path) -> None:
@@ -197,6 +234,10 @@ def test_a_checkpoint_of_a_run_goes_on_in_its_folder(finished: Path, tmp_path: P
             "model.num_heads=1 is not valid: expected 2, as in the checkpoint",
         ),
         ([f"ckpt_path={BEST}", "model.ffn=moe"], "model.ffn='moe' is not valid: expected 'dense', as in"),
+        ([f"ckpt_path={BEST}", "optim.lr=1e-9"], "optim.lr=1e-09 is not valid: expected 0.003, as in the checkpoint"),
+        ([f"ckpt_path={BEST}", "optim.weight_decay=0"], "optim.weight_decay=0.0 is not valid: expected 0.1, as in"),
+        ([f"ckpt_path={BEST}", "data.seq_len=16"], "data.seq_len=16 is not valid: expected 32, as in the checkpoint"),
+        ([f"ckpt_path={BEST}", "seed=7"], "data.seed=7 is not valid: expected 0, as in the checkpoint"),
         (["ckpt_path=garbage"], "ckpt_path='garbage' is not valid: expected a whole checkpoint of this project"),
         (["ckpt_path=truncated"], "ckpt_path='truncated' is not valid: expected a whole checkpoint"),
         (["ckpt_path=foreign"], "ckpt_path='foreign' is not valid: expected a whole checkpoint"),
@@ -215,6 +256,46 @@ def test_what_cannot_go_on_is_refused(finished: Path, arguments: list[str], mess
     assert contents(finished) == before
 
 
+def test_what_follows_from_the_step_may_change_in_a_resumed_run(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    changed = ["data.batch_size=2", "optim.schedule=constant", "optim.warmup_steps=0", "trainer.max_steps=4"]
+    assert train(tmp_path, *tiny_job("experiment=dense_prenorm", f"ckpt_path={BEST}", *changed)).code == 0
+    assert scalars(tmp_path / FIRST, "optim/lr")[3] == pytest.approx(3e-3)
+    content = load(tmp_path / FIRST / "checkpoints/last.ckpt")["PythonStdlib"]
+    assert content["samples"] == 2 * 4 + 2 * 2
+
+
+class Fail(L.Callback):
+    """The last hook of a run fails."""
+
+    def on_fit_end(self, *_: Any) -> None:
+        raise OSError("a logger's server is gone")
+
+
+def test_what_fails_at_the_end_does_not_cost_the_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="server is gone"):
+        train(tmp_path, *tiny_job("run_dir=run", "+callbacks.fail._target_=tests.test_train.Fail"))
+    assert load(tmp_path / "run/checkpoints/last.ckpt")["global_step"] == 2
+
+
+def test_a_metric_that_nobody_logs_is_said_in_one_line(tmp_path: Path) -> None:
+    finished = train(tmp_path, *tiny_job("run_dir=run", "callbacks.best_checkpoint.monitor=val/lss"))
+    assert finished.code == 2
+    assert finished.err.startswith("Error: ")
+    assert "monitor='val/lss'" in finished.err
+    assert "val/loss" in finished.err
+    assert finished.err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_main_job_beats_the_bigram_baseline(tmp_path: Path) -> None:
+    finished = train(tmp_path, "experiment=moe_spannorm", "run_dir=run")
+    assert finished.code == 0, finished.err
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["val_loss"] < 0.7 * summary["bigram_loss"]
+    assert f"{summary['bigram_loss']:.4f}" in finished.out
+
+
 def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -224,6 +305,7 @@ def test_a_resumed_run_remembers_the_best_of_its_first_part(tmp_path: Path) -> N
     highest = ["trainer.val_check_interval=1", "callbacks.best_checkpoint.mode=max"]
     run(tmp_path, "run", *highest)
     folder = run(tmp_path, "run", *highest, "trainer.max_steps=4", "ckpt_path=last")
+    assert_began(folder, 2)
     losses = scalars(folder, "val/loss")
     assert losses[0] == max(losses.values())
     assert load(folder / "checkpoints/best.ckpt")["global_step"] == 1

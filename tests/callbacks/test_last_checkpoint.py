@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from callbacks.last_checkpoint import LastCheckpoint, TrainingInterrupted
+from callbacks.last_checkpoint import LastCheckpoint
 from core.errors import ConfigError
+from core.interruption import TrainingInterrupted
 
 NOTHING: Any = None
 
@@ -19,7 +20,8 @@ class Trainer:
 
     def __init__(self, world_size: int = 1, other_rank: int = 0) -> None:
         self.world_size, self.global_step, self.max_steps, self.accumulate_grad_batches = world_size, 0, 100, 2
-        self.should_stop, self.saved = False, []
+        self.fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace())
+        self.should_stop, self.sanity_checking, self.saved = False, False, []
         largest = lambda mine, reduce_op: torch.maximum(mine, torch.tensor(other_rank))  # noqa: E731
         self.strategy = SimpleNamespace(root_device="cpu", reduce=largest)
 
@@ -52,9 +54,21 @@ def test_it_saves_again_after_a_validation_of_the_same_step(tmp_path: Path) -> N
 def test_the_last_step_asks_for_a_validation(tmp_path: Path) -> None:
     trainer = Trainer()
     trainer.max_steps = 4
-    train(LastCheckpoint(str(tmp_path), 4), trainer, num_steps=4)
+    callback = LastCheckpoint(str(tmp_path), 4)
+    train(callback, trainer, num_steps=4)
     assert trainer.should_stop
-    assert trainer.saved == [], "on_train_end saves, after the validation"
+    assert trainer.saved == [], "the validation comes first"
+    callback.on_validation_end(trainer, NOTHING)  # type: ignore[arg-type]
+    assert trainer.saved == [4]
+    callback.on_train_end(trainer, NOTHING)  # type: ignore[arg-type]
+    assert trainer.saved == [4]
+
+
+def test_without_a_validation_the_end_saves(tmp_path: Path) -> None:
+    trainer, callback = Trainer(), LastCheckpoint(str(tmp_path), 3)
+    train(callback, trainer, num_steps=4)
+    callback.on_train_end(trainer, NOTHING)  # type: ignore[arg-type]
+    assert trainer.saved == [3, 4]
 
 
 @pytest.mark.parametrize("other_rank", [0, signal.SIGTERM])

@@ -21,10 +21,16 @@ class Recorder(L.Callback):
 
     losses: ClassVar[list[float]] = []
     norms: ClassVar[list[float]] = []
+    stepped: ClassVar[list[float]] = []  # norms of the gradients that the optimizer gets
 
     def on_fit_start(self, *_: Any) -> None:
-        self.losses.clear()
-        self.norms.clear()
+        for recorded in (self.losses, self.norms, self.stepped):
+            recorded.clear()
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx % ACCUMULATE == ACCUMULATE - 1:  # gradients are those of the step just taken
+            gradients = [p.grad for p in module.parameters() if p.grad is not None]
+            self.stepped.append(torch.nn.utils.get_total_norm(gradients).item())
 
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
         tokens = batch["tokens"]
@@ -64,6 +70,10 @@ def test_the_training_loss_is_the_mean_over_the_batches_of_a_step(job: Job) -> N
 def test_the_gradient_norm_is_that_before_clipping(job: Job) -> None:
     assert min(Recorder.norms) > 0.1, "the job clips at 0.01"
     assert list(scalars(job.folder, "optim/grad_norm").values()) == pytest.approx(Recorder.norms, rel=1e-4)
+
+
+def test_the_optimizer_gets_clipped_gradients(job: Job) -> None:
+    assert Recorder.stepped == pytest.approx([0.01] * STEPS, rel=1e-3)
 
 
 def test_tokens_are_counted_over_all_batches(job: Job) -> None:

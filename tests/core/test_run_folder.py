@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from core.errors import ConfigError
@@ -57,6 +58,23 @@ def test_the_command_repeats_what_was_asked_for(monkeypatch: pytest.MonkeyPatch)
     run.create(asked(seed=2), ["seed=2"])
     assert OmegaConf.load(run.path / "config.yaml").seed == 1
     command = ["python", "/some where/train.py", *overrides[:2]]
-    end = ["run_dir=runs/moe/a run", "ckpt_path=last"]
+    end = ["run_dir='runs/moe/a run'", "ckpt_path=last"]
     assert shlex.split(resume_command(run.path)) == [*command, "trainer.max_steps=7", *end]
     assert shlex.split(resume_command(run.path, max_steps=14)) == [*command, "trainer.max_steps=14", *end]
+
+
+@pytest.mark.parametrize("name", ["lr=1,b", "a run (a)", "it's", "a\\b", "2026-11-24_05-42-00", "5"])
+def test_any_folder_can_be_resumed_by_the_command(name: str) -> None:
+    run = RunFolder(Path(name), None)
+    run.create(asked(), [])
+    (override, _) = OverridesParser.create().parse_overrides(shlex.split(resume_command(run.path))[2:])
+    assert override.key_or_group == "run_dir"
+    assert str(override.value()) == name
+
+
+def test_the_command_names_the_interpreter_of_the_environment_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    RunFolder(Path("run"), None).create(asked(), [])
+    monkeypatch.setattr(sys, "executable", str(Path(".venv/bin/python").absolute()))
+    assert shlex.split(resume_command(Path("run")))[0] == ".venv/bin/python"
+    monkeypatch.setattr(sys, "executable", "/usr/bin/python3")
+    assert shlex.split(resume_command(Path("run")))[0] == "python"

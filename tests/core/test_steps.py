@@ -18,6 +18,7 @@ def trainer(**values: Any) -> Any:
         "val_check_interval": 6,
         "limit_train_batches": 1.0,
         "fast_dev_run": False,
+        "gradient_clip_val": 1.0,
     }
     return SimpleNamespace(**{**defaults, **values})
 
@@ -42,6 +43,9 @@ def test_every_nth_step_is_logged_and_the_last() -> None:
         ("val_check_interval", 0),
         ("val_check_interval", 1.0),
         ("val_check_interval", None),
+        ("gradient_clip_val", -1.0),
+        ("gradient_clip_val", float("inf")),
+        ("log_every_n_steps", -1),
     ],
 )
 def test_a_run_without_an_end_or_with_half_steps_is_refused(field: str, value: Any) -> None:

@@ -132,7 +132,12 @@ write_corpus(folder, documents(), 256, {})
 
 def test_two_processes_may_prepare_the_same_corpus(tmp_path: Path) -> None:
     processes = [subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], cwd=ROOT) for _ in range(2)]
-    assert [process.wait(timeout=60) for process in processes] == [0, 0]
+    try:
+        assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
     assert sorted(path.name for path in (tmp_path / "corpus").iterdir()) == ["index.json", "train.bin", "val.bin"]
     assert [open_split(tmp_path / "corpus", name).num_tokens for name in ("train", "val")] == [1001, 1001]
