@@ -11,7 +11,7 @@ from lightning_modules.config import ModelConfig
 
 
 class DyT(nn.Module):
-    """Dynamic tanh: g * tanh(a x) + b, elementwise (2503.10622, eq. 1). Shape-preserving, no statistics."""
+    """Dynamic tanh: g * tanh(a x) + b, elementwise (2503.10622, eq. 1), without statistics. Keeps shape and dtype."""
 
     def __init__(self, dim: int, eps: float = 0.0, alpha: float = 0.5) -> None:
         super().__init__()
@@ -20,7 +20,7 @@ class DyT(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.alpha * x) * self.weight + self.bias
+        return (torch.tanh(self.alpha * x) * self.weight + self.bias).to(x.dtype)
 
 
 class RMSNorm(nn.RMSNorm):

@@ -9,7 +9,7 @@ from lightning_modules.layers.norms import NormFactory
 from lightning_modules.placements.base import Depth, Sublayer
 from lightning_modules.placements.sandwich import Sandwich
 
-Alpha = float | Literal["2L", "sqrt"]
+Gain = float | Literal["2L", "sqrt"]
 
 
 class Keel(Sandwich):
@@ -26,7 +26,7 @@ class Keel(Sandwich):
     has_final_norm, default_init, norms = False, "plain", ("rmsnorm", "layernorm")
 
     def __init__(
-        self, depth: Depth, norm: NormFactory, final_norm: bool = False, alpha: Alpha = "2L", ease_in: bool = False
+        self, depth: Depth, norm: NormFactory, final_norm: bool | None = None, alpha: Gain = "2L", ease_in: bool = False
     ) -> None:
         super().__init__(depth, norm, final_norm)
         scale = {"2L": 2.0 * depth.total, "sqrt": (2 * depth.total) ** 0.5}[alpha] if isinstance(alpha, str) else alpha

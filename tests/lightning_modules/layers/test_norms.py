@@ -51,3 +51,11 @@ def test_dyt_starts_as_half_steep_tanh() -> None:
 def test_unknown_kind() -> None:
     with pytest.raises(ConfigError, match=r"model\.norm='rmsnrm'.*dyt, layernorm, none, rmsnorm.*mean rmsnorm"):
         make_norm(tiny_config(norm="rmsnrm"), dim=12)
+
+
+@pytest.mark.parametrize("kind", ["rmsnorm", "dyt", "none"])  # layernorm's result is autocast's to choose
+def test_bf16_stays_bf16_and_is_computed_in_fp32(kind: str) -> None:
+    norm, x = make_norm(tiny_config(norm=kind), dim=12), torch.randn(4, 12, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = norm(x)
+    torch.testing.assert_close(out, norm(x.float()).bfloat16(), rtol=0, atol=0)

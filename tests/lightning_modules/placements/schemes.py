@@ -91,6 +91,13 @@ def keel(b: At, x: Tensor) -> Tensor:
     return b.N("norm_ffn_out", 8 * y + b.F(b.N("norm_ffn_in", y)))
 
 
+def keel_eased(b: At, x: Tensor) -> Tensor:
+    if b.l > 1:
+        return keel(b, x)
+    y = x + b.A(b.N("norm_attn_in", x))
+    return b.N("norm_ffn_out", y + b.F(b.N("norm_ffn_in", y)))
+
+
 def siamesenorm(b: At, state: Any) -> Any:
     x, y = state if b.l > 1 else (state, state)
     a = b.A(b.N("norms_attn.in", x + b.N("norms_attn.y", y)))
