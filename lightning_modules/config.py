@@ -131,6 +131,23 @@ class ModelConfig:
     def expert_hidden_dim(self) -> int:
         return self.moe.expert_dim if self.moe.expert_dim is not None else self.hidden_dim
 
+    @property
+    def shared_expert_hidden_dim(self) -> int:
+        """Width of one shared expert."""
+        return self.moe.shared_expert_dim if self.moe.shared_expert_dim is not None else self.expert_hidden_dim
+
+    @property
+    def hidden_dims(self) -> set[int]:
+        """The hidden widths that its dense FFNs, routed and shared experts have."""
+        if self.ffn != "moe":
+            return {self.hidden_dim}
+        dims = {self.expert_hidden_dim}
+        if self.moe.num_shared_experts:
+            dims.add(self.shared_expert_hidden_dim)
+        if not all(self.moe.is_mixture(layer) for layer in range(1, self.num_layers + 1)):
+            dims.add(self.hidden_dim)
+        return dims
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -146,7 +163,7 @@ class OptimConfig:
     decay_fraction: float = 0.2  # wsd: the last part of the run that decays
     width_scaling: str = "none"  # none, mup or standard: lightning_modules/width_scaling.py
     base_width: int = 128  # the model.dim at which lr and init were tuned
-    base_ffn_width: int | None = None  # the FFN's or expert's hidden width there; None: in proportion to dim
+    base_ffn_width: int | None = None  # the hidden width there; None: lightning_modules/width_scaling.py
 
     def __post_init__(self) -> None:
         for name in ("lr", "weight_decay", "warmup_steps"):

@@ -11,7 +11,10 @@ With m = fan_in / (its value at the base width), against what the init and optim
 
 Embedding, norm gains and biases keep both. Weight decay is multiplied by the inverse of the learning-rate factor: AdamW
 shrinks weights by lr x weight_decay a step, and that product should not depend on width (2407.05872, section 3).
-Hidden matrices are those of attention, dense FFN and experts (with the expert's own fan-in).
+Hidden matrices are those of attention, dense FFN and experts, each with its own fan-in. That of a down matrix is a
+hidden width. Where it is derived from model.dim, it grows in proportion, and m is that of model.dim. Where it is given
+(model.ffn_dim, model.moe.expert_dim, model.moe.shared_expert_dim), it does not grow, and m is 1, unless
+optim.base_ffn_width says what it was at the base width.
 
 Widen a model by adding heads, not by widening them: the attention logits' scale is then untouched.
 """
@@ -30,12 +33,14 @@ class WidthScaling:
     Attributes:
         kind: none, mup or standard.
         dim: model.dim over optim.base_width.
-        hidden: the FFN's (or an expert's) hidden width over its base.
+        derived: a hidden width that is derived from model.dim, over its value at the base width.
+        pinned: likewise, one that the configuration gives.
     """
 
     kind: str
     dim: float
-    hidden: float
+    derived: float
+    pinned: float
 
     @property
     def output_multiplier(self) -> float:
@@ -46,7 +51,10 @@ class WidthScaling:
         """m: the matrix' fan-in over that at the base width."""
         if self.kind == "none" or matrix.role == "embedding":
             return 1.0  # a lookup sums one row at any width
-        return self.hidden if matrix.role == "ffn_down" else self.dim
+        return self._hidden(matrix) if matrix.role == "ffn_down" else self.dim
+
+    def _hidden(self, matrix: Matrix) -> float:
+        return self.pinned if matrix.pinned else self.derived
 
     def at_base(self, matrix: Matrix) -> Matrix:
         """The matrix as the init would see it at the base width."""
@@ -57,7 +65,7 @@ class WidthScaling:
         if matrix.role in ("head", "router"):  # their outputs, tokens and experts, do not grow with the width
             return matrix._replace(fan_in=fan_in)
         return matrix._replace(
-            fan_in=fan_in, fan_out=matrix.fan_out / (self.hidden if matrix.role == "ffn_up" else self.dim)
+            fan_in=fan_in, fan_out=matrix.fan_out / (self._hidden(matrix) if matrix.role == "ffn_up" else self.dim)
         )
 
     def std_factor(self, matrix: Matrix) -> float:
@@ -73,16 +81,14 @@ class WidthScaling:
         return 1.0 if self.kind == "mup" and matrix.role == "head" else 1 / self.ratio(matrix)
 
 
-UNSCALED = WidthScaling("none", 1.0, 1.0)
+UNSCALED = WidthScaling("none", 1.0, 1.0, 1.0)
 
 
 def width_scaling(model: ModelConfig, optim: OptimConfig) -> WidthScaling:
     """The scaling that a configuration asks for.
 
-    A null base_ffn_width means that the hidden width grows in proportion to dim.
-
     Raises:
-        ConfigError: standard scaling with tied embeddings.
+        ConfigError: standard scaling with tied embeddings, or one base_ffn_width for several hidden widths.
     """
     require(
         not (optim.width_scaling == "standard" and model.tie_embeddings),
@@ -90,6 +96,10 @@ def width_scaling(model: ModelConfig, optim: OptimConfig) -> WidthScaling:
         True,
         "false with optim.width_scaling=standard: as an embedding the matrix keeps its scale, as a head it shrinks",
     )
-    dim = model.dim / optim.base_width
-    width = model.expert_hidden_dim if model.ffn == "moe" else model.hidden_dim
-    return WidthScaling(optim.width_scaling, dim, dim if optim.base_ffn_width is None else width / optim.base_ffn_width)
+    dim, widths = model.dim / optim.base_width, sorted(model.hidden_dims)
+    if optim.base_ffn_width is None:
+        return WidthScaling(optim.width_scaling, dim, derived=dim, pinned=1.0)
+    valid = f"null where hidden widths differ: this model has {', '.join(map(str, widths))}"
+    require(len(widths) == 1, "optim.base_ffn_width", optim.base_ffn_width, valid)
+    hidden = widths[0] / optim.base_ffn_width
+    return WidthScaling(optim.width_scaling, dim, derived=hidden, pinned=hidden)

@@ -20,6 +20,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig, inner_norm: bool = False) -> None:
         super().__init__()
+        self.pinned = config.ffn_dim is not None
         self.gate_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
         self.up_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
         self.down_proj = nn.Linear(config.hidden_dim, config.dim, bias=False)
@@ -30,6 +31,7 @@ class FeedForward(nn.Module):
         return self.down_proj(self.inner_norm(F.silu(self.gate_proj(x)) * self.up_proj(x))), None
 
     def matrices(self) -> Iterator[Matrix]:
-        for linear in (self.gate_proj, self.up_proj):
-            yield Matrix("ffn_up", linear.weight, linear.in_features, linear.out_features)
-        yield Matrix("ffn_down", self.down_proj.weight, self.down_proj.in_features, self.down_proj.out_features)
+        dim, hidden = self.gate_proj.in_features, self.gate_proj.out_features
+        yield Matrix("ffn_up", self.gate_proj.weight, dim, hidden, self.pinned)
+        yield Matrix("ffn_up", self.up_proj.weight, dim, hidden, self.pinned)
+        yield Matrix("ffn_down", self.down_proj.weight, hidden, dim, self.pinned)

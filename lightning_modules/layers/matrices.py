@@ -16,9 +16,11 @@ class Matrix(NamedTuple):
         weight: the parameter; experts' are stacked, [num_experts x hidden, dim].
         fan_in: number of inputs summed into one output (a fraction where width scaling refers to another width).
         fan_out: number of outputs, likewise.
+        pinned: whether its hidden width (ffn_up's outputs, ffn_down's inputs) is given, not derived from model.dim.
     """
 
     role: Role
     weight: Tensor
     fan_in: float
     fan_out: float
+    pinned: bool = False

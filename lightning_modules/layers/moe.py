@@ -31,7 +31,7 @@ class MoE(nn.Module):
         self.router = Router(config)
         self.experts = make_experts(config, inner_norm, self.backend.name)
         # n SwiGLUs side by side are one, n times as wide.
-        width = config.moe.num_shared_experts * (config.moe.shared_expert_dim or config.expert_hidden_dim)
+        width = config.moe.num_shared_experts * config.shared_expert_hidden_dim
         self.shared_expert = FeedForward(replace(config, ffn_dim=width), inner_norm) if width else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, RouterStats]:
@@ -57,13 +57,15 @@ class MoE(nn.Module):
 
     def matrices(self) -> Iterator[Matrix]:
         router, mlp = self.router.layer, self.experts.mlp
-        dim, hidden = self.config.dim, self.config.expert_hidden_dim
-        yield Matrix("router", router.weight, dim, self.config.moe.num_experts)
-        yield Matrix("ffn_up", mlp.w1, dim, hidden)
-        yield Matrix("ffn_up", mlp.v1, dim, hidden)
-        yield Matrix("ffn_down", mlp.w2, hidden, dim)
+        dim, hidden, moe = self.config.dim, self.config.expert_hidden_dim, self.config.moe
+        pinned = self.config.ffn_dim is not None or moe.expert_dim is not None
+        yield Matrix("router", router.weight, dim, moe.num_experts)
+        yield Matrix("ffn_up", mlp.w1, dim, hidden, pinned)
+        yield Matrix("ffn_up", mlp.v1, dim, hidden, pinned)
+        yield Matrix("ffn_down", mlp.w2, hidden, dim, pinned)
         if self.shared_expert is not None:
-            yield from self.shared_expert.matrices()
+            pinned = pinned or moe.shared_expert_dim is not None
+            yield from (matrix._replace(pinned=pinned) for matrix in self.shared_expert.matrices())
 
     def num_idle_parameters(self) -> int:
         """Those of the experts that a token does not go to."""

@@ -1,9 +1,15 @@
 """Width scaling: factors against the published tables, sizes against width, and the best learning rate."""
 
+from collections import defaultdict
+from pathlib import Path
+
 import lightning as L
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 
+from core.build import build
+from core.cli import register_schemas
 from core.errors import ConfigError
 from datamodules.python_stdlib import PythonStdlib
 from lightning_modules.config import ModelConfig, MoEConfig, OptimConfig
@@ -12,7 +18,10 @@ from lightning_modules.language_module import LanguageModule
 from lightning_modules.optim import make_optimizer
 from lightning_modules.transformer import Transformer
 from lightning_modules.width_scaling import width_scaling
+from tests.conftest import make_module
 from tools.coordinate_check import STEPS, check, spread
+
+ROOT = Path(__file__).parents[2]
 
 # Four times the base width: (std, learning rate) of each role against the base width's, and the logits' multiplier.
 EXPECTED = {
@@ -22,14 +31,15 @@ EXPECTED = {
 }
 
 
-def moe_model(dim: int) -> ModelConfig:
-    experts = MoEConfig(num_experts=8, expert_dim=2 * dim)
-    return ModelConfig(init="plain", num_layers=1, dim=dim, num_heads=dim // 32, ffn="moe", moe=experts)
+def moe_model(dim: int, num_shared_experts: int = 0) -> ModelConfig:
+    moe = MoEConfig(num_experts=8, num_shared_experts=num_shared_experts)
+    return ModelConfig(init="plain", num_layers=1, dim=dim, num_heads=dim // 32, ffn="moe", moe=moe)
 
 
+@pytest.mark.parametrize("num_shared_experts", [0, 1, 2])
 @pytest.mark.parametrize("kind", EXPECTED)
-def test_std_and_learning_rate_follow_the_table(kind: str) -> None:
-    config = moe_model(dim=256)
+def test_std_and_learning_rate_follow_the_table(kind: str, num_shared_experts: int) -> None:
+    config = moe_model(256, num_shared_experts)
     optim = OptimConfig(lr=1e-2, weight_decay=0.1, width_scaling=kind, base_width=64)
     scaling = width_scaling(config, optim)
     model = Transformer(config, 512, scaling.output_multiplier)
@@ -54,7 +64,7 @@ def test_std_and_learning_rate_follow_the_table(kind: str) -> None:
 
 
 def test_every_parameter_is_in_exactly_one_group() -> None:
-    config = moe_model(dim=64)
+    config = moe_model(64, num_shared_experts=1)
     model = Transformer(config, 32)
     groups = make_optimizer(model, OptimConfig(width_scaling="mup", base_width=32)).param_groups
     ids = [id(parameter) for group in groups for parameter in group["params"]]
@@ -71,12 +81,95 @@ def test_fan_in_init_is_the_same_under_mup_as_without_but_for_outputs() -> None:
         assert matrix.weight.std().item() == pytest.approx(expected, rel=0.03), matrix.role
 
 
-def test_a_pinned_expert_width_is_not_scaled() -> None:
-    config = ModelConfig(ffn="moe", dim=256, num_heads=8, num_layers=1, moe=MoEConfig(expert_dim=128))
-    scaling = width_scaling(config, OptimConfig(width_scaling="mup", base_width=64, base_ffn_width=128))
-    factors = {matrix.role: scaling.lr_factor(matrix) for matrix in Transformer(config, 32).matrices()}
-    assert factors["ffn_down"] == 1.0
-    assert factors["ffn_up"] == 0.25
+# Of a model four times as wide as the base, by layer: the fan-in of its down matrix over that at the base.
+DOWN = [
+    (["model=dense"], {"ffn": 4}),
+    (["model=dense", "model.ffn_dim=256"], {"ffn": 1}),
+    (["model=dense", "optim.base_ffn_width=172"], {"ffn": 8}),  # 1376, derived from dim 512
+    (["model=moe"], {"mlp": 1}),  # pins expert_dim
+    (["model=moe", "optim.base_ffn_width=64"], {"mlp": 2}),
+    (["model=moe", "model.moe.expert_dim=null"], {"mlp": 4}),
+    (["model=moe", "model.moe.expert_dim=null", "model.ffn_dim=256"], {"mlp": 1}),
+    (["model=moe", "model.moe.first_dense_layers=1"], {"ffn": 4, "mlp": 1}),
+    (["model=moe", "model.moe.num_shared_experts=2"], {"shared_expert": 1, "mlp": 1}),
+    (
+        ["model=moe", "model.moe.num_shared_experts=2", "optim.base_ffn_width=64"],
+        {"shared_expert": 2, "mlp": 2},
+    ),
+    (
+        ["model=moe", "model.moe.num_shared_experts=2", "model.moe.expert_dim=null"],
+        {"shared_expert": 4, "mlp": 4},
+    ),
+    (
+        ["model=moe", "model.moe={num_shared_experts: 1, expert_dim: null, shared_expert_dim: 256}"],
+        {"shared_expert": 1, "mlp": 4},
+    ),
+]
+
+
+def composed(*overrides: str) -> LanguageModule:
+    """The module of a run with these overrides, four times as wide as its base; without weights."""
+    register_schemas()
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        mup = ("optim.width_scaling=mup", "optim.base_width=128")
+        config = compose("train", [*overrides, "model.dim=512", "model.num_heads=16", *mup])
+    module: LanguageModule = build(config, "module", vocab_size=32)
+    return module
+
+
+@pytest.mark.parametrize(("overrides", "down"), DOWN, ids=" ".join)
+def test_every_matrix_counts_with_its_own_fan_in(overrides: list[str], down: dict[str, int]) -> None:
+    module = composed(*overrides)
+    with torch.device("meta"):
+        model = Transformer(module.model_config, 32)
+    names, seen = {id(weight): name.removesuffix(".weight") for name, weight in model.named_parameters()}, set()
+    for matrix in model.matrices():
+        if matrix.role not in ("ffn_up", "ffn_down"):
+            continue
+        layer = names[id(matrix.weight)].split(".")[-2]
+        m = down[layer] if matrix.role == "ffn_down" else 4
+        assert module.width_scaling.lr_factor(matrix) == pytest.approx(1 / m)
+        assert module.width_scaling.std_factor(matrix) == pytest.approx(m**-0.5)
+        at_base = module.width_scaling.at_base(matrix)
+        fans = (matrix.fan_in / m, matrix.fan_out / (4 if matrix.role == "ffn_down" else down[layer]))
+        assert (at_base.fan_in, at_base.fan_out) == pytest.approx(fans)
+        seen.add(layer)
+    assert seen == set(down)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["model.moe.first_dense_layers=1", "model.moe.every=2", "model.moe={num_shared_experts: 1, shared_expert_dim: 64}"],
+)
+def test_one_base_width_for_several_hidden_widths_is_refused(override: str) -> None:
+    with pytest.raises(ConfigError, match=r"optim\.base_ffn_width=64 .*this model has \d+, \d+"):
+        composed("model=moe", override, "optim.base_ffn_width=64")
+
+
+def test_the_module_draws_multiplies_and_steps_as_scaled(tmp_path: Path) -> None:
+    optim = {"width_scaling": "mup", "base_width": 8, "lr": 1e-2, "warmup_steps": 4}
+    module = make_module(optim, ffn="moe", init="plain")  # four times as wide, experts of pinned width
+    assert module.model is not None
+    assert module.model.output_multiplier == 0.25
+    factors = {"embedding": (1, 1), "head": (1, 1), "router": (0.25, 0.25), "ffn_down": (1, 1)}
+    weights: dict[str, list[torch.Tensor]] = defaultdict(list)
+    for matrix in module.model.matrices():
+        weights[matrix.role].append(matrix.weight)
+    for role, drawn in weights.items():
+        flat, std = torch.cat([weight.flatten() for weight in drawn]), factors.get(role, (0.5, 0.25))[0]
+        assert flat.std().item() == pytest.approx(0.02 * std, rel=5 / (2 * len(flat)) ** 0.5), role
+
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    module.trainer = L.Trainer(accelerator="cpu", max_steps=10, default_root_dir=tmp_path, **quiet)  # type: ignore[arg-type]
+    configured = module.configure_optimizers()
+    optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    for warm_up in (0.25, 0.5):
+        rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        for role, drawn in weights.items():
+            expected = 1e-2 * warm_up * factors.get(role, (0.5, 0.25))[1]
+            assert [rates[id(weight)] for weight in drawn] == pytest.approx([expected] * len(drawn)), role
+        optimizer.step()
+        schedule.step()
 
 
 def test_tied_embeddings_keep_their_scale_under_mup_and_are_refused_under_standard() -> None:
