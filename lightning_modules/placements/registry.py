@@ -1,4 +1,4 @@
-"""Every placement by its name. A new one is one file beside this, and one line here."""
+"""Every placement by its name. A new one is one file beside this, its import and its line here."""
 
 from lightning_modules.placements.b2t import B2T
 from lightning_modules.placements.base import Placement
