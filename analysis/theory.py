@@ -3,6 +3,7 @@
 A scheme carries the hidden state's kernel (analysis/kernels.py) through one block, and a gradient's kernel back.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -192,9 +193,11 @@ def predict_model(model: Transformer, seq_len: int) -> list[Prediction] | None:
 
 
 def read_gains(block: Block) -> Gains:
-    """The gains of a dense block's matrices, from their entries."""
-    matrices = (*block.attn.matrices(), *block.ffn.matrices())
-    return Gains(**{m.role: float(m.weight.detach().square().mean()) * m.fan_in for m in matrices})
+    """The gains of a dense block's matrices, from their entries; ffn_up is the mean of gate's and up's."""
+    gains: dict[str, list[float]] = defaultdict(list)
+    for matrix in (*block.attn.matrices(), *block.ffn.matrices()):
+        gains[matrix.role].append(float(matrix.weight.detach().square().mean()) * matrix.fan_in)
+    return Gains(**{role: sum(values) / len(values) for role, values in gains.items()})
 
 
 def _variance(kernel: Array) -> float:

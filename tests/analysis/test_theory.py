@@ -9,10 +9,10 @@ import torch
 
 from analysis.kernels import Gains
 from analysis.propagation import BlockSignal, measure
-from analysis.theory import SCHEMES, Prediction, predict, predict_model
+from analysis.theory import SCHEMES, Prediction, predict, predict_model, read_gains
 from lightning_modules.config import ModelConfig
 from lightning_modules.initialization import initialize
-from lightning_modules.transformer import Transformer
+from lightning_modules.transformer import Block, Transformer
 
 F, CHI = 0.355776, 0.735258  # E silu(u)^2, and that plus E silu'(u)^2, for a standard normal u
 VOCAB_SIZE = 256
@@ -65,6 +65,33 @@ def test_one_position_in_closed_form(branch: float) -> None:
     assert prenorm[0].hidden_gradient == pytest.approx(math.sqrt(gradient), rel=1e-4)
 
 
+def test_spannorms_first_attention_reads_a_normed_embedding_and_skips_a_raw_one() -> None:
+    first, second = predict(SCHEMES["spannorm"](2), [Gains()] * 2, seq_len=1, embedding=4.0)
+    assert (first.attn_ratio, first.ffn_ratio) == pytest.approx((1 / 4, F / 4), rel=1e-4)
+    assert (second.attn_ratio, second.ffn_ratio) == pytest.approx((1, F), rel=1e-4)
+    # The skip carries the raw embedding: its similarity of 1/4 counts with its variance of 4 beside the FFN's.
+    similar = predict(SCHEMES["spannorm"](1), [Gains(attn_out=0)], seq_len=2, embedding=4.0, repeats=0.25)[0]
+    assert similar.cosine == pytest.approx((4 * 0.25 + swiglu(0.25)) / (4 + F), rel=1e-4)
+
+
+def swiglu(similarity: float) -> float:
+    """Inner product of a SwiGLU's outputs for two inputs of that similarity, by integrating over its gate."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(80)
+    u, z = np.meshgrid(nodes, nodes)
+    v = similarity * u + math.sqrt(1 - similarity**2) * z
+    weight = np.outer(weights, weights) / weights.sum() ** 2
+    return similarity * float((weight * u / (1 + np.exp(-u)) * v / (1 + np.exp(-v))).sum())
+
+
+def test_gains_of_gate_and_up_are_averaged() -> None:
+    block = model_of("spannorm", "fan_in", 1).blocks[0]
+    assert isinstance(block, Block)
+    with torch.no_grad():
+        block.ffn.gate_proj.weight.mul_(3)
+    assert read_gains(block).ffn_up == pytest.approx((9 + 1) / 2, rel=0.02)
+    assert read_gains(block).ffn_down == pytest.approx(1, rel=0.02)
+
+
 def test_scaled_branches_leave_a_finite_limit() -> None:
     num_layers = 500
     limits = {"postnorm": (-(1 + F) / 2, (CHI - F) / 2), "spannorm": (-F / 2, (CHI - F) / 2), "deepnorm": (0.0, 0.0)}
@@ -99,6 +126,7 @@ def test_prenorm_variance_is_as_predicted_at_every_depth() -> None:
         ("postnorm", "fan_in", 64),
         ("postnorm", "scale_init", 128),
         ("spannorm", "scale_init", 128),
+        ("spannorm", "plain", 64),  # an embedding of variance 0.0004: without N0 attention would vanish in block 1
         ("deepnorm", "default", 64),
     ],
 )
@@ -107,6 +135,7 @@ def test_forward_figures_and_scaled_gradients_are_as_predicted(placement: str, i
     for field in ("variance", "attn_ratio", "ffn_ratio"):
         ratios = [getattr(s, field) / getattr(p, field) for s, p in zip(signals, predictions, strict=True)]
         assert math.exp(np.mean(np.log(ratios))) == pytest.approx(1, abs=0.1), field
+        assert 0.5 < ratios[0] < 2, f"{field} in the first block"
     if init != "fan_in":
         measured = signals[0].hidden_gradient / signals[-1].hidden_gradient
         assert predictions[0].hidden_gradient == pytest.approx(measured, rel=0.1)
