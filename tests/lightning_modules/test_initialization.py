@@ -31,6 +31,11 @@ MOE = {
     "ffn.experts.mlp.v1": "ffn_up",
     "ffn.experts.mlp.w2": "ffn_down",
 }
+SHARED = {
+    "shared_expert.gate_proj.weight": "ffn_up",
+    "shared_expert.up_proj.weight": "ffn_up",
+    "shared_expert.down_proj.weight": "shared_down",
+}
 PLAIN = dict.fromkeys(DENSE.values(), 0.02)
 FAN_IN = dict.fromkeys(DENSE.values(), 0.0625) | {"embedding": 1.0, "ffn_down": 0.03125}
 MEGATRON = PLAIN | {"attn_out": 0.0070711, "ffn_down": 0.0070711}
@@ -54,7 +59,7 @@ def drawn(**overrides: Any) -> dict[str, torch.Tensor]:
 def assert_stds(weights: dict[str, torch.Tensor], expected: dict[str, float]) -> None:
     checked = 0
     for name, weight in weights.items():
-        role = next((role for suffix, role in (DENSE | MOE).items() if name.endswith(suffix)), None)
+        role = next((role for suffix, role in (DENSE | MOE | SHARED).items() if name.endswith(suffix)), None)
         if role is None:
             assert (weight == 1).all(), f"{name} is a norm gain"
             continue
@@ -63,7 +68,8 @@ def assert_stds(weights: dict[str, torch.Tensor], expected: dict[str, float]) ->
         assert weight.std().item() == pytest.approx(expected[role], rel=tolerance), name
         assert abs(weight.mean().item()) < 5 * expected[role] / weight.numel() ** 0.5, name
         checked += 1
-    assert checked == 2 + 4 * (8 if any("router" in name for name in weights) else 7)
+    names = " ".join(weights)
+    assert checked == 2 + 4 * (7 + ("router" in names) + 3 * ("shared" in names))
 
 
 @pytest.mark.parametrize(
@@ -94,10 +100,22 @@ def test_every_matrix_has_the_standard_deviation_of_its_init(
     assert_stds(drawn(init=init, init_options=options), expected)
 
 
-@pytest.mark.parametrize(("init", "expected"), [("plain", PLAIN), ("scale_init", SCALE_INIT)])
-def test_experts_draw_like_a_dense_ffn_and_the_router_with_0_02(init: str, expected: dict[str, float]) -> None:
-    weights = drawn(init=init, ffn="moe", moe={"expert_dim": 1024, "num_experts": 4})
-    assert_stds(weights, expected | {"router": 0.02})
+@pytest.mark.parametrize(
+    ("init", "expected", "shared_down"),
+    [
+        ("plain", PLAIN, {1: 0.02, 2: 0.02}),
+        # Two shared experts are one FFN of twice the width: 1/sqrt(2048) x 0.5.
+        ("scale_init", SCALE_INIT, {1: 0.015625, 2: 0.011049}),
+    ],
+)
+@pytest.mark.parametrize("num_shared", [0, 1, 2])
+def test_experts_draw_like_a_dense_ffn_and_the_router_with_0_02(
+    init: str, expected: dict[str, float], shared_down: dict[int, float], num_shared: int
+) -> None:
+    moe = {"expert_dim": 1024, "num_experts": 4, "num_shared_experts": num_shared}
+    weights = drawn(init=init, ffn="moe", moe=moe)
+    assert_stds(weights, expected | {"router": 0.02, "shared_down": shared_down.get(num_shared, 0.0)})
+    assert any("shared" in name for name in weights) == (num_shared > 0)
 
 
 @pytest.mark.parametrize(
