@@ -192,20 +192,23 @@ def test_sizes_do_not_depend_on_the_width_with_mup_and_do_without(ffn: str, widt
             for field in ("activation", "update"):
                 assert spread(sizes, "mup", step, name, field) < 2, (name, field, step)
         assert spread(sizes, "none", step, "logits", "update") > 2, step
+    if len(widths) > 2:  # later the final norm bounds it: two unrelated states of unit size are sqrt(2) apart
+        assert spread(sizes, "none", STEPS[0], "hidden", "update") > 2
 
 
 @pytest.mark.slow
-def test_the_best_learning_rate_at_a_small_width_is_the_best_at_a_large_one(
+@pytest.mark.timeout(3600)
+def test_the_best_learning_rate_at_a_small_width_is_the_best_at_a_large_one_and_moves_without_scaling(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     rates = [1.5e-4, 6e-4, 2.4e-3, 9.6e-3, 3.84e-2]
     root = str(tmp_path_factory.mktemp("corpus"))
 
-    def final_loss(width: int, lr: float) -> float:
+    def final_loss(width: int, lr: float, kind: str = "mup") -> float:
         L.seed_everything(0, verbose=False)
         data = PythonStdlib(root=root, seq_len=64, batch_size=8, val_batches=32)
         model = {"placement": "prenorm", "num_layers": 2, "dim": width, "num_heads": width // 32}
-        optim = {"lr": lr, "warmup_steps": 20, "width_scaling": "mup", "base_width": 64}
+        optim = {"lr": lr, "warmup_steps": 20, "width_scaling": kind, "base_width": 64}
         module = LanguageModule(model, optim, data.vocab_size)
         trainer = L.Trainer(
             accelerator="cpu",
@@ -227,3 +230,8 @@ def test_the_best_learning_rate_at_a_small_width_is_the_best_at_a_large_one(
         best[width] = rates[losses.index(min(losses))]
     assert len(set(best.values())) == 1, best
     assert min(rates) < best[64] < max(rates), "the best rate must be bracketed"
+
+    smaller = rates[: rates.index(best[64]) + 1][-3:]  # without scaling it is one of these at the large width
+    losses = [final_loss(256, lr, "none") for lr in smaller]
+    print("none", 256, smaller, [round(loss, 4) for loss in losses])
+    assert losses.index(min(losses)) < len(smaller) - 1
