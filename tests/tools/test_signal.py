@@ -92,6 +92,38 @@ def test_table_of_every_placement() -> None:
     assert (inits["spannorm"], inits["prenorm"]) == ("scale_init", "megatron")
 
 
+def rows_of(markdown: str, num_cells: int) -> dict[tuple[str, str], list[str]]:
+    """{(placement, init): the other cells} of every table row of that many cells."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines() if line[:2] == "| "]
+    return {(row[0], row[1]): row[2:] for row in rows if len(row) == num_cells and row[0] != "placement"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("init", [[], ["model.init=fan_in"]], ids=["default", "fan_in"])
+def test_the_documented_table_is_what_the_command_prints(init: list[str]) -> None:
+    documented = rows_of((ROOT / "docs/placements.md").read_text(), 9)
+    printed = rows_of(signal.placements_table(["model.num_layers=64", *init]), 9)
+    compared = [key for key in printed if key in documented]
+    assert len(compared) >= 17
+    for key in compared:
+        expected = [float(cell) for cell in documented[key]]
+        assert [float(cell) for cell in printed[key]] == pytest.approx(expected, rel=0.15, nan_ok=True), key
+
+
+@pytest.mark.slow
+def test_a_documented_row_of_the_theory_is_what_the_command_prints() -> None:
+    row = rows_of((ROOT / "docs/theory.md").read_text(), 6)["spannorm", "scale_init"]
+    assert row[0] == "64"
+    result = signal.report(["model.placement=spannorm", "model.num_layers=64"])
+    assert result.predictions is not None
+    first, last = result.predictions[0], result.predictions[-1]
+    measured = result.signals[-1]
+    expected = [last.variance, measured.variance, first.skip_gradient, first.hidden_gradient]
+    expected += [signal.gradient_ratio(result), last.cosine, measured.cosine]
+    assert [float(cell) for cell in ", ".join(row[1:]).split(", ")] == pytest.approx(expected, rel=0.1, abs=5e-4)
+
+
 def test_compiling_and_checkpointing_change_nothing() -> None:
     plain = signal.report([*SMALL, "model.num_layers=2"])
     other = signal.report([*SMALL, "model.num_layers=2", "model.compile=true", "model.activation_checkpointing=true"])
