@@ -12,7 +12,7 @@ from core.options import check_arguments
 from lightning_modules.config import ModelConfig
 from lightning_modules.layers.attention import Attention
 from lightning_modules.layers.ffn import FeedForward
-from lightning_modules.layers.matrices import Matrix
+from lightning_modules.layers.matrices import Matrix, Role
 from lightning_modules.layers.moe import MoE
 from lightning_modules.layers.norms import NormFactory
 from lightning_modules.layers.rope import Rope, rope_tables
@@ -21,6 +21,8 @@ from lightning_modules.placements.base import Depth
 from lightning_modules.placements.registry import PLACEMENTS
 
 FFNS: dict[str, type[FeedForward] | type[MoE]] = {"dense": FeedForward, "moe": MoE}
+KINDS: dict[Role, str] = dict.fromkeys(("query", "key", "value"), "attn_in")
+"""What parameter_groups calls a matrix, where that is not its role."""
 
 
 class Block(nn.Module):
@@ -113,6 +115,25 @@ class Transformer(nn.Module):
             assert isinstance(block, Block)
             yield from block.attn.matrices()
             yield from block.ffn.matrices()
+
+    def parameter_groups(self) -> Iterator[tuple[int, str, Tensor]]:
+        """(block, kind, parameter) of each parameter, once. Blocks count from 1; 0 is outside of them.
+
+        Kinds: embedding, head; attn_in, attn_out, ffn_up, ffn_down, router, experts (the routed ones' matrices), and
+        norm for what is left of a block: gains, biases and gates.
+        """
+        yield 0, "embedding", self.embedding.weight
+        if not self.config.tie_embeddings:
+            yield 0, "head", self.head.weight
+        for number, block in enumerate(self.blocks, start=1):
+            assert isinstance(block, Block)
+            roles = {m.weight: m.role for m in (*block.attn.matrices(), *block.ffn.matrices())}
+            kinds = {weight: KINDS.get(role, role) for weight, role in roles.items()}
+            if isinstance(block.ffn, MoE):
+                experts = set(block.ffn.experts.parameters())
+                kinds.update((weight, "experts") for weight in roles if weight in experts)
+            for parameter in block.parameters():
+                yield number, kinds.get(parameter, "norm"), parameter
 
     def num_parameters(self) -> tuple[int, int]:
         """(total, active): active counts top_k of num_experts routed experts, and every shared one."""

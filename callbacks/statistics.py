@@ -1,0 +1,177 @@
+"""Statistics of gradients and parameters for all monitors: computed once a step, by whoever asks first."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, ref
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
+
+from core.steps import is_logged
+
+
+class Group(NamedTuple):
+    """What is summed up into one figure.
+
+    Attributes:
+        block: counted from 1; 0 outside of the blocks.
+        kind: attn_in, attn_out, ffn_up, ffn_down, norm, embedding, head, router or experts.
+    """
+
+    block: int
+    kind: str
+
+
+class GradientStatistics(NamedTuple):
+    """Of the gradients of one optimizer step: accumulated, over all processes, before clipping.
+
+    Attributes:
+        groups: which the lists below go by.
+        norms: l2 norm of the gradient.
+        nonfinite: share of the gradient's entries that are infinite or no number.
+        total_norm: l2 norm over all groups.
+        step: of the optimizer step, counted from 1.
+        parameter_norms: l2 norm of the parameters; empty on steps that the loggers leave out.
+        update_norms: l2 norm of what the optimizer step before this one changed; empty where nobody watched it.
+    """
+
+    groups: tuple[Group, ...]
+    norms: list[float]
+    nonfinite: list[float]
+    total_norm: float
+    step: int
+    parameter_norms: list[float]
+    update_norms: list[float]
+
+
+class _Cache:
+    """What is kept for one LightningModule between two questions.
+
+    Attributes:
+        batch: number of the step's last batch, and a gradient of that step: they tell whether `statistics` still hold.
+        watched: the parameters as they were before step `watched_step`.
+    """
+
+    def __init__(self) -> None:
+        self.batch, self.gradient = -1, lambda: None
+        self.statistics: GradientStatistics | None = None
+        self.watched: dict[Tensor, Tensor] = {}
+        self.watched_step = -1
+
+
+_CACHES: WeakKeyDictionary[L.LightningModule, _Cache] = WeakKeyDictionary()
+
+
+def gradient_statistics(trainer: L.Trainer, pl_module: L.LightningModule) -> GradientStatistics:
+    """The step's statistics, with one transfer from the device; a second one only where a gradient is not finite.
+
+    To be called first in `on_before_optimizer_step`, by all processes alike; until the next step, every further call
+    returns the same object. All processes get the same figures.
+
+    Args:
+        pl_module: its `model` has `parameter_groups()`, as Transformer does.
+    """
+    labelled = [(group, p) for group, p in _labelled(pl_module) if p.grad is not None]
+    cache, batch = _CACHES.setdefault(pl_module, _Cache()), trainer.fit_loop.total_batch_idx
+    gradient = labelled[0][1].grad
+    # The number alone would do, were it not that a run may be taken back to an earlier step.
+    if cache.statistics is None or cache.batch != batch or cache.gradient() is not gradient:
+        cache.batch, cache.gradient = batch, ref(gradient)
+        step = trainer.global_step + 1
+        cache.statistics = _compute(labelled, cache, step, is_logged(trainer, step))
+    return cache.statistics
+
+
+def watch_update(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    """In `on_before_optimizer_step`: keep the parameters, so that the next step's statistics know this step's update.
+
+    Until then it takes as much memory as the parameters.
+    """
+    cache = _CACHES.setdefault(pl_module, _Cache())
+    cache.watched = {parameter: _local(parameter.detach()).clone() for _, parameter in _labelled(pl_module)}
+    cache.watched_step = trainer.global_step + 1
+
+
+def _labelled(pl_module: L.LightningModule) -> list[tuple[Group, Any]]:
+    model: Any = pl_module.model
+    return [(Group(block, kind), parameter) for block, kind, parameter in model.parameter_groups()]
+
+
+def _compute(labelled: list[tuple[Group, Any]], cache: _Cache, step: int, logged: bool) -> GradientStatistics:
+    parameters = [p for _, p in labelled]
+    measured = [norms([p.grad for p in parameters], parameters)]
+    if logged:
+        measured.append(norms(parameters, parameters))
+    if logged and cache.watched_step == step - 1 and all(p in cache.watched for p in parameters):
+        before = [cache.watched[p] for p in parameters]
+        measured.append(norms(torch._foreach_sub([_local(p.detach()) for p in parameters], before), parameters))
+    if cache.watched_step < step:
+        cache.watched = {}
+    rows = torch.stack(measured).tolist()  # the one transfer
+
+    groups = tuple(dict.fromkeys(group for group, _ in labelled))
+    by_group = [_root_sum_squares(row, [group for group, _ in labelled], groups) for row in rows]
+    return GradientStatistics(
+        groups=groups,
+        norms=by_group[0],
+        nonfinite=_nonfinite(labelled, rows[0], groups),
+        total_norm=math.hypot(*by_group[0]),
+        step=step,
+        parameter_norms=by_group[1] if len(by_group) > 1 else [],
+        update_norms=by_group[2] if len(by_group) > 2 else [],
+    )
+
+
+@torch.no_grad()
+def norms(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> Tensor:
+    """l2 norm of each, [tensors], on their device; of the whole tensor where processes hold a part each.
+
+    Args:
+        tensors: or the local parts of distributed ones.
+        like: the parameters, whose distribution counts.
+    """
+    local = torch.stack(torch._foreach_norm([_local(t.detach()) for t in tensors], 2, dtype=torch.float32))
+    return _over_processes(local.square(), like).sqrt() if any(isinstance(p, DTensor) for p in like) else local
+
+
+def _over_processes(values: Tensor, like: Sequence[Tensor]) -> Tensor:
+    """values [parameters] summed over the processes that hold different parts of the parameter."""
+    layouts = [(p.device_mesh, p.placements) if isinstance(p, DTensor) else None for p in like]
+    total = values.clone()
+    for layout in dict.fromkeys(layout for layout in layouts if layout is not None):
+        mesh, placements = layout
+        index = torch.tensor([i for i, other in enumerate(layouts) if other == layout], device=values.device)
+        summed = [Replicate() if placement.is_replicate() else Partial() for placement in placements]
+        total[index] = DTensor.from_local(values[index], mesh, summed, run_check=False).full_tensor()
+    return total
+
+
+@torch.no_grad()
+def _nonfinite(labelled: list[tuple[Group, Any]], norms_found: list[float], groups: Sequence[Group]) -> list[float]:
+    """By group. A finite norm has finite entries, so only the others' are looked at."""
+    suspects = [pair for pair, norm in zip(labelled, norms_found, strict=True) if not math.isfinite(norm)]
+    if not suspects:
+        return [0.0] * len(groups)
+    counts = torch.stack([(~_local(p.grad).isfinite()).sum().float() for _, p in suspects])
+    bad, size = dict.fromkeys(groups, 0.0), dict.fromkeys(groups, 0)
+    for (group, _), count in zip(suspects, _over_processes(counts, [p for _, p in suspects]).tolist(), strict=True):
+        bad[group] += count
+    for group, parameter in labelled:
+        size[group] += parameter.numel()
+    return [bad[group] / size[group] for group in groups]
+
+
+def _root_sum_squares(values: Sequence[float], labels: Sequence[Group], groups: Sequence[Group]) -> list[float]:
+    """l2 norm over the tensors of each group."""
+    parts: dict[Group, list[float]] = {group: [] for group in groups}
+    for label, value in zip(labels, values, strict=True):
+        parts[label].append(value)
+    return [math.hypot(*parts[group]) for group in groups]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What this process holds of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
