@@ -1,5 +1,6 @@
 """Causal grouped-query self-attention with rotary positions."""
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -52,13 +53,22 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: Rope) -> Tensor:
         """x [batch, seq, dim], rope of seq positions -> [batch, seq, dim]."""
-        q = self._heads("q", self.q_proj(x))
-        k = self._heads("k", self.k_proj(x))
+        q, k = self._queries_and_keys(x, rope)
         v = self._heads("v", self.v_proj(x))
-        out = F.scaled_dot_product_attention(
-            rotate(q, rope), rotate(k, rope), v, is_causal=True, enable_gqa=self.grouped
-        )
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
         return self.o_proj(self.inner_norm(out.transpose(1, 2).flatten(2)))
+
+    def logits(self, x: Tensor, rope: Rope) -> Tensor:
+        """What the softmax of forward takes: [batch, heads, seq, seq], queries by keys; -inf for keys to come."""
+        q, k = self._queries_and_keys(x, rope)
+        k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)
+        products = (q @ k.mT).float() * self.head_dim**-0.5
+        return products.masked_fill(products.new_ones(products.shape[-2:]).triu(1).bool(), -math.inf)
+
+    def _queries_and_keys(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """[batch, heads or kv_heads, seq, head_dim] each, normed where declared, and rotated."""
+        q, k = (self._heads(name, projection(x)) for name, projection in (("q", self.q_proj), ("k", self.k_proj)))
+        return rotate(q, rope), rotate(k, rope)
 
     def _heads(self, name: str, projected: Tensor) -> Tensor:
         """q, k or v [batch, seq, heads x head_dim] -> [batch, heads, seq, head_dim], normed where declared."""

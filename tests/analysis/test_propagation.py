@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from analysis.propagation import BlockSignal, effective_rank, mean_cosine, measure
+from analysis.propagation import BlockSignal, measure
+from analysis.states import effective_rank, kurtosis, mean_cosine
 from lightning_modules.config import ModelConfig
 from lightning_modules.initialization import initialize
 from lightning_modules.layers.rope import rope_tables
@@ -64,14 +65,21 @@ def test_cosine_and_rank_of_hidden_states(seq: int, dim: int) -> None:
         p = np.linalg.svd(sequence, compute_uv=False)
         p /= p.sum()
         ranks.append(np.exp(-(p * np.log(p)).sum()))
-    assert mean_cosine(x) == pytest.approx(np.mean(cosines), rel=1e-4)
-    assert effective_rank(x) == pytest.approx(np.mean(ranks), rel=1e-4)
+    assert float(mean_cosine(x)) == pytest.approx(np.mean(cosines), rel=1e-4)
+    assert float(effective_rank(x)) == pytest.approx(np.mean(ranks), rel=1e-4)
+
+
+def test_kurtosis() -> None:
+    x = torch.randn(2, 5, 30) + 0.5
+    per_token = [(token**4).mean() / (token**2).mean() ** 2 for token in x.double().numpy().reshape(-1, 30)]
+    assert float(kurtosis(x)) == pytest.approx(np.mean(per_token), rel=1e-4)
+    assert float(kurtosis(torch.eye(30)[None])) == pytest.approx(30)
 
 
 def test_effective_rank_of_special_states() -> None:
-    assert effective_rank(torch.eye(7)[None]) == pytest.approx(7)
-    assert effective_rank(torch.ones(1, 7, 5)) == pytest.approx(1, abs=1e-5)
-    assert np.isnan(effective_rank(torch.full((1, 7, 5), torch.inf)))
+    assert float(effective_rank(torch.eye(7)[None])) == pytest.approx(7)
+    assert float(effective_rank(torch.ones(1, 7, 5))) == pytest.approx(1, abs=1e-5)
+    assert np.isnan(float(effective_rank(torch.full((1, 7, 5), torch.inf))))
 
 
 @pytest.mark.parametrize(
@@ -117,7 +125,7 @@ def test_two_streams_are_measured_side_by_side() -> None:
     h, r = kept[0]
     both = torch.cat((h, r), dim=-1).detach()
     assert first.variance == pytest.approx((h.square().mean() + r.square().mean()).item() / 2, rel=1e-5)
-    assert first.cosine == pytest.approx(mean_cosine(both))
+    assert first.cosine == pytest.approx(float(mean_cosine(both)))
     logits = model(tokens[:, :-1])[0]
     loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
     gradients = torch.autograd.grad(loss, kept[1])

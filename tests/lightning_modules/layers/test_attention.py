@@ -51,6 +51,18 @@ def test_attention_equals_a_loop_over_heads(qkv_norm: QKVNorm | None, inner_norm
     torch.testing.assert_close(layer(x, rope_tables(9, 8, THETA, CPU)), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("num_kv_heads", [4, 2])
+@pytest.mark.parametrize("qkv_norm", [None, QKVNorm("qk", per_head=True), QKVNorm("qkv", per_head=False)], ids=str)
+def test_logits_are_those_of_the_forward_pass(qkv_norm: QKVNorm | None, num_kv_heads: int) -> None:
+    layer, x, rope = make_attention(num_kv_heads, qkv_norm), torch.randn(2, 9, 32), rope_tables(9, 8, THETA, CPU)
+    values = layer.v_proj(x)
+    if "v" in layer.projection_norms:
+        values = layer.projection_norms["v"](values)
+    weights = layer.logits(x, rope).softmax(-1)
+    heads = [weights[:, n] @ values.unflatten(-1, (-1, 8))[:, :, n * num_kv_heads // 4] for n in range(4)]
+    torch.testing.assert_close(layer.o_proj(torch.cat(heads, dim=-1)), layer(x, rope), atol=1e-5, rtol=1e-5)
+
+
 def test_a_position_sees_itself_and_the_past_only() -> None:
     layer, x, rope = make_attention(), torch.randn(1, 9, 32), rope_tables(9, 8, THETA, CPU)
     changed = x.clone()

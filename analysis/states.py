@@ -1,0 +1,122 @@
+"""Hidden states on their way through the blocks: how to see them, and what one number says about them."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_modules.layers.rope import Rope
+from lightning_modules.transformer import Block, Transformer
+
+
+class BlockView(NamedTuple):
+    """One block during a forward pass; all but state, number and rope are [batch, seq, dim].
+
+    The hidden state is what the placement hands on (before a final norm). Where it carries several streams, they are
+    taken side by side, as one vector [batch, seq, streams x dim].
+
+    Attributes:
+        number: of the block, counted from 1.
+        block: the block itself.
+        before: hidden state before the block.
+        attn_input: what attention reads.
+        rope: its positions.
+        attn_out: what attention adds.
+        ffn_out: what the FFN adds.
+        state: the hidden state after the block, as the placement has it.
+    """
+
+    number: int
+    block: Block
+    before: Tensor
+    attn_input: Tensor
+    rope: Rope
+    attn_out: Tensor
+    ffn_out: Tensor
+    state: Any
+
+    @property
+    def after(self) -> Tensor:
+        """Hidden state after the block."""
+        return side_by_side(self.state)
+
+
+@contextmanager
+def watching(model: Transformer, see: Callable[[BlockView], None]) -> Iterator[None]:
+    """Within it, `see` is called with each block of each forward pass, while the block runs.
+
+    Args:
+        model: running uncompiled and without activation checkpointing: hooks would not see every block once.
+    """
+    inner: dict[str, Any] = {}
+
+    def keep_attn(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        inner.update(attn_input=inputs[0], rope=inputs[1], attn_out=output)
+
+    def keep_ffn(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        inner.update(ffn_out=output[0])
+
+    def end_of(number: int, block: Block) -> Callable[[Any, tuple[Any, ...], Any], None]:
+        def end(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            see(BlockView(number, block, before=side_by_side(inputs[0]), state=output, **inner))
+            inner.clear()
+
+        return end
+
+    with ExitStack() as hooks:
+        for number, block in enumerate(model.blocks, start=1):
+            assert isinstance(block, Block)
+            for handle in (
+                block.attn.register_forward_hook(keep_attn),
+                block.ffn.register_forward_hook(keep_ffn),
+                block.placement.register_forward_hook(end_of(number, block)),
+            ):
+                hooks.callback(handle.remove)
+        yield
+
+
+def streams(state: Any) -> tuple[Tensor, ...]:
+    return tuple(state) if isinstance(state, tuple | list) else (state,)
+
+
+def side_by_side(state: Any) -> Tensor:
+    return torch.cat(streams(state), dim=-1)
+
+
+def mean_square(x: Tensor) -> Tensor:
+    """Mean over all entries, a scalar."""
+    return x.detach().float().square().mean()
+
+
+def kurtosis(x: Tensor) -> Tensor:
+    """E x^4 / (E x^2)^2 over the features of each token, averaged; x [..., dim].
+
+    3 for Gaussian features; dim where one feature is all there is.
+    """
+    square = x.detach().float().square()
+    return (square.square().mean(-1) / square.mean(-1).square()).mean()
+
+
+def mean_cosine(x: Tensor) -> Tensor:
+    """Mean cosine similarity over all pairs of different tokens of a sequence; x [batch, seq, dim], seq >= 2."""
+    unit = F.normalize(x.detach().float(), dim=-1)
+    seq = x.size(1)
+    return ((unit.sum(1).square().sum(-1) - seq) / (seq * (seq - 1))).mean()
+
+
+def effective_rank(x: Tensor) -> Tensor:
+    """exp of the entropy of the normalized singular values of each sequence (Roy and Vetterli 2007), averaged.
+
+    x [batch, seq, dim] -> a number between 1 and min(seq, dim); nan where x overflowed.
+    """
+    x = x.detach().cpu() if x.device.type == "mps" else x.detach()  # which has neither float64 nor eigenvalues
+    finite = x.isfinite().all(-1).all(-1)
+    x = x.double() if x.size(1) <= x.size(2) else x.double().mT
+    x = x.where(finite[:, None, None], 0.0)
+    singular = torch.linalg.eigvalsh(x @ x.mT).clamp(min=0).sqrt()  # many times faster than svdvals
+    share = singular / singular.sum(-1, keepdim=True)
+    return torch.special.entr(share).sum(-1).exp().where(finite, math.nan).mean()
