@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
@@ -32,19 +33,23 @@ class GradientStatistics(NamedTuple):
         groups: which the lists below go by.
         norms: l2 norm of the gradient.
         nonfinite: share of the gradient's entries that are infinite or no number.
+        nonfinite_share: likewise, of all entries together.
         total_norm: l2 norm over all groups.
         step: of the optimizer step, counted from 1.
         parameter_norms: l2 norm of the parameters; empty on steps that the loggers leave out.
         update_norms: l2 norm of what the optimizer step before this one changed; empty where nobody watched it.
+        carried: what `carry` was given.
     """
 
     groups: tuple[Group, ...]
     norms: list[float]
     nonfinite: list[float]
+    nonfinite_share: float
     total_norm: float
     step: int
     parameter_norms: list[float]
     update_norms: list[float]
+    carried: dict[str, list[float]]
 
 
 class _Cache:
@@ -53,6 +58,7 @@ class _Cache:
     Attributes:
         batch: number of the step's last batch, and a gradient of that step: they tell whether `statistics` still hold.
         watched: the parameters as they were before step `watched_step`.
+        carried: what waits for the next transfer.
     """
 
     def __init__(self) -> None:
@@ -60,6 +66,7 @@ class _Cache:
         self.statistics: GradientStatistics | None = None
         self.watched: dict[Tensor, Tensor] = {}
         self.watched_step = -1
+        self.carried: dict[str, Tensor] = {}
 
 
 _CACHES: WeakKeyDictionary[L.LightningModule, _Cache] = WeakKeyDictionary()
@@ -95,6 +102,16 @@ def watch_update(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
     cache.watched_step = trainer.global_step + 1
 
 
+def carry(pl_module: L.LightningModule, name: str, values: Tensor) -> None:
+    """Send a monitor's own figures along with the step's transfer; to be called before `on_before_optimizer_step`.
+
+    Args:
+        name: of the entry in `GradientStatistics.carried`.
+        values: [n], on the device; every process gets back its own.
+    """
+    _CACHES.setdefault(pl_module, _Cache()).carried[name] = values
+
+
 def _labelled(pl_module: L.LightningModule) -> list[tuple[Group, Any]]:
     model: Any = pl_module.model
     return [(Group(block, kind), parameter) for block, kind, parameter in model.parameter_groups()]
@@ -110,18 +127,25 @@ def _compute(labelled: list[tuple[Group, Any]], cache: _Cache, step: int, logged
         measured.append(norms(torch._foreach_sub([_local(p.detach()) for p in parameters], before), parameters))
     if cache.watched_step < step:
         cache.watched = {}
-    rows = torch.stack(measured).tolist()  # the one transfer
+    carried, cache.carried = cache.carried, {}
+    sizes = [len(parameters)] * len(measured) + [len(values) for values in carried.values()]
+    flat = iter(torch.cat([*measured, *(values.float() for values in carried.values())]).tolist())  # the one transfer
+    rows = [list(islice(flat, size)) for size in sizes]
 
     groups = tuple(dict.fromkeys(group for group, _ in labelled))
-    by_group = [_root_sum_squares(row, [group for group, _ in labelled], groups) for row in rows]
+    labels = [group for group, _ in labelled]
+    by_group = [_root_sum_squares(row, labels, groups) for row in rows[: len(measured)]]
+    nonfinite, share = _nonfinite(labelled, rows[0], groups)
     return GradientStatistics(
         groups=groups,
         norms=by_group[0],
-        nonfinite=_nonfinite(labelled, rows[0], groups),
+        nonfinite=nonfinite,
+        nonfinite_share=share,
         total_norm=math.hypot(*by_group[0]),
         step=step,
         parameter_norms=by_group[1] if len(by_group) > 1 else [],
         update_norms=by_group[2] if len(by_group) > 2 else [],
+        carried=dict(zip(carried, rows[len(measured) :], strict=True)),
     )
 
 
@@ -150,18 +174,20 @@ def _over_processes(values: Tensor, like: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def _nonfinite(labelled: list[tuple[Group, Any]], norms_found: list[float], groups: Sequence[Group]) -> list[float]:
-    """By group. A finite norm has finite entries, so only the others' are looked at."""
-    suspects = [pair for pair, norm in zip(labelled, norms_found, strict=True) if not math.isfinite(norm)]
+def _nonfinite(
+    labelled: list[tuple[Group, Any]], found: list[float], groups: Sequence[Group]
+) -> tuple[list[float], float]:
+    """Share by group, and of all. A finite norm has finite entries, so only the other gradients are looked at."""
+    suspects = [pair for pair, norm in zip(labelled, found, strict=True) if not math.isfinite(norm)]
     if not suspects:
-        return [0.0] * len(groups)
+        return [0.0] * len(groups), 0.0
     counts = torch.stack([(~_local(p.grad).isfinite()).sum().float() for _, p in suspects])
     bad, size = dict.fromkeys(groups, 0.0), dict.fromkeys(groups, 0)
     for (group, _), count in zip(suspects, _over_processes(counts, [p for _, p in suspects]).tolist(), strict=True):
         bad[group] += count
     for group, parameter in labelled:
         size[group] += parameter.numel()
-    return [bad[group] / size[group] for group in groups]
+    return [bad[group] / size[group] for group in groups], sum(bad.values()) / sum(size.values())
 
 
 def _root_sum_squares(values: Sequence[float], labels: Sequence[Group], groups: Sequence[Group]) -> list[float]:

@@ -140,6 +140,15 @@ class Transformer(nn.Module):
         total = sum(parameter.numel() for parameter in self.parameters())
         return total, total - sum(moe.num_idle_parameters() for moe in self.mixtures().values())
 
+    def flops_per_token(self, seq_len: int) -> float:
+        """Of a training step: 6 for each active parameter that multiplies, and attention's (2204.02311, appendix B).
+
+        As is usual, the causal mask is not credited, and what activation checkpointing computes twice counts once.
+        """
+        _, active = self.num_parameters()
+        lookup_only = 0 if self.config.tie_embeddings else self.embedding.weight.numel()
+        return 6 * (active - lookup_only) + 12 * self.config.num_layers * self.config.dim * seq_len
+
     def mixtures(self) -> dict[int, MoE]:
         """The MoE layers by number, counted from 1 over all layers; in the order of forward's statistics."""
         layers = {number: block.ffn for number, block in enumerate(self.blocks, start=1)}

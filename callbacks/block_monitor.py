@@ -1,0 +1,103 @@
+"""Watches the blocks from inside, in a forward pass of its own of a few sequences."""
+
+from abc import abstractmethod
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from analysis.states import BlockView, watching
+from callbacks.dashboard import block_chart
+from callbacks.scalars import write_scalars, written_blocks
+from callbacks.statistics import carry, gradient_statistics
+from core.errors import require
+
+
+class BlockMonitor(L.Callback):
+    """Logs NAME/block_NUMBER/FIGURE for the first optimizer step and every n-th, before it changes the weights.
+
+    A subclass says what it measures of a block. Sampled are the first sequences of the step, of the first process.
+    Blocks count from 1; of more than 16 a choice is written.
+
+    Args:
+        every_n_steps: optimizer steps between two samples.
+        sequences: at most so many of the batch.
+        positions: at most so many of each sequence.
+
+    Raises:
+        ConfigError: one of them is too small.
+    """
+
+    name: ClassVar[str]  # of the entry in configs/callbacks
+    prefix: ClassVar[str]  # of the keys
+    figures: ClassVar[tuple[str, ...]]
+
+    def __init__(self, every_n_steps: int = 100, sequences: int = 2, positions: int = 256) -> None:
+        limits = (("every_n_steps", every_n_steps, 1), ("sequences", sequences, 1), ("positions", positions, 2))
+        for field, value, least in limits:
+            require(value >= least, f"callbacks.{self.name}.{field}", value, f"an integer >= {least}")
+        self.every_n_steps, self.sequences, self.positions = every_n_steps, sequences, positions
+
+    @abstractmethod
+    def measure(self, view: BlockView) -> tuple[Tensor, ...]:
+        """The figures, scalars on the device, in the order of `figures`."""
+
+    def before_sample(self, trainer: L.Trainer, pl_module: L.LightningModule, num_positions: int) -> None:
+        """Called with the weights that are about to be sampled."""
+
+    def constants(self, number: int) -> dict[str, float]:
+        """Further figures of a block, which are not measured."""
+        return {}
+
+    def charts(self, pl_module: L.LightningModule) -> dict[str, dict[str, str]]:
+        """For callbacks/dashboard.py."""
+        return {self.prefix: {figure.replace("_", " "): block_chart(self.prefix, figure) for figure in self.figures}}
+
+    def _is_sampled(self, step: int) -> bool:
+        return step == 1 or step % self.every_n_steps == 0
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx % trainer.accumulate_grad_batches or not self._is_sampled(trainer.global_step + 1):
+            return
+        tokens = batch["tokens"][: self.sequences, :-1][:, : self.positions]
+        self.before_sample(trainer, pl_module, tokens.size(1))
+        measured: list[Tensor] = []
+        self._forward(trainer, pl_module, tokens, measured)
+        carry(pl_module, self.prefix, torch.cat(measured))
+
+    @torch.no_grad()
+    def _forward(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, tokens: Tensor, measured: list[Tensor]
+    ) -> None:
+        """Training goes on as if this had not been: no graph, and no random numbers, as the router's jitter is off."""
+        model: Any = pl_module.model
+        stance: AbstractContextManager[Any] = nullcontext()
+        if model.config.compile:  # nothing inside of a compiled block can be watched
+            stance = torch.compiler.set_stance("force_eager")
+        was_training = model.training
+        model.eval()
+        try:
+            with (
+                stance,
+                trainer.precision_plugin.forward_context(),
+                watching(model, lambda view: measured.append(torch.stack(self.measure(view)))),
+            ):
+                model(tokens)
+        finally:
+            model.train(was_training)
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        step = trainer.global_step + 1
+        if not self._is_sampled(step):
+            return
+        measured = gradient_statistics(trainer, pl_module).carried[self.prefix]
+        size, values = len(self.figures), {}
+        for number in written_blocks(range(1, len(measured) // size + 1)):
+            of_block = dict(zip(self.figures, measured[(number - 1) * size : number * size], strict=True))
+            for figure, value in (of_block | self.constants(number)).items():
+                values[f"{self.prefix}/block_{number}/{figure}"] = value
+        write_scalars(trainer, values, step)

@@ -1,0 +1,34 @@
+"""Writes many scalars at once: what a monitor has to say about each block."""
+
+from collections.abc import Iterable, Mapping
+
+import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.compat.proto.summary_pb2 import Summary
+
+MAX_BLOCKS = 16
+"""Of deeper models that many blocks are written, or TensorBoard's page and the step's time would be spent on them."""
+
+
+def write_scalars(trainer: L.Trainer, values: Mapping[str, float], step: int) -> None:
+    """To every logger. TensorBoard takes them as one event: 4 us a scalar, where `add_scalar` and `log` take over 100.
+
+    Args:
+        step: the optimizer step that the values are of, counted from 1; it is written as Lightning counts, from 0.
+    """
+    if not values or not trainer.is_global_zero:
+        return
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+            logger.experiment.file_writer.add_summary(Summary(value=scalars), step - 1)
+        else:
+            logger.log_metrics(dict(values), step - 1)
+
+
+def written_blocks(numbers: Iterable[int]) -> set[int]:
+    """At most MAX_BLOCKS of them, evenly spaced, the first and the last among them."""
+    ordered = sorted(set(numbers))
+    if len(ordered) <= MAX_BLOCKS:
+        return set(ordered)
+    return {ordered[round(i * (len(ordered) - 1) / (MAX_BLOCKS - 1))] for i in range(MAX_BLOCKS)}
