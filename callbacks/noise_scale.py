@@ -56,7 +56,7 @@ class PartialGradient:
             model.register_comm_hook(None, self._reduce)
             self.possible = self.hooked = True
 
-    def _reduce(self, state: None, bucket: Any) -> torch.futures.Future[Tensor]:
+    def _reduce(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """What DDP does without a hook, to the bit, after a look at this process' own gradient."""
         buffer = bucket.buffer()
         if self.wanted:
