@@ -34,7 +34,7 @@ class Curvature(L.Callback):
         iterations: products with the Hessian per estimate; close eigenvalues want more.
 
     Raises:
-        ConfigError: one of them is less than 1, or parameters are sharded.
+        ConfigError: one of them is less than 1, parameters are sharded, or activations checkpointed.
     """
 
     def __init__(self, every_n_steps: int = 500, sequences: int = 2, iterations: int = 20) -> None:
@@ -44,8 +44,12 @@ class Curvature(L.Callback):
         self._tokens = torch.empty(0)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if any(isinstance(parameter, DTensor) for parameter in pl_module.parameters()):
-            raise Refused("callbacks.curvature", type(self).__name__, "it needs every parameter whole in each process")
+        model: Any = pl_module.model
+        name = type(self).__name__
+        if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+            raise Refused("callbacks.curvature", name, "it needs every parameter whole in each process")
+        if model.config.activation_checkpointing:
+            raise Refused("callbacks.curvature", name, "it cannot see through model.activation_checkpointing=true")
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         batch = next(iter(datamodule.val_dataloader()))
         self._tokens = batch["tokens"][: self.sequences].to(pl_module.device)

@@ -70,12 +70,12 @@ class GradientHealth(L.Callback):
         assert self._partial is not None
         self._sequences = len(batch["tokens"])
         first = batch_idx % trainer.accumulate_grad_batches == 0
-        self._partial.wanted = self._partial.possible and first and is_logged(trainer, trainer.global_step + 1)
+        if self._partial.possible and first and is_logged(trainer, trainer.global_step + 1):
+            self._partial.watch(pl_module)
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self._partial is not None
-        if self._partial.wanted:
-            self._partial.carry(trainer, pl_module)
+        self._partial.carry(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         step = trainer.global_step + 1

@@ -4,8 +4,7 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from callbacks.statistics import carry
@@ -38,40 +37,36 @@ class NoiseScale:
 
 
 class PartialGradient:
-    """Sees the gradient of a part of the step: the first of the accumulated batches, or that of each process.
+    """Sees the gradient of a part of the step: that of one process in the first of the accumulated batches.
 
-    Not under FSDP, where neither is ever held, nor with a loss that is scaled for fp16.
+    Not under FSDP, where a process never has it, nor with a loss that is scaled for fp16.
+
+    Attributes:
+        possible: whether a part is less than the step, and can be seen.
     """
 
     def __init__(self, trainer: L.Trainer) -> None:
-        self.possible, self.hooked, self.wanted = False, False, False
-        self.square: Tensor | None = None
-        distributed = trainer.world_size > 1
-        if getattr(trainer.precision_plugin, "scaler", None) is not None:
-            return
-        if trainer.accumulate_grad_batches > 1:
-            self.possible = not distributed or isinstance(trainer.strategy, DDPStrategy)
-        elif distributed and isinstance(trainer.strategy, DDPStrategy):
-            model: Any = trainer.strategy.model
-            model.register_comm_hook(None, self._reduce)
-            self.possible = self.hooked = True
+        unscaled = getattr(trainer.precision_plugin, "scaler", None) is None
+        parts = trainer.accumulate_grad_batches * trainer.world_size
+        self.possible = unscaled and parts > 1 and isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
+        self._squares: list[Tensor] = []
+        self._handles: list[Any] = []
 
-    def _reduce(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        """What DDP does without a hook, to the bit, after a look at this process' own gradient."""
-        buffer = bucket.buffer()
-        if self.wanted:
-            square = buffer.float().square().sum()
-            self.square = square if self.square is None else self.square + square
-        future = dist.all_reduce(buffer.mul_(1 / dist.get_world_size()), async_op=True).get_future()
-        return future.then(lambda reduced: reduced.value()[0])
+    def watch(self, pl_module: L.LightningModule) -> None:
+        """Before the part's backward pass. A hook of the parameter sees its gradient before DDP averages it."""
+        for parameter in pl_module.parameters():
+            if parameter.requires_grad:
+                self._handles.append(parameter.register_hook(self._keep))
+
+    def _keep(self, gradient: Tensor) -> None:
+        self._squares.append(gradient.detach().float().square().sum())
 
     def carry(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """After the backward pass of the step's first batch: its squared norm, the mean over processes."""
-        if not self.hooked:
-            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        """After it: the squared norm, mean over processes, goes along with the step's statistics."""
+        for handle in self._handles:
+            handle.remove()
+        if self._handles:
             # Lightning has divided the loss by the number of batches.
-            norm = torch.nn.utils.get_total_norm(gradients) * trainer.accumulate_grad_batches
-            self.square = norm.square()
-        if self.square is not None:
-            carry(pl_module, CARRIED, trainer.strategy.reduce(self.square, reduce_op="mean").view(1))
-        self.square = None
+            square = torch.stack(self._squares).sum() * trainer.accumulate_grad_batches**2
+            carry(pl_module, CARRIED, trainer.strategy.reduce(square, reduce_op="mean").view(1))
+        self._handles, self._squares = [], []

@@ -1,8 +1,9 @@
 """Statistics of gradients and parameters for all monitors: computed once a step, by whoever asks first."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
+from types import MappingProxyType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
@@ -33,23 +34,23 @@ class GradientStatistics(NamedTuple):
         groups: which the lists below go by.
         norms: l2 norm of the gradient.
         nonfinite: share of the gradient's entries that are infinite or no number.
-        nonfinite_share: likewise, of all entries together.
         total_norm: l2 norm over all groups.
         step: of the optimizer step, counted from 1.
         parameter_norms: l2 norm of the parameters; empty on steps that the loggers leave out.
         update_norms: l2 norm of what the optimizer step before this one changed; empty where nobody watched it.
+        nonfinite_share: share of the entries of all gradients together.
         carried: what `carry` was given.
     """
 
     groups: tuple[Group, ...]
     norms: list[float]
     nonfinite: list[float]
-    nonfinite_share: float
     total_norm: float
     step: int
     parameter_norms: list[float]
     update_norms: list[float]
-    carried: dict[str, list[float]]
+    nonfinite_share: float = 0.0
+    carried: Mapping[str, list[float]] = MappingProxyType({})
 
 
 class _Cache:
