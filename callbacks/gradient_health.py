@@ -57,6 +57,7 @@ class GradientHealth(L.Callback):
         self.histogram_every_n_steps = every
         self.noise_scale = NoiseScale()
         self._partial: PartialGradient | None = None
+        self._begins_step = False
         self._sequences = 0  # of one process in one forward pass
         self._verdict = ""
         self._ratios: deque[tuple[int, float]] = deque(maxlen=TREND_POINTS)  # step, log of first over last
@@ -67,10 +68,13 @@ class GradientHealth(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        assert self._partial is not None
         self._sequences = len(batch["tokens"])
-        first = batch_idx % trainer.accumulate_grad_batches == 0
-        if self._partial.possible and first and is_logged(trainer, trainer.global_step + 1):
+        self._begins_step = batch_idx % trainer.accumulate_grad_batches == 0
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        # Not earlier, or gradients that other monitors take would be counted.
+        assert self._partial is not None
+        if self._partial.possible and self._begins_step and is_logged(trainer, trainer.global_step + 1):
             self._partial.watch(pl_module)
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

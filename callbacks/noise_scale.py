@@ -32,8 +32,8 @@ class NoiseScale:
 
     @property
     def value(self) -> float | None:
-        """In sequences; None as long as noise hides the gradient."""
-        return self.noise / self.signal if self.signal > 0 else None
+        """In sequences; None as long as one of the two is hidden by the other."""
+        return self.noise / self.signal if self.signal > 0 and self.noise > 0 else None
 
 
 class PartialGradient:
