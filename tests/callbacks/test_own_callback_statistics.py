@@ -1,0 +1,26 @@
+"""docs/monitoring.md's callback, from a file outside of the repository: it reads what the monitors have computed."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from callbacks import statistics
+from tests.helpers_run import ROOT, scalars, tiny_job, train
+
+
+def test_the_documented_callback_reads_the_shared_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/monitoring.md").read_text(), re.DOTALL)
+    (tmp_path / "loudest.py").write_text(example)
+    computed, compute = [], statistics._compute
+    monkeypatch.setattr(statistics, "_compute", lambda *a: computed.append(a[2]) or compute(*a))
+    torch.manual_seed(0)
+    finished = train(tmp_path, *tiny_job("run_dir=run"), "+callbacks.mine._target_=loudest.Loudest")
+    assert finished.code == 0, finished.err
+    assert computed == [1, 2], "two steps, in each of which several monitors asked"
+    written = scalars(tmp_path / "run", "mine/loudest_block")
+    assert list(written) == [0, 1]
+    for step, block in written.items():
+        norms = {n: scalars(tmp_path / "run", f"gradients/block_{n}/all")[step] for n in (1, 2)}
+        assert block == max(norms, key=norms.__getitem__)
