@@ -99,7 +99,7 @@ def main() -> None:
     )
     trainer.fit(module, datamodule=datamodule)
 
-    off, logged, sampled = (seconds[1:] for seconds in switch.seconds)  # the first round warms up
+    off, logged = (seconds[1:] for seconds in switch.seconds[:2])  # the first round warms up
     step = statistics.median(off) / WINDOW
     _, log, both = (statistics.median(seconds[1:]) for seconds in switch.inside)
     sample = both - log
