@@ -18,9 +18,22 @@ from core.explain import explain_omegaconf
 from lightning_modules.config import ModelConfig, OptimConfig, writable_schema
 
 USER_ERROR = 2
+DIVERGED = 3
 INTERRUPTED = 130
 MISTAKES = (UserError, HydraException, OmegaConfBaseException)
 DEBUGGING = os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+
+class RunDiverged(Exception):
+    """callbacks.divergence has given the run up, and said so; the weights are those before the step.
+
+    Attributes:
+        step: the optimizer step, counted from 1.
+    """
+
+    def __init__(self, step: int, line: str) -> None:
+        self.step = step
+        super().__init__(line)
 
 
 def register_schemas() -> None:
@@ -37,7 +50,8 @@ def register_schemas() -> None:
 def run(main: Callable[[], None]) -> None:
     """Call a `hydra.main` function; what the user can mend is said without a traceback, exit code 2.
 
-    A fault of the project itself keeps its traceback and exits with 1.
+    A run that was given up as diverged exits with 3, and one that a signal ended with 128 and its number. A fault of
+    the project itself keeps its traceback and exits with 1.
     """
     # Before torch is imported: OpenMP threads that spin without end bring a busy machine to a halt (docs/decisions.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "100000")
@@ -66,6 +80,8 @@ def job(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
             task(config)
         except MISTAKES as error:
             _leave(error)
+        except RunDiverged:
+            raise SystemExit(DIVERGED) from None
 
     return wrapped
 

@@ -1,0 +1,96 @@
+"""Keeps the last steps in memory, and writes them out when something happens to the run."""
+
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from callbacks.last_checkpoint import TrainingInterrupted
+from callbacks.samples import samples_of_step
+from callbacks.statistics import gradient_statistics
+from core.errors import require
+
+FOLDER = "flight_recorder"
+
+
+class FlightRecorder(L.Callback):
+    """Writes RUN/flight_recorder/step_N_rank_R.pt when callbacks.divergence reports an event, and when the process dies
+    on an exception; `python -m tools.replay RUN` goes through that step again.
+
+    | key of the file | what |
+    |---|---|
+    | reason | the event, or the exception, in a line |
+    | step, samples | of the step in progress, counted from 1; its global sample numbers, [first, last] |
+    | batches | its token ids on this rank, one tensor [sequences, seq + 1] for each accumulated batch |
+    | steps | of the last `num_steps`, oldest first: step, samples, losses, grad_norm, norms, nonfinite |
+    | groups | [block, kind] that norms and nonfinite go by |
+
+    Losses are this rank's, one for each batch, in nats per token; the rest is over all processes, before clipping.
+
+    Args:
+        run_dir: the run's folder.
+        num_steps: how far back it remembers.
+        max_files: that one process writes; the first ones tell the cause.
+    """
+
+    def __init__(self, run_dir: str, num_steps: int = 64, max_files: int = 20) -> None:
+        require(num_steps >= 1, "callbacks.flight_recorder.num_steps", num_steps, "an integer >= 1")
+        require(max_files >= 1, "callbacks.flight_recorder.max_files", max_files, "an integer >= 1")
+        self.folder, self.max_files, self.num_files = Path(run_dir) / FOLDER, max_files, 0
+        self.steps: deque[dict[str, Any]] = deque(maxlen=num_steps)
+        self.groups: list[list[Any]] = []
+        self.batches: list[Tensor] = []
+        self.losses: list[Tensor] = []  # stay on the device until somebody asks
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.folder = trainer.strategy.broadcast(self.folder)  # ranks started at different seconds name other folders
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: dict[str, Tensor], batch_idx: int
+    ) -> None:
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self.batches, self.losses = [], []
+        self.batches.append(batch["tokens"])
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        self.losses.append(loss.detach() * trainer.accumulate_grad_batches)  # Lightning has divided by it
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        statistics = gradient_statistics(trainer, pl_module)
+        self.groups = [[group.block, group.kind] for group in statistics.groups]
+        self.steps.append(
+            {
+                "step": trainer.global_step + 1,
+                "samples": samples_of_step(trainer),
+                "losses": self.losses,
+                "grad_norm": statistics.total_norm,
+                "norms": statistics.norms,
+                "nonfinite": statistics.nonfinite,
+            }
+        )
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if self.batches and not isinstance(exception, KeyboardInterrupt | TrainingInterrupted):
+            self.write(trainer, f"{type(exception).__name__}: {exception}")
+
+    def write(self, trainer: L.Trainer, reason: str) -> None:
+        """What is known of the step in progress and of those before; once a step."""
+        path = self.folder / f"step_{trainer.global_step + 1}_rank_{trainer.global_rank}.pt"
+        if self.num_files == self.max_files or path.exists():
+            return
+        self.num_files += 1
+        self.folder.mkdir(parents=True, exist_ok=True)
+        content = {
+            "reason": reason,
+            "step": trainer.global_step + 1,
+            "samples": samples_of_step(trainer),
+            "batches": [batch.cpu() for batch in self.batches],
+            "steps": [{**step, "losses": [float(loss) for loss in step["losses"]]} for step in self.steps],
+            "groups": self.groups,
+        }
+        torch.save(content, path)

@@ -1,0 +1,104 @@
+"""Take the run back to where it was well, and let it go on past the data that hurt it."""
+
+from typing import Any
+
+from callbacks.detectors import CLIMB, PLATEAU
+from callbacks.policies.base import GiveUp, Policy, Step
+from callbacks.policies.cooldown import Cooldown
+from callbacks.policies.snapshot import Snapshot
+from core.errors import require
+
+FIELD = "callbacks.divergence.policy_options"
+
+
+class Rollback(Policy):
+    """A single alarm skips its step; the next one in a row, or a loss that climbs or stays up, takes the weights, the
+    optimizer's and the random state back to a snapshot, and cuts the learning rate for a while.
+
+    The step counter and the data go on: the run is past the data that hurt it, and schedules, positions and logs stay
+    what arithmetic says they are. Snapshots are not part of a checkpoint; a resumed run takes its first one there.
+
+    Args:
+        every: steps between two snapshots.
+        margin: steps that a snapshot must be older than the first alarm, as trouble begins before it shows.
+        patience: alarms in a row at which the run is taken back; those before skip their step.
+        lr_factor: of the learning rate after a rollback; see Cooldown.
+        cooldown: steps that the first cut lasts.
+        max_in_a_row: rollbacks without a recovery in between; one more and the run stops.
+    """
+
+    def __init__(
+        self,
+        every: int = 50,
+        margin: int = 10,
+        patience: int = 2,
+        lr_factor: float = 0.5,
+        cooldown: int = 50,
+        max_in_a_row: int = 5,
+    ) -> None:
+        require(margin >= 0, f"{FIELD}.margin", margin, "an integer >= 0")
+        require(every >= max(margin, 1), f"{FIELD}.every", every, f"an integer >= margin={margin}, and >= 1")
+        require(0 < lr_factor <= 1, f"{FIELD}.lr_factor", lr_factor, "a number in (0, 1]")
+        for name, value in (("patience", patience), ("cooldown", cooldown), ("max_in_a_row", max_in_a_row)):
+            require(value >= 1, f"{FIELD}.{name}", value, "an integer >= 1")
+        self.every, self.margin, self.patience, self.max_in_a_row = every, margin, patience, max_in_a_row
+        self.cooldown = Cooldown(lr_factor, cooldown)
+        self.snapshots: list[Snapshot] = []
+        self.alarms_in_a_row, self.first_alarm, self.last_alarm, self.due = 0, 0, -margin, 0
+
+    def act(self, step: Step) -> str | None:
+        if not self.snapshots:
+            self._take_snapshot(step)
+        if step.alarms:
+            return self._on_alarm(step)
+        self.alarms_in_a_row = 0
+        if step.number > self.due and step.number > self.last_alarm + self.margin:
+            self._take_snapshot(step)
+            self.due = step.number - 1 + self.every - (step.number - 1) % self.every
+        factor = self.cooldown.factor_at(step.number)
+        if factor < 1:
+            step.one_step.scale_lr(factor)
+        return None
+
+    def _on_alarm(self, step: Step) -> str:
+        self.alarms_in_a_row += 1
+        self.last_alarm = step.number
+        if self.alarms_in_a_row == 1:
+            self.first_alarm = step.number
+        step.skip()
+        weights_are_bad = any(alarm.kind in (CLIMB, PLATEAU) for alarm in step.alarms)
+        if self.alarms_in_a_row < self.patience and not weights_are_bad:
+            return "skipped the step"
+        self.cooldown.start(step.number)
+        if self.cooldown.strikes > self.max_in_a_row:
+            raise GiveUp(f"{self.max_in_a_row} rollbacks in a row did not help")
+        self.alarms_in_a_row = 0
+        snapshot = self._choose(step.number)
+        snapshot.restore(step.pl_module, step.one_step.optimizer)
+        step.detectors.load_state_dict(snapshot.detectors)
+        factor, last = self.cooldown.factor_at(step.number + 1), self.cooldown.last
+        return f"rolled back to step {snapshot.step}, learning rate x {factor:g} to step {last}"
+
+    def _take_snapshot(self, step: Step) -> None:
+        """Before this step's update: the state after the step before."""
+        snapshot = Snapshot(step.number - 1, step.pl_module, step.one_step.optimizer, step.detectors_before)
+        self.snapshots = [*self.snapshots[-1:], snapshot]
+
+    def _choose(self, now: int) -> Snapshot:
+        """The newest that is old enough, unless it has just failed; younger ones are given up."""
+        old_enough = [s for s in self.snapshots if s.step <= self.first_alarm - self.margin] or self.snapshots[:1]
+        newest = old_enough[-1]
+        if len(old_enough) > 1 and newest.restored_at is not None and now <= newest.restored_at + self.margin:
+            old_enough.pop()
+        self.snapshots = old_enough
+        old_enough[-1].restored_at = now
+        return old_enough[-1]
+
+    def state_dict(self) -> dict[str, Any]:
+        names = ("alarms_in_a_row", "first_alarm", "last_alarm", "due")
+        return {**{name: getattr(self, name) for name in names}, "cooldown": self.cooldown.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in ("alarms_in_a_row", "first_alarm", "last_alarm", "due"):
+            setattr(self, name, state[name])
+        self.cooldown.load_state_dict(state["cooldown"])

@@ -1,0 +1,187 @@
+"""Go through a recorded step again, and look at it block by block.
+
+    python -m tools.replay RUN              the first step that the flight recorder has written out
+    python -m tools.replay RUN --step 137   another one
+
+Takes the newest checkpoint from before the step, trains on from there as the run did (its data, its random numbers, its
+policy on divergence, and your own callbacks), stops before the step, and sends the recorded tokens through the model.
+What does not come out as it was recorded was caused by neither the weights nor the data. Writes nothing.
+"""
+
+import argparse
+import math
+import re
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from analysis.propagation import BlockSignal, measure
+from callbacks.flight_recorder import FOLDER
+from core import cli
+from core.build import build, build_all
+from core.errors import require
+from core.quiet import quieten
+
+STEERING = {"random_state", "divergence"}  # of this project's callbacks, those that the weights depend on
+COLUMNS = ("variance", "attn_ratio", "ffn_ratio", "hidden_gradient", "attn_gradient", "ffn_gradient")
+HEADERS = (
+    "variance",
+    "attn/\nstream",
+    "ffn/\nstream",
+    "hidden\ngrad",
+    "attn\ngrad",
+    "ffn\ngrad",
+    "recorded:\nnot finite",
+)
+
+
+class Arrived(Exception):
+    """The run stands before the step."""
+
+
+class Halt(L.Callback):
+    """Ends the run before a step of this number, counted from 1."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step - 1:
+            raise Arrived
+
+
+def recorded_steps(run: Path) -> dict[int, list[Path]]:
+    """{step: the files of all its ranks}, in order."""
+    found: dict[int, list[Path]] = {}
+    for path in sorted((run / FOLDER).glob("step_*_rank_*.pt")):
+        match = re.fullmatch(r"step_(\d+)_rank_\d+\.pt", path.name)
+        if match:
+            found.setdefault(int(match[1]), []).append(path)
+    return dict(sorted(found.items()))
+
+
+def checkpoint_before(run: Path, step: int) -> tuple[Path | None, int]:
+    """(the newest checkpoint from before the step, its step); (None, 0): only the beginning is left."""
+    steps = {}
+    for path in (run / "checkpoints").glob("*.ckpt"):
+        steps[path] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+    usable = {path: at for path, at in steps.items() if at < step}
+    newest = max(usable, key=lambda path: usable[path], default=None)
+    return newest, usable[newest] if newest else 0
+
+
+def arrive(run: Path, step: int, checkpoint: Path | None, scratch: Path) -> Any:
+    """The LightningModule as it was before the step."""
+    config = OmegaConf.load(max(run.glob("config*.yaml"), key=lambda path: path.stat().st_mtime))
+    assert isinstance(config, DictConfig)
+    config.model.compile = config.model.activation_checkpointing = False  # hooks see neither well, results are the same
+    config.callbacks = {name: node for name, node in config.callbacks.items() if node and steers(name, node)}
+    for node in config.callbacks.values():
+        if "run_dir" in node:
+            node.run_dir = str(scratch)
+    config.trainer.update(devices=1, strategy="auto", limit_val_batches=0)
+    for switch in ("enable_progress_bar", "enable_checkpointing", "enable_model_summary"):
+        config.trainer[switch] = False
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    datamodule = build(config, "data")
+    module = build(config, "module", vocab_size=datamodule.vocab_size)
+    callbacks = [*build_all(config, "callbacks"), Halt(step)]
+    trainer = build(config, "trainer", callbacks=callbacks, logger=False, default_root_dir=str(scratch))
+    try:
+        trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint)
+    except Arrived:
+        return module
+    raise AssertionError("the run ended before the step")
+
+
+def steers(name: str, node: DictConfig) -> bool:
+    """Whether a callback may change what is learnt: a few of ours, and whatever is the user's own."""
+    return name in STEERING or not str(node["_target_"]).startswith(("callbacks.", "lightning."))
+
+
+def make_table(signals: list[BlockSignal], record: dict[str, Any]) -> Table:
+    """One row a block: measured now, and the largest recorded share of gradient entries that were not finite."""
+    nonfinite = of_the_step(record).get("nonfinite", [0.0] * len(record["groups"]))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    table.add_column("block", justify="right")
+    for header in HEADERS:
+        table.add_column(header, justify="right")
+    for signal in signals:
+        shares = [share for (block, _), share in zip(record["groups"], nonfinite, strict=True) if block == signal.block]
+        cells = [f"{getattr(signal, column):.3g}" for column in COLUMNS]
+        table.add_row(str(signal.block), *cells, f"{100 * max(shares, default=0.0):.3g} %")
+    return table
+
+
+def of_the_step(record: dict[str, Any]) -> dict[str, Any]:
+    """The statistics of the recorded step itself; empty where an exception came before its gradients."""
+    return next((step for step in record["steps"] if step["step"] == record["step"]), {})
+
+
+def loss_and_norm(module: Any, batches: list[Tensor]) -> tuple[float, float]:
+    """Of the step: mean over its batches, auxiliary losses included, and gradient norm."""
+    module.zero_grad()
+    total = 0.0
+    for tokens in batches:
+        loss = module.training_step({"tokens": tokens}, 0) / len(batches)
+        loss.backward()
+        total += float(loss.detach())
+    return total, float(torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None]))
+
+
+def main(arguments: argparse.Namespace) -> None:
+    run: Path = arguments.run
+    steps = recorded_steps(run)
+    require(bool(steps), "RUN", str(run), f"a run with a step in {FOLDER}/")
+    step = arguments.step or next(iter(steps))
+    require(step in steps, "--step", step, f"one of {', '.join(map(str, steps))}")
+    records = [torch.load(path, weights_only=True) for path in steps[step]]
+    checkpoint, at = checkpoint_before(run, step)
+    samples = "samples {} to {}".format(*records[0]["samples"]) if records[0]["samples"] else "its batch"
+    print(f"Step {step} of {run}, {samples}. It was recorded for this reason:\n  {records[0]['reason']}")
+    print(f"From {checkpoint or 'the beginning'}, {step - 1 - at} steps to catch up with.", flush=True)
+    quieten()
+    with tempfile.TemporaryDirectory() as scratch:
+        module = arrive(run, step, checkpoint, Path(scratch))
+    report(module, records)
+
+
+def report(module: Any, records: list[dict[str, Any]]) -> None:
+    """Print the blocks' figures, and whether the step came out as it was recorded."""
+    batches = [torch.cat(parts).to(module.device) for parts in zip(*(r["batches"] for r in records), strict=True)]
+    Console().print(make_table(measure(module.model, torch.cat(batches)), records[0]))
+    loss, norm = loss_and_norm(module, batches)
+    line = f"Loss {loss:.4f}, gradient norm {norm:.4g}"
+    if not all(of_the_step(record) for record in records):
+        print(f"{line}; recorded were none.")
+        return
+    losses = [loss for record in records for loss in of_the_step(record)["losses"]]
+    then = (sum(losses) / len(losses), of_the_step(records[0])["grad_norm"])
+    pairs = zip(then, (loss, norm), strict=True)
+    same = all(math.isclose(old, new, rel_tol=1e-3) or (old != old and new != new) for old, new in pairs)
+    verdict = "the same" if same else "not the same, so look beyond the step's weights and data"
+    print(f"{line}; recorded {then[0]:.4f} and {then[1]:.4g}: {verdict}.")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.replay", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="a run folder, such as runs/moe_spannorm/TIME")
+    parser.add_argument("--step", type=int, help="counted from 1; default: the first that was recorded")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.path.append(".")
+    cli.run(partial(main, parse_arguments()))
