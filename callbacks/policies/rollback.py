@@ -33,7 +33,7 @@ class Rollback(Policy):
         margin: int = 10,
         patience: int = 2,
         lr_factor: float = 0.5,
-        cooldown: int = 50,
+        cooldown: int = 100,
         max_in_a_row: int = 5,
     ) -> None:
         require(margin >= 0, f"{FIELD}.margin", margin, "an integer >= 0")

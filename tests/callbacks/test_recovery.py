@@ -1,0 +1,175 @@
+"""Runs that would die and recover instead; on one process and on two, and across a stop in the middle."""
+
+import json
+import math
+import os
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from tests.helpers_run import ROOT, TRAIN, Finished, load, run, scalars, tiny_job, train
+from tests.test_train import assert_equal
+
+TAGS = ("train/loss", "optim/grad_norm", "optim/lr", "val/loss")
+ROLLBACK = "callbacks.divergence.policy=rollback"
+OPTIONS = "callbacks.divergence.policy_options={every: 10, margin: 5, cooldown: 12}"
+
+
+def nan_gradient(first: int, num_steps: int) -> str:
+    return f"+callbacks.nan={{_target_: tests.callbacks.faults.NaNGradient, first: {first}, num_steps: {num_steps}}}"
+
+
+def bad_batch(first: int, num_steps: int) -> str:
+    return f"+callbacks.bad={{_target_: tests.callbacks.faults.BadBatch, first: {first}, num_steps: {num_steps}}}"
+
+
+def done(folder: Path) -> dict[int, str]:
+    """{step: what was done about its alarms}."""
+    found = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    return {event["step"]: event["done"] for event in found}
+
+
+class SameWeights(L.Callback):
+    """Fails unless all processes end with the same weights, bit for bit."""
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        mine = torch.cat([p.detach().flatten() for p in module.parameters()])
+        others: Any = trainer.strategy.all_gather(mine)
+        assert all(torch.equal(mine, other) for other in others)
+
+
+def train_on_two(cwd: Path, *arguments: str, seconds: int = 150) -> Finished:
+    """`python train.py ARGUMENTS` on two gloo processes; one that waits for the other in vain fails the test."""
+    two = [
+        "trainer.devices=2",
+        "+trainer.strategy=ddp",
+        "+callbacks.same._target_=tests.callbacks.test_recovery.SameWeights",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    process = subprocess.Popen(
+        [sys.executable, str(TRAIN), *arguments, *two],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=seconds)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return Finished(process.returncode, out, err)
+
+
+RECOVERING = ["experiment=dense_spannorm", "trainer.max_steps=40", "trainer.val_check_interval=20", ROLLBACK, OPTIONS]
+RECOVERING += [nan_gradient(18, 2), "model.num_layers=1"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = run(tmp_path_factory.mktemp("uninterrupted"), "run", *RECOVERING)
+    assert done(folder) == {
+        18: "skipped the step",
+        19: "rolled back to step 10, learning rate x 0.5 to step 31",
+    }
+    return folder
+
+
+def test_the_clock_the_data_and_the_schedule_go_on(uninterrupted: Path, tmp_path: Path) -> None:
+    """The learning rate is that of a run without a fault, but for the cut; the data are the same, step by step."""
+    clean = run(tmp_path, "run", *[o for o in RECOVERING if not o.startswith("+callbacks.nan")])
+    cut = {step: 0.5 if 20 <= step + 1 <= 31 else 1.0 for step in range(40)}
+    ours, theirs = scalars(uninterrupted, "optim/lr"), scalars(clean, "optim/lr")
+    assert ours == pytest.approx({step: lr * cut[step] for step, lr in theirs.items()}, rel=1e-6)
+    ours, theirs = (load(path / "checkpoints/last.ckpt") for path in (uninterrupted, clean))
+    for part in ("lr_schedulers", "PythonStdlib", "global_step"):
+        assert_equal(ours[part], theirs[part], part)
+    assert {int(s["step"]) for s in ours["optimizer_states"][0]["state"].values()} == {40 - 9}, "10 to 19 are undone"
+
+
+@pytest.mark.parametrize("step", [20, 25, 31], ids=["after the rollback", "in the cut", "at its end"])
+def test_a_stop_amid_a_recovery_changes_nothing(tmp_path: Path, uninterrupted: Path, step: int) -> None:
+    interrupt = f"+callbacks.interrupt={{_target_: tests.test_train.SendSignal, signum: 2, step: {step}}}"
+    interrupted = train(tmp_path, *tiny_job(*RECOVERING), "run_dir=run", interrupt)
+    assert interrupted.code == 130
+    assert train(tmp_path, *shlex.split(interrupted.out.splitlines()[-1])[2:]).code == 0
+    for tag in TAGS:
+        assert str(scalars(tmp_path / "run", tag)) == str(scalars(uninterrupted, tag)), tag  # str: nan is nan
+    ours, theirs = (load(path / "checkpoints/last.ckpt") for path in (tmp_path / "run", uninterrupted))
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "PythonStdlib"):
+        assert_equal(ours[part], theirs[part], part)
+    assert_equal(ours["callbacks"]["Divergence"], theirs["callbacks"]["Divergence"], "Divergence")
+
+
+def test_a_stop_between_skip_and_rollback_goes_back_to_the_checkpoint(tmp_path: Path) -> None:
+    interrupt = "+callbacks.interrupt={_target_: tests.test_train.SendSignal, signum: 2, step: 18}"
+    interrupted = train(tmp_path, *tiny_job(*RECOVERING), "run_dir=run", interrupt)
+    assert train(tmp_path, *shlex.split(interrupted.out.splitlines()[-1])[2:]).code == 0
+    assert done(tmp_path / "run")[19] == "rolled back to step 18, learning rate x 0.5 to step 31"
+
+
+def test_two_processes_act_as_one_also_where_only_one_of_them_is_hurt(tmp_path: Path, uninterrupted: Path) -> None:
+    finished = train_on_two(tmp_path, *tiny_job(*RECOVERING), "run_dir=run")
+    assert finished.code == 0, finished.err
+    assert done(tmp_path / "run") == done(uninterrupted)
+    assert list(scalars(tmp_path / "run", "val/loss").values())[-1] == pytest.approx(
+        list(scalars(uninterrupted, "val/loss").values())[-1], rel=1e-3
+    )
+    records = sorted(path.name for path in (tmp_path / "run/flight_recorder").iterdir())
+    assert records == [f"step_{step}_rank_{rank}.pt" for step in (18, 19) for rank in (0, 1)]
+
+
+POSTNORM = [
+    "model.placement=postnorm",
+    "model.num_layers=4",
+    "model.dim=64",
+    "data.batch_size=16",
+    "data.val_batches=8",
+]
+POSTNORM += ["model.ffn_dim=null", "optim.warmup_steps=100", "trainer.max_steps=300", "trainer.val_check_interval=300"]
+DEADLY, GENTLE = "optim.lr=3e-2", "callbacks.divergence.policy_options={lr_factor: 0.3, cooldown: 200}"
+POISON = [bad_batch(120, 4), nan_gradient(200, 3)]
+CASES = {  # (the clean run, the one that dies, what makes it recover)
+    "a learning rate that kills": ([*POSTNORM, "optim.lr=3e-3"], [*POSTNORM, DEADLY], [ROLLBACK, GENTLE]),
+    "poison": ([*POSTNORM, "optim.lr=3e-3"], [*POSTNORM, "optim.lr=3e-3", *POISON], [ROLLBACK]),
+}
+
+
+def end(folder: Path) -> float:
+    """Mean training loss of the last 20 steps."""
+    return statistics.mean(list(scalars(folder, "train/loss").values())[-20:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_with_rollback_it_ends_like_the_clean_run_and_without_it_dies(
+    case: str, processes: int, tmp_path: Path
+) -> None:
+    clean, deadly, cure = CASES[case]
+    folders = {}
+    for name, overrides in {"clean": clean, "dead": deadly, "cured": [*deadly, *cure]}.items():
+        arguments = [*tiny_job(*overrides), f"run_dir={name}"]
+        finished = train(tmp_path, *arguments) if processes == 1 else train_on_two(tmp_path, *arguments, seconds=280)
+        assert finished.code == 0, finished.err
+        folders[name] = tmp_path / name
+    ends = {name: end(folder) for name, folder in folders.items()}
+    print(
+        case,
+        processes,
+        ends,
+        {n: list(scalars(f, "val/loss").values()) for n, f in folders.items()},
+        done(folders["cured"]),
+    )
+    assert math.isnan(ends["dead"]) or ends["dead"] > 1.3 * ends["clean"]
+    assert ends["cured"] <= 1.02 * ends["clean"]
