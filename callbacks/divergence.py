@@ -14,13 +14,14 @@ from callbacks.one_step import OneStep
 from callbacks.policies.base import GiveUp, Step
 from callbacks.policies.registry import POLICIES
 from callbacks.samples import samples_of_step
-from callbacks.statistics import gradient_statistics
-from callbacks.step_loss import StepLoss
+from callbacks.statistics import carry, gradient_statistics
 from callbacks.worst_group import GroupHistory, describe
 from core.cli import RunDiverged
 from core.errors import lookup, require
 from core.options import check_arguments
 from core.steps import completes_step
+
+CARRIED = "divergence/loss"
 
 
 class Divergence(L.Callback):
@@ -66,9 +67,10 @@ class Divergence(L.Callback):
             require(value > 0, f"callbacks.divergence.{name}_threshold", value, "a number > 0")
         self.run_dir, self.policy_name, self.policy = run_dir, policy, scheme(**options)
         self.detectors = Detectors(loss_threshold, gradient_threshold, climb_threshold)
-        self.groups, self.loss, self.events = GroupHistory(), StepLoss(), EventLog(run_dir)
+        self.groups, self.events = GroupHistory(), EventLog(run_dir)
         self._one_step: OneStep | None = None
         self._last_batch = False
+        self._loss: Tensor | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._one_step = OneStep(trainer.optimizers[0])
@@ -79,15 +81,19 @@ class Divergence(L.Callback):
         self._last_batch = completes_step(trainer, batch_idx)
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        self.loss.add(loss, last=self._last_batch)
+        loss = loss.detach()  # Lightning has divided it by the number of batches of a step
+        self._loss = loss if self._loss is None else self._loss + loss
+        if self._last_batch:
+            carry(pl_module, CARRIED, self._loss[None])
+            self._loss = None
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         assert self._one_step is not None
-        statistics = gradient_statistics(trainer, pl_module)  # waits for the device, so the loss is there too
-        # The norms too, although they should be equal: a single process in trouble must not decide alone.
-        loss, norm = _reduce(trainer, [self.loss.value, statistics.total_norm], "mean")
+        statistics = gradient_statistics(trainer, pl_module)
+        # The norm too, although all should have the same: a single process in trouble must not decide alone.
+        loss, norm = _reduce(trainer, [*statistics.carried[CARRIED], statistics.total_norm], "mean")
         before = self.detectors.state_dict()
         alarms = self.detectors.update(loss, norm)
         if alarms:

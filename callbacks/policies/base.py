@@ -7,10 +7,10 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from callbacks.detectors import Alarm, Detectors
 from callbacks.one_step import OneStep
+from callbacks.policies.snapshot import local
 from callbacks.statistics import GradientStatistics
 
 
@@ -44,7 +44,7 @@ class Step:
 
     def scale_gradients(self, factor: float | Tensor) -> None:
         """Multiply all gradients with one number, or each with its own: [parameters that have a gradient]."""
-        gradients = [_local(p.grad) for p in self.pl_module.parameters() if p.grad is not None]
+        gradients = [local(p.grad) for p in self.pl_module.parameters() if p.grad is not None]
         factors = factor if isinstance(factor, float) else list(factor.unbind())
         torch._foreach_mul_(gradients, factors)
 
@@ -73,8 +73,3 @@ class Policy:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
-
-
-def _local(tensor: Any) -> Tensor:
-    """What this process holds of it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

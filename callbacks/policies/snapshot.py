@@ -34,7 +34,7 @@ class Snapshot:
     def restore(self, module: L.LightningModule, optimizer: Optimizer) -> None:
         """In place. The optimizer's groups stay as they are: learning rates go by the clock, which is not put back."""
         for name, tensor in module.state_dict().items():
-            _local(tensor).copy_(self._weights[name])
+            local(tensor).copy_(self._weights[name])
         for parameter in list(optimizer.state):
             if parameter not in self._optimizer:  # it had not stepped yet
                 del optimizer.state[parameter]
@@ -42,7 +42,7 @@ class Snapshot:
             state = optimizer.state[parameter]
             for key, value in self._optimizer[parameter].items():
                 if isinstance(value, Tensor):
-                    _local(state[key]).copy_(value)
+                    local(state[key]).copy_(value)
                 else:
                     state[key] = value
         torch.set_rng_state(self._random)
@@ -51,9 +51,9 @@ class Snapshot:
 
 
 def _copy(value: Any) -> Any:
-    return _local(value).detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+    return local(value).detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
     """What this process holds of it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
