@@ -19,12 +19,14 @@ class Alarm(NamedTuple):
         value: what was seen: a loss in nats per token, or a gradient norm.
         expected: what was usual before; nan: nothing was.
         score: distance between the two in spreads of the usual; infinite for what is no number.
+        age: steps that the trouble is older than its alarm, where it takes so many to be sure of it.
     """
 
     kind: str
     value: float
     expected: float
     score: float
+    age: int = 0
 
     def __str__(self) -> str:
         if not math.isfinite(self.value):
@@ -126,9 +128,9 @@ class ClimbDetector:
             self.since_spike += 1
             if self.since_spike <= self.patience:
                 return None
-        kind = CLIMB if self.since_spike < 0 else PLATEAU
+        kind, age = (CLIMB, usual.level_window) if self.since_spike < 0 else (PLATEAU, self.patience)
         self.since_spike = -1
-        alarm = Alarm(kind, level, self.best, score) if risen and score > self.threshold else None
+        alarm = Alarm(kind, level, self.best, score, age) if risen and score > self.threshold else None
         self.best = level if alarm else min(self.best, level)
         return alarm
 

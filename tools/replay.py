@@ -13,6 +13,7 @@ import math
 import re
 import sys
 import tempfile
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,9 @@ def arrive(run: Path, step: int, checkpoint: Path | None, scratch: Path) -> Any:
     callbacks = [*build_all(config, "callbacks"), Halt(step)]
     trainer = build(config, "trainer", callbacks=callbacks, logger=False, default_root_dir=str(scratch))
     try:
-        trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint.*")  # those left out above
+            trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint)
     except Arrived:
         return module
     raise AssertionError("the run ended before the step")
@@ -159,8 +162,9 @@ def main(arguments: argparse.Namespace) -> None:
 def report(module: Any, records: list[dict[str, Any]]) -> None:
     """Print the blocks' figures, and whether the step came out as it was recorded."""
     batches = [torch.cat(parts).to(module.device) for parts in zip(*(r["batches"] for r in records), strict=True)]
+    loss, norm = loss_and_norm(module, batches)  # first, with the random numbers that the step had
+    module.zero_grad()
     Console().print(make_table(measure(module.model, torch.cat(batches)), records[0]))
-    loss, norm = loss_and_norm(module, batches)
     line = f"Loss {loss:.4f}, gradient norm {norm:.4g}"
     if not all(of_the_step(record) for record in records):
         print(f"{line}; recorded were none.")

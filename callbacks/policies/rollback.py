@@ -12,15 +12,16 @@ FIELD = "callbacks.divergence.policy_options"
 
 
 class Rollback(Policy):
-    """A single alarm skips its step; the next one in a row, or a loss that climbs or stays up, takes the weights, the
-    optimizer's and the random state back to a snapshot, and cuts the learning rate for a while.
+    """An alarm skips its step, which is enough where the data are bad. Where alarms go on although the weights stand
+    still, or the loss climbs or stays up, the weights are bad: they, the optimizer's state and the random numbers are
+    taken back to a snapshot, and the learning rate is cut for a while.
 
     The step counter and the data go on: the run is past the data that hurt it, and schedules, positions and logs stay
     what arithmetic says they are. Snapshots are not part of a checkpoint; a resumed run takes its first one there.
 
     Args:
         every: steps between two snapshots.
-        margin: steps that a snapshot must be older than the first alarm, as trouble begins before it shows.
+        margin: steps that a snapshot must be older than the trouble, which begins before it shows.
         patience: alarms in a row at which the run is taken back; those before skip their step.
         lr_factor: of the learning rate after a rollback; see Cooldown.
         cooldown: steps that the first cut lasts.
@@ -31,7 +32,7 @@ class Rollback(Policy):
         self,
         every: int = 50,
         margin: int = 10,
-        patience: int = 2,
+        patience: int = 8,
         lr_factor: float = 0.5,
         cooldown: int = 100,
         max_in_a_row: int = 5,
@@ -44,7 +45,7 @@ class Rollback(Policy):
         self.every, self.margin, self.patience, self.max_in_a_row = every, margin, patience, max_in_a_row
         self.cooldown = Cooldown(lr_factor, cooldown)
         self.snapshots: list[Snapshot] = []
-        self.alarms_in_a_row, self.first_alarm, self.last_alarm, self.due = 0, 0, -margin, 0
+        self.alarms_in_a_row, self.onset, self.last_alarm, self.due = 0, 0, -margin, 0
 
     def act(self, step: Step) -> str | None:
         if not self.snapshots:
@@ -64,7 +65,8 @@ class Rollback(Policy):
         self.alarms_in_a_row += 1
         self.last_alarm = step.number
         if self.alarms_in_a_row == 1:
-            self.first_alarm = step.number
+            self.onset = step.number
+        self.onset = min(self.onset, step.number - max(alarm.age for alarm in step.alarms))
         step.skip()
         weights_are_bad = any(alarm.kind in (CLIMB, PLATEAU) for alarm in step.alarms)
         if self.alarms_in_a_row < self.patience and not weights_are_bad:
@@ -86,19 +88,19 @@ class Rollback(Policy):
 
     def _choose(self, now: int) -> Snapshot:
         """The newest that is old enough, unless it has just failed; younger ones are given up."""
-        old_enough = [s for s in self.snapshots if s.step <= self.first_alarm - self.margin] or self.snapshots[:1]
-        newest = old_enough[-1]
-        if len(old_enough) > 1 and newest.restored_at is not None and now <= newest.restored_at + self.margin:
+        old_enough = [s for s in self.snapshots if s.step <= self.onset - self.margin] or self.snapshots[:1]
+        restored_at = old_enough[-1].restored_at
+        if len(old_enough) > 1 and restored_at is not None and now <= restored_at + self.margin + self.patience:
             old_enough.pop()
         self.snapshots = old_enough
         old_enough[-1].restored_at = now
         return old_enough[-1]
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("alarms_in_a_row", "first_alarm", "last_alarm", "due")
+        names = ("alarms_in_a_row", "onset", "last_alarm", "due")
         return {**{name: getattr(self, name) for name in names}, "cooldown": self.cooldown.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in ("alarms_in_a_row", "first_alarm", "last_alarm", "due"):
+        for name in ("alarms_in_a_row", "onset", "last_alarm", "due"):
             setattr(self, name, state[name])
         self.cooldown.load_state_dict(state["cooldown"])

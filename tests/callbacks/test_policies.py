@@ -189,7 +189,7 @@ def test_what_cannot_be_clipped_is_skipped(policy: Policy) -> None:
 
 
 def test_rollback_skips_first_then_goes_back_behind_the_margin_and_cuts_the_learning_rate() -> None:
-    run = Run(Rollback(every=10, margin=5, cooldown=6))
+    run = Run(Rollback(every=10, margin=5, patience=2, cooldown=6))
     after = [run.weights()]
     for _ in range(23):
         assert run.step() is None
@@ -200,7 +200,7 @@ def test_rollback_skips_first_then_goes_back_behind_the_margin_and_cuts_the_lear
     assert run.weights() == after[10]
     assert run.optimizer.state[run.model.weight]["step"] == 10
 
-    reference = Run(Rollback(every=10, margin=5, cooldown=6))
+    reference = Run(Rollback(every=10, margin=5, patience=2, cooldown=6))
     for _ in range(10):
         reference.step()
     for number in range(26, 34):
@@ -212,7 +212,7 @@ def test_rollback_skips_first_then_goes_back_behind_the_margin_and_cuts_the_lear
 
 
 def test_a_climb_goes_back_at_once_and_before_the_first_step_of_all() -> None:
-    run = Run(Rollback(every=10, margin=5))
+    run = Run(Rollback(every=10, margin=5, patience=2))
     before = run.weights()
     for _ in range(3):
         run.step()
@@ -223,8 +223,15 @@ def test_a_climb_goes_back_at_once_and_before_the_first_step_of_all() -> None:
     assert run.weights() != before
 
 
-def test_a_snapshot_that_fails_at_once_is_left_for_an_older_one() -> None:
+def test_a_snapshot_has_to_be_older_than_the_trouble_not_than_its_alarm() -> None:
     run = Run(Rollback(every=10, margin=5))
+    for _ in range(36):
+        run.step()
+    assert (run.step(DRIFT._replace(age=10)) or "").startswith("rolled back to step 20"), "30 was already in trouble"
+
+
+def test_a_snapshot_that_fails_at_once_is_left_for_an_older_one() -> None:
+    run = Run(Rollback(every=10, margin=5, patience=2))
     for _ in range(25):
         run.step()
     said = [run.step(DRIFT), run.step(DRIFT), run.step(DRIFT)]
@@ -234,7 +241,7 @@ def test_a_snapshot_that_fails_at_once_is_left_for_an_older_one() -> None:
 
 
 def test_rollback_gives_up_after_too_many_without_a_recovery() -> None:
-    run = Run(Rollback(every=10, margin=5, cooldown=2, max_in_a_row=2))
+    run = Run(Rollback(every=10, margin=5, patience=2, cooldown=2, max_in_a_row=2))
     run.step(DRIFT)
     for _ in range(10):
         run.step()
@@ -248,7 +255,7 @@ def test_a_resumed_rollback_goes_on_alike_amid_a_recovery() -> None:
     """It has the checkpoint as its snapshot; all the rest is as if nobody had stopped."""
     runs = []
     for stop in (False, True):
-        run = Run(Rollback(every=10, margin=5, cooldown=20))
+        run = Run(Rollback(every=10, margin=5, patience=2, cooldown=20))
         for _ in range(15):
             run.step()
         run.step(SPIKE)
@@ -256,7 +263,7 @@ def test_a_resumed_rollback_goes_on_alike_amid_a_recovery() -> None:
         run.step()
         run.step(SPIKE)
         if stop:
-            run.policy = resumed(run.policy, Rollback(every=10, margin=5, cooldown=20))
+            run.policy = resumed(run.policy, Rollback(every=10, margin=5, patience=2, cooldown=20))
         for _ in range(21):
             run.step()
         runs.append(run)

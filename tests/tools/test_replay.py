@@ -1,0 +1,79 @@
+"""The command: the recorded step comes out again as it was, and what came from elsewhere does not."""
+
+import contextlib
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+
+from tests.helpers_run import run
+from tools import replay
+
+STEPS = ["experiment=moe_spannorm", "model.moe.jitter=0.3", "trainer.max_steps=50", "trainer.accumulate_grad_batches=2"]
+STEPS += ["trainer.val_check_interval=100", "callbacks.last_checkpoint.every_n_train_steps=30"]
+SKIP = "callbacks.divergence.policy=skip"
+
+
+class LeaveAfter(L.Callback):
+    """The process dies, so that its newest checkpoint is older than the step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise RuntimeError("left")
+
+
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[str, str]:
+    monkeypatch.setattr("sys.argv", ["replay", *arguments])
+    monkeypatch.setenv("COLUMNS", "120")
+    with contextlib.suppress(SystemExit):
+        replay.cli.run(lambda: replay.main(replay.parse_arguments()))
+    return capsys.readouterr()
+
+
+def fault(name: str, first: int) -> str:
+    return f"+callbacks.fault={{_target_: tests.callbacks.faults.{name}, first: {first}}}"
+
+
+def test_a_bad_batch_comes_out_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is in the tokens; the run goes from the checkpoint of step 30, through jitter and a mixture."""
+    interrupt = "+callbacks.interrupt={_target_: tests.tools.test_replay.LeaveAfter, step: 47}"
+    folder = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="left"):
+        run(tmp_path, "run", *STEPS, SKIP, fault("BadBatch", 45), interrupt)
+    before = sorted(path for path in folder.rglob("*"))
+    out, _ = call(monkeypatch, capsys, str(folder), "--step", "45")
+    assert f"Step 45 of {folder}, samples {44 * 8} to {45 * 8 - 1}." in out
+    assert "step 45: loss spike" in out
+    assert "checkpoints/last.ckpt, 14 steps to catch up with." in out
+    rows = re.findall(r"^ +(\d) +\S+ +\S+ +\S+ +\S+ +\S+ +\S+ +0 %", out, re.MULTILINE)
+    assert rows == ["1", "2"]
+    assert out.rstrip().endswith(": the same.")
+    assert sorted(path for path in folder.rglob("*")) == before, "it writes nothing"
+
+
+def test_a_gradient_that_was_spoilt_from_outside_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run(tmp_path, "run", *STEPS, SKIP, fault("NaNGradient", 5), "trainer.max_steps=6")
+    out, _ = call(monkeypatch, capsys, str(folder))
+    assert "From the beginning, 4 steps to catch up with." in out
+    assert re.search(r"^ +1 .* 0\.0977 % *$", out, re.MULTILINE), "one of 32 x 32 entries of attention's output matrix"
+    assert re.search(r"Loss ([\d.]+), gradient norm [\d.]+; recorded \1 and nan: not the same, so look beyond", out)
+
+
+def test_a_run_without_a_record_or_that_step_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, err = call(monkeypatch, capsys, str(tmp_path))
+    assert err == f"Error: RUN='{tmp_path}' is not valid: expected a run with a step in flight_recorder/\n"
+    (tmp_path / "flight_recorder").mkdir()
+    (tmp_path / "flight_recorder/step_7_rank_0.pt").touch()
+    _, err = call(monkeypatch, capsys, str(tmp_path), "--step", "8")
+    assert err == "Error: --step=8 is not valid: expected one of 7\n"
