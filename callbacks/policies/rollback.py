@@ -79,7 +79,8 @@ class Rollback(Policy):
         snapshot.restore(step.pl_module, step.one_step.optimizer)
         step.detectors.load_state_dict(snapshot.detectors)
         factor, last = self.cooldown.factor_at(step.number + 1), self.cooldown.last
-        return f"rolled back to step {snapshot.step}, learning rate x {factor:g} to step {last}"
+        cut = f", learning rate x {factor:g} to step {last}" if factor < 1 else ""
+        return f"rolled back to step {snapshot.step}{cut}"
 
     def _take_snapshot(self, step: Step) -> None:
         """Before this step's update: the state after the step before."""

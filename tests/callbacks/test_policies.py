@@ -13,7 +13,6 @@ from callbacks.divergence import Divergence
 from callbacks.one_step import OneStep
 from callbacks.policies.adagc import AdaGC
 from callbacks.policies.base import GiveUp, Policy, Step
-from callbacks.policies.cooldown import Cooldown
 from callbacks.policies.rollback import Rollback
 from callbacks.policies.skip import Skip
 from callbacks.policies.stop import Stop
@@ -271,17 +270,6 @@ def test_a_resumed_rollback_goes_on_alike_amid_a_recovery() -> None:
     assert runs[0].policy.state_dict() == runs[1].policy.state_dict()
     snapshots = [[snapshot.step for snapshot in run.policy.snapshots] for run in runs]  # type: ignore[attr-defined]
     assert snapshots[0] == snapshots[1]
-
-
-def test_a_cut_grows_while_trouble_comes_back_and_starts_anew_after_a_recovery() -> None:
-    cooldown = Cooldown(0.5, 10)
-    assert cooldown.factor_at(1) == 1.0
-    cooldown.start(100)
-    assert [cooldown.factor_at(step) for step in (100, 101, 110, 111)] == [1.0, 0.5, 0.5, 1.0]
-    cooldown.start(115)
-    assert [cooldown.factor_at(step) for step in (116, 135, 136)] == [0.25, 0.25, 1.0]
-    cooldown.start(156)
-    assert [cooldown.factor_at(step) for step in (157, 166, 167)] == [0.5, 0.5, 1.0]
 
 
 @pytest.mark.parametrize(

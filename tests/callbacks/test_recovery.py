@@ -144,10 +144,11 @@ FLIPPED = (
 )
 FULL_SPEED = "callbacks.divergence.policy_options={lr_factor: 1.0}"
 POISON = [bad_batch(120, 4), nan_gradient(200, 3)]
-CASES = {  # (the clean run, the one that dies, what makes it recover)
-    "a learning rate that kills": ([*POSTNORM, "optim.lr=3e-3"], [*POSTNORM, DEADLY], [ROLLBACK, GENTLE]),
-    "a flipped bit": ([*POSTNORM, "optim.lr=3e-3"], [*POSTNORM, "optim.lr=3e-3", FLIPPED], [ROLLBACK, FULL_SPEED]),
-    "poison": ([*POSTNORM, "optim.lr=3e-3"], [*POSTNORM, "optim.lr=3e-3", *POISON], [ROLLBACK]),
+CLEAN = [*POSTNORM, "optim.lr=3e-3"]
+CASES = {  # (the run that dies, what makes it recover, how much above the clean run's loss it may end)
+    "a learning rate that kills": ([*POSTNORM, DEADLY], [ROLLBACK, GENTLE], 0.02),
+    "poison": ([*CLEAN, *POISON], [ROLLBACK], 0.02),
+    "a flipped bit": ([*CLEAN, FLIPPED], [ROLLBACK, FULL_SPEED], 0.05),  # it loses 17 of 300 steps of training
 }
 
 
@@ -157,25 +158,19 @@ def end(folder: Path) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("processes", [1, 2])
 def test_with_rollback_it_ends_like_the_clean_run_and_without_it_dies(
     case: str, processes: int, tmp_path: Path
 ) -> None:
-    clean, deadly, cure = CASES[case]
+    deadly, cure, tolerance = CASES[case]
     folders = {}
-    for name, overrides in {"clean": clean, "dead": deadly, "cured": [*deadly, *cure]}.items():
+    for name, overrides in {"clean": CLEAN, "dead": deadly, "cured": [*deadly, *cure]}.items():
         arguments = [*tiny_job(*overrides), f"run_dir={name}"]
         finished = train(tmp_path, *arguments) if processes == 1 else train_on_two(tmp_path, *arguments, seconds=280)
         assert finished.code == 0, finished.err
         folders[name] = tmp_path / name
     ends = {name: end(folder) for name, folder in folders.items()}
-    print(
-        case,
-        processes,
-        ends,
-        {n: list(scalars(f, "val/loss").values()) for n, f in folders.items()},
-        done(folders["cured"]),
-    )
     assert math.isnan(ends["dead"]) or ends["dead"] > 1.3 * ends["clean"]
-    assert ends["cured"] <= 1.02 * ends["clean"]
+    assert ends["cured"] <= (1 + tolerance) * ends["clean"]
