@@ -30,6 +30,7 @@ class LeaveAfter(L.Callback):
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[str, str]:
     monkeypatch.setattr("sys.argv", ["replay", *arguments])
     monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # which the command sets, for good, in its process
     with contextlib.suppress(SystemExit):
         replay.cli.run(lambda: replay.main(replay.parse_arguments()))
     return capsys.readouterr()
