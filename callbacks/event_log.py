@@ -8,6 +8,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from callbacks.scalars import write_scalars
+
 
 class EventLog:
     """One process writes for all.
@@ -25,7 +27,7 @@ class EventLog:
         Args:
             line: for people.
             event: for programs; values that are no number become null in the file.
-            scalars: for TensorBoard, by key.
+            scalars: for the loggers, by key.
         """
         if not trainer.is_global_zero:
             return
@@ -36,8 +38,7 @@ class EventLog:
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("divergence/event", line, trainer.global_step)
-                for key, value in scalars.items():
-                    logger.experiment.add_scalar(key, value, trainer.global_step)
+        write_scalars(trainer, scalars, trainer.global_step + 1)
 
 
 def _plain(value: Any) -> Any:
