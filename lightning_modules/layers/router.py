@@ -4,8 +4,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_reduce, wait_tensor
 
 from core.errors import ConfigError, lookup, suggest
 from lightning_modules.config import ModelConfig
@@ -15,11 +17,13 @@ class RouterStats(NamedTuple):
     """What one MoE layer reports beside its output; carried by return value, never by a global.
 
     p_te: token t's scores over the experts e, divided by their sum. T tokens; k experts a token, of E. Only the two
-    losses carry a gradient.
+    losses carry a gradient. All are of this process' tokens, but for the counts in load_balancing_loss.
 
     Attributes:
         tokens_per_expert: [num_experts], how many of the T k assignments each expert got.
-        load_balancing_loss: scalar, E / (T k) sum_e count_e mean_t p_te; 1 at perfect balance (2101.03961, eq. 4).
+        load_balancing_loss: scalar, E / (T k) sum_e count_e mean_t p_te; 1 at perfect balance (2101.03961, eq. 4). In
+            training the counts are the mean over all processes', so that the mean of their losses is that of one
+            process with all tokens.
         z_loss: scalar, mean_t logsumexp(logits_t)^2 (2202.08906, eq. 5).
         entropy: scalar, mean_t of p_t's entropy in nats; ln E where the router is undecided.
         top1_margin: scalar, mean_t of the largest p_te minus the second largest.
@@ -58,6 +62,15 @@ SCORES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
 BALANCINGS = ("loss", "bias", "none")
 
 
+def _mean_over_processes(counts: Tensor) -> Tensor:
+    """Of something without a gradient. A functional collective: it is traced by torch.compile, and recomputed."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return counts
+    everyone = dist.group.WORLD
+    assert everyone is not None
+    return wait_tensor(all_reduce(counts, "sum", everyone)) / everyone.size()
+
+
 class Router(nn.Module):
     """Scores over all experts, of which the top k are taken; in fp32 under any precision.
 
@@ -78,8 +91,16 @@ class Router(nn.Module):
             valid = suggest(config.moe.balancing, BALANCINGS)
             raise ConfigError("model.moe.balancing", config.moe.balancing, valid)
         self.layer = nn.Linear(config.dim, config.moe.num_experts, bias=False)
-        bias = torch.zeros(config.moe.num_experts) if config.moe.balancing == "bias" else None
+        bias = torch.zeros(config.moe.num_experts, dtype=torch.float32) if config.moe.balancing == "bias" else None
         self.register_buffer("expert_bias", bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Whatever the module is cast to, the bias stays in fp32: in bf16 its small updates come to nothing."""
+        bias = self.expert_bias
+        super()._apply(fn, recurse)
+        if bias is not None and self.expert_bias is not None and self.expert_bias.dtype != bias.dtype:
+            self.expert_bias = bias.to(self.expert_bias.device)
+        return self
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, RouterStats]:
         """x [tokens, dim] -> (weights [tokens, k] fp32, experts [tokens, k] int64, statistics)."""
@@ -103,7 +124,8 @@ class Router(nn.Module):
     def _statistics(self, logits: Tensor, probabilities: Tensor, experts: Tensor) -> RouterStats:
         flat = experts.flatten()
         counts = logits.new_zeros(self.moe.num_experts).index_add(0, flat, logits.new_ones(flat.shape))
-        balance = self.moe.num_experts / experts.numel() * (counts * probabilities.mean(dim=0)).sum()
+        shared = _mean_over_processes(counts) if self.training else counts
+        balance = self.moe.num_experts / experts.numel() * (shared * probabilities.mean(dim=0)).sum()
         z_loss = logits.logsumexp(dim=-1).square().mean()
         with torch.no_grad():
             top = probabilities.topk(min(2, self.moe.num_experts), dim=-1).values

@@ -1,4 +1,4 @@
-"""Two processes that share out the experts against one that has them all: the same loss and gradients."""
+"""Two processes, which share out the experts or the tokens alone, against one: the same loss and gradients."""
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -25,8 +25,10 @@ class Case(NamedTuple):
     backend: str
     placement: str = "spannorm"
     skewed: bool = False  # all tokens go to the experts of one process
+    expert_parallel: int = 2  # 1: plain data parallelism
     fsdp: bool = False  # and FSDP2 shards the rest
     checkpointing: bool = False
+    compile: bool = False
 
     def environment(self) -> AbstractContextManager[None]:
         return megablocks_on_cpu() if self.backend == "megablocks" else nullcontext()
@@ -34,9 +36,15 @@ class Case(NamedTuple):
     def build(self) -> tuple[Transformer, Tensor]:
         """The same in every process: two sequences for each of two."""
         torch.manual_seed(0)
-        moe = {"backend": self.backend, "expert_dim": 32, "num_shared_experts": 1, "expert_parallel": 2}
+        moe = {
+            "backend": self.backend,
+            "expert_dim": 32,
+            "num_shared_experts": 1,
+            "expert_parallel": self.expert_parallel,
+        }
         moe |= {"top_k": 1, "normalize_weights": False} if self.skewed else {}
         options: dict[str, Any] = {"placement": self.placement, "activation_checkpointing": self.checkpointing}
+        options |= {"num_layers": 1} if self.compile else {}
         model, batch = make_module(ffn="moe", moe=moe, **options).model, tokens(4, 9)
         assert model is not None
         if self.skewed:
@@ -48,18 +56,21 @@ class Case(NamedTuple):
     def share_out(self, model: Transformer, mesh: DeviceMesh) -> None:
         if self.fsdp:
             shard(model, mesh)
-        else:
+        elif self.expert_parallel > 1:
             for mixture in model.mixtures().values():
                 mixture.shard_experts(mesh)
 
 
 CASES = [Case(backend, skewed=skewed) for backend in ("loop", "grouped", "megablocks") for skewed in (False, True)]
 CASES += [Case("loop", "subln"), Case("loop", fsdp=True), Case("loop", fsdp=True, checkpointing=True)]
+CASES += [Case("loop", expert_parallel=1, **options) for options in ({}, {"fsdp": True}, {"checkpointing": True})]
+CASES += [Case("loop", expert_parallel=1, skewed=True, compile=True)]
 
 
 def loss_and_gradients(model: Transformer, batch: Tensor) -> dict[str, Tensor | None]:
     logits, stats = model(batch)
-    loss = logits.square().mean() + sum(s.z_loss for s in stats)  # means over tokens: equal shares add up
+    # Means over tokens: equal shares add up. Weighted so that the balance would be missed in loss and gradients.
+    loss = logits.square().mean() + sum(s.z_loss + s.load_balancing_loss for s in stats)
     loss.backward()
     of_second_process = torch.stack([s.tokens_per_expert[2:].sum() / s.tokens_per_expert.sum() for s in stats])
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -75,6 +86,8 @@ def share(rank: int, folder: Path) -> None:
         with case.environment():
             model, batch = case.build()
             case.share_out(model, mesh)
+            if case.compile:
+                model.blocks[0].compile(backend="aot_eager", fullgraph=True)
             values = loss_and_gradients(model, batch[2 * rank : 2 * rank + 2])
         for name, value in values.items():
             if isinstance(value, DTensor):
@@ -82,9 +95,10 @@ def share(rank: int, folder: Path) -> None:
             elif value is not None:
                 dist.all_reduce(value)
                 values[name] = value / 2
-        weight = model.get_parameter("blocks.0.ffn.experts.mlp.w1")
-        assert isinstance(weight, DTensor)
-        assert weight.to_local().numel() == weight.numel() // 2, "each process has half of the experts"
+        if case.expert_parallel > 1 or case.fsdp:
+            weight = model.get_parameter("blocks.0.ffn.experts.mlp.w1")
+            assert isinstance(weight, DTensor)
+            assert weight.to_local().numel() == weight.numel() // 2, "each process has half of the experts"
         results[case] = values
     if rank == 0:
         torch.save({tuple(case): values for case, values in results.items()}, folder / "results")

@@ -1,5 +1,6 @@
 """The router: whom it selects, with what weights, what it reports, and how its bias balances."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,37 @@ def test_the_bias_moves_by_the_sign_of_the_load_error_and_is_saved() -> None:
     other = make_router(balancing="loss")
     other.update_bias(torch.tensor([8.0, 1.0, 4.0, 3.0]))
     assert list(other.state_dict()) == ["layer.weight"]
+
+
+def cast(router: Router) -> Router:
+    return router.to(torch.bfloat16)
+
+
+def build_cast(router: Router) -> Router:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return make_router(balancing="bias")
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def materialize(router: Router) -> Router:
+    return router.to("meta").bfloat16().to_empty(device="cpu")
+
+
+@pytest.mark.parametrize("to_bf16", [cast, build_cast, materialize])
+def test_small_updates_of_the_bias_add_up_in_a_bf16_model(to_bf16: Callable[[Router], Router]) -> None:
+    router = make_router(balancing="bias", bias_update_rate=0.001)
+    router.update_bias(torch.tensor([2.0, 1.0, 1.0, 0.0]))
+    router = to_bf16(router)
+    assert router.layer.weight.dtype == torch.bfloat16
+    assert router.expert_bias is not None
+    if to_bf16 is cast:
+        assert router.expert_bias.tolist() == pytest.approx([-0.001, 0.0, 0.0, 0.001], rel=1e-6), "not rounded"
+    router.expert_bias.zero_()
+    for _ in range(1000):
+        router.update_bias(torch.tensor([2.0, 1.0, 1.0, 0.0]))
+    assert router.expert_bias.tolist() == pytest.approx([-1.0, 0.0, 0.0, 1.0], rel=1e-4)
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
