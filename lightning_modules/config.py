@@ -53,6 +53,10 @@ class MoEConfig:
         for name in ("expert_dim", "shared_expert_dim"):
             width = getattr(self, name)
             require(width is None or width >= 1, f"model.moe.{name}", width, "an integer >= 1 or null")
+        for name, unset in (("shared_expert_dim", "null"), ("shared_expert_weighted_sum", "false")):
+            valid = f"{unset}, or model.moe.num_shared_experts >= 1: there is no shared expert"
+            used = self.num_shared_experts > 0 or not getattr(self, name)
+            require(used, f"model.moe.{name}", getattr(self, name), valid)
         require(
             self.expert_parallel >= 1 and self.num_experts % self.expert_parallel == 0,
             "model.moe.expert_parallel",

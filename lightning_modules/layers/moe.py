@@ -18,7 +18,8 @@ class MoE(nn.Module):
 
     Args:
         config: `model.moe`, dim, width of an expert and norm kind.
-        inner_norm: one norm, shared by the routed experts, before their output projections (2210.06423).
+        inner_norm: one norm, shared by the routed experts, before their output projections (2210.06423), and another
+            one over the hidden layers of all shared experts together.
 
     Attributes:
         backend: which one computes the experts, and why.
