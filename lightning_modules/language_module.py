@@ -17,7 +17,7 @@ from lightning_modules.config import ModelConfig, OptimConfig, parse
 from lightning_modules.generation import generate
 from lightning_modules.initialization import initialize
 from lightning_modules.layers.router import RouterStats
-from lightning_modules.optim import make_optimizer, make_schedule
+from lightning_modules.optim import make_optimizer, make_schedule, number_by_parameters
 from lightning_modules.router_health import router_health, tally, tokens_per_expert
 from lightning_modules.sharding import shard
 from lightning_modules.transformer import Transformer
@@ -72,7 +72,9 @@ class LanguageModule(L.LightningModule):
         """Build and initialize; Lightning calls this where the strategy wants the weights to come to life."""
         if self.model is not None:
             return
-        with self._precision():
+        # That of the run, which under a ModelParallelStrategy is not torch's default one.
+        device = torch.get_default_device() if self._trainer is None else self.trainer.strategy.root_device
+        with device, self._precision():
             self.model = Transformer(self.model_config, self.vocab_size, self.width_scaling.output_multiplier)
         initialize(self.model, self.width_scaling)
         for mixture in list(self.model.mixtures().values())[:1]:
@@ -86,13 +88,16 @@ class LanguageModule(L.LightningModule):
                 block.compile()
         experts = self.model_config.moe.expert_parallel
         if self.device_mesh is not None:
+            distributed = getattr(self.trainer.strategy, "_save_distributed_checkpoint", False)
+            field, valid = "trainer.strategy.save_distributed_checkpoint", "false: a checkpoint is one file"
+            require(not distributed, field, distributed, valid)
             shard(self.model, self.device_mesh["data_parallel"])
         elif self._trainer is not None and self.trainer.state.fn == "fit":  # elsewhere one process may have them all
             valid = "1 unless trainer.strategy is a ModelParallelStrategy: docs/megablocks.md"
             require(experts == 1, "model.moe.expert_parallel", experts, valid)
 
     def _precision(self) -> AbstractContextManager[Any]:
-        """That of the forward pass, by which the backend of the experts is chosen."""
+        """That of the forward pass in training, by which the backend of the experts is chosen."""
         return nullcontext() if self._trainer is None else self.trainer.precision_plugin.forward_context()
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, list[RouterStats]]:
@@ -158,13 +163,15 @@ class LanguageModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         loss = self.val_loss.compute()
         self.val_loss.reset()
-        self.log_dict({"val/loss": loss, "val/perplexity": math.exp(min(float(loss), 700.0))}, sync_dist=False)
+        # The same in all processes already; without sync_dist Lightning warns.
+        self.log_dict({"val/loss": loss, "val/perplexity": math.exp(min(float(loss), 700.0))}, sync_dist=True)
 
     def generate(self, prompt: list[int], num_tokens: int, temperature: float, seed: int, window: int) -> list[int]:
         """The prompt's token ids and `num_tokens` more; see lightning_modules/generation.py."""
         assert self.model is not None, "configure_model() comes first"
         tokens = torch.tensor(prompt, device=self.device)
-        return generate(self.model, tokens, num_tokens, temperature, seed, window).tolist()
+        with self._precision():
+            return generate(self.model, tokens, num_tokens, temperature, seed, window).tolist()
 
     def configure_optimizers(self) -> Any:
         assert self.model is not None
@@ -173,3 +180,10 @@ class LanguageModule(L.LightningModule):
             optimizer, make_schedule(self.optim_config, self.trainer.max_steps)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "optimizer_states" in checkpoint:  # not where only the weights are saved
+            checkpoint["optimizer_states"] = [
+                number_by_parameters(state, optimizer, self.parameters())
+                for state, optimizer in zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True)
+            ]

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -24,14 +24,13 @@ def make_optimizer(model: Transformer, config: OptimConfig) -> torch.optim.AdamW
     factor of the width scaling.
     """
     scaling = width_scaling(model.config, config)
-    matrices: dict[float, list[Tensor]] = defaultdict(list)
-    for matrix in model.matrices():
-        if matrix.role != "embedding":
-            matrices[scaling.lr_factor(matrix)].append(matrix.weight)
-    ids = {id(weight) for weights in matrices.values() for weight in weights}
-    rest = [parameter for parameter in model.parameters() if id(parameter) not in ids]
-    groups: list[dict[str, Any]] = [{"params": rest, "weight_decay": 0.0}]
-    for factor, weights in matrices.items():
+    factors = {id(m.weight): scaling.lr_factor(m) for m in model.matrices() if m.role != "embedding"}
+    by_factor: dict[float | None, list[Tensor]] = defaultdict(list)  # in the model's order: see number_by_parameters
+    for parameter in model.parameters():
+        by_factor[factors.get(id(parameter))].append(parameter)
+    groups: list[dict[str, Any]] = [{"params": by_factor.pop(None), "weight_decay": 0.0}]
+    for factor, weights in by_factor.items():
+        assert factor is not None
         groups.append({"params": weights, "lr": config.lr * factor, "weight_decay": config.weight_decay / factor})
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in model.parameters())
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
@@ -39,6 +38,29 @@ def make_optimizer(model: Transformer, config: OptimConfig) -> torch.optim.AdamW
     # any mixed precision. Without this the scaler undoes it before both.
     optimizer._step_supports_amp_scaling = False
     return optimizer
+
+
+def number_by_parameters(
+    state_dict: dict[str, Any], optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]
+) -> dict[str, Any]:
+    """An optimizer's state with its parameters numbered in the model's order, not by their place in the groups.
+
+    A ModelParallelStrategy writes and reads it so; all others read it by the order within a group, which is the same.
+    A checkpoint therefore goes on under any strategy and number of processes.
+
+    Args:
+        state_dict: of the optimizer; empty where another process saves.
+        optimizer: whose state it is.
+        parameters: the model's, in order.
+    """
+    place = {id(parameter): n for n, parameter in enumerate(parameters)}
+    groups = list(zip(state_dict.get("param_groups", ()), optimizer.param_groups, strict=False))
+    pairs = [pair for saved, group in groups for pair in zip(saved["params"], group["params"], strict=True)]
+    new = {number: place[id(parameter)] for number, parameter in pairs}
+    return {
+        "state": {new[number]: state for number, state in state_dict.get("state", {}).items()},
+        "param_groups": [{**saved, "params": [new[number] for number in saved["params"]]} for saved, _ in groups],
+    }
 
 
 def cosine(config: OptimConfig, num_steps: int) -> Schedule:

@@ -62,7 +62,8 @@ class ExpertMLP(nn.Module):
         w1, v1, w2 = (weight.to(x.dtype).unflatten(0, (-1, self.hidden_dim)) for weight in weights)
         matmul = self.products.matmul
         gate, up = matmul(x, w1, tokens_per_expert, True), matmul(x, v1, tokens_per_expert, True)
-        return matmul(self.inner_norm(F.silu(gate) * up), w2, tokens_per_expert, False)
+        hidden = self.inner_norm(F.silu(gate) * up).to(x.dtype)  # some norms give fp32 under autocast
+        return matmul(hidden, w2, tokens_per_expert, False)
 
 
 class Experts(nn.Module):
@@ -93,19 +94,22 @@ class Experts(nn.Module):
 
 
 def choose_backend(config: ModelConfig, inner_norm: bool = False) -> Backend:
-    """Resolve `model.moe.backend`, under the default dtype and the autocast that the model will run with.
+    """Resolve `model.moe.backend` for torch's default device, and the autocast or default dtype in force.
+
+    A weightless model on the meta device may still come to life anywhere: there, only what no device and no precision
+    could make possible is refused.
 
     Raises:
         ConfigError: it names no backend, or one that cannot be had here.
     """
-    name, obstacles = config.moe.backend, _obstacles(config, inner_norm)
+    device = torch.get_default_device()
+    name, obstacles = config.moe.backend, _obstacles(config, inner_norm, device)
     if name == "auto":
-        if not torch.cuda.is_available():
-            return Backend("loop", "no CUDA device")
+        if device.type != "cuda":
+            return Backend("loop", f"runs on {device.type}")
         if obstacles["grouped"] is not None:
             return Backend("loop", f"grouped {obstacles['grouped']}")
-        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else torch.get_default_dtype()
-        obstacle = obstacles["megablocks"] or (None if dtype == torch.bfloat16 else "needs bf16")
+        obstacle = obstacles["megablocks"]
         return Backend("grouped", f"megablocks {obstacle}") if obstacle else Backend("megablocks", "CUDA in bf16")
     if name not in obstacles:
         raise ConfigError("model.moe.backend", name, suggest(name, [*obstacles, "auto"]))
@@ -114,12 +118,27 @@ def choose_backend(config: ModelConfig, inner_norm: bool = False) -> Backend:
     return Backend(name, "as configured")
 
 
-def _obstacles(config: ModelConfig, inner_norm: bool) -> dict[str, str | None]:
-    """By backend, what keeps it from computing this layer here."""
+def _obstacles(config: ModelConfig, inner_norm: bool, device: torch.device) -> dict[str, str | None]:
+    """By backend, what keeps it from computing this layer there."""
+    dtype = _dtype(device)
     widths = (config.dim, config.expert_hidden_dim)
     unaligned = f"needs widths in multiples of 8, not {widths}" if any(width % 8 for width in widths) else None
     inner = "has no norm inside its experts, which the placement asks for" if inner_norm else None
-    return {"megablocks": megablocks.obstacle(config) or inner or unaligned, "grouped": unaligned, "loop": None}
+    double = "does not compute in float64" if dtype == torch.float64 else None
+    return {
+        "megablocks": megablocks.obstacle(config, device, dtype) or inner or unaligned,
+        "grouped": unaligned or double,
+        "loop": None,
+    }
+
+
+def _dtype(device: torch.device) -> torch.dtype | None:
+    """What the experts' products will be computed in; None: not known yet."""
+    if device.type == "meta":
+        return None
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return torch.get_default_dtype()
 
 
 def make_experts(config: ModelConfig, inner_norm: bool, backend: str) -> Experts:

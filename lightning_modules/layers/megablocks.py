@@ -17,16 +17,24 @@ from lightning_modules.config import ModelConfig
 from lightning_modules.layers import expert_parallel
 
 
-def obstacle(config: ModelConfig) -> str | None:
-    """What keeps MegaBlocks from computing this configuration's experts on this machine, or None."""
+def obstacle(config: ModelConfig, device: torch.device, dtype: torch.dtype | None) -> str | None:
+    """What keeps MegaBlocks from computing this configuration's experts, or None.
+
+    Args:
+        config: the layer's.
+        device: where it will run; meta: not known yet.
+        dtype: of the products; None: not known yet.
+    """
     install = "docs/megablocks.md says how to install it"
-    if not torch.cuda.is_available():
+    if device.type not in ("cuda", "meta") or not torch.cuda.is_available():
         return f"needs a CUDA device; {install}"
     for name in ("grouped_gemm", "megablocks.layers.dmoe"):  # in this order: the second warns without the first
         try:
             importlib.import_module(name)
         except ImportError as error:
             return f"cannot be imported ({error}); {install}"
+    if dtype not in (None, torch.bfloat16):
+        return f"computes in bf16 only, not in {dtype}: trainer.precision=bf16-mixed or bf16-true"
     if config.moe.num_experts * config.expert_hidden_dim < 128:
         return "needs num_experts x expert_dim >= 128"  # or its index arithmetic fails
     return None
@@ -61,7 +69,7 @@ def make_experts(config: ModelConfig) -> Any:
     def leave(weight: Tensor) -> None:
         """No initialization: that is the model's."""
 
-    return MegaBlocksExperts(
+    layer = MegaBlocksExperts(
         Arguments(
             hidden_size=config.dim,
             ffn_hidden_size=config.expert_hidden_dim,
@@ -79,3 +87,6 @@ def make_experts(config: ModelConfig) -> Any:
             device=torch.get_default_device(),
         )
     )
+    for name in ("w1", "v1", "w2"):  # in this order, as in ExpertMLP: optimizer states go by number
+        layer.mlp.register_parameter(name, layer.mlp._parameters.pop(name))
+    return layer

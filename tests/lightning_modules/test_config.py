@@ -38,6 +38,8 @@ NAN = float("nan")
         ({"moe": {"num_experts": 2, "top_k": 3}}, "moe.top_k", "an integer from 1 to model.moe.num_experts=2"),
         ({"moe": {"top_k": 0}}, "moe.top_k", "an integer from 1"),
         ({"moe": {"expert_dim": 0}}, "moe.expert_dim", ">= 1 or null"),
+        ({"moe": {"shared_expert_dim": 8}}, "moe.shared_expert_dim", "null, or model.moe.num_shared_experts >= 1"),
+        ({"moe": {"shared_expert_weighted_sum": True}}, "moe.shared_expert_weighted_sum", "num_shared_experts >= 1"),
         ({"moe": {"jitter": 1.0}}, "moe.jitter", "a number in [0, 1)"),
         ({"moe": {"load_balancing_weight": -1.0}}, "moe.load_balancing_weight", "a number >= 0"),
         ({"moe": {"z_loss_weight": NAN}}, "moe.z_loss_weight", "a number >= 0"),

@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from core.errors import ConfigError
 from lightning_modules.layers.moe import MoE
@@ -145,6 +146,24 @@ def test_under_bf16_autocast_the_router_stays_in_fp32(backend: str) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in layer.parameters())
 
 
+class FP32Norm(nn.Module):
+    """Gives fp32 whatever it takes, as torch's own layer norm does under autocast on a GPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.float(), x.shape[-1:])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_under_bf16_autocast_an_inner_norm_may_give_fp32(backend: str) -> None:
+    layer, x = make_moe(backend=backend), inputs(2, 9)
+    layer.experts.mlp.inner_norm = FP32Norm()
+    exact = layer(x)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x)[0]
+    assert 0 < (out - exact).norm() / exact.norm() < 0.02
+    out.sum().backward()
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_shape_equals_the_plain_mixture(data: st.DataObject) -> None:
@@ -156,6 +175,7 @@ def test_any_shape_equals_the_plain_mixture(data: st.DataObject) -> None:
         "normalize_weights": data.draw(st.booleans()),
         "backend": data.draw(st.sampled_from(BACKENDS)),
     }
+    torch.manual_seed(data.draw(st.integers(0, 2**16)))  # so that an example can be replayed
     layer, x = make_moe(**case), inputs(data.draw(st.integers(1, 3)), data.draw(st.integers(1, 12)))
     if case["top_k"] == 1 and data.draw(st.booleans()):
         send_all_to(layer, data.draw(st.integers(0, num_experts - 1)))
@@ -166,37 +186,9 @@ def test_any_shape_equals_the_plain_mixture(data: st.DataObject) -> None:
     assert stats.tokens_per_expert.sum() == x[..., 0].numel() * case["top_k"]
     actual_grads = torch.autograd.grad(actual.square().sum(), [x, *weights.values()])
     expected_grads = torch.autograd.grad(expected.square().sum(), [x, *weights.values()])
+    largest = max(gradient.abs().max().item() for gradient in expected_grads)  # small ones are differences of such
     for name, a, e in zip(["x", *weights], actual_grads, expected_grads, strict=True):
-        torch.testing.assert_close(a, e, atol=1e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
-
-
-def stored_bytes(layer: MoE, x: Tensor) -> int:
-    """What the forward pass keeps for the backward pass, each storage once, without parameters."""
-    kept: dict[int, Tensor] = {}
-    parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor  # holding it, so that no address is used twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        layer(x)
-    return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in parameters)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_memory_grows_with_tokens_and_not_with_experts_nor_skew(backend: str) -> None:
-    def stored(num_experts: int, num_tokens: int, skewed: bool) -> int:
-        layer = make_moe(num_experts=num_experts, top_k=1, backend=backend)
-        if skewed:
-            send_all_to(layer, num_experts - 1)
-        return stored_bytes(layer, inputs(1, num_tokens))
-
-    few = stored(4, 64, skewed=False)
-    assert stored(4, 64, skewed=True) == few, "one expert with all tokens: no padding"
-    assert stored(4, 256, skewed=False) == pytest.approx(4 * few, rel=0.01)
-    router = 5 * 4 * 64 * (32 - 4)  # the router's few [tokens, experts] in fp32, and nothing wider
-    assert stored(32, 64, skewed=True) < few + router
+        torch.testing.assert_close(a, e, atol=1e-5 * largest, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("inner_norm", [False, True])
@@ -210,22 +202,6 @@ def test_one_graph_compiles_and_computes_the_same(backend: str, inner_norm: bool
         loss = out.square().mean() + stats.load_balancing_loss + stats.z_loss
         results.append((out, *stats, *torch.autograd.grad(loss, [x, *layer.parameters()])))
     torch.testing.assert_close(results[1], results[0], atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-def test_shared_experts_see_every_token(weighted: bool) -> None:
-    shared = {"num_shared_experts": 2, "shared_expert_dim": 12, "shared_expert_weighted_sum": weighted}
-    layer, x = make_moe(**shared), inputs(2, 9)
-    routed = make_moe()
-    routed.load_state_dict({k: v for k, v in layer.state_dict().items() if not k.startswith("shared")})
-    gate, up, down = (layer.get_parameter(f"shared_expert.{name}_proj.weight") for name in ("gate", "up", "down"))
-    assert gate.shape == (24, 32)
-    of_one = [  # each of the two is a SwiGLU of its own, 12 wide
-        reference.silu(x @ gate[part].T) * (x @ up[part].T) @ down[:, part].T for part in (slice(12), slice(12, 24))
-    ]
-    both, rest = of_one[0] + of_one[1], routed(x)[0]
-    expected = both / 3 + rest * 2 / 3 if weighted else both + rest  # top-2
-    torch.testing.assert_close(layer(x)[0], expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
