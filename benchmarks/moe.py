@@ -73,9 +73,14 @@ class PaddedBMM(nn.Module):
         return torch.zeros_like(tokens).index_add_(0, order // TOP_K, out).view_as(x), stats
 
 
+def autocast(device: str) -> torch.autocast:
+    """bf16 on a GPU, by which the backend is chosen too; nothing on a CPU."""
+    return torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda")
+
+
 def make_layer(setting: Setting, backend: str) -> MoE:
     moe = {"num_experts": setting.num_experts, "top_k": TOP_K, "expert_dim": setting.hidden, "backend": backend}
-    with torch.device(setting.device):
+    with torch.device(setting.device), autocast(setting.device):
         return MoE(parse(ModelConfig, "model", {"dim": setting.dim, "ffn": "moe", "moe": moe}))
 
 
@@ -112,7 +117,7 @@ def contenders(setting: Setting) -> dict[str, nn.Module]:
     for layer in layers.values():
         layer.load_state_dict(ours.state_dict())
     layers["padded bmm"] = PaddedBMM(ours)
-    for implementation in ("eager", "grouped_mm"):
+    for implementation in ("eager", "batched_mm", "grouped_mm"):
         layers[f"Mixtral, {implementation}"] = make_mixtral(ours, setting, implementation)
     return layers
 
@@ -198,14 +203,14 @@ def make_training_step(num_experts: int, arguments: argparse.Namespace) -> Step:
     """Of a whole model, optimizer included; the active parameters do not depend on the number of experts."""
     moe = {"num_experts": num_experts, "top_k": TOP_K, "expert_dim": arguments.hidden}
     values = {"ffn": "moe", "num_layers": arguments.layers, "dim": arguments.dim, "num_heads": 4, "moe": moe}
-    with torch.device(arguments.device):
+    with torch.device(arguments.device), autocast(arguments.device):
         model = Transformer(parse(ModelConfig, "model", values), VOCAB_SIZE)
     initialize(model)
     optimizer = make_optimizer(model, OptimConfig())
     tokens = torch.randint(VOCAB_SIZE, (arguments.tokens // 256, 257), device=arguments.device)
 
     def step() -> None:
-        with torch.autocast("cuda", torch.bfloat16, enabled=arguments.device == "cuda"):
+        with autocast(arguments.device):
             logits, stats = model(tokens[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
         (loss + 0.01 * sum(s.load_balancing_loss for s in stats)).backward()

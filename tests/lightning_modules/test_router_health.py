@@ -40,6 +40,12 @@ def test_health_of_two_layers_over_two_batches() -> None:
     assert health == pytest.approx(expected)
 
 
+def test_no_value_is_looked_at_on_the_way() -> None:
+    on_meta = stats([4, 0, 2, 2], 1.0, 10.0, 0.5, 0.1, 2.0)
+    layer = RouterStats(*(value.to("meta") for value in on_meta))  # which has no values
+    assert all(value.is_meta for value in router_health(tally([layer, layer]), [1, 2]).values())
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_step_of_two_batches_moves_each_bias_once_by_the_load_of_both(checkpointing: bool, tmp_path: Path) -> None:
     moe = {"balancing": "bias", "bias_update_rate": 2**-6, "first_dense_layers": 1}

@@ -14,11 +14,12 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_backends_agree_under_autocast(backend: str, top_k: int) -> None:
     config = tiny_config(ffn="moe", moe={"num_experts": 8, "expert_dim": 128, "top_k": top_k, "backend": "loop"})
-    if backend == "megablocks" and (obstacle := megablocks.obstacle(config)):
+    device = torch.device("cuda")
+    if backend == "megablocks" and (obstacle := megablocks.obstacle(config, device, torch.bfloat16)):
         pytest.skip(f"megablocks {obstacle}")
     loop = MoE(config).cuda()
     moe = {"num_experts": 8, "expert_dim": 128, "top_k": top_k, "backend": backend}
-    with torch.device("cuda"):
+    with device, torch.autocast("cuda", torch.bfloat16):
         other = MoE(tiny_config(ffn="moe", moe=moe))
     for parameter in loop.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
