@@ -86,7 +86,11 @@ def make_layer(setting: Setting, backend: str) -> MoE:
 
 def make_mixtral(layer: MoE, setting: Setting, implementation: str) -> nn.Module:
     """Hugging Face's block with the weights of ours."""
-    sizes = {"hidden_size": setting.dim, "intermediate_size": setting.hidden, "num_local_experts": setting.num_experts}
+    sizes: dict[str, Any] = {
+        "hidden_size": setting.dim,
+        "intermediate_size": setting.hidden,
+        "num_local_experts": setting.num_experts,
+    }
     config = MixtralConfig(**sizes, num_experts_per_tok=TOP_K, router_jitter_noise=0.0)
     config._experts_implementation = implementation
     block, mlp = MixtralSparseMoeBlock(config).to(setting.device), layer.experts.mlp
