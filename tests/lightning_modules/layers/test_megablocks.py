@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_modules.layers.moe import MoE
 from tests.conftest import make_module, tiny_config, tokens
+from tests.lightning_modules.test_language_module import Recorder, loader, make_trainer
 from tests.megablocks_cpu import megablocks_on_cpu
 
 NUM_EXPERTS, HIDDEN, BALANCE_WEIGHT, Z_WEIGHT = 6, 24, 0.1, 0.01
@@ -108,6 +110,40 @@ def test_a_checkpoint_changes_backend(trained_with: str, into: str) -> None:
     torch.testing.assert_close(target(x)[0], source(x)[0], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")  # one batch, again
+@pytest.mark.parametrize("into", ["grouped", "megablocks"])
+@pytest.mark.usefixtures("megablocks")
+def test_a_run_goes_on_with_another_backend_and_the_same_optimizer_state(into: str, tmp_path: Path) -> None:
+    batches, checkpoint = loader(*[tokens(2, 9)] * 4), tmp_path / "a.ckpt"
+
+    def losses(backend: str, max_steps: int, ckpt_path: Path | None = None) -> list[float]:
+        torch.manual_seed(0)
+        moe, recorder = {"backend": backend, "expert_dim": 32}, Recorder()
+        module = make_module({"schedule": "constant"}, ffn="moe", moe=moe)
+        trainer = make_trainer(tmp_path, limit_val_batches=0, max_steps=max_steps, logger=recorder)
+        trainer.fit(module, batches, batches, ckpt_path=ckpt_path)
+        if max_steps == 2:
+            trainer.save_checkpoint(checkpoint)
+        return recorder.series("train/loss")
+
+    losses("loop", max_steps=2)
+    expected = losses("loop", max_steps=4)[2:]
+    assert losses(into, max_steps=4, ckpt_path=checkpoint) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.usefixtures("megablocks")
+def test_under_autocast_the_tokens_are_cast_before_they_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels, copied = importlib.import_module("megablocks.backend.kernels"), []
+    gather = kernels.gather
+    monkeypatch.setattr(kernels, "gather", lambda x, *rest: copied.append(x.dtype) or gather(x, *rest))
+    theirs, ours, x = make_ours("megablocks"), make_ours("loop"), torch.randn(2, 9, 32)
+    theirs.load_state_dict(ours.state_dict())
+    with torch.autocast("cpu", torch.bfloat16):
+        actual, expected = theirs(x)[0], ours(x)[0]
+    assert copied == [torch.bfloat16]
+    assert (actual - expected).norm() / expected.norm() < 0.01
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.usefixtures("megablocks")
 def test_a_whole_model_has_the_loss_and_gradients_of_the_loop(checkpointing: bool) -> None:
@@ -120,6 +156,6 @@ def test_a_whole_model_has_the_loss_and_gradients_of_the_loop(checkpointing: boo
         module.load_state_dict(weights)
         logits, stats = module(batch)
         loss = logits.square().mean() + sum(s.load_balancing_loss + s.z_loss for s in stats)
-        names, parameters = zip(*module.named_parameters(), strict=True)  # in an order of the backend's own
+        names, parameters = zip(*module.named_parameters(), strict=True)
         results.append({"loss": loss, **dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))})
     torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-5)
