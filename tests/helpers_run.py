@@ -123,6 +123,13 @@ def scalars(run_dir: Path, tag: str) -> dict[int, float]:
     return {event.step: event.value for event in events(run_dir).Scalars(tag)}
 
 
+def assert_began(folder: Path, step: int) -> None:
+    """A run that starts again from nothing would give the same curve; the last process' own events tell them apart."""
+    newest = max((folder / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    first, *_ = EventAccumulator(str(newest), size_guidance={"scalars": 0}).Reload().Scalars("train/loss")
+    assert first.step == step
+
+
 def load(checkpoint: Path) -> dict[str, Any]:
     """A checkpoint, without running any code that it may hold."""
     return torch.load(checkpoint, map_location="cpu", weights_only=True)
