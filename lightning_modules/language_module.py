@@ -184,6 +184,6 @@ class LanguageModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if "optimizer_states" in checkpoint:  # not where only the weights are saved
             checkpoint["optimizer_states"] = [
-                number_by_parameters(state, optimizer, self.parameters())
+                number_by_parameters(state, optimizer, self.parameters(), sharded=self.device_mesh is not None)
                 for state, optimizer in zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True)
             ]

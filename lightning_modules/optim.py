@@ -24,13 +24,14 @@ def make_optimizer(model: Transformer, config: OptimConfig) -> torch.optim.AdamW
     factor of the width scaling.
     """
     scaling = width_scaling(model.config, config)
-    factors = {id(m.weight): scaling.lr_factor(m) for m in model.matrices() if m.role != "embedding"}
-    by_factor: dict[float | None, list[Tensor]] = defaultdict(list)  # in the model's order: see number_by_parameters
-    for parameter in model.parameters():
-        by_factor[factors.get(id(parameter))].append(parameter)
-    groups: list[dict[str, Any]] = [{"params": by_factor.pop(None), "weight_decay": 0.0}]
-    for factor, weights in by_factor.items():
-        assert factor is not None
+    matrices: dict[float, list[Tensor]] = defaultdict(list)
+    for matrix in model.matrices():
+        if matrix.role != "embedding":
+            matrices[scaling.lr_factor(matrix)].append(matrix.weight)
+    ids = {id(weight) for weights in matrices.values() for weight in weights}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in ids]
+    groups: list[dict[str, Any]] = [{"params": rest, "weight_decay": 0.0}]
+    for factor, weights in matrices.items():
         groups.append({"params": weights, "lr": config.lr * factor, "weight_decay": config.weight_decay / factor})
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in model.parameters())
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
@@ -41,25 +42,30 @@ def make_optimizer(model: Transformer, config: OptimConfig) -> torch.optim.AdamW
 
 
 def number_by_parameters(
-    state_dict: dict[str, Any], optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]
+    state_dict: dict[str, Any], optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], sharded: bool
 ) -> dict[str, Any]:
-    """An optimizer's state with its parameters numbered in the model's order, not by their place in the groups.
+    """An optimizer's state with its parameters numbered in the model's order, and listed in the groups' own.
 
-    A ModelParallelStrategy writes and reads it so; all others read it by the order within a group, which is the same.
-    A checkpoint therefore goes on under any strategy and number of processes.
+    A ModelParallelStrategy reads the numbers; all others read the order within a group. A checkpoint therefore goes on
+    under any strategy and number of processes.
 
     Args:
         state_dict: of the optimizer; empty where another process saves.
         optimizer: whose state it is.
         parameters: the model's, in order.
+        sharded: it comes from a ModelParallelStrategy, which numbers so already but sorts its groups.
     """
     place = {id(parameter): n for n, parameter in enumerate(parameters)}
-    groups = list(zip(state_dict.get("param_groups", ()), optimizer.param_groups, strict=False))
-    pairs = [pair for saved, group in groups for pair in zip(saved["params"], group["params"], strict=True)]
-    new = {number: place[id(parameter)] for number, parameter in pairs}
+    numbers = [[place[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+    groups = list(zip(state_dict.get("param_groups", ()), numbers, strict=False))
+    new = {
+        old: number
+        for saved, mine in groups
+        for old, number in zip(saved["params"], sorted(mine) if sharded else mine, strict=True)
+    }
     return {
-        "state": {new[number]: state for number, state in state_dict.get("state", {}).items()},
-        "param_groups": [{**saved, "params": [new[number] for number in saved["params"]]} for saved, _ in groups],
+        "state": {new[old]: state for old, state in state_dict.get("state", {}).items()},
+        "param_groups": [{**saved, "params": mine} for saved, mine in groups],
     }
 
 

@@ -42,3 +42,12 @@ def test_two_processes_train_save_and_resume_as_one(tmp_path: Path) -> None:
         assert biases
     loaded = LanguageModule.load_from_checkpoint(two / "checkpoints/last.ckpt", weights_only=True)
     assert loaded.state_dict().keys() == expected.keys()
+
+
+@pytest.mark.slow
+def test_a_run_of_one_process_goes_on_in_two(tmp_path: Path) -> None:
+    one = run(tmp_path, "one", *JOB[:-1], "trainer.max_steps=4")
+    run(tmp_path, "run", *JOB[:-1], "trainer.max_steps=2")
+    run_two(tmp_path, "model.moe.expert_parallel=1", "trainer.max_steps=4", "ckpt_path=last")
+    for tag in ("train/loss", "moe/max_load"):
+        assert scalars(tmp_path / "run", tag) == pytest.approx(scalars(one, tag), rel=1e-4), tag

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -17,7 +18,7 @@ from lightning_modules.language_module import LanguageModule
 from lightning_modules.sharding import shard
 from lightning_modules.transformer import Transformer
 from tests.conftest import VOCAB_SIZE, make_module, tiny_values, tokens
-from tests.lightning_modules.test_language_module import fit
+from tests.lightning_modules.test_language_module import fit, make_trainer
 from tests.megablocks_cpu import megablocks_on_cpu
 
 
@@ -123,3 +124,11 @@ def test_a_strategy_that_would_average_different_experts_is_refused(tmp_path: Pa
     module = LanguageModule(tiny_values(ffn="moe", moe={"expert_parallel": 2}), {}, VOCAB_SIZE)
     with pytest.raises(ConfigError, match=r"model\.moe\.expert_parallel=2 .* ModelParallelStrategy"):
         fit(tmp_path, module, tokens(2, 9), max_steps=1, logger=False)
+
+
+def test_checkpoints_in_pieces_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = LanguageModule(tiny_values(ffn="moe"), {}, VOCAB_SIZE)
+    monkeypatch.setattr(LanguageModule, "device_mesh", {})  # as under this strategy, once its processes have met
+    module.trainer = make_trainer(tmp_path, strategy=ModelParallelStrategy(1, 1), logger=False)
+    with pytest.raises(ConfigError, match=r"trainer\.strategy\.save_distributed_checkpoint=True .* expected false"):
+        module.configure_model()
