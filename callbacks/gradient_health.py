@@ -187,4 +187,7 @@ def write_histograms(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
             for tag, tensors in parts.items():
-                logger.experiment.add_histogram(tag, torch.cat(tensors).detach().float(), trainer.global_step)
+                values = torch.cat(tensors).detach().float()
+                values = values[values.isfinite()]  # TensorBoard fails on the others; nonfinite/... counts them
+                if len(values):
+                    logger.experiment.add_histogram(tag, values, trainer.global_step)

@@ -103,6 +103,11 @@ def watch_update(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
     cache.watched_step = trainer.global_step + 1
 
 
+def forget_update(pl_module: L.LightningModule) -> None:
+    """The parameters were replaced: what they were before says nothing of the optimizer's update."""
+    _CACHES.setdefault(pl_module, _Cache()).watched = {}
+
+
 def carry(pl_module: L.LightningModule, name: str, values: Tensor) -> None:
     """Send a monitor's own figures along with the step's transfer; to be called before `on_before_optimizer_step`.
 

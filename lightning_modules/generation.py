@@ -20,17 +20,24 @@ def generate(model: Transformer, prompt: Tensor, num_tokens: int, temperature: f
 
     Returns:
         Token ids [seq + num_tokens].
+
+    Raises:
+        ValueError: the logits are not finite, as after a run that diverged; there is nothing to draw from.
     """
     generator = torch.Generator(prompt.device).manual_seed(seed)
     was_training = model.training
     model.eval()
     tokens = prompt
-    for _ in range(num_tokens):
-        logits = model(tokens[None, -window:])[0][0, -1].float()
-        if temperature == 0:
-            following = logits.argmax(keepdim=True)
-        else:
-            following = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-        tokens = torch.cat((tokens, following))
-    model.train(was_training)
+    try:
+        for _ in range(num_tokens):
+            logits = model(tokens[None, -window:])[0][0, -1].float()
+            if not logits.isfinite().all():
+                raise ValueError("the model's output is not finite")
+            if temperature == 0:
+                following = logits.argmax(keepdim=True)
+            else:
+                following = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            tokens = torch.cat((tokens, following))
+    finally:
+        model.train(was_training)
     return tokens

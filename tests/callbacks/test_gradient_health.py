@@ -198,3 +198,18 @@ def test_of_a_deep_model_sixteen_blocks_are_written() -> None:
 def test_a_negative_interval_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"gradient_health\.histogram_every_n_steps=-1 is not valid"):
         GradientHealth(histogram_every_n_steps=-1)
+
+
+def test_histograms_leave_out_what_is_no_number(tmp_path: Path) -> None:
+    class NoNumber(L.Callback):
+        def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+            for _, kind, parameter in pl_module.model.parameter_groups():
+                if kind == "norm":
+                    parameter.grad.fill_(float("nan"))
+
+    logger, module = TensorBoardLogger(tmp_path, name="", version="log"), make_module()
+    fit(tmp_path, module, tokens(2, 9), callbacks=[NoNumber(), GradientHealth(1)], logger=logger, max_steps=1)
+    tags = EventAccumulator(str(tmp_path / "log"), size_guidance={"histograms": 0}).Reload().Tags()["histograms"]
+    assert "histograms/gradients/block_1/attn_in" in tags
+    assert "histograms/gradients/block_1/norm" not in tags
+    assert "histograms/weights/block_1/norm" in tags

@@ -67,3 +67,12 @@ def test_the_mode_comes_back_and_the_model_can_train_on(training: bool) -> None:
     assert all(child.training == training for child in module.model.modules())
     module(tokens(2, 5))[0].sum().backward()
     assert module.model.head.weight.grad is not None
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_that_diverged_has_nothing_to_say(temperature: float) -> None:
+    model = make_model().train()
+    nn.init.constant_(model.head.weight, math.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        generate(model, tokens(3), 2, temperature, seed=0, window=8)
+    assert model.training
