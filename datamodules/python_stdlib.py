@@ -6,17 +6,16 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
 from core.errors import writing
-from datamodules.shards import CorpusError, read_index, write_corpus
+from datamodules.index import CorpusError
+from datamodules.storage import LocalFolder, read_index
 from datamodules.token_datamodule import TokenDataModule
-from datamodules.tokenizers import ByteTokenizer
+from datamodules.writer import write_corpus
 
 VALIDATION_SHARE = 0.05
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 TOPICS = "pydoc_data/topics"
+SOURCE = f"standard library of Python {platform.python_version()}"
 
 
 class PythonStdlib(TokenDataModule):
@@ -26,13 +25,21 @@ class PythonStdlib(TokenDataModule):
 
     Args:
         root: folder under which the corpus is written, once.
-        seq_len, batch_size, val_batches, num_workers, seed: see TokenDataModule.
+        seq_len, batch_size, val_batches, num_workers, seed: see StreamDataModule.
+        document_mask: see TokenDataModule.
     """
 
     def __init__(
-        self, root: str, seq_len: int, batch_size: int, val_batches: int = 32, num_workers: int = 0, seed: int = 0
+        self,
+        root: str,
+        seq_len: int,
+        batch_size: int,
+        val_batches: int = 32,
+        num_workers: int = 0,
+        seed: int = 0,
+        document_mask: bool = False,
     ) -> None:
-        super().__init__(seq_len, batch_size, val_batches, num_workers, seed)
+        super().__init__(seq_len, batch_size, val_batches, num_workers, seed, document_mask)
         self.root = Path(root)
         self.save_hyperparameters()
 
@@ -42,19 +49,17 @@ class PythonStdlib(TokenDataModule):
 
     def prepare_data(self) -> None:
         if (self.folder / "index.json").exists():
-            read_index(self.folder)
+            read_index(LocalFolder(self.folder))
             return
-        description = {
-            "tokenizer": self.tokenizer.name,
-            "vocab_size": self.tokenizer.vocab_size,
-            "source": f"standard library of Python {platform.python_version()}",
-        }
+        tokenizer = self.tokenizer
+        description = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "source": SOURCE}
+        encoded = ((split_of(name.encode()), text, tokenizer.encode(text)) for name, text in library_documents())
         with writing("data.root", self.root):
-            write_corpus(self.folder, documents(self.tokenizer), self.tokenizer.end_of_document, description)
+            write_corpus(self.folder, encoded, tokenizer.end_of_document, description)
 
 
-def documents(tokenizer: ByteTokenizer) -> Iterator[tuple[str, bytes, npt.NDArray[np.uint16]]]:
-    """(split, text, tokens) of every source file, in order of its path, then of every topic of the reference.
+def library_documents() -> Iterator[tuple[str, bytes]]:
+    """(name, text) of every source file, in order of its path, then of every topic of the reference.
 
     Raises:
         CorpusError: this Python comes without its sources.
@@ -64,10 +69,10 @@ def documents(tokenizer: ByteTokenizer) -> Iterator[tuple[str, bytes, npt.NDArra
     kept = [name for name in names if SKIPPED_FOLDERS.isdisjoint(name.split("/")) and name != f"{TOPICS}.py"]
     if not kept:
         raise CorpusError(f"{library} holds no Python sources; use another interpreter (PYTHON=python3.12 make train)")
-    texts = [(name, (library / name).read_bytes()) for name in kept]
-    texts += [(f"{TOPICS}/{topic}", text.encode()) for topic, text in sorted(_reference().items())]
-    for name, text in texts:
-        yield split_of(name), text, tokenizer.encode(text)
+    for name in kept:
+        yield name, (library / name).read_bytes()
+    for topic, text in sorted(_reference().items()):
+        yield f"{TOPICS}/{topic}", text.encode()
 
 
 def _reference() -> dict[str, str]:
@@ -78,7 +83,7 @@ def _reference() -> dict[str, str]:
     return dict(topics)
 
 
-def split_of(name: str) -> str:
-    """train or val, by a hash of the document's name: adding a file moves no other."""
-    fraction = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
-    return "val" if fraction < VALIDATION_SHARE else "train"
+def split_of(key: bytes, validation_share: float = VALIDATION_SHARE) -> str:
+    """train or val, by a hash of the document's name or text: adding a document moves no other."""
+    fraction = int.from_bytes(hashlib.sha256(key).digest()[:8], "big") / 2**64
+    return "val" if fraction < validation_share else "train"

@@ -1,59 +1,54 @@
-"""A tokenized corpus on disk: flat files of token ids, and an index.json that describes them."""
+"""Reads a prepared corpus: the tokens of a split as one stream, memory-mapped, each page verified once."""
 
 import hashlib
-import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterable
-from contextlib import ExitStack
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from core.errors import UserError
+from datamodules.index import ArrayFile, CorpusError, Index
+from datamodules.storage import LocalFolder, Storage, read_index
 
-INDEX_VERSION = 1
-SPLITS = ("train", "val")
-
-
-class CorpusError(UserError):
-    """A corpus on disk that cannot be trusted; says which file and why."""
+Tokens = npt.NDArray[Any]
 
 
 class Split:
-    """One split's tokens, memory-mapped on first use; picklable, so that data-loader workers open their own.
+    """One split's tokens; shards are mapped on first use. Picklable: data-loader workers map their own.
+
+    What cannot be trusted is never handed out: sizes are compared here, a shard's header when it is mapped, and each
+    page of Index.page_tokens tokens against its checksum and the vocabulary when it is read for the first time.
 
     Args:
-        path: file of token ids.
-        dtype: their NumPy type.
-        num_tokens: how many there are.
-        num_bytes: how many bytes of text they stand for.
+        storage: where the files are.
+        index: of the corpus.
+        name: train or val.
 
     Raises:
-        CorpusError: the file is missing, or not as long as the index says.
+        CorpusError: here or in any read: names the file and what is wrong with it.
     """
 
-    def __init__(self, path: Path, dtype: str, num_tokens: int, num_bytes: int) -> None:
-        self.path, self.dtype, self.num_tokens, self.num_bytes = path, np.dtype(dtype), num_tokens, num_bytes
-        expected = num_tokens * self.dtype.itemsize
-        actual = path.stat().st_size if path.exists() else None
-        if actual != expected:
-            found = "is missing" if actual is None else f"has {actual} bytes"
-            raise CorpusError(f"{path} {found}, its index says {expected}; delete {path.parent} to prepare it again")
-        self._tokens: npt.NDArray[Any] | None = None
+    def __init__(self, storage: Storage, index: Index, name: str) -> None:
+        self.storage, self.index, self.name = storage, index, name
+        self.files = index.splits[name]
+        self.num_tokens, self.num_bytes = self.files.num_tokens, self.files.num_bytes
+        storage.check([self._sized(shard) for shard in self.files.shards])
+        storage.check([(self.files.checksums, self.files.checksums.num_bytes("uint32"))])
+        self._forget()
+
+    def _forget(self) -> None:
+        self._shards: dict[int, Tokens] = {}
+        self._checksums: Tokens | None = None
+        self._verified = bytearray(self.files.checksums.length)  # a byte for each page, 1 once it is verified
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tokens": None}
+        hidden = ("_shards", "_checksums", "_verified")
+        return {name: value for name, value in self.__dict__.items() if name not in hidden}
 
-    @property
-    def tokens(self) -> npt.NDArray[Any]:
-        """All token ids [num_tokens]; read-only."""
-        if self._tokens is None:
-            self._tokens = np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.num_tokens,))
-        return self._tokens
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
 
     def num_samples(self, seq_len: int) -> int:
         """How many windows of seq_len + 1 tokens, each starting seq_len after the last."""
@@ -61,72 +56,95 @@ class Split:
 
     def read(self, samples: npt.NDArray[np.int64], seq_len: int) -> npt.NDArray[np.int64]:
         """The windows of the given numbers, [samples, seq_len + 1]."""
-        return np.stack([self.tokens[i * seq_len : i * seq_len + seq_len + 1] for i in samples]).astype(np.int64)
+        out = np.empty((len(samples), seq_len + 1), np.int64)
+        for row, sample in zip(out, samples.tolist(), strict=True):
+            self._copy(sample * seq_len, row)
+        return out
+
+    def slice(self, start: int, stop: int) -> Tokens:
+        """The tokens from `start` to before `stop`, in memory."""
+        out = np.empty(max(0, min(stop, self.num_tokens) - start), self.index.dtype)
+        self._copy(start, out)
+        return out
+
+    @property
+    def tokens(self) -> Tokens:
+        """All of them [num_tokens], in memory: for small corpora."""
+        return self.slice(0, self.num_tokens)
+
+    def keep(self, ranges: list[tuple[int, int]]) -> None:
+        """Tell the storage that tokens [start, stop) of these ranges are needed, in this order, and no others."""
+        size = self.index.shard_tokens
+        needed = dict.fromkeys(shard for start, stop in ranges for shard in range(start // size, -(-stop // size)))
+        self._shards = {shard: tokens for shard, tokens in self._shards.items() if shard in needed}
+        self.storage.keep([self._sized(self.files.shards[shard]) for shard in needed])
+
+    def _copy(self, start: int, out: Tokens) -> None:
+        """Fill `out` with the tokens from `start` on, over as many shards as it takes."""
+        done = 0
+        while done < len(out):
+            shard, offset = divmod(start + done, self.index.shard_tokens)
+            tokens = self._shards.get(shard)
+            if tokens is None:
+                tokens = self._map(shard)
+            piece = tokens[offset : offset + len(out) - done]
+            first = (start + done) // self.index.page_tokens
+            last = (start + done + len(piece) - 1) // self.index.page_tokens
+            while (page := self._verified.find(0, first, last + 1)) >= 0:
+                self._verify(page, tokens, shard)
+            out[done : done + len(piece)] = piece
+            done += len(piece)
+
+    def _map(self, shard: int) -> Tokens:
+        file = self.files.shards[shard]
+        tokens = load(self.storage.path(*self._sized(file)), file, self.index.dtype, self.storage.remedy)
+        self._shards[shard] = tokens
+        return tokens
+
+    def _verify(self, page: int, tokens: Tokens, shard: int) -> None:
+        if self._checksums is None:
+            file = self.files.checksums
+            path = self.storage.path(file, file.num_bytes("uint32"))
+            if sha256_of(path) != file.sha256:
+                raise CorpusError(f"{path} is damaged: its sha256 is not the index's; {self.storage.remedy}")
+            self._checksums = load(path, file, "uint32", self.storage.remedy)
+        start = page * self.index.page_tokens - shard * self.index.shard_tokens
+        content = tokens[start : start + self.index.page_tokens]
+        file = self.files.shards[shard]
+        where = f"{file.file}, tokens {start} to {start + len(content) - 1}"
+        if zlib.crc32(content.data) != self._checksums[page]:
+            raise CorpusError(f"{where}: damaged, the checksum is not the index's; {self.storage.remedy}")
+        if (largest := int(content.max())) >= self.index.vocab_size:
+            valid = f"beyond the vocabulary of {self.index.vocab_size}"
+            raise CorpusError(f"{where}: token {largest} is {valid}; {self.storage.remedy}")
+        self._verified[page] = 1
+
+    def _sized(self, shard: ArrayFile) -> tuple[ArrayFile, int]:
+        return shard, shard.num_bytes(self.index.dtype)
 
 
-def read_index(folder: Path) -> dict[str, Any]:
-    """The corpus' description.
+def load(path: Path, file: ArrayFile, dtype: str, remedy: str) -> Tokens:
+    """The array in a .npy file, memory-mapped and read-only.
 
     Raises:
-        CorpusError: there is none, it is not JSON, or a newer version of this project wrote it.
+        CorpusError: its header says something else than the index.
     """
-    path = folder / "index.json"
     try:
-        index: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CorpusError(f"{path} cannot be read: {error}") from error
-    if index.get("version") != INDEX_VERSION:
-        raise CorpusError(f"{path} has version {index.get('version')!r}; this code reads version {INDEX_VERSION}")
-    return index
+        array = np.load(path, mmap_mode="r").view(np.ndarray)  # slices of a memmap cost several times as much
+    except (OSError, ValueError, EOFError) as error:
+        raise CorpusError(f"{path} cannot be read: {error}; {remedy}") from error
+    if array.dtype != dtype or array.shape != (file.length,):
+        found = f"{array.dtype} of shape {array.shape}"
+        raise CorpusError(f"{path} holds {found}, its index says {dtype} of shape ({file.length},); {remedy}")
+    return array
 
 
-def open_split(folder: Path, name: str) -> Split:
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_split(corpus: Storage | Path, name: str) -> Split:
     """The named split (train or val) of a prepared corpus."""
-    index = read_index(folder)
-    entry = index["splits"][name]
-    return Split(folder / entry["file"], index["dtype"], entry["num_tokens"], entry["num_bytes"])
-
-
-def write_corpus(
-    folder: Path,
-    documents: Iterable[tuple[str, bytes, npt.NDArray[np.uint16]]],
-    end_of_document: int,
-    description: dict[str, Any],
-) -> None:
-    """Write shards and index, all or nothing; when two processes write the same corpus, the first one's stays.
-
-    Args:
-        folder: where the corpus will be.
-        documents: (split, text, tokens) of each document.
-        end_of_document: token appended to each document.
-        description: what else the index should hold (tokenizer, vocab_size, source, ...).
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        splits = {name: {"file": f"{name}.bin", "num_tokens": 0, "num_bytes": 0, "num_documents": 0} for name in SPLITS}
-        hashes = {name: hashlib.sha256() for name in SPLITS}
-        with ExitStack() as stack:
-            files = {name: stack.enter_context((scratch / f"{name}.bin").open("wb")) for name in SPLITS}
-            for name, text, tokens in documents:
-                data = np.append(tokens, np.uint16(end_of_document)).tobytes()
-                files[name].write(data)
-                hashes[name].update(data)
-                entry: dict[str, Any] = splits[name]
-                entry["num_tokens"] += len(tokens) + 1
-                entry["num_bytes"] += len(text)
-                entry["num_documents"] += 1
-            for name, file in files.items():
-                file.flush()
-                os.fsync(file.fileno())
-                splits[name]["sha256"] = hashes[name].hexdigest()
-        index = {"version": INDEX_VERSION, "dtype": "uint16", **description, "splits": splits}
-        (scratch / "index.json").write_text(json.dumps(index, indent=2) + "\n")
-        scratch.chmod(0o755)
-        try:
-            scratch.rename(folder)  # atomic: a corpus is there whole or not at all
-        except OSError:
-            if not (folder / "index.json").exists():
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    storage = LocalFolder(corpus) if isinstance(corpus, Path) else corpus
+    return Split(storage, read_index(storage), name)

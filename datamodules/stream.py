@@ -8,18 +8,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from datamodules.order import sample_indices
-from datamodules.shards import Split
+from datamodules.samples import Rows, Samples
 
 
 class TokenStream(IterableDataset[dict[str, Tensor]]):
-    """Yields {"tokens": int64 [batch_size / world_size, seq_len + 1]}, this rank's part of each global batch.
+    """Yields {"tokens": int64 [batch_size / world_size, seq_len + 1], ...}, this rank's part of each global batch.
 
     Args:
-        split: the tokens.
-        seq_len: positions that the model predicts.
+        samples: says which tokens a sample number stands for.
         batch_size: sequences in a global batch, a multiple of world_size.
-        seed: of the order; each epoch is shuffled anew.
         first_sample: number of samples already consumed, over all ranks.
         num_batches: where to end; None: never.
         rank: which part of the global batch.
@@ -28,16 +25,14 @@ class TokenStream(IterableDataset[dict[str, Tensor]]):
 
     def __init__(
         self,
-        split: Split,
-        seq_len: int,
+        samples: Samples,
         batch_size: int,
-        seed: int,
         first_sample: int = 0,
         num_batches: int | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.split, self.seq_len, self.batch_size, self.seed = split, seq_len, batch_size, seed
+        self.samples, self.batch_size = samples, batch_size
         self.first_sample, self.num_batches, self.rank, self.world_size = first_sample, num_batches, rank, world_size
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
@@ -46,11 +41,10 @@ class TokenStream(IterableDataset[dict[str, Tensor]]):
         start, step = (worker.id, worker.num_workers) if worker else (0, 1)
         batches = itertools.count(start, step) if self.num_batches is None else range(start, self.num_batches, step)
         for batch in batches:
-            yield {"tokens": torch.from_numpy(self.read(batch))}
+            yield {name: torch.from_numpy(rows) for name, rows in self.read(batch).items()}
 
-    def read(self, batch: int) -> np.ndarray:
-        """This rank's windows of the given batch, [batch_size / world_size, seq_len + 1]."""
+    def read(self, batch: int) -> Rows:
+        """This rank's rows of the given batch, batch_size / world_size of them."""
         share = self.batch_size // self.world_size
         first = self.first_sample + batch * self.batch_size + self.rank * share
-        numbers = np.arange(first, first + share, dtype=np.int64)
-        return self.split.read(sample_indices(numbers, self.split.num_samples(self.seq_len), self.seed), self.seq_len)
+        return self.samples.read(np.arange(first, first + share, dtype=np.int64))

@@ -1,7 +1,30 @@
 """Text to token ids and back."""
 
+from pathlib import Path
+from typing import Any, Protocol
+
 import numpy as np
 import numpy.typing as npt
+
+from datamodules.index import CorpusError
+
+Tokens = npt.NDArray[Any]
+
+
+class Tokenizer(Protocol):
+    """What corpora are made with, and what a text sample is printed with."""
+
+    name: str
+    vocab_size: int
+    end_of_document: int
+
+    def encode(self, text: bytes) -> Tokens: ...
+
+    def encode_batch(self, texts: list[bytes]) -> list[Tokens]: ...
+
+    def decode(self, tokens: list[int]) -> str:
+        """A document's end becomes a form feed, what is no valid text the replacement character."""
+        ...
 
 
 class ByteTokenizer:
@@ -11,9 +34,81 @@ class ByteTokenizer:
     vocab_size = 257
     end_of_document = 256
 
-    def encode(self, text: bytes) -> npt.NDArray[np.uint16]:
+    def encode(self, text: bytes) -> Tokens:
         return np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
 
+    def encode_batch(self, texts: list[bytes]) -> list[Tokens]:
+        return [self.encode(text) for text in texts]
+
     def decode(self, tokens: list[int]) -> str:
-        """Invalid UTF-8 becomes the replacement character; a document's end becomes a form feed."""
         return b"".join(b"\f" if token >= 256 else bytes([token]) for token in tokens).decode("utf-8", "replace")
+
+
+class FileTokenizer:
+    """A tokenizer in the format of Hugging Face's `tokenizers`; bytes that are no UTF-8 become U+FFFD before.
+
+    Args:
+        content: of a tokenizer.json.
+        name: as the index has it.
+        end_of_document: the id of that token.
+
+    Raises:
+        CorpusError: the content cannot be read, or the library is not there.
+    """
+
+    def __init__(self, content: bytes, name: str, end_of_document: int) -> None:
+        try:
+            from tokenizers import Tokenizer as Library
+        except ModuleNotFoundError as error:
+            raise CorpusError("tokenizers is not installed: pip install -r requirements-data.txt") from error
+        try:
+            self._library = Library.from_str(content.decode())
+        except Exception as error:  # the library raises nothing more precise
+            raise CorpusError(f"the tokenizer {name} cannot be read: {error}") from error
+        self.name, self.end_of_document = name, end_of_document
+        self.vocab_size = 1 + max(self._library.get_vocab(with_added_tokens=True).values())
+
+    def encode(self, text: bytes) -> Tokens:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: list[bytes]) -> list[Tokens]:
+        strings = [text.decode("utf-8", "replace") for text in texts]
+        dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+        # No special tokens: documents are closed by the writer.
+        encoded = self._library.encode_batch_fast(strings, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype) for encoding in encoded]
+
+    def decode(self, tokens: list[int]) -> str:
+        pieces: list[list[int]] = [[]]
+        for token in tokens:
+            if token == self.end_of_document:
+                pieces.append([])
+            else:
+                pieces[-1].append(token)
+        return "\f".join(self._library.decode(piece, skip_special_tokens=False) for piece in pieces)
+
+
+class NumberTokenizer:
+    """For data that is no text: ids are printed as numbers."""
+
+    name = "numbers"
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self.end_of_document = vocab_size - 1
+
+    def encode(self, text: bytes) -> Tokens:
+        return np.frombuffer(text, dtype=np.uint8).astype(np.int64) % self.vocab_size
+
+    def encode_batch(self, texts: list[bytes]) -> list[Tokens]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, tokens: list[int]) -> str:
+        return " ".join(map(str, tokens))
+
+
+def read_tokenizer_file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CorpusError(f"{path} cannot be read: {error.strerror}") from error

@@ -21,8 +21,8 @@ import numpy.typing as npt
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from datamodules.shards import write_corpus
 from datamodules.token_datamodule import TokenDataModule
+from datamodules.writer import write_corpus
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "train.py"

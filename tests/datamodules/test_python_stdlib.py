@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from core.errors import ConfigError
+from datamodules.index import CorpusError
 from datamodules.python_stdlib import PythonStdlib, split_of
-from datamodules.shards import CorpusError, open_split
+from datamodules.shards import open_split
 from datamodules.tokenizers import ByteTokenizer
 
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
@@ -63,7 +64,7 @@ def share(name: str) -> float:
 
 
 def test_a_known_file_is_found_verbatim_in_the_decoded_text(data: PythonStdlib) -> None:
-    text, tokens = (LIBRARY / "argparse.py").read_bytes(), open_split(data.folder, split_of("argparse.py")).tokens
+    text, tokens = (LIBRARY / "argparse.py").read_bytes(), open_split(data.folder, split_of(b"argparse.py")).tokens
     start = tokens.astype(np.uint16).tobytes().find(ByteTokenizer().encode(text).tobytes()) // 2
     assert start >= 0
     assert ByteTokenizer().decode(tokens[start : start + len(text) + 1].tolist()) == text.decode() + "\f"
@@ -71,9 +72,9 @@ def test_a_known_file_is_found_verbatim_in_the_decoded_text(data: PythonStdlib) 
 
 def test_the_split_of_a_name_never_changes() -> None:
     names = [f"package/module_{n}.py" for n in range(4000)]
-    share_of_validation = sum(split_of(name) == "val" for name in names) / len(names)
+    share_of_validation = sum(split_of(name.encode()) == "val" for name in names) / len(names)
     assert 0.04 < share_of_validation < 0.06
-    assert [n for n in range(60) if split_of(names[n]) == "val"] == [2, 23, 43]
+    assert [n for n in range(60) if split_of(names[n].encode()) == "val"] == [2, 23, 43]
 
 
 def test_the_index_describes_the_files(data: PythonStdlib) -> None:
@@ -82,8 +83,8 @@ def test_the_index_describes_the_files(data: PythonStdlib) -> None:
     assert (index["vocab_size"], index["tokenizer"], index["dtype"]) == (257, "byte", "uint16")
     for name in ("train", "val"):
         entry, texts = index["splits"][name], documents(data, name)
-        file = data.folder / entry["file"]
-        assert entry["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in (*entry["shards"], entry["documents"], entry["checksums"]):
+            assert file["sha256"] == hashlib.sha256((data.folder / file["file"]).read_bytes()).hexdigest()
         assert entry["num_documents"] == len(texts)
         assert entry["num_bytes"] == sum(map(len, texts))
         assert entry["num_tokens"] == entry["num_bytes"] + len(texts)

@@ -1,67 +1,109 @@
-"""A corpus on disk: whole or not at all, and honest about what is wrong with it."""
+"""Reading a corpus: the right windows over any shards, and nothing from a file that cannot be trusted."""
 
 import json
 import pickle
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from datamodules.shards import CorpusError, open_split, read_index, write_corpus
-from tests.helpers_run import DESCRIPTION, ROOT, documents
+from datamodules.index import CorpusError
+from datamodules.shards import Split, open_split
+from datamodules.writer import write_corpus
+from tests.helpers_run import DESCRIPTION, TEXT, documents
+
+SHARD = 4096
+TRAIN = [token for split, text, _ in documents() if split == "train" for token in [*text, 256]]
+
+
+@pytest.fixture(scope="module")
+def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny corpus in shards of 4096 tokens, a page each."""
+    folder = tmp_path_factory.mktemp("corpus") / "tiny"
+    write_corpus(folder, documents(), 256, DESCRIPTION, SHARD)
+    return folder
 
 
 @pytest.fixture
-def folder(root: Path, tmp_path: Path) -> Path:
+def folder(intact: Path, tmp_path: Path) -> Path:
     """A copy of the corpus, to be damaged."""
-    return shutil.copytree(root / "tiny", tmp_path / "corpus")
+    return shutil.copytree(intact, tmp_path / "corpus")
 
 
-def test_what_is_written_is_read_back(folder: Path) -> None:
-    for name in ("train", "val"):
-        pieces = [(text, tokens) for split, text, tokens in documents() if split == name]
-        split = open_split(folder, name)
-        expected = np.concatenate([np.append(tokens, 256) for _, tokens in pieces])
-        np.testing.assert_array_equal(split.tokens, expected)
-        assert split.num_bytes == sum(len(text) for text, _ in pieces)
-        assert read_index(folder)["splits"][name]["num_documents"] == len(pieces)
-    assert {key: read_index(folder)[key] for key in DESCRIPTION} == DESCRIPTION
-
-
-def test_windows_overlap_by_the_one_token_that_is_only_predicted(folder: Path) -> None:
-    split = open_split(folder, "val")
-    assert split.num_samples(10) == (split.num_tokens - 1) // 10
-    windows = split.read(np.array([0, 1, split.num_samples(10) - 1]), seq_len=10)
-    assert windows.shape == (3, 11)
+@settings(deadline=None)
+@given(seq_len=st.integers(1, 3 * SHARD), data=st.data())
+def test_windows_overlap_by_one_token_and_do_not_end_with_a_shard(intact: Path, seq_len: int, data: Any) -> None:
+    split = open_split(intact, "train")
+    assert split.num_samples(seq_len) == (len(TRAIN) - 1) // seq_len
+    samples = data.draw(st.lists(st.integers(0, split.num_samples(seq_len) - 1), min_size=1, max_size=4))
+    windows = split.read(np.array(samples), seq_len)
     assert windows.dtype == np.int64
-    np.testing.assert_array_equal(windows[:2].ravel(), [*split.tokens[:11], *split.tokens[10:21]])
-    assert split.num_samples(split.num_tokens) == 0
+    assert windows.tolist() == [TRAIN[n * seq_len : (n + 1) * seq_len + 1] for n in samples]
 
 
-def test_tokens_are_not_pickled(folder: Path) -> None:
-    split = open_split(folder, "train")
-    first = split.tokens[:5].tolist()
+def test_a_stretch_of_the_stream_ends_where_the_stream_does(intact: Path) -> None:
+    split = open_split(intact, "train")
+    assert split.tokens.tolist() == TRAIN
+    assert split.slice(SHARD - 1, SHARD + 2).tolist() == TRAIN[SHARD - 1 : SHARD + 2]
+    assert split.slice(len(TRAIN) - 2, len(TRAIN) + 9).tolist() == TRAIN[-2:]
+    assert split.num_samples(len(TRAIN)) == 0
+
+
+def test_tokens_are_not_pickled(intact: Path) -> None:
+    split = open_split(intact, "train")
+    first = split.slice(0, 5).tolist()
     pickled = pickle.dumps(split)
-    assert len(pickled) < 1000 < split.num_tokens
-    assert pickle.loads(pickled).tokens[:5].tolist() == first
+    assert len(pickled) < 5000 < split.num_tokens
+    assert pickle.loads(pickled).slice(0, 5).tolist() == first
+
+
+def edit_index(folder: Path, **changes: Any) -> None:
+    index = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps({**index, **changes}))
 
 
 def truncate(folder: Path) -> None:
-    path = folder / "val.bin"
+    path = folder / "train-00003.npy"
     path.write_bytes(path.read_bytes()[:-2])
 
 
 def remove(folder: Path) -> None:
-    (folder / "val.bin").unlink()
+    (folder / "train-00003.npy").unlink()
+
+
+def remove_checksums(folder: Path) -> None:
+    (folder / "train.checksums.npy").unlink()
+
+
+def widen(folder: Path) -> None:
+    edit_index(folder, dtype="uint32")
+
+
+def misname(folder: Path) -> None:
+    edit_index(folder, dtype="float16")
 
 
 def make_newer(folder: Path) -> None:
-    index = json.loads((folder / "index.json").read_text())
-    (folder / "index.json").write_text(json.dumps({**index, "version": 2}))
+    edit_index(folder, version=3)
+
+
+def make_older(folder: Path) -> None:
+    (folder / "index.json").write_text('{"version": 1, "dtype": "uint16", "splits": {"train": {"file": "train.bin"}}}')
+
+
+def lose_a_shard(folder: Path) -> None:
+    splits = json.loads((folder / "index.json").read_text())["splits"]
+    del splits["train"]["shards"][1]
+    edit_index(folder, splits=splits)
+
+
+def lose_a_split(folder: Path) -> None:
+    edit_index(folder, splits={})
 
 
 def garble(folder: Path) -> None:
@@ -75,69 +117,84 @@ def empty(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "file", "reason"),
     [
-        (truncate, "val.bin", r"has \d+ bytes, its index says \d+; delete"),
-        (remove, "val.bin", "is missing"),
-        (make_newer, "index.json", "has version 2; this code reads version 1"),
+        (truncate, "train-00003.npy", r"has 8318 bytes, its index says 8320; delete .* prepare the corpus again"),
+        (remove, "train-00003.npy", "is missing, its index says 8320"),
+        (remove_checksums, "train.checksums.npy", "is missing"),
+        (widen, "train-00000.npy", "has 8320 bytes, its index says 16512"),
+        (misname, "index.json", "dtype 'float16' is none of uint16, uint32"),
+        (make_newer, "index.json", "has version 3; this code reads version 2: use a newer checkout"),
+        (make_older, "index.json", "has version 1; this code reads version 2: delete its folder and prepare"),
+        (lose_a_shard, "index.json", r"the shards of train do not add up to its \d+ tokens"),
+        (lose_a_split, "index.json", "is not a whole index: KeyError: 'train'"),
         (garble, "index.json", "cannot be read"),
-        (empty, "index.json", "cannot be read"),
+        (empty, "index.json", "cannot be read: No such file"),
     ],
 )
-def test_damage_is_named_with_its_file(folder: Path, damage: Callable[[Path], None], file: str, reason: str) -> None:
+def test_what_the_index_shows_is_found_at_start(
+    folder: Path, damage: Callable[[Path], None], file: str, reason: str
+) -> None:
     damage(folder)
     with pytest.raises(CorpusError, match=reason) as error:
-        open_split(folder, "val")
+        open_split(folder, "train")
     assert str(folder / file) in str(error.value)
 
 
-def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
-    def failing():
-        yield from documents()
-        raise KeyError("no more")
-
-    with pytest.raises(KeyError):
-        write_corpus(tmp_path / "corpus", failing(), 256, DESCRIPTION)
-    assert list(tmp_path.iterdir()) == []
+def flip_a_bit(folder: Path, shard: int = 3) -> None:
+    path = folder / f"train-{shard:05d}.npy"
+    content = bytearray(path.read_bytes())
+    content[128 + 2000] ^= 1
+    path.write_bytes(content)
 
 
-def test_the_first_of_two_writers_wins(tmp_path: Path) -> None:
-    folder = tmp_path / "corpus"
-
-    def overtaken():
-        write_corpus(folder, documents(5), 256, DESCRIPTION)
-        yield from documents(10)
-
-    write_corpus(folder, overtaken(), 256, DESCRIPTION)
-    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
-    assert read_index(folder)["splits"]["train"]["num_documents"] == 4
+def retype(folder: Path) -> None:
+    """As long as before, but the header says that these are signed."""
+    path = folder / "train-00003.npy"
+    path.write_bytes(path.read_bytes().replace(b"<u2", b"<i2", 1))
 
 
-WRITER = """
-import sys, time
-from pathlib import Path
-import numpy as np
-from datamodules.shards import write_corpus
-
-folder = Path(sys.argv[1]) / "corpus"
-
-def documents():
-    # Until the other process writes too, or is done already: what it wrote may be gone between two looks.
-    while len(list(folder.parent.glob(".corpus.*"))) < 2 and not folder.exists():
-        time.sleep(0.01)
-    for split in ("train", "val"):
-        yield split, bytes(1000), np.zeros(1000, np.uint16)
-
-write_corpus(folder, documents(), 256, {})
-"""
+def overwrite_header(folder: Path) -> None:
+    path = folder / "train-00003.npy"
+    path.write_bytes(bytes(128) + path.read_bytes()[128:])
 
 
-def test_two_processes_may_prepare_the_same_corpus(tmp_path: Path) -> None:
-    processes = [subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], cwd=ROOT) for _ in range(2)]
-    try:
-        assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
-    assert sorted(path.name for path in (tmp_path / "corpus").iterdir()) == ["index.json", "train.bin", "val.bin"]
-    assert [open_split(tmp_path / "corpus", name).num_tokens for name in ("train", "val")] == [1001, 1001]
+def flip_a_checksum(folder: Path) -> None:
+    path = folder / "train.checksums.npy"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (flip_a_bit, r"train-00003\.npy, tokens 0 to 4095: damaged, the checksum is not the index's; delete"),
+        (retype, r"train-00003\.npy holds int16 of shape \(4096,\), its index says uint16"),
+        (overwrite_header, r"train-00003\.npy cannot be read"),
+        (flip_a_checksum, r"train\.checksums\.npy is damaged"),
+    ],
+)
+def test_what_only_the_content_shows_is_found_at_the_first_read(
+    folder: Path, damage: Callable[[Path], None], reason: str
+) -> None:
+    damage(folder)
+    split = open_split(folder, "train")
+    for _ in range(2):  # not forgotten after it was said once
+        with pytest.raises(CorpusError, match=reason):
+            split.read(np.array([0, 3 * SHARD // 100]), seq_len=100)
+
+
+def test_a_page_that_was_verified_is_not_verified_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    verified: list[int] = []
+    verify = Split._verify
+    monkeypatch.setattr(Split, "_verify", lambda self, page, *rest: (verified.append(page), verify(self, page, *rest)))
+    split = open_split(folder, "train")
+    for _ in range(3):
+        split.slice(10, SHARD + 10)
+        split.slice(0, SHARD)
+    assert verified == [0, 1]
+
+
+def test_a_token_beyond_the_vocabulary_is_named(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus", documents(), 256, DESCRIPTION)
+    edit_index(tmp_path / "corpus", vocab_size=max(TEXT), end_of_document=0)
+    split = open_split(tmp_path / "corpus", "train")
+    with pytest.raises(CorpusError, match=rf"train-00000\.npy, .*: token 256 is beyond the vocabulary of {max(TEXT)}"):
+        split.slice(0, 1)

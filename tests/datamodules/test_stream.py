@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datamodules.order import permute
+from datamodules.samples import ShuffledSplit
 from datamodules.shards import Split, open_split
 from datamodules.stream import TokenStream
 
@@ -21,7 +22,7 @@ def split(root: Path) -> Split:
 
 
 def batches(split: Split, num_workers: int = 0, seed: int = 0, **position: int) -> list[Tensor]:
-    stream = TokenStream(split, SEQ_LEN, BATCH_SIZE, seed, num_batches=NUM_BATCHES, **position)
+    stream = TokenStream(ShuffledSplit(split, SEQ_LEN, seed), BATCH_SIZE, num_batches=NUM_BATCHES, **position)
     return [batch["tokens"] for batch in DataLoader(stream, batch_size=None, num_workers=num_workers)]
 
 
@@ -30,7 +31,7 @@ def batches(split: Split, num_workers: int = 0, seed: int = 0, **position: int) 
 def test_the_global_batches_do_not_depend_on_ranks_and_workers(split: Split, world_size: int, num_workers: int) -> None:
     by_rank = [batches(split, num_workers, rank=rank, world_size=world_size) for rank in range(world_size)]
     together = [torch.cat(parts) for parts in zip(*by_rank, strict=True)]
-    order = permute(np.arange(NUM_BATCHES * BATCH_SIZE), split.num_samples(SEQ_LEN), seed=0, epoch=0)
+    order = permute(np.arange(NUM_BATCHES * BATCH_SIZE), split.num_samples(SEQ_LEN), 0, 0)
     for batch, indices in zip(together, order.reshape(NUM_BATCHES, BATCH_SIZE), strict=True):
         windows = [split.tokens[i * SEQ_LEN : (i + 1) * SEQ_LEN + 1] for i in indices]
         np.testing.assert_array_equal(batch.numpy(), np.stack(windows))
@@ -47,8 +48,8 @@ def test_a_stream_goes_on_where_another_one_stopped(split: Split) -> None:
 def test_an_epoch_ends_amid_a_batch_and_nothing_is_skipped(split: Split) -> None:
     size = split.num_samples(SEQ_LEN)
     assert size % BATCH_SIZE, "the tiny corpus should not divide into batches"
-    stream = TokenStream(split, SEQ_LEN, BATCH_SIZE, seed=5)
-    seen = np.concatenate([stream.read(n) for n in range(-(-2 * size // BATCH_SIZE))])[: 2 * size]
+    stream = TokenStream(ShuffledSplit(split, SEQ_LEN, seed=5), BATCH_SIZE)
+    seen = np.concatenate([stream.read(n)["tokens"] for n in range(-(-2 * size // BATCH_SIZE))])[: 2 * size]
     expected = sorted(split.read(np.arange(size), SEQ_LEN).tolist())
     first, second = seen[:size].tolist(), seen[size:].tolist()
     assert first != second
@@ -56,6 +57,6 @@ def test_an_epoch_ends_amid_a_batch_and_nothing_is_skipped(split: Split) -> None
 
 
 def test_without_num_batches_it_never_ends(split: Split) -> None:
-    batches = iter(TokenStream(split, SEQ_LEN, BATCH_SIZE, seed=0))
+    batches = iter(TokenStream(ShuffledSplit(split, SEQ_LEN, seed=0), BATCH_SIZE))
     num_batches = 3 * split.num_samples(SEQ_LEN) // BATCH_SIZE
     assert sum(1 for _, _ in zip(range(num_batches), batches, strict=False)) == num_batches

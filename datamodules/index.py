@@ -1,0 +1,142 @@
+"""index.json: which files a prepared corpus consists of, and how it was made."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from core.errors import UserError
+
+INDEX_VERSION = 2
+SPLITS = ("train", "val")
+DTYPES = ("uint16", "uint32")
+HEADER_BYTES = 128  # of the .npy files that the writer makes; the same for any length, so that they can grow
+
+
+class CorpusError(UserError):
+    """A corpus on disk that cannot be trusted; says which file and why."""
+
+
+@dataclass(frozen=True)
+class ArrayFile:
+    """A one-dimensional .npy file.
+
+    Attributes:
+        file: its name in the corpus' folder.
+        length: number of elements.
+        sha256: of the whole file.
+    """
+
+    file: str
+    length: int
+    sha256: str
+
+    def num_bytes(self, dtype: str) -> int:
+        return HEADER_BYTES + self.length * np.dtype(dtype).itemsize
+
+
+@dataclass(frozen=True)
+class SplitIndex:
+    """One split: a stream of tokens, cut into shards of Index.shard_tokens tokens each; the last may be shorter.
+
+    Attributes:
+        num_tokens: end-of-document tokens included.
+        num_documents: how many documents, each closed by an end-of-document token.
+        num_bytes: of their text.
+        shards: the tokens, of type Index.dtype.
+        documents: int64, where in the stream each document ends (its end-of-document token included).
+        checksums: uint32, zlib.crc32 of each Index.page_tokens tokens; a page never spans two shards.
+    """
+
+    num_tokens: int
+    num_documents: int
+    num_bytes: int
+    shards: list[ArrayFile]
+    documents: ArrayFile
+    checksums: ArrayFile
+
+
+@dataclass(frozen=True)
+class Index:
+    """The corpus.
+
+    Attributes:
+        dtype: of the token ids, uint16 or uint32.
+        vocab_size: every token id is below it.
+        end_of_document: token that closes each document.
+        shard_tokens: length of a shard, a multiple of page_tokens.
+        page_tokens: how many tokens share a checksum.
+        tokenizer: its name (`byte`, `bpe:16384`, ...).
+        tokenizer_file: the file in the format of the `tokenizers` library; None: bytes need none.
+        source: what the text is, in words.
+        made: how: versions and settings.
+        splits: train and val.
+    """
+
+    dtype: str
+    vocab_size: int
+    end_of_document: int
+    shard_tokens: int
+    page_tokens: int
+    splits: dict[str, SplitIndex]
+    tokenizer: str = "byte"
+    tokenizer_file: str | None = None
+    tokenizer_sha256: str | None = None
+    source: str = ""
+    made: dict[str, Any] = field(default_factory=dict)
+    version: int = INDEX_VERSION
+
+    def to_json(self) -> str:
+        return json.dumps({"version": self.version, **asdict(self)}, indent=2) + "\n"
+
+
+def parse_index(text: bytes, where: str) -> Index:
+    """The index in an index.json.
+
+    Args:
+        text: the file's content.
+        where: its address, for the messages.
+
+    Raises:
+        CorpusError: not JSON, of another version, or not consistent with itself.
+    """
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise CorpusError(f"{where} cannot be read: {error}") from error
+    version = content.get("version") if isinstance(content, dict) else None
+    if version != INDEX_VERSION:
+        newer = isinstance(version, int) and version > INDEX_VERSION
+        remedy = "use a newer checkout of this project" if newer else "delete its folder and prepare the corpus again"
+        raise CorpusError(f"{where} has version {version!r}; this code reads version {INDEX_VERSION}: {remedy}")
+    try:
+        splits = {name: _split_index(content["splits"][name]) for name in SPLITS}
+        index = Index(**{**content, "splits": splits})
+        _check(index)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CorpusError(f"{where} is not a whole index: {type(error).__name__}: {error}") from error
+    return index
+
+
+def _split_index(content: dict[str, Any]) -> SplitIndex:
+    arrays = {name: ArrayFile(**content[name]) for name in ("documents", "checksums")}
+    return SplitIndex(**{**content, **arrays, "shards": [ArrayFile(**shard) for shard in content["shards"]]})
+
+
+def _check(index: Index) -> None:
+    if index.dtype not in DTYPES:
+        raise ValueError(f"dtype {index.dtype!r} is none of {', '.join(DTYPES)}")
+    if index.vocab_size > np.iinfo(index.dtype).max + 1:
+        raise ValueError(f"vocab_size {index.vocab_size} does not fit {index.dtype}")
+    if index.end_of_document >= index.vocab_size:
+        raise ValueError(f"end_of_document {index.end_of_document} is not below vocab_size {index.vocab_size}")
+    if index.page_tokens < 1 or index.shard_tokens % index.page_tokens:
+        raise ValueError(f"shard_tokens {index.shard_tokens} is no multiple of page_tokens {index.page_tokens}")
+    for name, split in index.splits.items():
+        whole, rest = divmod(split.num_tokens, index.shard_tokens)
+        expected = [index.shard_tokens] * whole + ([rest] if rest else [])
+        if [shard.length for shard in split.shards] != expected:
+            raise ValueError(f"the shards of {name} do not add up to its {split.num_tokens} tokens")
+        if split.checksums.length != -(-split.num_tokens // index.page_tokens):
+            raise ValueError(f"{name} has {split.checksums.length} checksums, which is not one a page")

@@ -1,0 +1,74 @@
+"""What a stream is made of: a function from global sample numbers 0, 1, 2, ... to rows of a batch."""
+
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from datamodules.order import block_bounds, sample_indices
+from datamodules.shards import Split
+
+Numbers = npt.NDArray[np.int64]
+Rows = dict[str, npt.NDArray[Any]]
+
+
+class Samples(Protocol):
+    """Stateless and endless; picklable, so that data-loader workers get one."""
+
+    def read(self, numbers: Numbers) -> Rows:
+        """The samples of these numbers: "tokens" int64 [samples, seq_len + 1], and what else the batch carries."""
+        ...
+
+
+class ShuffledSplit:
+    """The windows of a split, each epoch in another order.
+
+    Args:
+        split: the tokens.
+        seq_len: positions that the model predicts.
+        seed: of the order.
+        block: see datamodules.order.sample_indices.
+        document_mask: adds "positions" int64 [samples, seq_len]: how far each input token is from the beginning of its
+            document, or of the window. 0 is where a document begins, so this says too which tokens belong together.
+    """
+
+    def __init__(
+        self, split: Split, seq_len: int, seed: int, block: int | None = None, document_mask: bool = False
+    ) -> None:
+        self.split, self.seq_len, self.seed, self.block, self.document_mask = split, seq_len, seed, block, document_mask
+        self.num_samples = split.num_samples(seq_len)
+        self._announced: tuple[int, int] | None = None
+
+    def read(self, numbers: Numbers) -> Rows:
+        self._announce(int(numbers[0]))
+        indices = sample_indices(numbers, self.num_samples, self.seed, self.block)
+        tokens = self.split.read(indices, self.seq_len)
+        if not self.document_mask:
+            return {"tokens": tokens}
+        return {"tokens": tokens, "positions": positions(tokens[:, :-1], self.split.index.end_of_document)}
+
+    def _announce(self, number: int) -> None:
+        """At the beginning of a block, have the storage fetch this one's and the next one's shards."""
+        size = min(self.block or self.num_samples, self.num_samples)
+        epoch, position = divmod(number, self.num_samples)
+        here = epoch, position // size
+        if here == self._announced:
+            return
+        self._announced = here
+        following = min((position // size + 1) * size, self.num_samples) + epoch * self.num_samples
+        ranges = [block_bounds(n, self.num_samples, self.seed, self.block) for n in (number, following)]
+        self.split.keep([span for first, count in ranges for span in self._token_ranges(first, count)])
+
+    def _token_ranges(self, first: int, count: int) -> list[tuple[int, int]]:
+        """Samples [first, first + count), which go on at 0 after the last -> ranges of tokens [start, stop)."""
+        end = first + count
+        pieces = [(first, min(end, self.num_samples)), (0, end - self.num_samples)]
+        return [(start * self.seq_len, stop * self.seq_len + 1) for start, stop in pieces if start < stop]
+
+
+def positions(tokens: Numbers, end_of_document: int) -> Numbers:
+    """tokens [samples, seq_len] -> how many tokens of its document stand before each, [samples, seq_len]."""
+    places = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    begins = np.zeros_like(tokens)
+    begins[:, 1:] = np.where(tokens[:, :-1] == end_of_document, places[:, 1:], 0)
+    return places - np.maximum.accumulate(begins, axis=1)

@@ -1,0 +1,91 @@
+"""Where the files of a prepared corpus come from: a folder of this machine, or (remote.py) anywhere else."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+from datamodules.index import ArrayFile, CorpusError, Index, parse_index
+
+
+class Storage(Protocol):
+    """Hands out files by name. Picklable: data-loader workers get a copy.
+
+    Attributes:
+        address: of the corpus, for the messages.
+        remedy: what to do about a damaged file, for the messages.
+    """
+
+    address: str
+    remedy: str
+
+    def read(self, name: str) -> bytes:
+        """The content of a small file.
+
+        Raises:
+            CorpusError: it cannot be had; says why.
+        """
+        ...
+
+    def check(self, files: Iterable[tuple[ArrayFile, int]]) -> None:
+        """Refuse files that can be seen, at no cost, to be missing or not as long as the index says.
+
+        Args:
+            files: each with its expected size in bytes.
+
+        Raises:
+            CorpusError: names the first one.
+        """
+        ...
+
+    def path(self, file: ArrayFile, num_bytes: int) -> Path:
+        """The file on this machine, whole; it stays there until `keep` no longer names it.
+
+        Raises:
+            CorpusError: it cannot be had; says why.
+        """
+        ...
+
+    def keep(self, files: list[tuple[ArrayFile, int]]) -> None:
+        """These files are needed now or next, in this order, and no others."""
+        ...
+
+
+class LocalFolder:
+    """A folder of this machine."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.address = folder, str(folder)
+        self.remedy = f"delete {folder} and prepare the corpus again"
+
+    def read(self, name: str) -> bytes:
+        try:
+            return (self.folder / name).read_bytes()
+        except OSError as error:
+            raise CorpusError(f"{self.folder / name} cannot be read: {error.strerror}") from error
+
+    def check(self, files: Iterable[tuple[ArrayFile, int]]) -> None:
+        for file, num_bytes in files:
+            check_size(self.folder / file.file, num_bytes, self.remedy)
+
+    def path(self, file: ArrayFile, num_bytes: int) -> Path:
+        return self.folder / file.file
+
+    def keep(self, files: list[tuple[ArrayFile, int]]) -> None:
+        pass
+
+
+def check_size(path: Path, num_bytes: int, remedy: str) -> None:
+    """Raise CorpusError unless the file is there with that size."""
+    actual = path.stat().st_size if path.exists() else None
+    if actual != num_bytes:
+        found = "is missing" if actual is None else f"has {actual} bytes"
+        raise CorpusError(f"{path} {found}, its index says {num_bytes}; {remedy}")
+
+
+def read_index(storage: Storage) -> Index:
+    """The corpus' description.
+
+    Raises:
+        CorpusError: there is none, it cannot be read, or another version of this project wrote it.
+    """
+    return parse_index(storage.read("index.json"), f"{storage.address}/index.json")

@@ -1,0 +1,133 @@
+"""A DataModule of an endless, stateless stream: sharing over ranks and workers, exact resumption."""
+
+from abc import abstractmethod
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from core.errors import require
+from datamodules.samples import Samples
+from datamodules.stream import TokenStream
+from datamodules.tokenizers import NumberTokenizer, Tokenizer
+
+
+class StreamDataModule(L.LightningDataModule):
+    """Subclasses say what the samples are: `samples`, `num_val_samples` and `vocab_size`. The rest is here.
+
+    The position in the stream is one integer, the number of samples consumed by all ranks, and belongs to this
+    object's `state_dict`: it follows from the optimizer step, so prefetched batches cannot falsify it.
+
+    Args:
+        seq_len: positions that the model predicts in one sequence.
+        batch_size: sequences in one forward pass over all ranks together.
+        val_batches: at most so many batches are drawn, once, for validation.
+        num_workers: data-loader processes; the reader is faster than they are, 0 is right unless the step starves.
+        seed: of the training order.
+
+    Attributes:
+        source_names: where samples come from, if from several sources; a batch's "source" counts in this list.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    source_names: tuple[str, ...] = ()
+
+    def __init__(self, seq_len: int, batch_size: int, val_batches: int, num_workers: int, seed: int) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("seq_len", seq_len, 1),
+            ("batch_size", batch_size, 1),
+            ("val_batches", val_batches, 1),
+            ("num_workers", num_workers, 0),
+            ("seed", seed, 0),
+        ):
+            require(value >= least, f"data.{name}", value, f"an integer >= {least}")
+        self.seq_len, self.batch_size, self.val_batches = seq_len, batch_size, val_batches
+        self.num_workers, self.seed = num_workers, seed
+        self._first_sample, self._first_step = 0, 0
+
+    @abstractmethod
+    def samples(self, split: str) -> Samples:
+        """Those of train or val; the order of the latter does not depend on the run's seed."""
+
+    @property
+    @abstractmethod
+    def num_val_samples(self) -> int:
+        """How many there are to validate on."""
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """Number of tokens; known before `prepare_data`."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return NumberTokenizer(self.vocab_size)
+
+    def check(self) -> None:
+        """Hold the prepared data against the configuration, before anything is written.
+
+        Raises:
+            ConfigError: a value that the data cannot serve.
+            CorpusError: the data is damaged.
+        """
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """Positions predicted in one global batch."""
+        return self.batch_size * self.seq_len
+
+    @property
+    def num_val_batches(self) -> int:
+        return min(self.val_batches, self.num_val_samples // self.batch_size)
+
+    def _loader(self, split: str, **position: Any) -> DataLoader[dict[str, Tensor]]:
+        world_size = self.trainer.world_size if self.trainer else 1
+        valid = f"a multiple of the number of processes, {world_size}"
+        require(self.batch_size % world_size == 0, "data.batch_size", self.batch_size, valid)
+        rank = self.trainer.global_rank if self.trainer else 0
+        stream = TokenStream(self.samples(split), self.batch_size, rank=rank, world_size=world_size, **position)
+        pinned = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        # A generator of its own: a loader draws a seed for its workers, and one more validation must not shift torch's.
+        generator = torch.Generator().manual_seed(self.seed)
+        return DataLoader(stream, batch_size=None, num_workers=self.num_workers, pin_memory=pinned, generator=generator)
+
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        if self.trainer:
+            self._first_sample, self._first_step = self.state_dict()["samples"], self.trainer.global_step
+        return self._loader("train", first_sample=self._first_sample)
+
+    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        return self._loader("val", num_batches=self.num_val_batches)
+
+    @property
+    def stream_identity(self) -> dict[str, Any]:
+        """The settings without which a position in the stream means nothing: a run is resumed under the same."""
+        return {"seq_len": self.seq_len, "seed": self.seed}
+
+    def state_dict(self) -> dict[str, Any]:
+        """{"samples": consumed by all ranks, "step": at which, "stream_identity"}.
+
+        A half-accumulated step is not in the weights, so it is not counted.
+        """
+        assert self.trainer is not None
+        steps = self.trainer.global_step - self._first_step
+        consumed = steps * self.trainer.accumulate_grad_batches * self.batch_size
+        samples = self._first_sample + consumed
+        return {"samples": samples, "step": self.trainer.global_step, "stream_identity": self.stream_identity}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # Lightning calls this before it restores the step; train_dataloader, which comes after, needs both.
+        self._first_sample, self._first_step = state_dict["samples"], state_dict["step"]
+
+    def bits_per_byte(self, loss: float) -> float | None:
+        """Nats per token -> bits per byte of the validation text; None: there is no text."""
+        return None
+
+    def baseline_loss(self) -> float | None:
+        """A bigram model's validation loss in nats per token; None where there is none."""
+        return None

@@ -1,0 +1,216 @@
+"""Writes a prepared corpus: shards of one length, checksums, document ends, and the index last of all."""
+
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from datamodules.index import HEADER_BYTES, SPLITS, ArrayFile, Index, SplitIndex
+from datamodules.shards import sha256_of
+
+PAGE_TOKENS = 1 << 16
+SHARD_TOKENS = 1 << 26  # 128 MiB of uint16
+PROGRESS = "progress.json"
+
+
+class GrowingArray:
+    """A .npy file that is appended to; its header, of fixed size, is written when the length is known.
+
+    Args:
+        path: the file.
+        dtype: of the elements.
+        length: how much of an existing file stays; what lies beyond is cut off.
+    """
+
+    def __init__(self, path: Path, dtype: str, length: int = 0) -> None:
+        self.path, self.dtype, self.length = path, np.dtype(dtype), length
+        self._file: BinaryIO = path.open("r+b" if length else "w+b")
+        self._file.truncate(HEADER_BYTES + length * self.dtype.itemsize)
+        self._file.seek(0, os.SEEK_END)
+
+    def append(self, values: npt.NDArray[Any]) -> None:
+        self._file.write(np.ascontiguousarray(values, self.dtype).data)
+        self.length += len(values)
+
+    def sync(self) -> None:
+        """What was appended survives a crash from here on."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> ArrayFile:
+        """Write the header, and describe the file."""
+        self._file.seek(0)
+        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.length,)}
+        np.lib.format.write_array_header_1_0(self._file, header)
+        assert self._file.tell() == HEADER_BYTES
+        self.sync()
+        self._file.close()
+        return ArrayFile(self.path.name, self.length, sha256_of(self.path))
+
+    def abandon(self) -> None:
+        self._file.close()
+
+
+class SplitWriter:
+    """One split's files. Its state is small, so that a preparation can be stopped and go on.
+
+    Args:
+        folder: that of the corpus.
+        name: train or val.
+        dtype: of the tokens.
+        shard_tokens: length of a shard.
+        state: of an earlier writer whose files are still there.
+    """
+
+    def __init__(
+        self, folder: Path, name: str, dtype: str, shard_tokens: int, state: dict[str, Any] | None = None
+    ) -> None:
+        state = state or {"num_tokens": 0, "num_documents": 0, "num_bytes": 0, "shards": []}
+        self.folder, self.name, self.dtype, self.shard_tokens = folder, name, dtype, shard_tokens
+        self.page_tokens = min(PAGE_TOKENS, shard_tokens)
+        self.num_tokens, self.num_bytes = state["num_tokens"], state["num_bytes"]
+        self.shards = [ArrayFile(**shard) for shard in state["shards"]]
+        rest = self.num_tokens - len(self.shards) * shard_tokens
+        self.current = GrowingArray(self._shard_path(), dtype, rest) if rest else None
+        self.documents = GrowingArray(folder / f"{name}.documents.npy", "int64", state["num_documents"])
+        pages = len(self.shards) * shard_tokens // self.page_tokens
+        self.checksums = GrowingArray(folder / f"{name}.checksums.npy", "uint32", pages)
+
+    def append(self, tokens: npt.NDArray[Any], ends: npt.NDArray[np.int64], num_bytes: int) -> None:
+        """Add tokens.
+
+        Args:
+            tokens: end-of-document tokens included.
+            ends: where among them documents end (position after the end-of-document token).
+            num_bytes: of their text.
+        """
+        self.documents.append(ends + self.num_tokens)
+        self.num_bytes += num_bytes
+        while len(tokens):
+            if self.current is None:
+                self.current = GrowingArray(self._shard_path(), self.dtype)
+            piece, tokens = np.split(tokens, [self.shard_tokens - self.current.length])
+            self.current.append(piece)
+            self.num_tokens += len(piece)
+            if self.current.length == self.shard_tokens:
+                self._close_shard(self.current)
+
+    def state(self) -> dict[str, Any]:
+        """What another writer goes on from; the files are safe on disk."""
+        for array in (self.current, self.documents, self.checksums):
+            if array is not None:
+                array.sync()
+        numbers = {"num_tokens": self.num_tokens, "num_documents": self.documents.length, "num_bytes": self.num_bytes}
+        return {**numbers, "shards": [asdict(shard) for shard in self.shards]}
+
+    def close(self) -> SplitIndex:
+        if self.current is not None:
+            self._close_shard(self.current)
+        num_documents = self.documents.length
+        documents, checksums = self.documents.close(), self.checksums.close()
+        return SplitIndex(self.num_tokens, num_documents, self.num_bytes, self.shards, documents, checksums)
+
+    def abandon(self) -> None:
+        """Close the files as they are."""
+        for array in (self.current, self.documents, self.checksums):
+            if array is not None:
+                array.abandon()
+
+    def _shard_path(self) -> Path:
+        return self.folder / f"{self.name}-{len(self.shards):05d}.npy"
+
+    def _close_shard(self, shard: GrowingArray) -> None:
+        self.shards.append(shard.close())
+        tokens = np.load(shard.path, mmap_mode="r")
+        pages = (tokens[start : start + self.page_tokens] for start in range(0, len(tokens), self.page_tokens))
+        self.checksums.append(np.array([zlib.crc32(page.data) for page in pages], np.uint32))
+        self.current = None
+
+
+class CorpusWriter:
+    """A whole corpus in a folder that is not yet the corpus: `finish` makes it one, atomically.
+
+    Args:
+        scratch: the folder to write in, beside the final one.
+        description: fields of the Index that are known beforehand; at least vocab_size and end_of_document.
+        shard_tokens: length of a shard, a multiple of PAGE_TOKENS.
+    """
+
+    def __init__(self, scratch: Path, description: dict[str, Any], shard_tokens: int = SHARD_TOKENS) -> None:
+        assert shard_tokens % min(PAGE_TOKENS, shard_tokens) == 0
+        self.scratch, self.description, self.shard_tokens = scratch, description, shard_tokens
+        self.dtype = "uint16" if description["vocab_size"] <= 1 << 16 else "uint32"
+        path = scratch / PROGRESS
+        saved: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"pieces": 0, "splits": {}}
+        self.pieces: int = saved["pieces"]
+        self.splits = {
+            name: SplitWriter(scratch, name, self.dtype, shard_tokens, saved["splits"].get(name)) for name in SPLITS
+        }
+
+    def checkpoint(self, pieces: int) -> None:
+        """Note that so many pieces of the input are safely written; a writer in this folder goes on from there."""
+        self.pieces = pieces
+        state = {"pieces": pieces, "splits": {name: split.state() for name, split in self.splits.items()}}
+        draft = self.scratch / f"{PROGRESS}.draft"
+        draft.write_text(json.dumps(state))
+        draft.replace(self.scratch / PROGRESS)
+
+    def finish(self, folder: Path) -> Index:
+        """Write the index and move everything to `folder`; a whole corpus that is there already stays."""
+        splits = {name: split.close() for name, split in self.splits.items()}
+        page_tokens = min(PAGE_TOKENS, self.shard_tokens)
+        layout = {"dtype": self.dtype, "shard_tokens": self.shard_tokens, "page_tokens": page_tokens}
+        index = Index(**{**layout, **self.description, "splits": splits})
+        (self.scratch / PROGRESS).unlink(missing_ok=True)
+        with (self.scratch / "index.json").open("w") as file:
+            file.write(index.to_json())
+            file.flush()
+            os.fsync(file.fileno())
+        self.scratch.chmod(0o755)
+        try:
+            self.scratch.rename(folder)  # atomic: a corpus is there whole or not at all
+        except OSError:
+            if not (folder / "index.json").exists():
+                raise
+        return index
+
+    def abandon(self) -> None:
+        for split in self.splits.values():
+            split.abandon()
+
+
+def write_corpus(
+    folder: Path,
+    documents: Iterable[tuple[str, bytes, npt.NDArray[Any]]],
+    end_of_document: int,
+    description: dict[str, Any],
+    shard_tokens: int = SHARD_TOKENS,
+) -> None:
+    """Write a corpus in one go, all or nothing; when two processes write the same one, the first one's stays.
+
+    Args:
+        folder: where the corpus will be.
+        documents: (split, text, tokens) of each document.
+        end_of_document: token appended to each document.
+        description: what else the index should hold (tokenizer, vocab_size, source, ...).
+        shard_tokens: length of a shard.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    writer = CorpusWriter(scratch, {**description, "end_of_document": end_of_document}, shard_tokens)
+    try:
+        for name, text, tokens in documents:
+            closed = np.append(tokens, np.array(end_of_document, tokens.dtype))
+            writer.splits[name].append(closed, np.array([len(closed)]), len(text))
+        writer.finish(folder)
+    finally:
+        writer.abandon()
+        shutil.rmtree(scratch, ignore_errors=True)
