@@ -1,21 +1,13 @@
 """The corpus that every machine has: the running Python's own standard library."""
 
-import hashlib
 import platform
-import sysconfig
-from collections.abc import Iterator
 from pathlib import Path
 
 from core.errors import writing
-from datamodules.index import CorpusError
+from datamodules.stdlib_documents import SOURCE, library_documents, split_of
 from datamodules.storage import LocalFolder, read_index
 from datamodules.token_datamodule import TokenDataModule
 from datamodules.writer import write_corpus
-
-VALIDATION_SHARE = 0.05
-SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-TOPICS = "pydoc_data/topics"
-SOURCE = f"standard library of Python {platform.python_version()}"
 
 
 class PythonStdlib(TokenDataModule):
@@ -56,34 +48,3 @@ class PythonStdlib(TokenDataModule):
         encoded = ((split_of(name.encode()), text, tokenizer.encode(text)) for name, text in library_documents())
         with writing("data.root", self.root):
             write_corpus(self.folder, encoded, tokenizer.end_of_document, description)
-
-
-def library_documents() -> Iterator[tuple[str, bytes]]:
-    """(name, text) of every source file, in order of its path, then of every topic of the reference.
-
-    Raises:
-        CorpusError: this Python comes without its sources.
-    """
-    library = Path(sysconfig.get_paths()["stdlib"])
-    names = sorted(path.relative_to(library).as_posix() for path in library.rglob("*.py"))
-    kept = [name for name in names if SKIPPED_FOLDERS.isdisjoint(name.split("/")) and name != f"{TOPICS}.py"]
-    if not kept:
-        raise CorpusError(f"{library} holds no Python sources; use another interpreter (PYTHON=python3.12 make train)")
-    for name in kept:
-        yield name, (library / name).read_bytes()
-    for topic, text in sorted(_reference().items()):
-        yield f"{TOPICS}/{topic}", text.encode()
-
-
-def _reference() -> dict[str, str]:
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:  # some distributions package it apart
-        return {}
-    return dict(topics)
-
-
-def split_of(key: bytes, validation_share: float = VALIDATION_SHARE) -> str:
-    """train or val, by a hash of the document's name or text: adding a document moves no other."""
-    fraction = int.from_bytes(hashlib.sha256(key).digest()[:8], "big") / 2**64
-    return "val" if fraction < validation_share else "train"

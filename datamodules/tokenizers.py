@@ -1,12 +1,13 @@
 """Text to token ids and back."""
 
-from pathlib import Path
+from hashlib import sha256
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from datamodules.index import CorpusError
+from datamodules.index import CorpusError, Index
+from datamodules.storage import Storage
 
 Tokens = npt.NDArray[Any]
 
@@ -65,8 +66,12 @@ class FileTokenizer:
             self._library = Library.from_str(content.decode())
         except Exception as error:  # the library raises nothing more precise
             raise CorpusError(f"the tokenizer {name} cannot be read: {error}") from error
-        self.name, self.end_of_document = name, end_of_document
+        self._library.encode_special_tokens = True  # a text that spells out such a token gets its letters
+        self.content, self.name, self.end_of_document = content, name, end_of_document
         self.vocab_size = 1 + max(self._library.get_vocab(with_added_tokens=True).values())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.content, self.name, self.end_of_document)
 
     def encode(self, text: bytes) -> Tokens:
         return self.encode_batch([text])[0]
@@ -107,8 +112,20 @@ class NumberTokenizer:
         return " ".join(map(str, tokens))
 
 
-def read_tokenizer_file(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CorpusError(f"{path} cannot be read: {error.strerror}") from error
+def read_tokenizer(storage: Storage, index: Index) -> Tokenizer:
+    """The tokenizer that the corpus was made with.
+
+    Raises:
+        CorpusError: its file is not what the index says.
+    """
+    if index.tokenizer_file is None:
+        return ByteTokenizer()
+    content = storage.read(index.tokenizer_file)
+    if sha256(content).hexdigest() != index.tokenizer_sha256:
+        where = f"{storage.address}/{index.tokenizer_file}"
+        raise CorpusError(f"{where} is damaged: its sha256 is not the index's; {storage.remedy}")
+    tokenizer = FileTokenizer(content, index.tokenizer, index.end_of_document)
+    if tokenizer.vocab_size != index.vocab_size:
+        found = f"{tokenizer.vocab_size} tokens, the index says {index.vocab_size}"
+        raise CorpusError(f"{storage.address}/{index.tokenizer_file} has {found}; {storage.remedy}")
+    return tokenizer

@@ -12,8 +12,9 @@ import pytest
 
 from core.errors import ConfigError
 from datamodules.index import CorpusError
-from datamodules.python_stdlib import PythonStdlib, split_of
+from datamodules.python_stdlib import PythonStdlib
 from datamodules.shards import open_split
+from datamodules.stdlib_documents import split_of
 from datamodules.tokenizers import ByteTokenizer
 
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])

@@ -1,0 +1,99 @@
+"""Trains a byte-level BPE, and finds tokenizers that exist already."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from core.errors import ConfigError, Refused, require
+from datamodules.preparation.documents import import_optional
+from datamodules.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer
+
+END_OF_DOCUMENT = "<|endoftext|>"
+USUAL_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+TRAINING_BYTES = 100_000_000  # of text, from the beginning of the training split; more hardly moves the vocabulary
+SMALLEST = 257  # every byte, and the end of a document
+
+
+def wanted_size(tokenizer: str) -> int:
+    """`bpe:16384` -> 16384.
+
+    Raises:
+        ConfigError: no number, or one too small.
+    """
+    size = tokenizer.removeprefix("bpe:")
+    require(size.isdigit() and int(size) >= SMALLEST, "tokenizer", tokenizer, f"bpe:N with N >= {SMALLEST}")
+    return int(size)
+
+
+def train_bpe(texts: Iterable[bytes], vocab_size: int) -> bytes:
+    """The tokenizer.json of a byte-level BPE (as GPT-2's), the same for the same texts.
+
+    Args:
+        texts: read until TRAINING_BYTES.
+        vocab_size: bytes and the end-of-document token included; a small text may not have so many pairs.
+    """
+    library = import_optional("tokenizers", "tokenizers")
+    tokenizer = library.Tokenizer(library.models.BPE())
+    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = library.decoders.ByteLevel()
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT],
+        initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+
+    def some() -> Iterable[str]:
+        seen = 0
+        for text in texts:
+            if seen >= TRAINING_BYTES:
+                return
+            seen += len(text)
+            yield text.decode("utf-8", "replace")
+
+    tokenizer.train_from_iterator(some(), trainer)
+    return str(tokenizer.to_str(pretty=True)).encode()
+
+
+def find_tokenizer(name: str) -> bytes | None:
+    """The tokenizer.json of `PATH` or `hf:NAME`; None: `byte` needs none.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name == "byte":
+        return None
+    if name.startswith("hf:"):
+        library = import_optional("tokenizers", "tokenizers")
+        try:
+            return str(library.Tokenizer.from_pretrained(name.removeprefix("hf:")).to_str(pretty=True)).encode()
+        except Exception as error:  # network, no such repository, no tokenizer in it: the library's words say which
+            raise Refused("tokenizer", name, str(error).splitlines()[0]) from error
+    require(Path(name).is_file(), "tokenizer", name, "byte, bpe:SIZE, hf:NAME, or the path of a tokenizer.json")
+    return Path(name).read_bytes()
+
+
+def make_tokenizer(content: bytes | None, name: str, end_of_document: str | None) -> Tokenizer:
+    """The tokenizer of this content.
+
+    Args:
+        content: of a tokenizer.json; None: bytes.
+        name: goes into the index.
+        end_of_document: the token that closes documents; None: the first of USUAL_ENDS that there is.
+
+    Raises:
+        ConfigError: it has no such token.
+    """
+    if content is None:
+        require(end_of_document is None, "end_of_document", end_of_document, "null: tokenizer=byte has its own")
+        return ByteTokenizer()
+    library = import_optional("tokenizers", "tokenizers")
+    try:
+        vocabulary = library.Tokenizer.from_str(content.decode()).get_vocab(with_added_tokens=True)
+    except Exception as error:  # the library raises nothing more precise
+        raise Refused("tokenizer", name, f"cannot be read as a tokenizer.json ({error})") from error
+    candidates = USUAL_ENDS if end_of_document is None else (end_of_document,)
+    found = next((token for token in candidates if token in vocabulary), None)
+    if found is None:
+        tried = "" if end_of_document else f"; none of {', '.join(USUAL_ENDS)} is"
+        raise ConfigError("end_of_document", end_of_document, f"a token of {name}{tried}")
+    return FileTokenizer(content, name, vocabulary[found])

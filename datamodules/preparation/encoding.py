@@ -1,0 +1,108 @@
+"""Tokenizes in several processes; results come in the order of the input, whatever their number."""
+
+import multiprocessing
+import os
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from datamodules.index import SPLITS
+from datamodules.tokenizers import Tokenizer
+
+UNIT_BYTES, UNIT_PIECES = 1 << 20, 256  # what one process gets at a time
+
+
+class SplitPiece(NamedTuple):
+    """A piece of a document that goes into this split."""
+
+    split: str
+    text: bytes
+    ends: bool
+
+
+class Encoded(NamedTuple):
+    """What SplitWriter.append takes."""
+
+    tokens: npt.NDArray[Any]
+    ends: npt.NDArray[np.int64]
+    num_bytes: int
+
+
+Unit = list[SplitPiece]
+_tokenizer: Tokenizer | None = None  # a worker process' own
+
+
+def units(pieces: Iterable[SplitPiece]) -> Iterator[Unit]:
+    """Neighbouring pieces together: enough work for a process, little enough for its memory."""
+    unit: Unit = []
+    size = 0
+    for piece in pieces:
+        unit.append(piece)
+        size += len(piece.text)
+        if size >= UNIT_BYTES or len(unit) == UNIT_PIECES:
+            yield unit
+            unit, size = [], 0
+    if unit:
+        yield unit
+
+
+def encode(unit: Unit, tokenizer: Tokenizer) -> dict[str, Encoded]:
+    """The tokens of a unit, split by split."""
+    arrays = tokenizer.encode_batch([piece.text for piece in unit])
+    out = {}
+    for name in SPLITS:
+        here = [(piece, tokens) for piece, tokens in zip(unit, arrays, strict=True) if piece.split == name]
+        if here:
+            closing = np.array([tokenizer.end_of_document], here[0][1].dtype)
+            ends = np.cumsum([len(tokens) + piece.ends for piece, tokens in here])
+            parts = [part for piece, tokens in here for part in ((tokens, closing) if piece.ends else (tokens,))]
+            kept = ends[[piece.ends for piece, _ in here]].astype(np.int64)
+            out[name] = Encoded(np.concatenate(parts), kept, sum(len(piece.text) for piece, _ in here))
+    return out
+
+
+def encode_all(work: Iterable[Unit], tokenizer: Tokenizer, processes: int) -> Iterator[tuple[Unit, dict[str, Encoded]]]:
+    """(unit, its tokens), in order; at most a few units a process are held."""
+    if processes == 1:
+        yield from ((unit, encode(unit, tokenizer)) for unit in work)
+        return
+    # spawn: a fork would take threads' locks along, and the tokenizers library has threads.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, initializer=_start, initargs=(tokenizer,)) as pool:
+        pending: deque[tuple[Unit, Future[dict[str, Encoded]]]] = deque()
+        try:
+            for unit in work:
+                pending.append((unit, pool.submit(_encode, unit)))
+                while pending and (len(pending) > 4 * processes or pending[0][1].done()):
+                    done, future = pending.popleft()
+                    yield done, future.result()
+            while pending:
+                done, future = pending.popleft()
+                yield done, future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _start(tokenizer: Tokenizer) -> None:
+    global _tokenizer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _tokenizer = tokenizer
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed cannot tell its workers, and they would wait for work forever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _encode(unit: Unit) -> dict[str, Encoded]:
+    assert _tokenizer is not None
+    return encode(unit, _tokenizer)

@@ -1,0 +1,82 @@
+"""Verifies a prepared corpus completely, and counts what is in it."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from datamodules.index import ArrayFile, CorpusError, Index
+from datamodules.shards import Split, load, sha256_of
+from datamodules.storage import Storage, read_index
+from datamodules.tokenizers import read_tokenizer
+
+SAMPLE_TOKENS = 64
+CHUNK = 1 << 22  # tokens counted at a time
+
+
+@dataclass(frozen=True)
+class SplitStatistics:
+    """What a split holds; document lengths in tokens."""
+
+    num_tokens: int
+    num_documents: int
+    num_bytes: int
+    num_shards: int
+    bytes_per_token: float
+    median_length: float
+    longest: int
+    distinct_tokens: int
+    samples: list[str]
+
+
+def verify(storage: Storage, index: Index) -> Iterator[tuple[str, int]]:
+    """Compare every file with its sha256; yields (name, bytes) of each that is whole.
+
+    Raises:
+        CorpusError: one is not.
+    """
+    for split in index.splits.values():
+        files: list[tuple[ArrayFile, str]] = [(shard, index.dtype) for shard in split.shards]
+        files += [(split.documents, "int64"), (split.checksums, "uint32")]
+        for file, dtype in files:
+            size = file.num_bytes(dtype)
+            storage.check([(file, size)])
+            path = storage.path(file, size)
+            if sha256_of(path) != file.sha256:
+                raise CorpusError(f"{path} is damaged: its sha256 is not the index's; {storage.remedy}")
+            yield file.file, size
+    read_tokenizer(storage, index)
+
+
+def statistics(storage: Storage, name: str) -> SplitStatistics:
+    """Of one split; reads all of it, and so holds each page against its checksum and the vocabulary."""
+    index = read_index(storage)
+    split, tokenizer = Split(storage, index, name), read_tokenizer(storage, index)
+    files = index.splits[name]
+    path = storage.path(files.documents, files.documents.num_bytes("int64"))
+    ends = load(path, files.documents, "int64", storage.remedy)
+    lengths, counts, closings = np.diff(ends, prepend=0), np.zeros(index.vocab_size, np.int64), 0
+    for start in range(0, split.num_tokens, CHUNK):
+        tokens = split.slice(start, start + CHUNK)
+        counts += np.bincount(tokens, minlength=index.vocab_size)
+        closings += int(
+            (tokens[ends[(ends > start) & (ends <= start + CHUNK)] - start - 1] == index.end_of_document).sum()
+        )
+    if closings != len(ends):
+        raise CorpusError(f"{path}: {len(ends) - closings} documents do not end where it says; {storage.remedy}")
+    begins = (ends - lengths)[np.linspace(0, len(ends) - 1, min(2, len(ends))).astype(int)]
+    samples = [tokenizer.decode(split.slice(begin, begin + SAMPLE_TOKENS).tolist()) for begin in begins.tolist()]
+    sizes = (split.num_bytes / split.num_tokens, float(np.median(lengths)), int(lengths.max()))
+    numbers = (split.num_tokens, files.num_documents, split.num_bytes, len(files.shards))
+    return SplitStatistics(*numbers, *sizes, int((counts > 0).sum()), samples)
+
+
+def describe(index: Index) -> list[tuple[str, str]]:
+    """(what, value) for people."""
+    return [
+        ("source", index.source),
+        ("tokenizer", f"{index.tokenizer}, {index.vocab_size:,} tokens, end of document {index.end_of_document}"),
+        ("stored as", f"{index.dtype}, shards of {index.shard_tokens:,} tokens"),
+        ("made", json.dumps(index.made)),
+    ]

@@ -1,0 +1,112 @@
+"""Make a corpus that train.py reads (data=shards data.path=...) from text.
+
+    python -m tools.prepare input=texts/ output=data/texts                              bytes
+    python -m tools.prepare input='logs/*.jsonl.zst' text_field=body tokenizer=bpe:16384 output=data/logs
+    python -m tools.prepare input=hf:NAME tokenizer=PATH/tokenizer.json output=data/name processes=8
+    python -m tools.prepare inspect data/texts       verifies every checksum, shows statistics and samples
+
+An interrupted preparation goes on where it was when the same command is given again. The result does not depend on the
+number of processes. All fields: datamodules/preparation/prepare.py; formats, and what an index holds: docs/data.md.
+"""
+
+import dataclasses
+import sys
+from functools import partial
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from core import cli
+from core.errors import UnknownField, require
+from core.explain import explain_omegaconf
+from datamodules.index import SPLITS
+from datamodules.preparation.inspect import describe, statistics, verify
+from datamodules.preparation.prepare import PrepareConfig, prepare
+from datamodules.storage import LocalFolder, read_index
+
+FIELDS = [field.name for field in dataclasses.fields(PrepareConfig)]
+REQUIRED = ("input", "output")
+
+
+def parse_arguments(arguments: list[str]) -> PrepareConfig:
+    """FIELD=VALUE, ... -> the typed settings.
+
+    Raises:
+        ConfigError: no such field, a value of the wrong type, or a field left out that has no default.
+    """
+    values: dict[str, str | None] = {}
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        require(bool(equals), "argument", argument, "FIELD=VALUE, or: inspect PATH")
+        if name not in FIELDS:
+            raise UnknownField(name, value, FIELDS)
+        values[name] = None if value == "null" else value
+    for name in REQUIRED:
+        require(bool(values.get(name)), name, values.get(name), "a value: it has no default")
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PrepareConfig), values))
+    except OmegaConfBaseException as error:
+        raise explain_omegaconf(error, value=values.get(str(error.full_key))) from error
+    assert isinstance(config, PrepareConfig)
+    return config
+
+
+def run_prepare(config: PrepareConfig) -> None:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"))
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task("reading", total=None, amount="")
+        seen = [0, 0]
+
+        def report(num_bytes: int, documents: int, total: int | None) -> None:
+            seen[0] += num_bytes
+            seen[1] += documents
+            amount = f"{seen[0] / 1e6:,.1f} MB, {seen[1]:,} documents"
+            progress.update(task, description="tokenizing", total=total, completed=seen[0], amount=amount)
+
+        index = prepare(config, report)
+    for name in SPLITS:
+        split = index.splits[name]
+        print(f"{name}: {split.num_tokens:,} tokens of {split.num_documents:,} documents, {split.num_bytes:,} bytes")
+    print(f"Train on it: python train.py data=shards data.path={config.output}")
+
+
+def run_inspect(path: str) -> None:
+    storage = LocalFolder(Path(path))
+    index = read_index(storage)
+    console = Console(width=None if Console().is_terminal else 160)
+    num_files = num_bytes = 0
+    for _, size in verify(storage, index):
+        num_files, num_bytes = num_files + 1, num_bytes + size
+    table = Table(title=path, show_header=False)
+    for key, value in describe(index):
+        table.add_row(key, escape(value))
+    console.print(table)
+    found = {name: statistics(storage, name) for name in SPLITS}
+    table = Table("", *(name for name in SPLITS))
+    for field in dataclasses.fields(found["train"])[:-1]:
+        cells = [getattr(found[name], field.name) for name in SPLITS]
+        table.add_row(field.name.replace("_", " "), *(f"{c:,.2f}" if isinstance(c, float) else f"{c:,}" for c in cells))
+    console.print(table)
+    for name in SPLITS:
+        for sample in found[name].samples:
+            print(f"{name}: {sample!r}")
+    print(f"{num_files} files, {num_bytes:,} bytes: every checksum is right")
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(__doc__)
+    elif arguments[0] == "inspect":
+        require(len(arguments) == 2, "argument", " ".join(arguments), "inspect PATH")
+        run_inspect(arguments[1])
+    else:
+        run_prepare(parse_arguments(arguments))
+
+
+if __name__ == "__main__":
+    cli.run(partial(main, sys.argv[1:]))
