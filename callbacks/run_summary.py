@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from callbacks.throughput import Throughput
@@ -56,7 +57,7 @@ class RunSummary(L.Callback):
         path.write_text(json.dumps(summary, indent=2) + "\n")
         table = Table(title="Run summary", show_header=False)
         for key, value in summary.items():
-            table.add_row(key.replace("_", " "), f"{value:,.4f}" if isinstance(value, float) else _plain(value))
+            table.add_row(key.replace("_", " "), f"{value:,.4f}" if isinstance(value, float) else escape(_plain(value)))
         Console(width=None if Console().is_terminal else 160).print(table)
 
     def _collect(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from lightning_modules.layers.router import RouterStats
 from lightning_modules.optim import make_optimizer, make_schedule, number_by_parameters
 from lightning_modules.router_health import router_health, tally, tokens_per_expert
 from lightning_modules.sharding import shard
+from lightning_modules.source_loss import SourceLoss
 from lightning_modules.transformer import Transformer
 from lightning_modules.width_scaling import width_scaling
 
@@ -42,6 +43,7 @@ class LanguageModule(L.LightningModule):
     | key | unit |
     |---|---|
     | train/loss, val/loss | nats per token, without auxiliary losses; train: mean over the accumulated batches |
+    | train/loss/NAME, val/loss/NAME | the same, of a mixture's sources: data=mixture |
     | val/perplexity | exp(val/loss) |
     | moe/... | the routers' health: lightning_modules/router_health.py |
     | optim/lr | learning rate of the step just taken |
@@ -66,7 +68,14 @@ class LanguageModule(L.LightningModule):
         # A NaN stays one. By default the mean leaves it out, and a run that diverged looks as if it had not; "disable"
         # keeps it, but ignores weights.
         self.train_loss, self.val_loss = (MeanMetric(nan_strategy=math.nan) for _ in range(2))
+        self.train_sources: SourceLoss | None = None
+        self.val_sources: SourceLoss | None = None
         self._router_tally: Tensor | None = None
+
+    def setup(self, stage: str) -> None:
+        names = getattr(getattr(self.trainer, "datamodule", None), "source_names", ())
+        if names:
+            self.train_sources, self.val_sources = SourceLoss(names, "train/loss"), SourceLoss(names, "val/loss")
 
     def configure_model(self) -> None:
         """Build and initialize; Lightning calls this where the strategy wants the weights to come to life."""
@@ -100,19 +109,33 @@ class LanguageModule(L.LightningModule):
         """That of the forward pass in training, by which the backend of the experts is chosen."""
         return nullcontext() if self._trainer is None else self.trainer.precision_plugin.forward_context()
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, list[RouterStats]]:
-        """tokens [batch, seq] -> (logits [batch, seq, vocab_size], one RouterStats per MoE layer)."""
+    def forward(self, tokens: Tensor, positions: Tensor | None = None) -> tuple[Tensor, list[RouterStats]]:
+        """See Transformer.forward."""
         assert self.model is not None, "configure_model() comes first"
-        return self.model(tokens)
+        return self.model(tokens, positions)
 
-    def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, list[RouterStats]]:
-        """batch["tokens"] [batch, seq + 1] -> (mean cross-entropy in nats per token, router statistics)."""
+    def _loss(self, batch: dict[str, Tensor], sources: SourceLoss | None = None) -> tuple[Tensor, list[RouterStats]]:
+        """The loss of one batch, and of each source in it, if there are several.
+
+        Args:
+            batch: "tokens" [batch, seq + 1]; where documents are kept apart, "positions" [batch, seq]; of a mixture,
+                "source" [batch].
+            sources: where the losses of the latter go.
+
+        Returns:
+            (mean cross-entropy in nats per token, router statistics).
+        """
         tokens = batch["tokens"]
-        logits, router_stats = self(tokens[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten()), router_stats
+        logits, router_stats = self(tokens[:, :-1], batch.get("positions"))
+        logits, targets = logits.flatten(0, 1).float(), tokens[:, 1:]
+        if sources is None:
+            return F.cross_entropy(logits, targets.flatten()), router_stats
+        losses = F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets).mean(1)
+        sources.update(losses.detach(), batch["source"])
+        return losses.mean(), router_stats
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss, router_stats = self._loss(batch)
+        loss, router_stats = self._loss(batch, self.train_sources)
         self.train_loss.update(loss.detach().clone())
         if not router_stats:
             return loss
@@ -154,10 +177,14 @@ class LanguageModule(L.LightningModule):
             return
         if is_logged(self.trainer, self.trainer.global_step):
             self.log("train/loss", self.train_loss.compute())
+            if self.train_sources is not None:
+                self.log_dict(self.train_sources.compute())
         self.train_loss.reset()
+        if self.train_sources is not None:
+            self.train_sources.reset()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        loss, _ = self._loss(batch)
+        loss, _ = self._loss(batch, self.val_sources)
         self.val_loss.update(loss, weight=batch["tokens"][:, 1:].numel())
 
     def on_validation_epoch_end(self) -> None:
@@ -165,6 +192,9 @@ class LanguageModule(L.LightningModule):
         self.val_loss.reset()
         # The same in all processes already; without sync_dist Lightning warns.
         self.log_dict({"val/loss": loss, "val/perplexity": math.exp(min(float(loss), 700.0))}, sync_dist=True)
+        if self.val_sources is not None:
+            self.log_dict(self.val_sources.compute())
+            self.val_sources.reset()
 
     def generate(self, prompt: list[int], num_tokens: int, temperature: float, seed: int, window: int) -> list[int]:
         """The prompt's token ids and `num_tokens` more; see lightning_modules/generation.py."""

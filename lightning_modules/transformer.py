@@ -11,11 +11,12 @@ from core.errors import lookup, require
 from core.options import check_arguments
 from lightning_modules.config import ModelConfig
 from lightning_modules.layers.attention import Attention
+from lightning_modules.layers.document_mask import Mask, document_mask
 from lightning_modules.layers.ffn import FeedForward
 from lightning_modules.layers.matrices import Matrix, Role
 from lightning_modules.layers.moe import MoE
 from lightning_modules.layers.norms import NormFactory
-from lightning_modules.layers.rope import Rope, rope_tables
+from lightning_modules.layers.rope import Rope, at_positions, rope_tables
 from lightning_modules.layers.router import RouterStats
 from lightning_modules.placements.base import Depth
 from lightning_modules.placements.registry import PLACEMENTS
@@ -40,7 +41,7 @@ class Block(nn.Module):
             ffn = FeedForward
         self.ffn = ffn(config, self.placement.inner_norm)
 
-    def forward(self, state: Any, rope: Rope) -> tuple[Any, RouterStats | None]:
+    def forward(self, state: Any, rope: Rope, mask: Mask | None = None) -> tuple[Any, RouterStats | None]:
         """The placement's state before the block -> (state after it, router statistics of a MoE layer).
 
         The first block takes the embedding output, and the last returns one stream, both [batch, seq, dim].
@@ -48,7 +49,7 @@ class Block(nn.Module):
         stats: RouterStats | None = None
 
         def attn(x: Tensor) -> Tensor:
-            return self.attn(x, rope)
+            return self.attn(x, rope, mask)
 
         def ffn(x: Tensor) -> Tensor:
             nonlocal stats
@@ -91,15 +92,27 @@ class Transformer(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, list[RouterStats]]:
-        """tokens [batch, seq] -> (logits [batch, seq, vocab_size], one RouterStats per MoE layer)."""
+    def forward(self, tokens: Tensor, positions: Tensor | None = None) -> tuple[Tensor, list[RouterStats]]:
+        """Next-token logits.
+
+        Args:
+            tokens: [batch, seq].
+            positions: [batch, seq], of each token in its document, where attention must not cross documents.
+
+        Returns:
+            (logits [batch, seq, vocab_size], one RouterStats per MoE layer).
+        """
         rope = rope_tables(tokens.size(1), self.config.head_dim, self.config.rope_theta, tokens.device)
+        mask: Mask | None = None
+        if positions is not None:
+            rope = at_positions(rope, positions)
+            mask = document_mask(positions, flex=tokens.is_cuda and self.config.compile)
         state, router_stats = self.embedding(tokens), []
         for block in self.blocks:
             if self.config.activation_checkpointing and torch.is_grad_enabled():
-                state, stats = checkpoint(block, state, rope, use_reentrant=False)
+                state, stats = checkpoint(block, state, rope, mask, use_reentrant=False)
             else:
-                state, stats = block(state, rope)
+                state, stats = block(state, rope, mask)
             if stats is not None:
                 router_stats.append(stats)
         return self.head(state * self.output_multiplier), router_stats

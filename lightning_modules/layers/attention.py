@@ -4,10 +4,10 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_modules.config import ModelConfig
+from lightning_modules.layers.document_mask import Mask, attend
 from lightning_modules.layers.matrices import Matrix
 from lightning_modules.layers.norms import make_norm
 from lightning_modules.layers.rope import Rope, rotate
@@ -51,11 +51,11 @@ class Attention(nn.Module):
             self.projection_norms[name] = make_norm(config, config.head_dim if self.per_head else widths[name])
         self.inner_norm = make_norm(config, q_dim) if inner_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rope: Rope) -> Tensor:
-        """x [batch, seq, dim], rope of seq positions -> [batch, seq, dim]."""
+    def forward(self, x: Tensor, rope: Rope, mask: Mask | None = None) -> Tensor:
+        """x [batch, seq, dim], rope of seq positions, mask of packed documents -> [batch, seq, dim]."""
         q, k = self._queries_and_keys(x, rope)
         v = self._heads("v", self.v_proj(x))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
+        out = attend(q, k, v, mask, self.grouped)
         return self.o_proj(self.inner_norm(out.transpose(1, 2).flatten(2)))
 
     def logits(self, x: Tensor, rope: Rope) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 Rope = tuple[Tensor, Tensor]
-"""cos and sin, each [seq, head_dim], fp32."""
+"""cos and sin, fp32, each [seq, head_dim]; of packed documents [batch, 1, seq, head_dim]."""
 
 
 def rope_tables(seq_len: int, head_dim: int, theta: float, device: torch.device) -> Rope:
@@ -13,6 +13,12 @@ def rope_tables(seq_len: int, head_dim: int, theta: float, device: torch.device)
     angles = torch.outer(torch.arange(seq_len, dtype=torch.float32, device=device), frequencies)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
+
+
+def at_positions(rope: Rope, positions: Tensor) -> Rope:
+    """The tables' rows of these positions [batch, seq]."""
+    cos, sin = rope
+    return cos[positions][:, None], sin[positions][:, None]
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:

@@ -1,0 +1,52 @@
+"""Causal attention that does not cross documents packed into one sequence."""
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+Mask = Tensor | BlockMask
+"""Who may look at whom: bool [batch, 1, seq, seq], or the same as FlexAttention has it."""
+
+
+def document_mask(positions: Tensor, flex: bool) -> Mask:
+    """The mask of packed documents.
+
+    Args:
+        positions: [batch, seq], 0 where a document begins.
+        flex: whether attention is FlexAttention, which skips what is masked but pays off only on a GPU and compiled.
+    """
+    documents = (positions == 0).cumsum(-1)
+    if not flex:
+        return (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
+
+    def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (documents[batch, query] == documents[batch, key])
+
+    num_rows, seq_len = positions.shape
+    build = _compiled_create_block_mask() if positions.is_cuda else create_block_mask
+    return build(allowed, num_rows, None, seq_len, seq_len, device=positions.device)
+
+
+@cache
+def _compiled_create_block_mask() -> Any:
+    return torch.compile(create_block_mask)  # uncompiled it holds the whole mask
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, grouped: bool) -> Tensor:
+    """Softmax attention, causal; each tensor [batch, heads, seq, head_dim].
+
+    Args:
+        mask: None: one document a sequence.
+        grouped: whether k and v have fewer heads.
+    """
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    if isinstance(mask, BlockMask):
+        out = flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)
+        assert isinstance(out, Tensor)
+        return out
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)

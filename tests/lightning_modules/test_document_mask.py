@@ -1,0 +1,94 @@
+"""Packed documents: what a document's logits are does not depend on what else is in the sequence."""
+
+from functools import partialmethod
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from datamodules.samples import positions
+from lightning_modules.layers.attention import Attention
+from lightning_modules.layers.document_mask import document_mask
+from lightning_modules.layers.rope import at_positions, rope_tables
+from lightning_modules.placements.registry import PLACEMENTS
+from tests.conftest import make_module, tiny_config, tokens
+
+LENGTHS = [[5, 1, 9, 3], [18]]  # of the documents in two sequences
+
+
+def packed_positions(lengths: list[list[int]]) -> Tensor:
+    return torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
+
+
+@pytest.mark.parametrize("ffn", ["dense", "moe"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_logits_of_a_packed_document_are_those_of_the_document_alone(placement: str, ffn: str) -> None:
+    module = make_module(placement=placement, ffn=ffn, num_kv_heads=2).eval()
+    with torch.no_grad():
+        for parameter in module.parameters():  # rezero's branches start closed
+            parameter.add_(0.3 * (parameter == 0))
+    sequences = tokens(2, 18)
+    packed, _ = module(sequences, packed_positions(LENGTHS))
+    for row, logits, lengths in zip(sequences, packed, LENGTHS, strict=True):
+        pieces = zip(row.split(lengths), logits.split(lengths), strict=True)
+        for alone, inside in pieces:
+            torch.testing.assert_close(inside, module(alone[None])[0][0], atol=1e-5, rtol=1e-5)
+    if len(LENGTHS[0]) > 1:  # and without positions they are not
+        assert not torch.allclose(module(sequences)[0][0, 5:], packed[0, 5:], atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch looks at it while it traces
+@pytest.mark.parametrize("options", [{"compile": True}, {"activation_checkpointing": True}], ids=str)
+def test_compiled_and_checkpointed_it_is_the_same(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
+    plain, other = make_module(), make_module(**options)
+    other.load_state_dict(plain.state_dict())
+    sequences, places = tokens(2, 18), packed_positions(LENGTHS)
+    for module in (plain, other):
+        module(sequences, places)[0].square().mean().backward()
+    for ours, theirs in zip(other.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4)
+
+
+def attend_both_ways(device: str, dtype: torch.dtype, backward: bool) -> list[list[Tensor]]:
+    """[output and, if wanted, input gradient] by FlexAttention, and the same by the mask."""
+    config = tiny_config(dim=64, num_heads=4, num_kv_heads=2)
+    attention = Attention(config).to(device, dtype).requires_grad_(backward)
+    places = packed_positions([[100, 28, 128], [1, 255]]).to(device)
+    rope = at_positions(rope_tables(256, config.head_dim, 1e4, torch.device(device)), places)
+    x, results = torch.randn(2, 256, 64, device=device, dtype=dtype), []
+    for flex in (True, False):
+        call = torch.compile(attention) if flex and device == "cuda" else attention
+        inputs = x.clone().requires_grad_(backward)
+        out = call(inputs, rope, document_mask(places, flex))
+        gradients = torch.autograd.grad(out.float().square().sum(), inputs) if backward else ()
+        results.append([out.detach(), *gradients])
+    return results
+
+
+@pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile.*")
+def test_flex_attention_is_the_same_as_the_mask() -> None:
+    """Forward only: on a CPU it has no backward pass."""
+    for ours, theirs in zip(*attend_both_ways("cpu", torch.float32, backward=False), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.gpu
+def test_compiled_flex_attention_is_the_same_as_the_mask() -> None:
+    for ours, theirs in zip(*attend_both_ways("cuda", torch.bfloat16, backward=True), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=5e-2, rtol=5e-2)
+
+
+def test_positions_count_from_the_last_end_of_document() -> None:
+    rows = np.array([[7, 0, 5, 5, 0, 0, 3], [0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0]])
+    expected = [[0, 1, 0, 1, 2, 0, 0], [0, 0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5, 6]]
+    assert positions(rows, end_of_document=0).tolist() == expected
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, 4, (50, 40))
+    for row, places in zip(rows, positions(rows, end_of_document=3), strict=True):
+        expected_row = [0]
+        for token in row[:-1].tolist():
+            expected_row.append(0 if token == 3 else expected_row[-1] + 1)
+        assert places.tolist() == expected_row
