@@ -18,7 +18,8 @@ from core.errors import require
 class BlockMonitor(L.Callback):
     """Logs NAME/block_NUMBER/FIGURE for the first optimizer step and every n-th, before it changes the weights.
 
-    A subclass says what it measures of a block. Sampled are the first sequences of the step, of the first process.
+    A subclass says what it measures of a block. Sampled are the first sequences of the step, of the first process;
+    documents packed into one are seen as one text, whatever `data.document_mask` is in training.
     Blocks count from 1; of more than 16 a choice is written.
 
     Args:

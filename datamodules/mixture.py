@@ -2,6 +2,7 @@
 
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -132,6 +133,11 @@ class Mixture(StreamDataModule):
             for path, own in zip(paths, seeds, strict=True)
         ]
         self.save_hyperparameters()
+
+    @property
+    def stream_identity(self) -> dict[str, Any]:
+        sources = {"sources": list(self.source_names), "weights": self.weights}
+        return {**super().stream_identity, **sources, "shuffle_block": self.corpora[0].shuffle_block}
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
