@@ -2,9 +2,9 @@
 
     python -m benchmarks.monitoring                     writes docs/results/monitoring-cpu.md
 
-One run, in which windows of 10 optimizer steps take turns: no monitors; those that log once in a window; those, and the
-ones that sample once in a window. Reported is the time inside of the monitors, which on a CPU is what they cost, and
-beside it the difference between windows, which also holds what else the machine did meanwhile.
+One run, in which windows of 10 optimizer steps take turns: no monitors; those that look at every step or log once in a
+window; those, and the ones that sample once in a window. Reported is the time inside of the monitors, which on a CPU is
+what they cost, and beside it the difference between windows, which also holds what else the machine did meanwhile.
 """
 
 import argparse
@@ -19,6 +19,8 @@ from hydra import compose, initialize_config_dir
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from benchmarks.moe import machine
+from callbacks.divergence import Divergence
+from callbacks.flight_recorder import FlightRecorder
 from callbacks.gradient_health import GradientHealth
 from callbacks.representation_collapse import RepresentationCollapse
 from callbacks.signal_propagation import SignalPropagation
@@ -26,6 +28,7 @@ from callbacks.throughput import Throughput
 from core import cli
 from core.build import build
 
+RUN = "runs/benchmark"
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 WINDOW, SAMPLED_EVERY = 10, 100  # steps; the second is the monitors' default
 HOOKS = (
@@ -41,7 +44,7 @@ class Switch(L.Callback):
     """Hands the hooks on to the monitors whose turn it is, and times each window."""
 
     def __init__(self) -> None:
-        logging = [Throughput(), GradientHealth()]
+        logging = [Throughput(), GradientHealth(), FlightRecorder(RUN), Divergence(RUN)]
         self.kinds = [[], logging, [*logging, SignalPropagation(WINDOW), RepresentationCollapse(WINDOW)]]
         self.seconds: list[list[float]] = [[] for _ in self.kinds]
         self.inside: list[list[float]] = [[] for _ in self.kinds]
@@ -94,7 +97,7 @@ def main() -> None:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        logger=TensorBoardLogger("runs", name="benchmark"),
+        logger=TensorBoardLogger(RUN, name=""),
         callbacks=[switch],
     )
     trainer.fit(module, datamodule=datamodule)
