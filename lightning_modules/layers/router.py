@@ -128,7 +128,10 @@ class Router(nn.Module):
         balance = self.moe.num_experts / experts.numel() * (shared * probabilities.mean(dim=0)).sum()
         z_loss = logits.logsumexp(dim=-1).square().mean()
         with torch.no_grad():
-            top = probabilities.topk(min(2, self.moe.num_experts), dim=-1).values
+            if self.expert_bias is None and self.moe.top_k > 1:  # the first two are known, and in order
+                top = probabilities.gather(-1, experts[:, :2])
+            else:
+                top = probabilities.topk(min(2, self.moe.num_experts), dim=-1).values
             return RouterStats(
                 counts,
                 balance,
