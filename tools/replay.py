@@ -132,11 +132,12 @@ def of_the_step(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def loss_and_norm(module: Any, batches: list[Tensor]) -> tuple[float, float]:
-    """Of the step: mean over its batches, auxiliary losses included, and gradient norm."""
+    """Of the step, in the run's precision: mean over its batches, auxiliary losses included, and gradient norm."""
     module.zero_grad()
     total = 0.0
     for tokens in batches:
-        loss = module.training_step({"tokens": tokens}, 0) / len(batches)
+        with module.trainer.precision_plugin.forward_context():
+            loss = module.training_step({"tokens": tokens}, 0) / len(batches)
         loss.backward()
         total += float(loss.detach())
     return total, float(torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None]))
@@ -164,7 +165,9 @@ def report(module: Any, records: list[dict[str, Any]]) -> None:
     batches = [torch.cat(parts).to(module.device) for parts in zip(*(r["batches"] for r in records), strict=True)]
     loss, norm = loss_and_norm(module, batches)  # first, with the random numbers that the step had
     module.zero_grad()
-    Console().print(make_table(measure(module.model, torch.cat(batches)), records[0]))
+    with module.trainer.precision_plugin.forward_context():
+        signals = measure(module.model, torch.cat(batches))
+    Console().print(make_table(signals, records[0]))
     line = f"Loss {loss:.4f}, gradient norm {norm:.4g}"
     if not all(of_the_step(record) for record in records):
         print(f"{line}; recorded were none.")
