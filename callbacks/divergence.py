@@ -10,6 +10,7 @@ from callbacks.detectors import Detectors
 from callbacks.divergence_report import write_report
 from callbacks.event_log import EventLog
 from callbacks.flight_recorder import FlightRecorder
+from callbacks.loss_scaling import refuse_loss_scaling
 from callbacks.one_step import OneStep
 from callbacks.policies.base import GiveUp, Step
 from callbacks.policies.registry import POLICIES
@@ -46,7 +47,7 @@ class Divergence(L.Callback):
         climb_threshold: z-score of a loss level that has risen.
 
     Raises:
-        ConfigError: no such policy, or an option that it does not take.
+        ConfigError: no such policy, an option that it does not take, or a precision that scales the loss.
         RunDiverged: the policy sees no way to go on; train.py then exits with 3.
     """
 
@@ -71,6 +72,9 @@ class Divergence(L.Callback):
         self._one_step: OneStep | None = None
         self._last_batch = False
         self._loss: Tensor | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        refuse_loss_scaling(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._one_step = OneStep(trainer.optimizers[0])

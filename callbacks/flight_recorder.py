@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from callbacks.last_checkpoint import TrainingInterrupted
+from callbacks.loss_scaling import refuse_loss_scaling
 from callbacks.samples import samples_of_step
 from callbacks.statistics import gradient_statistics
 from core.errors import require
@@ -34,6 +35,9 @@ class FlightRecorder(L.Callback):
         run_dir: the run's folder.
         num_steps: how far back it remembers.
         max_files: that one process writes; the first ones tell the cause.
+
+    Raises:
+        ConfigError: no room for a step or a file, or a precision that scales the loss.
     """
 
     def __init__(self, run_dir: str, num_steps: int = 64, max_files: int = 20) -> None:
@@ -46,6 +50,7 @@ class FlightRecorder(L.Callback):
         self.losses: list[Tensor] = []  # stay on the device until somebody asks
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        refuse_loss_scaling(trainer)
         self.folder = trainer.strategy.broadcast(self.folder)  # ranks started at different seconds name other folders
 
     def on_train_batch_start(
@@ -75,8 +80,13 @@ class FlightRecorder(L.Callback):
         )
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if self.batches and not isinstance(exception, KeyboardInterrupt | TrainingInterrupted):
+        if not self.batches or isinstance(exception, KeyboardInterrupt | TrainingInterrupted):
+            return
+        try:
             self.write(trainer, f"{type(exception).__name__}: {exception}")
+        except Exception as failure:  # as of a device that is lost: it must not stand in for what the process dies of
+            first_line = str(failure).partition("\n")[0]
+            print(f"The flight recorder wrote nothing: {type(failure).__name__}: {first_line}", flush=True)
 
     def write(self, trainer: L.Trainer, reason: str) -> None:
         """What is known of the step in progress and of those before; once a step."""

@@ -9,8 +9,14 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 
+from callbacks.divergence import Divergence
+from callbacks.flight_recorder import FlightRecorder
+from core.errors import ConfigError
+from tests.conftest import make_module, tokens
 from tests.helpers_run import Finished, corpus_root, events, load, run, scalars, tiny_job, train
+from tests.lightning_modules.test_language_module import fit
 
 STEPS, ACCUMULATE, BATCH_SIZE, STRUCK = 8, 2, 4, 6
 JOB = [f"trainer.max_steps={STEPS}", f"trainer.accumulate_grad_batches={ACCUMULATE}", "experiment=dense_prenorm"]
@@ -159,6 +165,48 @@ def test_an_exception_is_recorded_too(tmp_path: Path) -> None:
     assert (record["reason"], record["step"]) == ("RuntimeError: out of luck", STRUCK)
     assert [step["step"] for step in record["steps"]] == list(range(1, STRUCK))
     assert torch.equal(record["batches"][0], torch.from_numpy(tokens_of(SAMPLES))[:BATCH_SIZE])
+
+
+class Lost:
+    """A tensor on a device that answers no more."""
+
+    def cpu(self) -> torch.Tensor:
+        raise RuntimeError("CUDA error: device-side assert triggered\nFor debugging consider ...")
+
+
+class LoseTheDevice(L.Callback):
+    """The batch that is recorded is out of reach when the process dies."""
+
+    def on_after_backward(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        (recorder,) = (c for c in trainer.callbacks if isinstance(c, FlightRecorder))  # type: ignore[attr-defined]
+        recorder.batches = [Lost()]  # type: ignore[list-item]
+        raise RuntimeError("out of luck")
+
+
+def test_a_record_that_cannot_be_written_does_not_hide_the_exception(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    callbacks = [FlightRecorder(str(tmp_path)), LoseTheDevice()]
+    with pytest.raises(RuntimeError, match="out of luck"):
+        fit(tmp_path, make_module(), tokens(2, 9), callbacks=callbacks, max_steps=1)
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "The flight recorder wrote nothing: RuntimeError: CUDA error: device-side assert triggered"
+    )
+
+
+@pytest.mark.parametrize("callback", [Divergence, FlightRecorder])
+def test_a_precision_that_scales_the_loss_is_refused(callback: Any, tmp_path: Path) -> None:
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    expected = r"trainer.precision='16-mixed' .*\(bf16-mixed, 32-true\), or callbacks.divergence=null"
+    with pytest.raises(ConfigError, match=expected):
+        fit(tmp_path, make_module(), tokens(2, 9), callbacks=[callback(str(tmp_path))], plugins=plugin, max_steps=1)
+
+
+@pytest.mark.gpu
+def test_a_precision_that_scales_the_loss_is_refused_on_the_command_line(tmp_path: Path) -> None:
+    finished = train(tmp_path, *tiny_job("trainer.accelerator=gpu", "trainer.precision=16-mixed"))
+    assert finished.code == 2
+    assert finished.err.startswith("Error: trainer.precision='16-mixed' is not valid: expected one that does not scale")
 
 
 def test_a_bad_batch_names_the_group_that_it_hurt_most(tmp_path: Path) -> None:
