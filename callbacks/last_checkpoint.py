@@ -1,6 +1,7 @@
 """last.ckpt: every n steps, at the end, and when somebody asks the process to stop."""
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,6 +25,9 @@ class LastCheckpoint(Checkpoint):
     Args:
         dirpath: where last.ckpt is written.
         every_n_train_steps: optimizer steps between two saves.
+
+    Attributes:
+        beside: called in every process after each save, with last.ckpt's folder; for what goes into no checkpoint.
     """
 
     def __init__(self, dirpath: str, every_n_train_steps: int) -> None:
@@ -34,6 +38,7 @@ class LastCheckpoint(Checkpoint):
             "an integer >= 1",
         )
         self.path, self.every_n_train_steps = Path(dirpath) / "last.ckpt", every_n_train_steps
+        self.beside: list[Callable[[Path], None]] = []
         self._saved_step = -1
         self._received = self._leaving = 0  # signal numbers; 0: none
         self._handlers: dict[int, Any] = {}
@@ -100,6 +105,8 @@ class LastCheckpoint(Checkpoint):
 
     def _save(self, trainer: L.Trainer) -> None:
         trainer.save_checkpoint(self.path)
+        for save in self.beside:
+            save(self.path.parent)
         self._saved_step = trainer.global_step
 
     def _restore_handlers(self) -> None:

@@ -6,6 +6,7 @@ from callbacks.detectors import CLIMB, PLATEAU
 from callbacks.policies.base import GiveUp, Policy, Step
 from callbacks.policies.cooldown import Cooldown
 from callbacks.policies.snapshot import Snapshot
+from callbacks.policies.snapshot_file import SnapshotFile
 from core.errors import require
 
 FIELD = "callbacks.divergence.policy_options"
@@ -17,7 +18,8 @@ class Rollback(Policy):
     taken back to a snapshot, and the learning rate is cut for a while.
 
     The step counter and the data go on: the run is past the data that hurt it, and schedules, positions and logs stay
-    what arithmetic says they are. Snapshots are not part of a checkpoint; a resumed run takes its first one there.
+    what arithmetic says they are. Snapshots lie beside last.ckpt (SnapshotFile); a run resumed without them takes its
+    first one at the first step without an alarm.
 
     Args:
         every: steps between two snapshots.
@@ -45,17 +47,21 @@ class Rollback(Policy):
         self.every, self.margin, self.patience, self.max_in_a_row = every, margin, patience, max_in_a_row
         self.cooldown = Cooldown(lr_factor, cooldown)
         self.snapshots: list[Snapshot] = []
+        self.file: SnapshotFile | None = None
         self.alarms_in_a_row, self.onset, self.last_alarm, self.due = 0, 0, -margin, 0
 
     def act(self, step: Step) -> str | None:
-        if not self.snapshots:
-            self._take_snapshot(step)
+        if self.file is None:
+            self.file = SnapshotFile(step.trainer, step.detectors, lambda: self.snapshots)
+            self.snapshots = self.file.load(step.detectors_before)
         if step.alarms:
             return self._on_alarm(step)
         self.alarms_in_a_row = 0
-        if step.number > self.due and step.number > self.last_alarm + self.margin:
-            self._take_snapshot(step)
+        due = step.number > self.due and step.number > self.last_alarm + self.margin
+        if due:
             self.due = step.number - 1 + self.every - (step.number - 1) % self.every
+        if due or not self.snapshots:
+            self._take_snapshot(step)
         factor = self.cooldown.factor_at(step.number)
         if factor < 1:
             step.one_step.scale_lr(factor)
@@ -75,6 +81,8 @@ class Rollback(Policy):
         if self.cooldown.strikes > self.max_in_a_row:
             raise GiveUp(f"{self.max_in_a_row} rollbacks in a row did not help")
         self.alarms_in_a_row = 0
+        if not self.snapshots:  # no step without an alarm so far, so that the weights are still those of the start
+            self._take_snapshot(step)
         snapshot = self._choose(step.number)
         snapshot.restore(step.pl_module, step.one_step.optimizer)
         step.detectors.load_state_dict(snapshot.detectors)

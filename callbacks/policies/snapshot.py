@@ -1,4 +1,4 @@
-"""What a run can be taken back to, kept in memory."""
+"""What a run can be taken back to, kept in memory; snapshot_file.py keeps it over a stop."""
 
 from typing import Any
 
@@ -26,7 +26,10 @@ class Snapshot:
         self.step, self.detectors = step, detectors
         self.restored_at: int | None = None
         self._weights = {name: _copy(tensor) for name, tensor in module.state_dict().items()}
-        self._optimizer = {p: {key: _copy(x) for key, x in state.items()} for p, state in optimizer.state.items()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
+        self._optimizer = {
+            names[p]: {key: _copy(x) for key, x in state.items()} for p, state in optimizer.state.items()
+        }
         self._random = torch.get_rng_state()
         self._cuda_random = torch.cuda.get_rng_state() if module.device.type == "cuda" else None
 
@@ -35,19 +38,31 @@ class Snapshot:
         """In place. The optimizer's groups stay as they are: learning rates go by the clock, which is not put back."""
         for name, tensor in module.state_dict().items():
             local(tensor).copy_(self._weights[name])
+        names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
         for parameter in list(optimizer.state):
-            if parameter not in self._optimizer:  # it had not stepped yet
+            if names[parameter] not in self._optimizer:  # it had not stepped yet
                 del optimizer.state[parameter]
                 continue
             state = optimizer.state[parameter]
-            for key, value in self._optimizer[parameter].items():
+            for key, value in self._optimizer[names[parameter]].items():
                 if isinstance(value, Tensor):
                     local(state[key]).copy_(value)
                 else:
                     state[key] = value
         torch.set_rng_state(self._random)
-        if self._cuda_random is not None:
+        if self._cuda_random is not None and module.device.type == "cuda":  # it may have been resumed elsewhere
             torch.cuda.set_rng_state(self._cuda_random)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors; the tensors are not copied."""
+        return dict(vars(self))
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> "Snapshot":
+        """The same again, in another process."""
+        snapshot = cls.__new__(cls)
+        vars(snapshot).update(state)
+        return snapshot
 
 
 def _copy(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What each policy does, against the papers' rules written out again; test_recovery.py has real runs."""
+"""What each policy does, against the papers' rules written out again; rollback's are in test_rollback.py."""
 
 import math
 from types import SimpleNamespace
@@ -13,7 +13,6 @@ from callbacks.divergence import Divergence
 from callbacks.one_step import OneStep
 from callbacks.policies.adagc import AdaGC
 from callbacks.policies.base import GiveUp, Policy, Step
-from callbacks.policies.rollback import Rollback
 from callbacks.policies.skip import Skip
 from callbacks.policies.stop import Stop
 from callbacks.policies.warn import Warn
@@ -48,7 +47,11 @@ class Run:
             )
             before = self.detectors.state_dict()
             self.detectors.update(2.0, statistics.total_norm)
-            facts: Any = {"trainer": SimpleNamespace(), "pl_module": self.model, "one_step": self.one_step}
+            facts: Any = {
+                "trainer": SimpleNamespace(callbacks=[], ckpt_path=None),
+                "pl_module": self.model,
+                "one_step": self.one_step,
+            }
             figures: Any = {"number": self.number, "loss": 2.0, "statistics": statistics, "alarms": alarms}
             said.append(self.policy.act(Step(**facts, **figures, detectors=self.detectors, detectors_before=before)))
             return 0.0
@@ -185,91 +188,6 @@ def test_what_cannot_be_clipped_is_skipped(policy: Policy) -> None:
     assert run.weights() == before
     with pytest.raises(GiveUp):
         run.step(alarm, gradients=(math.inf, 1.0))
-
-
-def test_rollback_skips_first_then_goes_back_behind_the_margin_and_cuts_the_learning_rate() -> None:
-    run = Run(Rollback(every=10, margin=5, patience=2, cooldown=6))
-    after = [run.weights()]
-    for _ in range(23):
-        assert run.step() is None
-        after.append(run.weights())
-    assert run.step(SPIKE) == "skipped the step"
-    assert run.weights() == after[23]
-    assert run.step(SPIKE) == "rolled back to step 10, learning rate x 0.5 to step 31", "step 20 is too young"
-    assert run.weights() == after[10]
-    assert run.optimizer.state[run.model.weight]["step"] == 10
-
-    reference = Run(Rollback(every=10, margin=5, patience=2, cooldown=6))
-    for _ in range(10):
-        reference.step()
-    for number in range(26, 34):
-        run.step()
-        reference.optimizer.param_groups[0]["lr"] = 0.05 if number <= 31 else 0.1
-        reference.step()
-        assert run.weights() == reference.weights(), number
-        assert run.optimizer.param_groups[0]["lr"] == 0.1
-
-
-def test_a_climb_goes_back_at_once_and_before_the_first_step_of_all() -> None:
-    run = Run(Rollback(every=10, margin=5, patience=2))
-    before = run.weights()
-    for _ in range(3):
-        run.step()
-    assert (run.step(DRIFT) or "").startswith("rolled back to step 0")
-    assert run.weights() == before
-    assert run.optimizer.state == {}, "it had not stepped yet"
-    run.step()
-    assert run.weights() != before
-
-
-def test_a_snapshot_has_to_be_older_than_the_trouble_not_than_its_alarm() -> None:
-    run = Run(Rollback(every=10, margin=5))
-    for _ in range(36):
-        run.step()
-    assert (run.step(DRIFT._replace(age=10)) or "").startswith("rolled back to step 20"), "30 was already in trouble"
-
-
-def test_a_snapshot_that_fails_at_once_is_left_for_an_older_one() -> None:
-    run = Run(Rollback(every=10, margin=5, patience=2))
-    for _ in range(25):
-        run.step()
-    said = [run.step(DRIFT), run.step(DRIFT), run.step(DRIFT)]
-    assert [words.split(",")[0] for words in said if words] == ["rolled back to step 20"] + [
-        "rolled back to step 10"
-    ] * 2
-
-
-def test_rollback_gives_up_after_too_many_without_a_recovery() -> None:
-    run = Run(Rollback(every=10, margin=5, patience=2, cooldown=2, max_in_a_row=2))
-    run.step(DRIFT)
-    for _ in range(10):
-        run.step()
-    for _ in range(2):
-        assert "learning rate x 0.5 " in (run.step(DRIFT) or "") or run.number > 12
-    with pytest.raises(GiveUp, match="2 rollbacks in a row did not help"):
-        run.step(DRIFT)
-
-
-def test_a_resumed_rollback_goes_on_alike_amid_a_recovery() -> None:
-    """It has the checkpoint as its snapshot; all the rest is as if nobody had stopped."""
-    runs = []
-    for stop in (False, True):
-        run = Run(Rollback(every=10, margin=5, patience=2, cooldown=20))
-        for _ in range(15):
-            run.step()
-        run.step(SPIKE)
-        run.step(SPIKE)
-        run.step()
-        run.step(SPIKE)
-        if stop:
-            run.policy = resumed(run.policy, Rollback(every=10, margin=5, patience=2, cooldown=20))
-        for _ in range(21):
-            run.step()
-        runs.append(run)
-    assert runs[0].weights() == runs[1].weights()
-    assert runs[0].policy.state_dict() == runs[1].policy.state_dict()
-    snapshots = [[snapshot.step for snapshot in run.policy.snapshots] for run in runs]  # type: ignore[attr-defined]
-    assert snapshots[0] == snapshots[1]
 
 
 @pytest.mark.parametrize(

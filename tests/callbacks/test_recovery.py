@@ -15,7 +15,7 @@ import lightning as L
 import pytest
 import torch
 
-from tests.helpers_run import ROOT, TRAIN, Finished, load, run, scalars, tiny_job, train
+from tests.helpers_run import ROOT, TRAIN, Finished, assert_began, load, run, scalars, tiny_job, train
 from tests.test_train import assert_equal
 
 TAGS = ("train/loss", "optim/grad_norm", "optim/lr", "val/loss")
@@ -98,23 +98,48 @@ def test_the_clock_the_data_and_the_schedule_go_on(uninterrupted: Path, tmp_path
     assert {int(s["step"]) for s in ours["optimizer_states"][0]["state"].values()} == {40 - 9}, "10 to 19 are undone"
 
 
-@pytest.mark.parametrize("step", [20, 25, 31], ids=["after the rollback", "in the cut", "at its end"])
-def test_a_stop_amid_a_recovery_changes_nothing(tmp_path: Path, uninterrupted: Path, step: int) -> None:
+def stopped_and_resumed(cwd: Path, job: list[str], step: int) -> Path:
+    """Interrupted after this step, then gone on with."""
     interrupt = f"+callbacks.interrupt={{_target_: tests.test_train.SendSignal, signum: 2, step: {step}}}"
-    interrupted = train(tmp_path, *tiny_job(*RECOVERING), "run_dir=run", interrupt)
+    interrupted = train(cwd, *tiny_job(*job), "run_dir=run", interrupt)
     assert interrupted.code == 130
-    assert train(tmp_path, *shlex.split(interrupted.out.splitlines()[-1])[2:]).code == 0
+    assert train(cwd, *shlex.split(interrupted.out.splitlines()[-1])[2:]).code == 0
+    assert_began(cwd / "run", step)
+    return cwd / "run"
+
+
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    """Curves, final weights and all that a further resumption would know, bit for bit."""
+    assert done(ours) == done(theirs)
     for tag in TAGS:
-        assert str(scalars(tmp_path / "run", tag)) == str(scalars(uninterrupted, tag)), tag  # str: nan is nan
-    ours, theirs = (load(path / "checkpoints/last.ckpt") for path in (tmp_path / "run", uninterrupted))
+        assert str(scalars(ours, tag)) == str(scalars(theirs, tag)), tag  # str: nan is nan
+    mine, others = (load(path / "checkpoints/last.ckpt") for path in (ours, theirs))
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "PythonStdlib"):
-        assert_equal(ours[part], theirs[part], part)
-    assert_equal(ours["callbacks"]["Divergence"], theirs["callbacks"]["Divergence"], "Divergence")
+        assert_equal(mine[part], others[part], part)
+    assert_equal(mine["callbacks"]["Divergence"], others["callbacks"]["Divergence"], "Divergence")
 
 
-def test_a_stop_between_skip_and_rollback_goes_back_to_the_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "step", [18, 20, 25, 31], ids=["between skip and rollback", "after the rollback", "in the cut", "at its end"]
+)
+def test_a_stop_amid_a_recovery_changes_nothing(tmp_path: Path, uninterrupted: Path, step: int) -> None:
+    assert_same_run(stopped_and_resumed(tmp_path, RECOVERING, step), uninterrupted)
+
+
+def test_bad_weights_in_the_checkpoint_are_recovered_from(tmp_path: Path) -> None:
+    """Stopped between skip and rollback, with a flipped bit: only the saved snapshots are from before it."""
+    job = [o for o in RECOVERING if not o.startswith("+callbacks.nan")]
+    flip = "{_target_: tests.callbacks.faults.FlipBit, step: 18, parameter: head.weight}"
+    job += ["model.placement=postnorm", f"+callbacks.flip={flip}"]
+    whole = run(tmp_path, "whole", *job)
+    assert done(whole) == {18: "skipped the step", 19: "rolled back to step 10, learning rate x 0.5 to step 31"}
+    assert_same_run(stopped_and_resumed(tmp_path, job, 18), whole)
+
+
+def test_without_the_saved_snapshots_it_goes_back_to_the_checkpoint(tmp_path: Path) -> None:
     interrupt = "+callbacks.interrupt={_target_: tests.test_train.SendSignal, signum: 2, step: 18}"
     interrupted = train(tmp_path, *tiny_job(*RECOVERING), "run_dir=run", interrupt)
+    (tmp_path / "run/checkpoints/snapshots-rank-0.pt").unlink()
     assert train(tmp_path, *shlex.split(interrupted.out.splitlines()[-1])[2:]).code == 0
     assert done(tmp_path / "run")[19] == "rolled back to step 18, learning rate x 0.5 to step 31"
 

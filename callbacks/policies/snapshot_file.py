@@ -1,0 +1,65 @@
+"""Keeps snapshots over a stop: beside last.ckpt, a file for each process."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from callbacks.detectors import Detectors
+from callbacks.last_checkpoint import LastCheckpoint
+from callbacks.policies.snapshot import Snapshot
+
+
+class SnapshotFile:
+    """checkpoints/snapshots-rank-R.pt, written whenever last.ckpt is.
+
+    The step, the number of processes and the detectors' histories, which no two runs share, say whether it belongs to
+    the checkpoint that a run goes on from; a kill between the two files parts them.
+
+    Args:
+        snapshots: what there is to save.
+    """
+
+    def __init__(self, trainer: L.Trainer, detectors: Detectors, snapshots: Callable[[], list[Snapshot]]) -> None:
+        self.trainer, self.detectors, self.snapshots = trainer, detectors, snapshots
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, LastCheckpoint):
+                callback.beside.append(self.save)
+
+    def save(self, folder: Path) -> None:
+        """Write this process' file, whole or not at all."""
+        path = self._path(folder)
+        unfinished = path.with_suffix(".unfinished")
+        identity = self._identity(self.detectors.state_dict())
+        torch.save({**identity, "snapshots": [s.state_dict() for s in self.snapshots()]}, unfinished)
+        unfinished.replace(path)
+
+    def load(self, detectors: dict[str, Any]) -> list[Snapshot]:
+        """The snapshots that belong to the checkpoint this run goes on from, in order; none unless all processes have
+        theirs, or they would go back to different steps.
+
+        Args:
+            detectors: their state as the checkpoint has it.
+        """
+        if self.trainer.ckpt_path is None:
+            return []
+        path, found = self._path(Path(self.trainer.ckpt_path).parent), {}
+        if path.exists():
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        mine = {key: found.get(key) for key in self._identity(detectors)} == self._identity(detectors)
+        return [Snapshot.from_state_dict(state) for state in found["snapshots"]] if self._all(mine) else []
+
+    def _path(self, folder: Path) -> Path:
+        return folder / f"snapshots-rank-{self.trainer.global_rank}.pt"
+
+    def _identity(self, detectors: dict[str, Any]) -> dict[str, Any]:
+        return {"step": self.trainer.global_step, "world_size": self.trainer.world_size, "detectors": detectors}
+
+    def _all(self, mine: bool) -> bool:
+        """Whether it is so in every process."""
+        if self.trainer.world_size == 1:
+            return mine
+        flag = torch.tensor(int(mine), device=self.trainer.strategy.root_device)
+        return bool(self.trainer.strategy.reduce(flag, reduce_op="min"))
