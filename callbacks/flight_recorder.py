@@ -25,7 +25,7 @@ class FlightRecorder(L.Callback):
     |---|---|
     | reason | the event, or the exception, in a line |
     | step, samples | of the step in progress, counted from 1; its global sample numbers, [first, last] |
-    | batches | its token ids on this rank, one tensor [sequences, seq + 1] for each accumulated batch |
+    | batches | its accumulated batches on this rank: "tokens" [sequences, seq + 1], and what else is in them |
     | steps | of the last `num_steps`, oldest first: step, samples, losses, grad_norm, norms, nonfinite |
     | groups | [block, kind] that norms and nonfinite go by |
 
@@ -46,7 +46,7 @@ class FlightRecorder(L.Callback):
         self.folder, self.max_files, self.num_files = Path(run_dir) / FOLDER, max_files, 0
         self.steps: deque[dict[str, Any]] = deque(maxlen=num_steps)
         self.groups: list[list[Any]] = []
-        self.batches: list[Tensor] = []
+        self.batches: list[dict[str, Tensor]] = []
         self.losses: list[Tensor] = []  # stay on the device until somebody asks
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -58,7 +58,7 @@ class FlightRecorder(L.Callback):
     ) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self.batches, self.losses = [], []
-        self.batches.append(batch["tokens"])
+        self.batches.append(batch)
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         self.losses.append(loss.detach() * trainer.accumulate_grad_batches)  # Lightning has divided by it
@@ -99,7 +99,7 @@ class FlightRecorder(L.Callback):
             "reason": reason,
             "step": trainer.global_step + 1,
             "samples": samples_of_step(trainer),
-            "batches": [batch.cpu() for batch in self.batches],
+            "batches": [{name: tensor.cpu() for name, tensor in batch.items()} for batch in self.batches],
             "steps": [{**step, "losses": [float(loss) for loss in step["losses"]]} for step in self.steps],
             "groups": self.groups,
         }

@@ -131,13 +131,13 @@ def of_the_step(record: dict[str, Any]) -> dict[str, Any]:
     return next((step for step in record["steps"] if step["step"] == record["step"]), {})
 
 
-def loss_and_norm(module: Any, batches: list[Tensor]) -> tuple[float, float]:
+def loss_and_norm(module: Any, batches: list[dict[str, Tensor]]) -> tuple[float, float]:
     """Of the step, in the run's precision: mean over its batches, auxiliary losses included, and gradient norm."""
     module.zero_grad()
     total = 0.0
-    for tokens in batches:
+    for batch in batches:
         with module.trainer.precision_plugin.forward_context():
-            loss = module.training_step({"tokens": tokens}, 0) / len(batches)
+            loss = module.training_step(batch, 0) / len(batches)
         loss.backward()
         total += float(loss.detach())
     return total, float(torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None]))
@@ -162,11 +162,14 @@ def main(arguments: argparse.Namespace) -> None:
 
 def report(module: Any, records: list[dict[str, Any]]) -> None:
     """Print the blocks' figures, and whether the step came out as it was recorded."""
-    batches = [torch.cat(parts).to(module.device) for parts in zip(*(r["batches"] for r in records), strict=True)]
+    of_ranks = zip(*(record["batches"] for record in records), strict=True)
+    batches = [
+        {name: torch.cat([part[name] for part in parts]).to(module.device) for name in parts[0]} for parts in of_ranks
+    ]
     loss, norm = loss_and_norm(module, batches)  # first, with the random numbers that the step had
     module.zero_grad()
     with module.trainer.precision_plugin.forward_context():
-        signals = measure(module.model, torch.cat(batches))
+        signals = measure(module.model, torch.cat([batch["tokens"] for batch in batches]))
     Console().print(make_table(signals, records[0]))
     line = f"Loss {loss:.4f}, gradient norm {norm:.4g}"
     if not all(of_the_step(record) for record in records):

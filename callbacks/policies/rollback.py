@@ -7,6 +7,7 @@ from callbacks.policies.base import GiveUp, Policy, Step
 from callbacks.policies.cooldown import Cooldown
 from callbacks.policies.snapshot import Snapshot
 from callbacks.policies.snapshot_file import SnapshotFile
+from callbacks.statistics import forget_update
 from core.errors import require
 
 FIELD = "callbacks.divergence.policy_options"
@@ -85,6 +86,7 @@ class Rollback(Policy):
             self._take_snapshot(step)
         snapshot = self._choose(step.number)
         snapshot.restore(step.pl_module, step.one_step.optimizer)
+        forget_update(step.pl_module)
         step.detectors.load_state_dict(snapshot.detectors)
         factor, last = self.cooldown.factor_at(step.number + 1), self.cooldown.last
         cut = f", learning rate x {factor:g} to step {last}" if factor < 1 else ""

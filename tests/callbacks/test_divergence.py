@@ -80,7 +80,9 @@ def test_the_flight_recorder_has_the_step_and_its_tokens(skipped: tuple[Finished
     record = load(path)
     assert record["reason"] in skipped[0].out
     assert (record["step"], record["samples"]) == (STRUCK, SAMPLES)
-    assert torch.equal(torch.cat(record["batches"]), torch.from_numpy(tokens_of(SAMPLES)))
+    assert torch.equal(
+        torch.cat([batch["tokens"] for batch in record["batches"]]), torch.from_numpy(tokens_of(SAMPLES))
+    )
     assert [step["step"] for step in record["steps"]] == list(range(1, STRUCK + 1))
     means = [float(np.mean(step["losses"])) for step in record["steps"]]
     assert means == pytest.approx(list(scalars(skipped[1], "train/loss").values())[:STRUCK])
@@ -164,7 +166,7 @@ def test_an_exception_is_recorded_too(tmp_path: Path) -> None:
     record = load(path)
     assert (record["reason"], record["step"]) == ("RuntimeError: out of luck", STRUCK)
     assert [step["step"] for step in record["steps"]] == list(range(1, STRUCK))
-    assert torch.equal(record["batches"][0], torch.from_numpy(tokens_of(SAMPLES))[:BATCH_SIZE])
+    assert torch.equal(record["batches"][0]["tokens"], torch.from_numpy(tokens_of(SAMPLES))[:BATCH_SIZE])
 
 
 class Lost:
@@ -179,7 +181,7 @@ class LoseTheDevice(L.Callback):
 
     def on_after_backward(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         (recorder,) = (c for c in trainer.callbacks if isinstance(c, FlightRecorder))  # type: ignore[attr-defined]
-        recorder.batches = [Lost()]  # type: ignore[list-item]
+        recorder.batches = [{"tokens": Lost()}]  # type: ignore[list-item]
         raise RuntimeError("out of luck")
 
 

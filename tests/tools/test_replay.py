@@ -8,13 +8,14 @@ from typing import Any
 import lightning as L
 import pytest
 
-from tests.helpers_run import run
+from tests.helpers_run import load, run
 from tools import replay
 
 STEPS = ["trainer.max_steps=50", "trainer.accumulate_grad_batches=2"]
 STEPS += ["trainer.val_check_interval=100", "callbacks.last_checkpoint.every_n_train_steps=30"]
 MIXTURE = ["experiment=moe_spannorm", "model.moe.jitter=0.3"]
 BFLOAT16 = ["experiment=dense_prenorm", "trainer.precision=bf16-mixed"]
+APART = ["experiment=dense_prenorm", "data.document_mask=true"]
 SKIP = "callbacks.divergence.policy=skip"
 
 
@@ -42,7 +43,7 @@ def fault(name: str, first: int) -> str:
     return f"+callbacks.{name}={{_target_: tests.callbacks.faults.{name}, first: {first}}}"
 
 
-@pytest.mark.parametrize("model", [MIXTURE, BFLOAT16], ids=["mixture", "bfloat16"])
+@pytest.mark.parametrize("model", [MIXTURE, BFLOAT16, APART], ids=["mixture", "bfloat16", "documents apart"])
 def test_a_bad_batch_comes_out_again(
     model: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -58,6 +59,8 @@ def test_a_bad_batch_comes_out_again(
     assert "checkpoints/last.ckpt, 14 steps to catch up with." in out
     rows = re.findall(r"^ +(\d) +\S+ +\S+ +\S+ +\S+ +\S+ +\S+ +0 %", out, re.MULTILINE)
     assert rows == ["1", "2"]
+    record = load(folder / "flight_recorder/step_45_rank_0.pt")
+    assert ("positions" in record["batches"][0]) == (model is APART)
     assert re.search(r"Loss (\S+), gradient norm (\S+); recorded \1 and \2: the same\.$", out.rstrip()), "to each digit"
     assert sorted(path for path in folder.rglob("*")) == before, "it writes nothing"
 
