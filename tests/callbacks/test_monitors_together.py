@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from callbacks.divergence import Divergence
+from callbacks.flight_recorder import FlightRecorder
 from callbacks.gradient_health import GradientHealth
 from callbacks.representation_collapse import RepresentationCollapse
 from callbacks.signal_propagation import SignalPropagation
@@ -20,9 +22,19 @@ TO_THE_HOST = ("tolist", "item", "cpu", "numpy", "__float__", "__int__", "__bool
 BY_THE_CLOCK = {"train/tokens_per_second", "train/data_wait_share", "train/memory_peak"}
 
 
-def monitors() -> list[Any]:
-    """Everything sampled in every second step, as it is logged."""
-    return [Throughput(), GradientHealth(), SignalPropagation(2), RepresentationCollapse(2)]
+def sampled() -> list[Any]:
+    """What is sampled in every second step, as it is logged."""
+    return [GradientHealth(), SignalPropagation(2), RepresentationCollapse(2)]
+
+
+def watching(root: Path) -> list[Any]:
+    """What reads every step."""
+    return [FlightRecorder(str(root)), Divergence(str(root))]
+
+
+def monitors(root: Path) -> list[Any]:
+    """Everything."""
+    return [Throughput(), *sampled(), *watching(root)]
 
 
 def records(root: Path, callbacks: list[Any], **fields: Any) -> list[dict[str, float]]:
@@ -59,7 +71,16 @@ def test_all_monitors_together_wait_for_the_device_once_a_logged_step(
 ) -> None:
     """Steps 1 (sampled), 2 and 4 (logged and sampled). Throughput is left out: what it logs, Lightning reads."""
     without = transfers(tmp_path, [], monkeypatch)
-    assert transfers(tmp_path, monitors()[1:], monkeypatch) - without == 3
+    assert transfers(tmp_path, sampled(), monkeypatch) - without == 3
+
+
+def test_what_reads_every_step_waits_once_a_step_and_no_more_on_logged_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All share the transfer of callbacks/statistics.py."""
+    without = transfers(tmp_path, [], monkeypatch)
+    assert transfers(tmp_path, watching(tmp_path), monkeypatch) - without == STEPS
+    assert transfers(tmp_path, [*sampled(), *watching(tmp_path)], monkeypatch) - without == STEPS
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch looks at it while it traces
@@ -68,7 +89,7 @@ def test_compiled_blocks_have_the_same_keys_and_values(
     tmp_path: Path, ffn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
-    plain, compiled = (records(tmp_path, monitors(), ffn=ffn, compile=on) for on in (False, True))
+    plain, compiled = (records(tmp_path, monitors(tmp_path), ffn=ffn, compile=on) for on in (False, True))
     assert len(plain) == len(compiled)
     keys = [set(record) for record in plain]
     assert [set(record) for record in compiled] == keys
