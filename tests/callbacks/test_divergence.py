@@ -204,11 +204,13 @@ def test_a_precision_that_scales_the_loss_is_refused(callback: Any, tmp_path: Pa
         fit(tmp_path, make_module(), tokens(2, 9), callbacks=[callback(str(tmp_path))], plugins=plugin, max_steps=1)
 
 
-@pytest.mark.gpu
-def test_a_precision_that_scales_the_loss_is_refused_on_the_command_line(tmp_path: Path) -> None:
-    finished = train(tmp_path, *tiny_job("trainer.accelerator=gpu", "trainer.precision=16-mixed"))
+def test_a_run_with_a_scaled_loss_trains_without_those_it_is_refused_for(tmp_path: Path) -> None:
+    plugin = "{_target_: lightning.pytorch.plugins.MixedPrecision, precision: 16-mixed, device: cpu}"
+    scaled = [*tiny_job(*JOB), "trainer.precision=null", f"+trainer.plugins={plugin}"]
+    finished = train(tmp_path, *scaled)
     assert finished.code == 2
     assert finished.err.startswith("Error: trainer.precision='16-mixed' is not valid: expected one that does not scale")
+    assert train(tmp_path, *scaled, *re.findall(r"callbacks\.\w+=null", finished.err)).code == 0
 
 
 def test_a_bad_batch_names_the_group_that_it_hurt_most(tmp_path: Path) -> None:
