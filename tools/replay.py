@@ -3,12 +3,13 @@
     python -m tools.replay RUN              the first step that the flight recorder has written out
     python -m tools.replay RUN --step 137   another one
 
-Takes the newest checkpoint from before the step, trains on from there as the run did (its data, its random numbers, its
-policy on divergence, and your own callbacks), stops before the step, and sends the recorded tokens through the model.
+Takes the newest checkpoint that leads to the step, trains on from there as the run did (its data, its random numbers,
+its policy on divergence, your own callbacks), stops before the step, and sends the recorded tokens through the model.
 What does not come out as it was recorded was caused by neither the weights nor the data. Writes nothing.
 """
 
 import argparse
+import json
 import math
 import re
 import sys
@@ -72,13 +73,25 @@ def recorded_steps(run: Path) -> dict[int, list[Path]]:
 
 
 def checkpoint_before(run: Path, step: int) -> tuple[Path | None, int]:
-    """(the newest checkpoint from before the step, its step); (None, 0): only the beginning is left."""
+    """(the newest checkpoint that leads to the step, its step); (None, 0): only the beginning is left.
+
+    One from between a snapshot and the rollback to it does not: a run from there cannot go back so far.
+    """
     steps = {}
     for path in (run / "checkpoints").glob("*.ckpt"):
         steps[path] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
-    usable = {path: at for path, at in steps.items() if at < step}
+    undone = [range(snapshot + 1, at) for at, snapshot in rollbacks(run) if at < step]
+    usable = {path: at for path, at in steps.items() if at < step and not any(at in span for span in undone)}
     newest = max(usable, key=lambda path: usable[path], default=None)
     return newest, usable[newest] if newest else 0
+
+
+def rollbacks(run: Path) -> list[tuple[int, int]]:
+    """(step of the event, step of the snapshot that it went back to)."""
+    log = run / "events.jsonl"
+    events = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    found = [(event["step"], re.match(r"rolled back to step (\d+)", event["done"])) for event in events]
+    return [(step, int(match[1])) for step, match in found if match]
 
 
 def arrive(run: Path, step: int, checkpoint: Path | None, scratch: Path) -> Any:

@@ -1,12 +1,14 @@
 """The command: the recorded step comes out again as it was, and what came from elsewhere does not."""
 
 import contextlib
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
+import torch
 
 from tests.helpers_run import load, run
 from tools import replay
@@ -73,6 +75,38 @@ def test_a_gradient_that_was_spoilt_from_outside_does_not(
     assert "From the beginning, 4 steps to catch up with." in out
     assert re.search(r"^ +1 .* 0\.0977 % *$", out, re.MULTILINE), "one of 32 x 32 entries of attention's output matrix"
     assert re.search(r"Loss ([\d.]+), gradient norm [\d.]+; recorded \1 and nan: not the same, so look beyond", out)
+
+
+def test_a_step_after_a_rollback_comes_out_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The checkpoint of step 27 lies between the snapshot of step 20 and the rollback of step 29."""
+    options = "callbacks.divergence.policy_options={every: 10, margin: 5, patience: 2, lr_factor: 1.0}"
+    cause = "+callbacks.cause={_target_: tests.callbacks.faults.NaNGradient, first: 28, num_steps: 2}"
+    leave = "+callbacks.leave={_target_: tests.tools.test_replay.LeaveAfter, step: 49}"
+    overrides = ["callbacks.divergence.policy=rollback", options, cause, fault("BadBatch", 49), leave]
+    with pytest.raises(RuntimeError, match="left"):
+        run(tmp_path, "run", *STEPS, *overrides, "callbacks.last_checkpoint.every_n_train_steps=27")
+    assert load(tmp_path / "run/checkpoints/last.ckpt")["global_step"] == 27
+    out, _ = call(monkeypatch, capsys, str(tmp_path / "run"), "--step", "49")
+    assert "From the beginning, 48 steps to catch up with." in out
+    assert out.rstrip().endswith(": the same.")
+
+
+@pytest.mark.parametrize(
+    ("step", "usable"), [(19, 18), (20, 10), (25, 24), (35, 10)], ids=["of it", "after it", "later", "after both"]
+)
+def test_checkpoints_between_a_snapshot_and_its_rollback_are_passed_over(
+    tmp_path: Path, step: int, usable: int
+) -> None:
+    """Rolled back at step 19 to 10, and at step 34 again."""
+    (tmp_path / "checkpoints").mkdir()
+    for at in (5, 10, 11, 18, 24, 33):
+        torch.save({"global_step": at}, tmp_path / f"checkpoints/step={at}.ckpt")
+    done = {17: "skipped the step", 19: "rolled back to step 10, learning rate x 0.5", 34: "rolled back to step 10"}
+    lines = [json.dumps({"step": at, "done": what}) + "\n" for at, what in done.items()]
+    (tmp_path / "events.jsonl").write_text("".join(lines))
+    assert replay.checkpoint_before(tmp_path, step) == (tmp_path / f"checkpoints/step={usable}.ckpt", usable)
 
 
 def test_a_run_without_a_record_or_that_step_is_refused(
