@@ -73,7 +73,10 @@ def train_on_two(cwd: Path, *arguments: str, seconds: int = 150) -> Finished:
 
 
 RECOVERING = ["experiment=dense_spannorm", "trainer.max_steps=40", "trainer.val_check_interval=20", ROLLBACK, OPTIONS]
-RECOVERING += [nan_gradient(18, 2), "model.num_layers=1"]
+RECOVERING += ["model.num_layers=1"]
+BAD_WEIGHTS = [*RECOVERING, "model.placement=postnorm"]
+BAD_WEIGHTS += ["+callbacks.flip={_target_: tests.callbacks.faults.FlipBit, step: 18, parameter: head.weight}"]
+RECOVERING += [nan_gradient(18, 2)]
 
 
 @pytest.fixture(scope="module")
@@ -128,12 +131,21 @@ def test_a_stop_amid_a_recovery_changes_nothing(tmp_path: Path, uninterrupted: P
 
 def test_bad_weights_in_the_checkpoint_are_recovered_from(tmp_path: Path) -> None:
     """Stopped between skip and rollback, with a flipped bit: only the saved snapshots are from before it."""
-    job = [o for o in RECOVERING if not o.startswith("+callbacks.nan")]
-    flip = "{_target_: tests.callbacks.faults.FlipBit, step: 18, parameter: head.weight}"
-    job += ["model.placement=postnorm", f"+callbacks.flip={flip}"]
-    whole = run(tmp_path, "whole", *job)
+    whole = run(tmp_path, "whole", *BAD_WEIGHTS)
     assert done(whole) == {18: "skipped the step", 19: "rolled back to step 10, learning rate x 0.5 to step 31"}
-    assert_same_run(stopped_and_resumed(tmp_path, job, 18), whole)
+    assert_same_run(stopped_and_resumed(tmp_path, BAD_WEIGHTS, 18), whole)
+
+
+@pytest.mark.slow
+def test_bad_weights_in_the_checkpoint_are_recovered_from_on_two_processes(tmp_path: Path) -> None:
+    assert train_on_two(tmp_path, *tiny_job(*BAD_WEIGHTS), "run_dir=whole").code == 0
+    interrupt = "+callbacks.interrupt={_target_: tests.test_train.SendSignal, signum: 2, step: 18}"
+    train_on_two(tmp_path, *tiny_job(*BAD_WEIGHTS), "run_dir=run", interrupt)
+    names = {path.name for path in (tmp_path / "run/checkpoints").glob("snapshots*")}
+    assert names == {"snapshots-rank-0.pt", "snapshots-rank-1.pt"}
+    assert train_on_two(tmp_path, *tiny_job(*BAD_WEIGHTS), "run_dir=run", "ckpt_path=last").code == 0
+    assert_began(tmp_path / "run", 18)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def test_without_the_saved_snapshots_it_goes_back_to_the_checkpoint(tmp_path: Path) -> None:
