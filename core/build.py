@@ -9,7 +9,7 @@ from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
-from core.errors import ConfigError, Refused, UserError, require
+from core.errors import ConfigError, Refused, UserError, one_line, require
 from core.options import check_arguments
 
 
@@ -36,7 +36,7 @@ def build(config: DictConfig, field: str, **filled_in: Any) -> Any:
         raise
     except (TypeError, ValueError, RuntimeError, ImportError, MisconfigurationException) as error:
         # What Lightning and the like find wrong: the message says more than its traceback.
-        message = re.sub(r"\s+", " ", str(error)).strip()
+        message = one_line(error)
         name = _culprit(arguments, message)
         raise Refused(f"{field}.{name}", node[name], message) from error
 

@@ -13,7 +13,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from core.errors import ConfigError, UserError, suggest
+from core.errors import ConfigError, UserError, one_line, suggest
 from core.explain import explain_omegaconf
 from lightning_modules.config import ModelConfig, OptimConfig, writable_schema
 
@@ -103,7 +103,7 @@ def explain(error: BaseException) -> str:
             return str(explain_omegaconf(chain, value=_given(chain.full_key)))
         chain = chain.__cause__
     text = re.split(r"\nSee https://|\n?Config search path|\n    full_key:", str(error))[0]
-    text = re.sub(r"^In '\w+': |\.$", "", re.sub(r"\s+", " ", text.strip()))
+    text = re.sub(r"^In '\w+': |\.$", "", one_line(text))
     if isinstance(error, OverrideParseException):
         return f"{text}; expected FIELD=VALUE, +FIELD=VALUE for a new field, or ~FIELD to leave one out"
     if isinstance(error, MissingConfigException) and error.options:

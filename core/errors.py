@@ -1,6 +1,7 @@
 """What the user can mend: `train.py` prints these errors without a traceback and exits with 2."""
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -46,6 +47,11 @@ class UnknownField(Refused):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.field, self.value, self.choices)
+
+
+def one_line(message: object) -> str:
+    """What others say over several lines, as one."""
+    return re.sub(r"\s+", " ", str(message)).strip()
 
 
 def suggest(name: str, choices: Iterable[str]) -> str:

@@ -1,6 +1,5 @@
 """What becomes of a run that somebody, or Lightning, stops early."""
 
-import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from typing import NoReturn
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from core.errors import UserError
+from core.errors import UserError, one_line
 from core.run_folder import LAST, is_main_process, resume_command
 
 
@@ -45,7 +44,7 @@ def explained(trainer: L.Trainer, run_dir: Path) -> Iterator[None]:
             raise
         _leave(run_dir, signal.SIGINT, "Interrupted at once")
     except MisconfigurationException as error:
-        raise UserError(re.sub(r"\s+", " ", str(error)).strip()) from error
+        raise UserError(one_line(error)) from error
 
 
 def _leave(run_dir: Path, signum: int, message: str) -> NoReturn:
