@@ -101,6 +101,12 @@ def test_the_clock_the_data_and_the_schedule_go_on(uninterrupted: Path, tmp_path
     assert {int(s["step"]) for s in ours["optimizer_states"][0]["state"].values()} == {40 - 9}, "10 to 19 are undone"
 
 
+def test_going_back_does_not_look_like_an_update(uninterrupted: Path) -> None:
+    """That of the step before is logged; after the rollback before step 19's update, step 20 has none to tell of."""
+    logged = set(scalars(uninterrupted, "gradients/block_1/attn_out"))
+    assert logged - set(scalars(uninterrupted, "updates/block_1/attn_out")) == {min(logged), min(logged) + 19}
+
+
 def stopped_and_resumed(cwd: Path, job: list[str], step: int) -> Path:
     """Interrupted after this step, then gone on with."""
     interrupt = f"+callbacks.interrupt={{_target_: tests.test_train.SendSignal, signum: 2, step: {step}}}"
