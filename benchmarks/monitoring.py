@@ -3,13 +3,15 @@
     python -m benchmarks.monitoring                     writes docs/results/monitoring-cpu.md
 
 One run, in which windows of 10 optimizer steps take turns: no monitors; those that look at every step or log once in a
-window; those, and the ones that sample once in a window. Reported is the time inside of the monitors, which on a CPU is
-what they cost, and beside it the difference between windows, which also holds what else the machine did meanwhile.
+window; those, and the ones that sample once in a window; those that log, and curvature once. Reported is the time
+inside of the monitors, which on a CPU is what they cost, and beside it the difference between windows, which also holds
+what else the machine did meanwhile.
 """
 
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from hydra import compose, initialize_config_dir
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from benchmarks.moe import machine
+from callbacks.curvature import Curvature
 from callbacks.divergence import Divergence
 from callbacks.flight_recorder import FlightRecorder
 from callbacks.gradient_health import GradientHealth
@@ -30,7 +33,7 @@ from core.build import build
 
 RUN = "runs/benchmark"
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-WINDOW, SAMPLED_EVERY = 10, 100  # steps; the second is the monitors' default
+WINDOW, SAMPLED_EVERY, CURVATURE_EVERY = 10, 100, 500  # steps; but for the first, the monitors' defaults
 HOOKS = (
     "on_train_batch_start",
     "on_before_backward",
@@ -40,36 +43,42 @@ HOOKS = (
 )
 
 
-class Switch(L.Callback):
-    """Hands the hooks on to the monitors whose turn it is, and times each window."""
+class Turns(L.Callback):
+    """Gives each monitor its windows, and times windows and monitors."""
 
     def __init__(self) -> None:
         logging = [Throughput(), GradientHealth(), FlightRecorder(RUN), Divergence(RUN)]
-        self.kinds = [[], logging, [*logging, SignalPropagation(WINDOW), RepresentationCollapse(WINDOW)]]
+        sampling = [SignalPropagation(WINDOW), RepresentationCollapse(WINDOW)]
+        self.kinds: list[list[L.Callback]] = [[], logging, [*logging, *sampling], [*logging, Curvature(WINDOW)]]
+        self.monitors = [*logging, *sampling, self.kinds[-1][-1]]
         self.seconds: list[list[float]] = [[] for _ in self.kinds]
         self.inside: list[list[float]] = [[] for _ in self.kinds]
         self._started = self._spent = 0.0
-        for hook in HOOKS:
-            setattr(self, hook, lambda *arguments, hook=hook: self._hand_on(hook, *arguments))
+        self._kind = 0
+        for monitor in self.monitors:
+            for hook in HOOKS:
+                setattr(monitor, hook, self._in_its_turn(monitor, getattr(monitor, hook)))
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        for monitor in self.kinds[-1]:
-            monitor.on_train_start(trainer, pl_module)
+    def _in_its_turn(self, monitor: L.Callback, hook: Callable[..., None]) -> Callable[..., None]:
+        def run(*arguments: Any) -> None:
+            if monitor in self.kinds[self._kind]:
+                started = time.perf_counter()
+                hook(*arguments)
+                self._spent += time.perf_counter() - started
 
-    def _hand_on(self, hook: str, trainer: L.Trainer, *arguments: Any) -> None:
-        ended = hook == "on_train_batch_end"
-        step = trainer.global_step if ended else trainer.global_step + 1
-        kind = (step - 1) // WINDOW % len(self.kinds)
-        if hook == "on_train_batch_start" and (step - 1) % WINDOW == 0:
-            now = time.perf_counter()
-            if step > WINDOW:
-                self.seconds[kind - 1].append(now - self._started)
-                self.inside[kind - 1].append(self._spent)
-            self._started, self._spent = now, 0.0
-        started = time.perf_counter()
-        for monitor in self.kinds[kind]:
-            getattr(monitor, hook)(trainer, *arguments)
-        self._spent += time.perf_counter() - started
+        return run
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step % WINDOW:
+            return
+        now = time.perf_counter()
+        if trainer.global_step:
+            self.seconds[self._kind].append(now - self._started)
+            self.inside[self._kind].append(self._spent)
+        self._kind = trainer.global_step // WINDOW % len(self.kinds)
+        self._started, self._spent = now, 0.0
 
 
 def main() -> None:
@@ -85,12 +94,12 @@ def main() -> None:
     load = machine("cpu")
     torch.set_num_threads(arguments.threads)
     L.seed_everything(0, verbose=False)
-    datamodule, switch = build(config, "data"), Switch()
+    datamodule, turns = build(config, "data"), Turns()
     datamodule.prepare_data()
     module = build(config, "module", vocab_size=datamodule.vocab_size)
     trainer = L.Trainer(
         accelerator="cpu",
-        max_steps=(arguments.rounds + 1) * len(switch.kinds) * WINDOW + 1,
+        max_steps=(arguments.rounds + 1) * len(turns.kinds) * WINDOW + 1,
         gradient_clip_val=1.0,
         log_every_n_steps=WINDOW,
         limit_val_batches=0,
@@ -98,27 +107,31 @@ def main() -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
         logger=TensorBoardLogger(RUN, name=""),
-        callbacks=[switch],
+        callbacks=[turns, *turns.monitors],
     )
     trainer.fit(module, datamodule=datamodule)
 
-    off, logged = (seconds[1:] for seconds in switch.seconds[:2])  # the first round warms up
+    off, logged = (seconds[1:] for seconds in turns.seconds[:2])  # the first round warms up
     step = statistics.median(off) / WINDOW
-    _, log, both = (statistics.median(seconds[1:]) for seconds in switch.inside)
-    sample = both - log
+    _, log, sampled, curved = (statistics.median(seconds[1:]) for seconds in turns.inside)
+    sample, curvature = sampled - log, curved - log
     low, middle, high = statistics.quantiles([b - a for a, b in zip(off, logged, strict=True)], n=4)
-    share = (log / WINDOW + sample / SAMPLED_EVERY) / step
+    default = (log / WINDOW + sample / SAMPLED_EVERY) / step
+    everything = default + curvature / CURVATURE_EVERY / step
     lines = [
         "# What the monitors cost\n",
-        f"`python -m benchmarks.monitoring {' '.join(arguments.overrides)}`, {len(off)} rounds of 3 windows of "
-        f"{WINDOW} steps.\ntorch {torch.__version__}; {load}.\n",
+        f"`python -m benchmarks.monitoring {' '.join(arguments.overrides)}`, {len(off)} rounds of "
+        f"{len(turns.kinds)} windows of {WINDOW} steps.\ntorch {torch.__version__}; {load}.\n",
         "| | ms |\n|---|---|",
         f"| a step without monitors | {1e3 * step:.1f} |",
         f"| inside of the monitors, {WINDOW} steps of which one is logged | {1e3 * log:.1f} |",
         f"| and for one sample | {1e3 * sample:.1f} |",
+        f"| and for one estimate of the curvature | {1e3 * curvature:.0f} |",
         f"| by difference of windows, {WINDOW} steps of which one is logged: quartiles "
         f"| {1e3 * low:.1f}, {1e3 * middle:.1f}, {1e3 * high:.1f} |",
-        f"| **on average, logged every {WINDOW} and sampled every {SAMPLED_EVERY} steps** | **{100 * share:.2f} %** |",
+        "\n| on average | share of a step |\n|---|---|",
+        f"| default monitors: logged every {WINDOW}, sampled every {SAMPLED_EVERY} steps | **{100 * default:.2f} %** |",
+        f"| and curvature every {CURVATURE_EVERY} | **{100 * everything:.2f} %** |",
     ]
     print("\n".join(lines))
     arguments.output.parent.mkdir(parents=True, exist_ok=True)

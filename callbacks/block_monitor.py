@@ -1,6 +1,7 @@
 """Watches the blocks from inside, in a forward pass of its own of a few sequences."""
 
 from abc import abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -19,8 +20,8 @@ class BlockMonitor(L.Callback):
     """Logs NAME/block_NUMBER/FIGURE for the first optimizer step and every n-th, before it changes the weights.
 
     A subclass says what it measures of a block. Sampled are the first sequences of the step, of the first process;
-    documents packed into one are seen as one text, whatever `data.document_mask` is in training.
-    Blocks count from 1; of more than 16 a choice is written.
+    documents packed into one are seen as one text, whatever `data.document_mask` is in training. Monitors that sample
+    the same share one forward pass. Blocks count from 1; of more than 16 a choice is written.
 
     Args:
         every_n_steps: optimizer steps between two samples.
@@ -64,15 +65,32 @@ class BlockMonitor(L.Callback):
     ) -> None:
         if batch_idx % trainer.accumulate_grad_batches or not self._is_sampled(trainer.global_step + 1):
             return
+        monitors = self._sharing(trainer)
+        if monitors[0] is not self:
+            return
         tokens = batch["tokens"][: self.sequences, :-1][:, : self.positions]
-        self.before_sample(trainer, pl_module, tokens.size(1))
-        measured: list[Tensor] = []
-        self._forward(trainer, pl_module, tokens, measured)
-        carry(pl_module, self.prefix, torch.cat(measured))
+        measured: dict[BlockMonitor, list[Tensor]] = {monitor: [] for monitor in monitors}
+
+        def see(view: BlockView) -> None:
+            for monitor, figures in measured.items():
+                figures.append(torch.stack(monitor.measure(view)))
+
+        for monitor in monitors:
+            monitor.before_sample(trainer, pl_module, tokens.size(1))
+        self._forward(trainer, pl_module, tokens, see)
+        for monitor, figures in measured.items():
+            carry(pl_module, monitor.prefix, torch.cat(figures))
+
+    def _sharing(self, trainer: L.Trainer) -> "list[BlockMonitor]":
+        """The run's monitors that sample the same of this step, in order: one forward pass serves them all."""
+        monitors = [c for c in trainer.callbacks if isinstance(c, BlockMonitor)]  # type: ignore[attr-defined]
+        mine = self.sequences, self.positions
+        due = (m for m in monitors if m._is_sampled(trainer.global_step + 1))
+        return [m for m in due if (m.sequences, m.positions) == mine]
 
     @torch.no_grad()
     def _forward(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, tokens: Tensor, measured: list[Tensor]
+        self, trainer: L.Trainer, pl_module: L.LightningModule, tokens: Tensor, see: Callable[[BlockView], None]
     ) -> None:
         """Training goes on as if this had not been: no graph, and no random numbers, as the router's jitter is off."""
         model: Any = pl_module.model
@@ -82,11 +100,7 @@ class BlockMonitor(L.Callback):
         was_training = model.training
         model.eval()
         try:
-            with (
-                stance,
-                trainer.precision_plugin.forward_context(),
-                watching(model, lambda view: measured.append(torch.stack(self.measure(view)))),
-            ):
+            with stance, trainer.precision_plugin.forward_context(), watching(model, see):
                 model(tokens)
         finally:
             model.train(was_training)

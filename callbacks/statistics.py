@@ -1,7 +1,7 @@
 """Statistics of gradients and parameters for all monitors: computed once a step, by whoever asks first."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -60,9 +60,13 @@ class _Cache:
         batch: number of the step's last batch, and a gradient of that step: they tell whether `statistics` still hold.
         watched: the parameters as they were before step `watched_step`.
         carried: what waits for the next transfer.
+        trainer: for which `labelled` holds; the parameters of a run stay the same objects.
+        labelled: every parameter, with its group.
     """
 
     def __init__(self) -> None:
+        self.trainer: Callable[[], L.Trainer | None] = lambda: None
+        self.labelled: list[tuple[Group, Any]] = []
         self.batch, self.gradient = -1, lambda: None
         self.statistics: GradientStatistics | None = None
         self.watched: dict[Tensor, Tensor] = {}
@@ -82,8 +86,8 @@ def gradient_statistics(trainer: L.Trainer, pl_module: L.LightningModule) -> Gra
     Args:
         pl_module: its `model` has `parameter_groups()`, as Transformer does.
     """
-    labelled = [(group, p) for group, p in _labelled(pl_module) if p.grad is not None]
     cache, batch = _CACHES.setdefault(pl_module, _Cache()), trainer.fit_loop.total_batch_idx
+    labelled = [(group, p) for group, p in _labelled(trainer, pl_module) if p.grad is not None]
     gradient = labelled[0][1].grad
     # The number alone would do, were it not that a run may be taken back to an earlier step.
     if cache.statistics is None or cache.batch != batch or cache.gradient() is not gradient:
@@ -99,7 +103,7 @@ def watch_update(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
     Until then it takes as much memory as the parameters.
     """
     cache = _CACHES.setdefault(pl_module, _Cache())
-    cache.watched = {parameter: _local(parameter.detach()).clone() for _, parameter in _labelled(pl_module)}
+    cache.watched = {parameter: _local(parameter.detach()).clone() for _, parameter in _labelled(trainer, pl_module)}
     cache.watched_step = trainer.global_step + 1
 
 
@@ -118,9 +122,13 @@ def carry(pl_module: L.LightningModule, name: str, values: Tensor) -> None:
     _CACHES.setdefault(pl_module, _Cache()).carried[name] = values
 
 
-def _labelled(pl_module: L.LightningModule) -> list[tuple[Group, Any]]:
-    model: Any = pl_module.model
-    return [(Group(block, kind), parameter) for block, kind, parameter in model.parameter_groups()]
+def _labelled(trainer: L.Trainer, pl_module: L.LightningModule) -> list[tuple[Group, Any]]:
+    cache = _CACHES.setdefault(pl_module, _Cache())
+    if cache.trainer() is not trainer:  # to go through all modules costs more than the norms of a small model
+        model: Any = pl_module.model
+        cache.labelled = [(Group(block, kind), parameter) for block, kind, parameter in model.parameter_groups()]
+        cache.trainer = ref(trainer)
+    return cache.labelled
 
 
 def _compute(labelled: list[tuple[Group, Any]], cache: _Cache, step: int, logged: bool) -> GradientStatistics:
@@ -163,7 +171,7 @@ def norms(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> Tensor:
         tensors: or the local parts of distributed ones.
         like: the parameters, whose distribution counts.
     """
-    local = torch.stack(torch._foreach_norm([_local(t.detach()) for t in tensors], 2, dtype=torch.float32))
+    local = torch.stack(torch._foreach_norm([_local(t) for t in tensors], 2, dtype=torch.float32))
     return _over_processes(local.square(), like).sqrt() if any(isinstance(p, DTensor) for p in like) else local
 
 
