@@ -84,11 +84,12 @@ def test_what_reads_every_step_waits_once_a_step_and_no_more_on_logged_ones(
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch looks at it while it traces
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("ffn", ["dense", "moe"])
 def test_compiled_blocks_have_the_same_keys_and_values(
-    tmp_path: Path, ffn: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, ffn: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend))
     plain, compiled = (records(tmp_path, monitors(tmp_path), ffn=ffn, compile=on) for on in (False, True))
     assert len(plain) == len(compiled)
     keys = [set(record) for record in plain]
