@@ -84,6 +84,7 @@ def test_what_reads_every_step_waits_once_a_step_and_no_more_on_logged_ones(
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch looks at it while it traces
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own inductor still imports it
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("ffn", ["dense", "moe"])
 def test_compiled_blocks_have_the_same_keys_and_values(
