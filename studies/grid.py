@@ -1,0 +1,135 @@
+"""A study: a question, and the grid of runs that is to answer it. Read from configs/study/NAME.yaml."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from core.errors import ConfigError, require, suggest
+
+Axis = dict[str, list[str]]
+"""What each of the axis' points is called, and the overrides of train.py that it stands for."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run of a study.
+
+    Attributes:
+        name: of its folder: the points and the seed, joined.
+        point: {axis: label}.
+        seed: of the run.
+        overrides: of train.py, without seed and folder.
+    """
+
+    name: str
+    point: Mapping[str, str]
+    seed: int
+    overrides: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A grid over one scale's overrides.
+
+    Attributes:
+        name: that of its file.
+        scale: laptop, gpu or paper, or what else the file has.
+        question: what it is to answer, in a sentence.
+        needs: hardware and time, in words.
+        axes: by name; their product is the grid. The first is what the others are seen against.
+        baseline: label on the first axis that the others are compared with.
+        seeds: every point is run with each.
+        overrides: of train.py, for every run.
+    """
+
+    name: str
+    scale: str
+    question: str
+    needs: str
+    axes: dict[str, Axis]
+    baseline: str | None
+    seeds: tuple[int, ...]
+    overrides: tuple[str, ...]
+
+    def runs(self) -> list[Planned]:
+        """Seed by seed: a study that is broken off has few seeds of everything rather than all of a part."""
+        runs = []
+        for seed, labels in itertools.product(self.seeds, itertools.product(*self.axes.values())):
+            point = dict(zip(self.axes, labels, strict=True))
+            chosen = [override for axis, label in point.items() for override in self.axes[axis][label]]
+            name = "_".join([*labels, f"seed{seed}"]).replace("/", "-")
+            runs.append(Planned(name, point, seed, (*self.overrides, *chosen)))
+        return runs
+
+    def save(self, path: Path) -> None:
+        """As YAML that `load` reads."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(
+            OmegaConf.create({**vars(self), "seeds": list(self.seeds), "overrides": list(self.overrides)}), path
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> "Study":
+        """What `save` wrote."""
+        content: Any = OmegaConf.to_container(OmegaConf.load(path))
+        tuples = {name: tuple(content[name]) for name in ("seeds", "overrides")}
+        return cls(**{**content, **tuples})
+
+
+def read(name: str, config: DictConfig, scale: str, seeds: Sequence[int] | None = None) -> Study:
+    """A study from its config.
+
+    Args:
+        name: of the study.
+        config: the content of its file.
+        scale: one of those under its `scales`; what stands there replaces what stands above.
+        seeds: others than the file's; None: those.
+
+    Raises:
+        ConfigError: an unknown scale, or an axis or seeds that are no such thing.
+    """
+    content: Any = OmegaConf.to_container(config)
+    scales = content.pop("scales", None)
+    require(isinstance(scales, dict) and scales, "study.scales", scales, "a group with a scale in it, as laptop")
+    if scale not in scales:
+        raise ConfigError("scale", scale, suggest(scale, scales))
+    chosen = {**content, **scales[scale], **({} if seeds is None else {"seeds": list(seeds)})}
+    known = {"question", "needs", "axes", "baseline", "seeds", "overrides"}
+    for field in chosen:
+        if field not in known:
+            raise ConfigError("study", field, suggest(field, known))
+    axes = {axis: _axis(axis, points) for axis, points in chosen["axes"].items()}
+    whole = isinstance(chosen["seeds"], list) and all(type(seed) is int and seed >= 0 for seed in chosen["seeds"])
+    require(whole and chosen["seeds"], "seeds", chosen["seeds"], "a list of integers >= 0, as [0,1,2]")
+    baseline = chosen.get("baseline")
+    first = next(iter(axes.values()))
+    if baseline is not None and baseline not in first:
+        raise ConfigError("study.baseline", baseline, suggest(baseline, first))
+    overrides = (*content.get("overrides", []), *scales[scale].get("overrides", []))
+    return Study(
+        name=name,
+        scale=scale,
+        question=chosen["question"],
+        needs=chosen["needs"],
+        axes=axes,
+        baseline=baseline,
+        seeds=tuple(chosen["seeds"]),
+        overrides=tuple(dict.fromkeys(overrides)),
+    )
+
+
+def _axis(name: str, points: Any) -> Axis:
+    """A list of values of the field that the axis is called after, or a mapping of labels to overrides."""
+    valid = "a list of values of the field that it is named after, or labels with their overrides"
+    require(isinstance(points, list | dict) and points, f"study.axes.{name}", points, valid)
+    if isinstance(points, list):
+        return {_word(value): [f"{name}={_word(value)}"] for value in points}
+    return {str(label): [given] if isinstance(given, str) else list(given) for label, given in points.items()}
+
+
+def _word(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else f"{value}"

@@ -1,0 +1,151 @@
+"""What a study keeps of a run: a few kilobytes that say how it went, and whether training failed."""
+
+import json
+import math
+import statistics
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from studies.grid import Planned
+from tools.compare import LATE, Run
+
+FINISHED, NO_NUMBER, ROSE, UNLEARNED, BROKEN = "finished", "no number", "rose", "unlearned", "broken"
+FAILURES = {
+    NO_NUMBER: "the loss is no finite number at the end",
+    ROSE: "the training loss of the last tenth is more than 10 % above that of the best tenth before it",
+    UNLEARNED: "the final validation loss is not below that of counted byte pairs",
+    BROKEN: "the process ended before the last step",
+}
+"""When training has failed. A run that ends otherwise is finished."""
+RISE = 1.1
+BY_BLOCK = (
+    *("gradients/block_{}/all", "signal/block_{}/variance", "signal/block_{}/attn_ratio", "signal/block_{}/ffn_ratio"),
+    *("signal/block_{}/variance_theory", "representation/block_{}/token_cosine"),
+    *("representation/block_{}/effective_rank", "representation/block_{}/block_cosine"),
+)
+MAX_BLOCKS, MAX_POINTS, MAX_TIMES = 1024, 60, 4
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run of a study.
+
+    Attributes:
+        name, point, seed, overrides: as planned.
+        status: finished, or why training failed: FAILURES.
+        reason: of a broken run, the last line it said.
+        folder: the run's.
+        val_loss: at the end, nats per token; None where it is no number.
+        bigram_loss: of the corpus; None where it is not known.
+        parameters: of the model.
+        seconds: of training, in the last process.
+        tokens_per_second: likewise.
+        train_loss: (steps, losses), each the mean since the one before; at most MAX_POINTS.
+        by_block: {tag with {} for the block: {step: {block: value}}}, at MAX_TIMES of each monitor's steps.
+    """
+
+    name: str
+    point: dict[str, str]
+    seed: int
+    overrides: list[str]
+    status: str
+    folder: str
+    reason: str = ""
+    val_loss: float | None = None
+    bigram_loss: float | None = None
+    parameters: int | None = None
+    seconds: float | None = None
+    tokens_per_second: float | None = None
+    train_loss: tuple[list[int], list[float]] = field(default_factory=lambda: ([], []))
+    by_block: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> bool:
+        return self.status == FINISHED
+
+    def save(self, path: Path) -> None:
+        """As JSON; whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(asdict(self), separators=(",", ":")) + "\n")
+        unfinished.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Record":
+        """What `save` wrote."""
+        content = json.loads(path.read_text())
+        return cls(**{**content, "train_loss": tuple(content["train_loss"])})
+
+
+def collect(planned: Planned, folder: Path, broken: str | None = None) -> Record:
+    """Read a run's folder.
+
+    Args:
+        planned: the run.
+        folder: where it ran.
+        broken: what its process said when it ended before the last step; None: it did not.
+    """
+    identity: dict[str, Any] = {
+        **{"name": planned.name, "point": dict(planned.point), "seed": planned.seed},
+        **{"overrides": list(planned.overrides), "folder": str(folder)},
+    }
+    if not (folder / "tensorboard").is_dir():
+        return Record(**identity, status=BROKEN, reason=broken or "it wrote nothing")
+    run = Run(folder)
+    steps, losses = run.curve("train/loss")
+    _, validation = run.curve("val/loss")
+    summary = run.summary
+    val_loss = validation[-1] if validation and math.isfinite(validation[-1]) else None
+    return Record(
+        **identity,
+        status=BROKEN if broken is not None else judge(losses, val_loss, summary.get("bigram_loss")),
+        reason=broken or "",
+        val_loss=_rounded(val_loss),
+        bigram_loss=_rounded(summary.get("bigram_loss")),
+        parameters=summary.get("parameters"),
+        seconds=_rounded(summary.get("seconds")),
+        tokens_per_second=_rounded(summary.get("tokens_per_second")),
+        train_loss=_thinned(steps, losses),
+        by_block=_by_block(run),
+    )
+
+
+def judge(train_loss: list[float], val_loss: float | None, bigram_loss: float | None) -> str:
+    """finished, or why training failed, of a run that came to its last step.
+
+    Args:
+        train_loss: at each logged step.
+        val_loss: at the end; None: no finite number.
+        bigram_loss: None: not known.
+    """
+    if val_loss is None or not train_loss or not math.isfinite(train_loss[-1]):
+        return NO_NUMBER
+    size = max(1, round(LATE * len(train_loss)))
+    tenths = [statistics.fmean(train_loss[end - size : end]) for end in range(size, len(train_loss) + 1)]
+    if not tenths[-1] <= RISE * min(tenths):
+        return ROSE
+    return UNLEARNED if bigram_loss is not None and val_loss >= bigram_loss else FINISHED
+
+
+def _by_block(run: Run) -> dict[str, dict[str, dict[str, float]]]:
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for tag in BY_BLOCK:
+        for block in range(1, MAX_BLOCKS):
+            steps, values = run.curve(tag.format(block))
+            last = len(steps) - 1
+            for i in sorted({round(k * last / (MAX_TIMES - 1)) for k in range(MAX_TIMES)}) if steps else []:
+                found.setdefault(tag, {}).setdefault(str(steps[i]), {})[str(block)] = _rounded(values[i])
+    return found
+
+
+def _thinned(steps: list[int], losses: list[float]) -> tuple[list[int], list[float]]:
+    every = -(-len(steps) // MAX_POINTS) or 1
+    starts = range(0, len(steps) - every + 1, every)
+    means = [_rounded(statistics.fmean(losses[i : i + every])) for i in starts]
+    return [steps[i + every - 1] for i in starts], means
+
+
+def _rounded(value: Any) -> Any:
+    """To five digits, which keeps records small."""
+    return float(f"{value:.5g}") if isinstance(value, float) else value

@@ -1,0 +1,125 @@
+"""Run a study: every run of its grid that has no record yet, each in a process of its own.
+
+    python -m studies.run study=placement_by_init                          as many at once as there are cores
+    python -m studies.run study=learning_rate hydra.launcher.n_jobs=2 'seeds=[0]'
+    python -m studies.run study=depth scale=gpu hydra/launcher=submitit_slurm hydra.launcher.partition=NAME
+
+Hydra's launchers do the running. A run that was killed resumes from its last checkpoint; one that failed is recorded as
+failed, and the rest goes on. `python -m studies.status` says how far it is.
+"""
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from core import cli
+from core.errors import ConfigError, suggest
+from core.run_folder import LAST
+from studies.grid import Planned, Study, read
+from studies.record import Record, collect
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs"
+
+
+def study_of(config: DictConfig) -> Study:
+    """The study that a composed configs/study.yaml names."""
+    return read(HydraConfig.get().runtime.choices["study"], config.study, config.scale, config.seeds)
+
+
+def planned(overrides: list[str]) -> tuple[Study, Path]:
+    """The study that the overrides ask for, and the folder of its records."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = compose("study", overrides, return_hydra_config=True)
+        HydraConfig.instance().set_config(config)
+        study = study_of(config)
+    return study, Path(config.results_dir) / study.name / study.scale
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="study")
+@cli.job
+def run_one(config: DictConfig) -> None:
+    """The run named `run`: as a job of the sweep."""
+    study = study_of(config)
+    runs = {run.name: run for run in study.runs()}
+    if config.run not in runs:
+        raise ConfigError("run", config.run, suggest(str(config.run), runs))
+    run = runs[config.run]
+    folder = Path(config.runs_dir) / study.name / study.scale / run.name
+    path = Path(config.results_dir) / study.name / study.scale / f"{run.name}.json"
+    with held(folder):
+        if not is_done(path, run):
+            record = train(run, folder, config.threads)
+            if record is None:
+                print(f"{run.name}: killed; start the study again and it resumes", flush=True)
+                return
+            record.save(path)
+            print(f"{run.name}: {record.status}{f', {record.reason}' if record.reason else ''}", flush=True)
+
+
+def is_done(path: Path, run: Planned) -> bool:
+    """Whether there is a record of just this run."""
+    return path.exists() and Record.load(path).overrides == list(run.overrides)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Wait until nobody else runs in the folder. The training process inherits the lock: it outlives a killed study."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
+        os.set_inheritable(lock.fileno(), True)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def train(run: Planned, folder: Path, threads: int) -> Record | None:
+    """`python train.py` in the folder, from its last checkpoint if there is one, to the end; None: it was killed."""
+    if (folder / "summary.json").exists():  # it ended, but was not recorded
+        return collect(run, folder)
+    resume = ["ckpt_path=last"] if (folder / LAST).exists() else []
+    if not resume and folder.exists():
+        shutil.rmtree(folder)  # killed before its first checkpoint
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        *run.overrides,
+        f"seed={run.seed}",
+        f"run_dir='{folder}'",
+        *resume,
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, close_fds=False, check=False)
+    if ended.returncode == 0:
+        return collect(run, folder)
+    if ended.returncode < 0 or ended.returncode == cli.INTERRUPTED:
+        return None
+    last = (ended.stderr.strip() or ended.stdout.strip() or f"exit code {ended.returncode}").splitlines()[-1]
+    return collect(run, folder, broken=last)
+
+
+def main() -> None:
+    overrides = [argument for argument in sys.argv[1:] if "=" in argument]
+    if "--help" not in sys.argv and len(overrides) == len(sys.argv) - 1:
+        study, results = planned(overrides)
+        study.save(results / "study.yaml")
+        todo = [run.name for run in study.runs() if not is_done(results / f"{run.name}.json", run)]
+        total = len(study.runs())
+        print(f"{study.name}, {study.scale}: {total - len(todo)} of {total} runs are done", flush=True)
+        if not todo:
+            return
+        sys.argv[1:] = ["--multirun", *overrides, f"run={','.join(todo)}"]
+    run_one()
+
+
+if __name__ == "__main__":
+    cli.run(main)
