@@ -94,7 +94,9 @@ def read(name: str, config: DictConfig, scale: str, seeds: Sequence[int] | None 
     """
     content: Any = OmegaConf.to_container(config)
     scales = content.pop("scales", None)
-    require(isinstance(scales, dict) and scales, "study.scales", scales, "a group with a scale in it, as laptop")
+    require(
+        isinstance(scales, dict) and len(scales) > 0, "study.scales", scales, "a group with a scale in it, as laptop"
+    )
     if scale not in scales:
         raise ConfigError("scale", scale, suggest(scale, scales))
     chosen = {**content, **scales[scale], **({} if seeds is None else {"seeds": list(seeds)})}
@@ -125,7 +127,7 @@ def read(name: str, config: DictConfig, scale: str, seeds: Sequence[int] | None 
 def _axis(name: str, points: Any) -> Axis:
     """A list of values of the field that the axis is called after, or a mapping of labels to overrides."""
     valid = "a list of values of the field that it is named after, or labels with their overrides"
-    require(isinstance(points, list | dict) and points, f"study.axes.{name}", points, valid)
+    require(isinstance(points, list | dict) and len(points) > 0, f"study.axes.{name}", points, valid)
     if isinstance(points, list):
         return {_word(value): [f"{name}={_word(value)}"] for value in points}
     return {str(label): [given] if isinstance(given, str) else list(given) for label, given in points.items()}

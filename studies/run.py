@@ -20,7 +20,7 @@ from pathlib import Path
 import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from core import cli
 from core.errors import ConfigError, suggest
@@ -37,13 +37,14 @@ def study_of(config: DictConfig) -> Study:
     return read(HydraConfig.get().runtime.choices["study"], config.study, config.scale, config.seeds)
 
 
-def planned(overrides: list[str]) -> tuple[Study, Path]:
-    """The study that the overrides ask for, and the folder of its records."""
+def planned(overrides: list[str]) -> tuple[Study, Path, Path]:
+    """The study that the overrides ask for, the folder of its records, and that of its runs."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = compose("study", overrides, return_hydra_config=True)
         HydraConfig.instance().set_config(config)
         study = study_of(config)
-    return study, Path(config.results_dir) / study.name / study.scale
+    results, runs = (Path(folder) / study.name / study.scale for folder in (config.results_dir, config.runs_dir))
+    return study, results, runs
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="study")
@@ -76,10 +77,26 @@ def is_done(path: Path, run: Planned) -> bool:
 def held(folder: Path) -> Iterator[None]:
     """Wait until nobody else runs in the folder. The training process inherits the lock: it outlives a killed study."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
+    with open(_lock_of(folder), "w") as lock:
         os.set_inheritable(lock.fileno(), True)
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def is_held(folder: Path) -> bool:
+    """Whether somebody runs in the folder."""
+    try:
+        with open(_lock_of(folder)) as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
 
 
 def train(run: Planned, folder: Path, threads: int) -> Record | None:
@@ -110,8 +127,11 @@ def train(run: Planned, folder: Path, threads: int) -> Record | None:
 def main() -> None:
     overrides = [argument for argument in sys.argv[1:] if "=" in argument]
     if "--help" not in sys.argv and len(overrides) == len(sys.argv) - 1:
-        study, results = planned(overrides)
-        study.save(results / "study.yaml")
+        study, results, runs = planned(overrides)
+        # Whole, whichever seeds are asked for now: a report is to say what is missing.
+        whole, *_ = planned([override for override in overrides if not override.startswith("seeds=")])
+        for folder in (results, runs):
+            whole.save(folder / "study.yaml")
         todo = [run.name for run in study.runs() if not is_done(results / f"{run.name}.json", run)]
         total = len(study.runs())
         print(f"{study.name}, {study.scale}: {total - len(todo)} of {total} runs are done", flush=True)

@@ -1,0 +1,182 @@
+"""A study's records as pictures."""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from studies.grid import Study
+from studies.record import Record
+from studies.tables import Cell, Point
+
+Profile = tuple[list[float], list[float]]
+"""Depth as a share of the blocks, and the value there."""
+THEORY = "signal/block_{}/variance_theory"
+DEPTH_PANELS = {
+    "gradient of the parameters, over the last block's": "gradients/block_{}/all",
+    "variance of the hidden state": "signal/block_{}/variance",
+    "attention's variance over the stream's": "signal/block_{}/attn_ratio",
+    "FFN's variance over the stream's": "signal/block_{}/ffn_ratio",
+    "cosine similarity of two tokens": "representation/block_{}/token_cosine",
+    "effective rank": "representation/block_{}/effective_rank",
+    "cosine of a state before and after the block": "representation/block_{}/block_cosine",
+}
+LINEAR = ("token_cosine", "effective_rank", "block_cosine")
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def draw_map(study: Study, grid: Mapping[Point, Cell], output: Path) -> None:
+    """Mean final validation loss, first axis down and the others across; cells with a failure are hatched."""
+    plt = _pyplot()
+    rows = list(next(iter(study.axes.values())))
+    columns = list(itertools.product(*list(study.axes.values())[1:]))
+    figure, axes = plt.subplots(
+        figsize=(2.6 + 1.15 * len(columns), 1.4 + 0.42 * len(rows)), layout="constrained", squeeze=True
+    )
+    values = [[grid[(row, *column)].mean for column in columns] for row in rows]
+    shown = [[math.nan if value is None else value for value in row] for row in values]
+    image = axes.imshow(shown, aspect="auto", cmap="viridis_r")
+    for (i, row), (j, column) in itertools.product(enumerate(rows), enumerate(columns)):
+        cell = grid[(row, *column)]
+        if cell.failed:
+            axes.add_patch(plt.Rectangle((j - 0.5, i - 0.5), 1, 1, facecolor="0.9", edgecolor="tab:red", hatch="//"))
+            text = f"{len(cell.failed)} of {len(cell.records)}\nfailed"
+        else:
+            text = "-" if cell.mean is None else f"{cell.mean:.3f}"
+        box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1.5}
+        axes.text(j, i, text, ha="center", va="center", fontsize=8, bbox=box)
+    axes.set_xticks(range(len(columns)), [" ".join(column) for column in columns])
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xlabel(", ".join(list(study.axes)[1:]))
+    figure.colorbar(image, label="final validation loss")
+    _save(figure, output)
+
+
+def draw_trend(study: Study, grid: Mapping[Point, Cell], output: Path) -> None:
+    """Final validation loss over the second axis, a line for each point of the first; failures are crosses on top."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    columns = list(itertools.product(*list(study.axes.values())[1:]))
+    means = [cell.mean for cell in grid.values() if cell.mean is not None]
+    top = max(means, default=1.0) + 0.1
+    for i, row in enumerate(next(iter(study.axes.values()))):
+        cells = [grid[(row, *column)] for column in columns]
+        known = [(j, c.mean, c.deviation or 0.0) for j, c in enumerate(cells) if c.mean is not None]
+        failed = [j for j, c in enumerate(cells) if c.failed]
+        color = f"C{i}"
+        if known:
+            where, mean, spread = zip(*known, strict=True)
+            axes.errorbar(where, mean, spread, color=color, marker="o", capsize=3, label=row)
+        shifted = [j + 0.06 * (i - len(study.axes) / 2) for j in failed]
+        axes.plot(shifted, [top] * len(failed), "x", color=color, label=None if known else row)
+    axes.set_xticks(range(len(columns)), [" ".join(column) for column in columns])
+    axes.set(xlabel=", ".join(list(study.axes)[1:]), ylabel="final validation loss (crosses on top: failed)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save(figure, output)
+
+
+def draw_curves(study: Study, grid: Mapping[Point, Cell], output: Path) -> None:
+    """Training loss of every run, a panel for each point of the first axis."""
+    plt = _pyplot()
+    rows = list(next(iter(study.axes.values())))
+    columns = list(itertools.product(*list(study.axes.values())[1:]))
+    across = min(3, len(rows))
+    down = -(-len(rows) // across)
+    figure, panels = plt.subplots(
+        down, across, figsize=(4 * across, 2.8 * down), sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    for row, axes in zip(rows, panels.flat, strict=False):
+        for j, column in enumerate(columns):
+            for k, record in enumerate(grid[(row, *column)].records):
+                label = " ".join(column) if k == 0 else None
+                axes.plot(*record.train_loss, color=f"C{j}", linewidth=1, label=label)
+        axes.set_title(row)
+        axes.grid(alpha=0.3)
+    finite = [x for cell in grid.values() for r in cell.records for x in r.train_loss[1] if math.isfinite(x)]
+    panels[0, 0].set_ylim(min(finite, default=0) - 0.1, min(max(finite, default=1), 6.0))
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6)
+    figure.supxlabel("optimizer step")
+    figure.supylabel("training loss (nats per token)")
+    _save(figure, output)
+
+
+def profile(record: Record, tag: str, last: bool) -> Profile:
+    """A figure over the blocks, at the first or the last of its steps."""
+    steps = record.by_block.get(tag, {})
+    if not steps:
+        return [], []
+    by_block = steps[(max if last else min)(steps, key=int)]
+    blocks = sorted(by_block, key=int)
+    return [int(block) / int(blocks[-1]) for block in blocks], [by_block[block] for block in blocks]
+
+
+def draw_depth(study: Study, grid: Mapping[Point, Cell], column: Point, output: Path) -> None:
+    """What the monitors saw over depth, at the first step (dotted) and at the end (solid), of one seed."""
+    plt = _pyplot()
+    figure, panels = plt.subplots(2, 4, figsize=(16, 6.5), sharex=True, layout="constrained")
+    for axes, (title, tag) in zip(panels.flat, DEPTH_PANELS.items(), strict=False):
+        for i, row in enumerate(next(iter(study.axes.values()))):
+            for record in grid[(row, *column)].records[:1]:
+                for last, style in ((False, ":"), (True, "-")):
+                    depth, values = profile(record, tag, last)
+                    if tag == DEPTH_PANELS["gradient of the parameters, over the last block's"] and values:
+                        values = [value / values[-1] if values[-1] else math.nan for value in values]
+                    axes.plot(depth, values, style, color=f"C{i}", label=row if last else None)
+        axes.set(title=title, yscale="linear" if tag.split("/")[-1] in LINEAR else "log")
+        axes.grid(alpha=0.3)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    panels[-1, -1].axis("off")
+    panels[-1, -1].legend(handles, labels, loc="center", title="dotted: first step\nsolid: end")
+    figure.suptitle(", ".join(f"{axis} {label}" for axis, label in zip(list(study.axes)[1:], column, strict=True)))
+    figure.supxlabel("depth (share of the blocks)")
+    _save(figure, output)
+
+
+def draw_decay(decays: Mapping[str, tuple[Sequence[float], Sequence[float] | None]], output: Path) -> None:
+    """Gradient norm of the hidden state at initialization, over that after the last block; predicted dashed.
+
+    Args:
+        decays: {label: (measured, predicted or None)}, by block.
+    """
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for i, (label, (measured, predicted)) in enumerate(decays.items()):
+        depth = [(block + 1) / len(measured) for block in range(len(measured))]
+        axes.plot(depth, measured, color=f"C{i}", label=label)
+        if predicted is not None:
+            axes.plot(depth, predicted, "--", color=f"C{i}", alpha=0.6)
+    axes.set(yscale="log", xlabel="depth (share of the blocks)", ylabel="hidden gradient over the last block's")
+    axes.set_title("measured at initialization (solid) and predicted (dashed)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    _save(figure, output)
+
+
+def draw_cost(seconds: Mapping[str, float], output: Path) -> None:
+    """Time of a run, a bar each."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(7, 0.8 + 0.32 * len(seconds)), layout="constrained")
+    axes.barh(list(seconds), list(seconds.values()))
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds of training a run, median; runs shared their machine")
+    _save(figure, output)
+
+
+Draw = Callable[..., None]
+
+
+def _save(figure: Any, output: Path) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=110)
+    _pyplot().close(figure)

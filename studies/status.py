@@ -1,0 +1,61 @@
+"""How far a study is: what is done, what failed, what is under way, and how long the rest will take.
+
+    python -m studies.status study=placement_by_init
+    python -m studies.status study=depth scale=gpu 'seeds=[0]'
+
+Takes the overrides of studies.run.
+"""
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from core import cli
+from studies.grid import Study
+from studies.record import FINISHED, Record
+from studies.run import is_done, is_held, planned
+
+
+def show(study: Study, results: Path, runs: Path) -> None:
+    """Print it."""
+    done, waiting = [], []
+    table = Table("run", "state", "validation loss", "seconds", title=f"{study.name}, {study.scale}")
+    for run in study.runs():
+        path, folder = results / f"{run.name}.json", runs / run.name
+        if is_done(path, run):
+            record = Record.load(path)
+            done.append(record)
+            seconds = "" if record.seconds is None else f"{record.seconds:.0f}"
+            table.add_row(run.name, record.status, "" if record.val_loss is None else f"{record.val_loss:.4f}", seconds)
+        elif is_held(folder):
+            waiting.append(run)
+            table.add_row(
+                run.name, f"running for {time.time() - folder.stat().st_ctime:.0f} s" if folder.exists() else "starting"
+            )
+        else:
+            waiting.append(run)
+            table.add_row(run.name, "broken off: resumes" if folder.exists() else "to do")
+    console = Console(width=None if Console().is_terminal else 120)
+    console.print(table)
+    failed = sum(record.status != FINISHED for record in done)
+    print(f"{len(done)} of {len(done) + len(waiting)} runs have ended; training failed in {failed}.")
+    known = [record.seconds for record in done if record.seconds is not None]
+    if waiting and known:
+        minutes = len(waiting) * statistics.fmean(known) / 60
+        print(f"About {minutes:.0f} minutes of training are left, one run after the other.")
+
+
+def main() -> None:
+    if "--help" in sys.argv[1:]:
+        print(__doc__)
+        return
+    study, results, runs = planned(sys.argv[1:])
+    show(study, results, runs)
+
+
+if __name__ == "__main__":
+    cli.run(main)
