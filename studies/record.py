@@ -123,7 +123,7 @@ def judge(train_loss: list[float], val_loss: float | None, bigram_loss: float | 
         return NO_NUMBER
     size = max(1, round(LATE * len(train_loss)))
     tenths = [statistics.fmean(train_loss[end - size : end]) for end in range(size, len(train_loss) + 1)]
-    if not tenths[-1] <= RISE * min(tenths):
+    if tenths[-1] > RISE * min(mean for mean in tenths if math.isfinite(mean)):
         return ROSE
     return UNLEARNED if bigram_loss is not None and val_loss >= bigram_loss else FINISHED
 

@@ -1,0 +1,141 @@
+"""A study run as a user runs it: broken runs are marked, done ones left alone, killed ones resumed."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+from studies.grid import Study
+from studies.record import Record
+from tests.helpers_run import ROOT, events, scalars, tiny_job
+
+RECORDS, RUNS = Path("docs/results/studies/mine/laptop"), Path("runs/studies/mine/laptop")
+
+
+def write_study(folder: Path, axes: dict[str, list[str]], seeds: list[int], *overrides: str) -> None:
+    (folder / "study").mkdir()
+    scale = {"needs": "little", "overrides": [*tiny_job("callbacks.progress=null"), *overrides]}
+    content = {"question": "Which?", "axes": axes, "seeds": seeds, "baseline": None, "scales": {"laptop": scale}}
+    (folder / "study/mine.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+
+
+def command(folder: Path, module: str, *arguments: str) -> list[str]:
+    search = f"hydra.searchpath=[file://{folder}]"
+    return [sys.executable, "-m", f"studies.{module}", "study=mine", search, *arguments]
+
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160", "OMP_NUM_THREADS": "1"}
+
+
+def call(folder: Path, module: str, *arguments: str) -> str:
+    """What it printed."""
+    given = command(folder, module, *arguments)
+    ended = subprocess.run(given, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+def test_a_study_from_beginning_to_report(tmp_path: Path) -> None:
+    write_study(tmp_path, {"model.placement": ["spannorm"], "model.norm": ["nosuch", "rmsnorm"]}, [0, 1])
+    out = call(tmp_path, "run", "seeds=[0]", "hydra/launcher=basic")
+    assert "mine, laptop: 0 of 2 runs are done" in out
+
+    broken, good = (Record.load(tmp_path / RECORDS / f"spannorm_{norm}_seed0.json") for norm in ("nosuch", "rmsnorm"))
+    assert broken.status == "broken"
+    assert broken.reason.startswith("Error: model.norm='nosuch' is not valid")
+    assert good.status in ("finished", "unlearned"), "two steps teach nothing"
+    validation = scalars(tmp_path / RUNS / good.name, "val/loss")
+    assert good.val_loss == pytest.approx(list(validation.values())[-1], rel=1e-4)
+    assert good.train_loss[1] == pytest.approx(
+        list(scalars(tmp_path / RUNS / good.name, "train/loss").values()), rel=1e-4
+    )
+    assert set(good.by_block["gradients/block_{}/all"]) == {"0", "1"}
+
+    written_at = {path: path.stat().st_mtime_ns for path in (tmp_path / RECORDS).glob("*.json")}
+    assert "2 of 2 runs are done" in call(tmp_path, "run", "seeds=[0]", "hydra/launcher=basic")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / RECORDS).glob("*.json")} == written_at
+    assert len(Study.load(tmp_path / RECORDS / "study.yaml").runs()) == 4, (
+        "the whole study, also where a part was asked"
+    )
+
+    status = call(tmp_path, "status")
+    assert re.search(r"spannorm_nosuch_seed0 +. broken", status)
+    assert re.search(r"spannorm_rmsnorm_seed1 +. to do", status)
+    assert "2 of 4 runs have ended" in status
+
+    content = events(tmp_path / RUNS / good.name).SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    settings = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert settings["model/placement"].string_value == "spannorm"
+
+
+def table(folder: Path) -> dict[str, tuple[str, float | None, list[float]]]:
+    records = [Record.load(path) for path in sorted((folder / RECORDS).glob("*.json"))]
+    return {record.name: (record.status, record.val_loss, record.train_loss[1]) for record in records}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_at_random_times_it_ends_in_the_same_table(tmp_path: Path) -> None:
+    """kill -9 of the study alone, and of everything; what goes on by itself is waited for, what is dead resumes."""
+    long = (
+        "trainer.max_steps=400",
+        "trainer.val_check_interval=400",
+        "callbacks.last_checkpoint.every_n_train_steps=20",
+    )
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+        write_study(folder, {"model.placement": ["prenorm", "spannorm"]}, [0], *long)
+    call(whole, "run", "hydra.launcher.n_jobs=2")
+    draw, kills = random.Random(0), 0
+    for attempt in range(12):
+        log = (killed / "log").open("a")
+        given = command(killed, "run", "hydra.launcher.n_jobs=2")
+        study = subprocess.Popen(given, cwd=killed, env=ENVIRONMENT, stdout=log, stderr=log, start_new_session=True)
+        try:
+            study.wait(timeout=draw.uniform(5, 25))
+            break
+        except subprocess.TimeoutExpired:
+            kills += 1
+            if attempt % 2:
+                os.killpg(study.pid, signal.SIGKILL)
+            else:
+                study.kill()
+            study.wait()
+            time.sleep(draw.uniform(0, 2))
+    assert kills >= 2
+    call(killed, "run", "hydra.launcher.n_jobs=2")
+    assert table(killed) == table(whole)
+    assert len(table(whole)) == 2
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_does_not_stop_the_others(tmp_path: Path) -> None:
+    long = ("trainer.max_steps=300", "callbacks.last_checkpoint.every_n_train_steps=20")
+    write_study(tmp_path, {"model.placement": ["prenorm", "spannorm"]}, [0], *long)
+    study = subprocess.Popen(
+        command(tmp_path, "run", "hydra/launcher=basic"),
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    first = tmp_path / RUNS / "prenorm_seed0/checkpoints/last.ckpt"
+    while not first.exists():
+        time.sleep(0.1)
+    subprocess.run(["pkill", "-9", "-f", "train.py.*prenorm_seed0"], check=True)
+    out, _ = study.communicate(timeout=120)
+    assert "prenorm_seed0: killed; start the study again and it resumes" in out
+    assert set(table(tmp_path)) == {"spannorm_seed0"}
+    assert json.loads((tmp_path / RECORDS / "spannorm_seed0.json").read_text())["train_loss"][0][-1] == 299
+    call(tmp_path, "run", "hydra/launcher=basic")
+    assert set(table(tmp_path)) == {"prenorm_seed0", "spannorm_seed0"}
