@@ -18,6 +18,7 @@ def main(config: DictConfig) -> None:
     from core.build import build, build_all
     from core.errors import require
     from core.interruption import explained
+    from core.parallel import accumulate
     from core.quiet import quieten
     from core.run_folder import check_resumable, is_main_process, locate
     from core.steps import check_length
@@ -41,6 +42,7 @@ def main(config: DictConfig) -> None:
     check_length(trainer)
     datamodule.prepare_data()
     datamodule.check()
+    accumulate(trainer, datamodule, config.micro_batch_size)
     if run.ckpt_path is not None:
         check_resumable(run.ckpt_path, module, datamodule, trainer.max_steps)
     if is_main_process():

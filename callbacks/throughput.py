@@ -14,6 +14,7 @@ from lightning.pytorch.profilers import PassThroughProfiler
 
 from callbacks.scalars import write_scalars
 from core.errors import require
+from core.parallel import num_data_parts
 from core.steps import completes_step, is_logged
 
 PERCENTILE_STEPS = 100
@@ -110,7 +111,7 @@ class Throughput(L.Callback):
         self._step_seconds += now - self._started
         self._started = now
         self._waited += self._take_wait()
-        self.tokens += batch["tokens"][:, 1:].numel() * trainer.world_size
+        self.tokens += batch["tokens"][:, 1:].numel() * num_data_parts(trainer)
         if not completes_step(trainer, batch_idx):
             return
         self._steps.append(self._step_seconds)

@@ -15,6 +15,7 @@ _NOISE = (
 
 def quieten() -> None:
     """Silence Lightning's hardware banner and the warnings that do not apply here; errors and the rest stay."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for package in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(package).setLevel(logging.WARNING)
     for message in _NOISE:
         warnings.filterwarnings("ignore", message)

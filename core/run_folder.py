@@ -73,7 +73,8 @@ def locate(config: DictConfig, experiment: str | None, now: str) -> RunFolder:
         require(bool(resumable), "ckpt_path", "last", valid)
         return RunFolder(resumable[-1], resumable[-1] / LAST)
     checkpoint = Path(str(config.ckpt_path))
-    require(checkpoint.is_file(), "ckpt_path", str(checkpoint), "last, or the path of a checkpoint file")
+    there = checkpoint.is_file() or (checkpoint / ".metadata").is_file()
+    require(there, "ckpt_path", str(checkpoint), "last, or the path of a checkpoint")
     owner = checkpoint.absolute().parent.parent
     home = owner if (owner / "config.yaml").exists() else _fresh(siblings / now)
     return RunFolder(given or home, checkpoint)
@@ -89,7 +90,7 @@ def check_resumable(checkpoint: Path, module: Any, datamodule: Any, max_steps: i
     """Hold the checkpoint against what is asked for: nothing may be resumed as something else, or silently ignored.
 
     Args:
-        checkpoint: a file.
+        checkpoint: a file, or a folder of several processes'.
         module: the LightningModule; its hyperparameters must be those of the checkpoint.
         datamodule: the DataModule; where it has a `stream_identity`, that must be the checkpoint's.
         max_steps: where the run is to end.
@@ -98,10 +99,10 @@ def check_resumable(checkpoint: Path, module: Any, datamodule: Any, max_steps: i
         ConfigError: it cannot be read, is of another model, optimizer or stream (names the first field that differs),
             or is at the end already.
     """
-    import torch
+    from core.checkpoint import load_beside_weights
 
     try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        content = load_beside_weights(checkpoint)
         saved, step = content["hyper_parameters"], content["global_step"]
     except Exception as error:  # truncated, no checkpoint at all, or one with code in it
         valid = "a whole checkpoint of this project; this file cannot be read as one"

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from core.errors import require
+from core.parallel import data_part, num_data_parts
 from datamodules.samples import Samples
 from datamodules.stream import TokenStream
 from datamodules.tokenizers import NumberTokenizer, Tokenizer
@@ -86,11 +87,10 @@ class StreamDataModule(L.LightningDataModule):
         return min(self.val_batches, self.num_val_samples // self.batch_size)
 
     def _loader(self, split: str, **position: Any) -> DataLoader[dict[str, Tensor]]:
-        world_size = self.trainer.world_size if self.trainer else 1
-        valid = f"a multiple of the number of processes, {world_size}"
-        require(self.batch_size % world_size == 0, "data.batch_size", self.batch_size, valid)
-        rank = self.trainer.global_rank if self.trainer else 0
-        stream = TokenStream(self.samples(split), self.batch_size, rank=rank, world_size=world_size, **position)
+        part, parts = (data_part(self.trainer), num_data_parts(self.trainer)) if self.trainer else (0, 1)
+        valid = f"a multiple of the number of data-parallel processes, {parts}"
+        require(self.batch_size % parts == 0, "data.batch_size", self.batch_size, valid)
+        stream = TokenStream(self.samples(split), self.batch_size, rank=part, world_size=parts, **position)
         pinned = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         # A generator of its own: a loader draws a seed for its workers, and one more validation must not shift torch's.
         generator = torch.Generator().manual_seed(self.seed)

@@ -24,12 +24,14 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from core.errors import ConfigError, lookup, suggest
 from core.options import check_arguments
 from lightning_modules.config import ModelConfig
 from lightning_modules.layers.matrices import Matrix
 from lightning_modules.placements.registry import PLACEMENTS
+from lightning_modules.sharding import part_of
 from lightning_modules.transformer import Transformer
 from lightning_modules.width_scaling import UNSCALED, WidthScaling
 
@@ -173,6 +175,9 @@ def resolve_init(config: ModelConfig) -> Init:
 def initialize(model: Transformer, scaling: WidthScaling = UNSCALED) -> None:
     """Draw every matrix of the model anew, from torch's global generator.
 
+    A sharded model gets the numbers that it would get in one process: each process draws every matrix in full, one
+    after the other, and keeps its part.
+
     Args:
         model: its configuration names the init.
         scaling: how the standard deviations depend on the width beyond what the init says itself.
@@ -182,4 +187,9 @@ def initialize(model: Transformer, scaling: WidthScaling = UNSCALED) -> None:
         std = ROUTER_STD if matrix.role == "router" else init(scaling.at_base(matrix))
         if not math.isfinite(std) or std < 0:
             raise ConfigError("model.init_options", model.config.init_options, "a finite standard deviation >= 0")
-        nn.init.normal_(matrix.weight, std=std * scaling.std_factor(matrix))
+        weight, std = matrix.weight, std * scaling.std_factor(matrix)
+        if isinstance(weight, DTensor):
+            whole = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+            weight.copy_(part_of(nn.init.normal_(whole, std=std), weight))
+        else:
+            nn.init.normal_(weight, std=std)

@@ -3,6 +3,7 @@
 import logging
 import math
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -17,9 +18,9 @@ from lightning_modules.config import ModelConfig, OptimConfig, parse
 from lightning_modules.generation import generate
 from lightning_modules.initialization import initialize
 from lightning_modules.layers.router import RouterStats
-from lightning_modules.optim import make_optimizer, make_schedule, number_by_parameters
+from lightning_modules.optim import make_optimizer, make_schedule, number_by_parameters, number_names
 from lightning_modules.router_health import router_health, tally, tokens_per_expert
-from lightning_modules.sharding import shard
+from lightning_modules.sharding import check_mesh, clip_gradients, gradient_norm, shard_block, shard_rest
 from lightning_modules.source_loss import SourceLoss
 from lightning_modules.transformer import Transformer
 from lightning_modules.width_scaling import width_scaling
@@ -83,8 +84,14 @@ class LanguageModule(L.LightningModule):
             return
         # That of the run, which under a ModelParallelStrategy is not torch's default one.
         device = torch.get_default_device() if self._trainer is None else self.trainer.strategy.root_device
+        mesh, built = self.device_mesh, partial(Transformer, self.model_config, self.vocab_size)
+        if mesh is not None:
+            check_mesh(self.model_config, mesh)
+            built = partial(built, built=partial(shard_block, mesh=mesh))
         with device, self._precision():
-            self.model = Transformer(self.model_config, self.vocab_size, self.width_scaling.output_multiplier)
+            self.model = built(output_multiplier=self.width_scaling.output_multiplier)
+        if mesh is not None:
+            shard_rest(self.model, mesh)
         initialize(self.model, self.width_scaling)
         for mixture in list(self.model.mixtures().values())[:1]:
             if self.global_rank == 0:
@@ -95,15 +102,9 @@ class LanguageModule(L.LightningModule):
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             for block in self.model.blocks:
                 block.compile()
-        experts = self.model_config.moe.expert_parallel
-        if self.device_mesh is not None:
-            distributed = getattr(self.trainer.strategy, "_save_distributed_checkpoint", False)
-            field, valid = "trainer.strategy.save_distributed_checkpoint", "false: a checkpoint is one file"
-            require(not distributed, field, distributed, valid)
-            shard(self.model, self.device_mesh["data_parallel"])
-        elif self._trainer is not None and self.trainer.state.fn == "fit":  # elsewhere one process may have them all
-            valid = "1 unless trainer.strategy is a ModelParallelStrategy: docs/megablocks.md"
-            require(experts == 1, "model.moe.expert_parallel", experts, valid)
+        if mesh is None and self._trainer is not None and self.trainer.state.fn == "fit":
+            experts = self.model_config.moe.expert_parallel  # elsewhere one process may have them all
+            require(experts == 1, "model.moe.expert_parallel", experts, "1 unless trainer=fsdp: docs/scaling.md")
 
     def _precision(self) -> AbstractContextManager[Any]:
         """That of the forward pass in training, by which the backend of the experts is chosen."""
@@ -168,9 +169,20 @@ class LanguageModule(L.LightningModule):
         self._settle_routers()
         if not self._logs_this_step:
             return
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        self.log("optim/grad_norm", torch.nn.utils.get_total_norm(gradients))
+        self.log("optim/grad_norm", gradient_norm(self.parameters()))
         self.log("optim/lr", optimizer.param_groups[0]["lr"])
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Lightning's clipping, but by the norm over all parts of all parameters where these are distributed."""
+        if self.device_mesh is None or gradient_clip_val is None or gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        clip_gradients(self.parameters(), gradient_clip_val)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not completes_step(self.trainer, batch_idx):
@@ -212,8 +224,16 @@ class LanguageModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if "optimizer_states" in checkpoint:  # not where only the weights are saved
+        # Not where only the weights are saved; and what several processes save in pieces goes by names.
+        if "optimizer_states" in checkpoint and not getattr(self.trainer.strategy, "_save_distributed_checkpoint", 0):
             checkpoint["optimizer_states"] = [
                 number_by_parameters(state, optimizer, self.parameters(), sharded=self.device_mesh is not None)
                 for state, optimizer in zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True)
             ]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "optimizer_0" in checkpoint:  # of several processes, in this one
+            assert self.model is not None
+            optimizer = make_optimizer(self.model, self.optim_config)
+            state = number_names(checkpoint.pop("optimizer_0"), optimizer, dict(self.named_parameters()))
+            checkpoint["optimizer_states"] = [state]

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -67,6 +67,27 @@ def number_by_parameters(
         "state": {new[old]: state for old, state in state_dict.get("state", {}).items()},
         "param_groups": [{**saved, "params": mine} for saved, mine in groups],
     }
+
+
+def number_names(
+    state_dict: dict[str, Any], optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """An optimizer's state that goes by parameters' names, as several processes save it in pieces, as
+    `number_by_parameters` would have it.
+
+    Args:
+        state_dict: of an optimizer with the same groups.
+        optimizer: which is to load it.
+        parameters: the model's by name, in order.
+    """
+    number = {name: n for n, name in enumerate(parameters)}
+    place = {id(parameter): n for n, parameter in enumerate(parameters.values())}
+    groups = []
+    for group in optimizer.param_groups:
+        mine = [place[id(parameter)] for parameter in group["params"]]
+        (saved,) = (g for g in state_dict["param_groups"] if {number[name] for name in g["params"]} == set(mine))
+        groups.append({**saved, "params": mine})
+    return {"state": {number[name]: state for name, state in state_dict["state"].items()}, "param_groups": groups}
 
 
 def cosine(config: OptimConfig, num_steps: int) -> Schedule:

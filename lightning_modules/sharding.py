@@ -1,30 +1,99 @@
-"""A model over several processes: parameters sharded by FSDP2, experts shared out."""
+"""A model over several processes: sharded by FSDP2, cut by tensor parallelism, its experts shared out."""
 
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from core.errors import require
-from lightning_modules.transformer import Transformer
+from lightning_modules.config import ModelConfig
+from lightning_modules.layers.moe import MoE
+from lightning_modules.tensor_parallel import cut
+from lightning_modules.transformer import Block, Transformer
 
 
-def shard(model: Transformer, mesh: DeviceMesh) -> None:
-    """In place; all processes hold the same weights before, and their part of each after.
+def check_mesh(config: ModelConfig, mesh: DeviceMesh) -> None:
+    """Hold the model against the processes that are to share it.
 
     Args:
-        model: built and initialized; its `model.moe.expert_parallel` says whether experts stay where they are and
-            tokens travel, or tokens stay and experts are gathered like all other parameters.
-        mesh: the data-parallel processes, of one dimension.
+        config: the model's.
+        mesh: of the dimensions data_parallel and tensor_parallel.
 
     Raises:
-        ConfigError: experts are to be shared out over some of the processes only.
+        ConfigError: something cannot be divided by the number of those who are to divide it.
     """
-    size = model.config.moe.expert_parallel
-    valid = f"1 or all {mesh.size()} data-parallel processes"
-    require(size in (1, mesh.size()), "model.moe.expert_parallel", size, valid)
-    shared_out = set()
-    for mixture in model.mixtures().values() if size > 1 else ():
-        mixture.shard_experts(mesh)
-        mlp = mixture.experts.mlp
-        shared_out |= {mlp.w1, mlp.v1, mlp.w2}
-    for module in (*model.blocks, model):
-        fully_shard(module, mesh=mesh, ignored_params=shared_out)
+    data, tensor = (mesh[name].size() for name in ("data_parallel", "tensor_parallel"))
+    experts = config.moe.expert_parallel
+    valid = f"1 or all {data} data-parallel processes"
+    require(experts in (1, data), "model.moe.expert_parallel", experts, valid)
+    widths = {"model.num_kv_heads": config.kv_heads, "model.ffn_dim": config.hidden_dim}
+    if config.ffn == "moe":
+        widths["model.moe.shared_expert_dim"] = config.shared_expert_hidden_dim
+    for name, width in widths.items():
+        valid = f"a divisor of {name}={width}"
+        require(width % tensor == 0, "trainer.strategy.tensor_parallel_size", tensor, valid)
+
+
+def shard_block(block: Block, mesh: DeviceMesh) -> None:
+    """In place; all processes hold the same weights before, and their part of each after.
+
+    Its attention and dense FFN are cut over the tensor-parallel processes, its experts shared out over the
+    data-parallel ones if the configuration says so, and all else sharded over the latter.
+
+    Args:
+        mesh: as check_mesh has approved it.
+    """
+    data, tensor = mesh["data_parallel"], mesh["tensor_parallel"]
+    if tensor.size() > 1:
+        cut(block, tensor)
+    shared_out: set[nn.Parameter] = set()
+    if isinstance(block.ffn, MoE) and block.ffn.config.moe.expert_parallel > 1:
+        block.ffn.shard_experts(data)
+        mlp = block.ffn.experts.mlp
+        shared_out = {mlp.w1, mlp.v1, mlp.w2}
+    fully_shard(block, mesh=data, ignored_params=shared_out)
+
+
+def shard_rest(model: Transformer, mesh: DeviceMesh) -> None:
+    """What is outside of the blocks, which `shard_block` has been at: embedding and head.
+
+    Args:
+        mesh: the blocks'.
+    """
+    experts = {p for mixture in model.mixtures().values() for p in mixture.experts.parameters()}
+    shared_out = experts if model.config.moe.expert_parallel > 1 else set()
+    fully_shard(model, mesh=mesh["data_parallel"], ignored_params=shared_out)
+
+
+def part_of(whole: Tensor, like: DTensor) -> DTensor:
+    """What this process holds of a tensor that all have in full, distributed as another one; nothing is sent."""
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """l2 norm over all their gradients, the parts in other processes included."""
+    norms = [get_total_norm([p.grad for p in group if p.grad is not None]) for group in _by_mesh(parameters)]
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return whole[0] if len(whole) == 1 else torch.linalg.vector_norm(torch.stack(whole))
+
+
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> None:
+    """In place, to that l2 norm over all of them."""
+    groups = _by_mesh(parameters)
+    norm = gradient_norm(p for group in groups for p in group)
+    for group in groups:
+        clip_grads_with_norm_(group, max_norm, norm)
+
+
+def _by_mesh(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Those with a gradient: tensor parallelism leaves tensors on different meshes, which no operator mixes."""
+    groups: dict[DeviceMesh | None, list[Tensor]] = defaultdict(list)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            groups[parameter.device_mesh if isinstance(parameter, DTensor) else None].append(parameter)
+    return list(groups.values())

@@ -1,6 +1,6 @@
 """The decoder-only transformer: the only place where a placement and its sublayers meet."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -72,19 +72,28 @@ class Transformer(nn.Module):
         config: the architecture.
         vocab_size: number of tokens; comes with the data.
         output_multiplier: on the logits; not 1 only under width scaling.
+        built: called with each block as soon as it is built: what shards it then never holds two in full.
 
     Raises:
         ConfigError: a name that is in no registry, or an option that its scheme does not have.
     """
 
-    def __init__(self, config: ModelConfig, vocab_size: int, output_multiplier: float = 1.0) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        output_multiplier: float = 1.0,
+        built: Callable[[Block], None] = lambda block: None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.output_multiplier = output_multiplier
         self.embedding = nn.Embedding(vocab_size, config.dim)
-        self.blocks = nn.ModuleList(
-            Block(config, Depth(index, config.num_layers)) for index in range(1, config.num_layers + 1)
-        )
+        self.blocks = nn.ModuleList()
+        for index in range(1, config.num_layers + 1):
+            block = Block(config, Depth(index, config.num_layers))
+            built(block)
+            self.blocks.append(block)
         first = config.moe.first_dense_layers + config.moe.every
         valid = f"at least one mixture: first_dense_layers + every <= model.num_layers={config.num_layers}"
         require(config.ffn != "moe" or first <= config.num_layers, "model.moe.every", config.moe.every, valid)

@@ -1,4 +1,4 @@
-"""train.py with trainer=expert_parallel: two processes train, save and resume as one process does."""
+"""train.py with trainer=fsdp and experts shared out: two processes train, save and resume as one process does."""
 
 import os
 import subprocess
@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from lightning_modules.language_module import LanguageModule
-from tests.helpers_run import TRAIN, load, run, scalars, tiny_job
+from core.checkpoint import load
+from tests.helpers_run import TRAIN, run, scalars, tiny_job
 
 JOB = ["experiment=moe_spannorm", "model.moe.balancing=bias", "optim.schedule=constant", "run_dir=run"]
-TWO = ["trainer=expert_parallel", "trainer.devices=2", "model.moe.expert_parallel=2"]
+TWO = ["trainer=fsdp", "trainer.devices=2", "model.moe.expert_parallel=2"]
 
 
 def run_two(cwd: Path, *arguments: str) -> None:
@@ -26,7 +26,7 @@ def test_two_processes_train_save_and_resume_as_one(tmp_path: Path) -> None:
     one = run(tmp_path, "one", *JOB[:-1], "trainer.max_steps=4")
     run_two(tmp_path, "trainer.max_steps=2")
     two, expected = tmp_path / "run", load(one / "checkpoints/last.ckpt")["state_dict"]
-    assert (two / "checkpoints/last.ckpt").is_file()
+    assert (two / "checkpoints/last.ckpt").is_dir()
 
     (tmp_path / "copy").symlink_to(two)  # the same checkpoint goes on in one process
     checkpoint = "copy/checkpoints/last.ckpt"
@@ -40,8 +40,6 @@ def test_two_processes_train_save_and_resume_as_one(tmp_path: Path) -> None:
         biases = {name: bias.tolist() for name, bias in expected.items() if name.endswith("expert_bias")}
         assert {name: weights[name].tolist() for name in biases} == biases
         assert biases
-    loaded = LanguageModule.load_from_checkpoint(two / "checkpoints/last.ckpt", weights_only=True)
-    assert loaded.state_dict().keys() == expected.keys()
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ def shard(mlp: nn.Module, mesh: DeviceMesh) -> None:
         mesh: those processes, of one dimension.
     """
     for name in ("w1", "v1", "w2"):
-        weight = distribute_tensor(mlp.get_parameter(name).detach(), mesh, [Shard(0)])
+        weight = distribute_tensor(mlp.get_parameter(name).detach(), mesh, [Shard(0)], src_data_rank=None)
         mlp.register_parameter(name, nn.Parameter(weight))
 
 

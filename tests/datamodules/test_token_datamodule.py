@@ -49,7 +49,9 @@ def test_a_corpus_too_short_is_refused(root: Path, overrides: dict[str, int], fi
 def test_ranks_must_share_a_batch_evenly(root: Path) -> None:
     data = TinyData(root, batch_size=3)
     data.trainer = fake_trainer(world_size=2)
-    with pytest.raises(ConfigError, match=r"data\.batch_size=3 .* a multiple of the number of processes, 2"):
+    with pytest.raises(
+        ConfigError, match=r"data\.batch_size=3 .* a multiple of the number of data-parallel processes, 2"
+    ):
         data.val_dataloader()
 
 

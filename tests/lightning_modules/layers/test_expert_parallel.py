@@ -8,17 +8,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from core.errors import ConfigError
 from lightning_modules.language_module import LanguageModule
-from lightning_modules.sharding import shard
+from lightning_modules.sharding import shard_block, shard_rest
 from lightning_modules.transformer import Transformer
 from tests.conftest import VOCAB_SIZE, make_module, tiny_values, tokens
-from tests.lightning_modules.test_language_module import fit, make_trainer
+from tests.lightning_modules.test_language_module import fit
 from tests.megablocks_cpu import megablocks_on_cpu
 
 
@@ -56,10 +55,12 @@ class Case(NamedTuple):
 
     def share_out(self, model: Transformer, mesh: DeviceMesh) -> None:
         if self.fsdp:
-            shard(model, mesh)
+            for block in model.blocks:
+                shard_block(block, mesh)
+            shard_rest(model, mesh)
         elif self.expert_parallel > 1:
             for mixture in model.mixtures().values():
-                mixture.shard_experts(mesh)
+                mixture.shard_experts(mesh["data_parallel"])
 
 
 CASES = [Case(backend, skewed=skewed) for backend in ("loop", "grouped", "megablocks") for skewed in (False, True)]
@@ -82,7 +83,7 @@ def share(rank: int, folder: Path) -> None:
     """What one of the two processes does with its half of the tokens; rank 0 saves the means over both."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{folder}/rendezvous")
-    mesh, results = init_device_mesh("cpu", (2,)), {}
+    mesh, results = init_device_mesh("cpu", (2, 1), mesh_dim_names=("data_parallel", "tensor_parallel")), {}
     for case in CASES:
         with case.environment():
             model, batch = case.build()
@@ -122,13 +123,5 @@ def test_two_processes_have_the_loss_and_gradients_of_one(tmp_path: Path) -> Non
 
 def test_a_strategy_that_would_average_different_experts_is_refused(tmp_path: Path) -> None:
     module = LanguageModule(tiny_values(ffn="moe", moe={"expert_parallel": 2}), {}, VOCAB_SIZE)
-    with pytest.raises(ConfigError, match=r"model\.moe\.expert_parallel=2 .* ModelParallelStrategy"):
+    with pytest.raises(ConfigError, match=r"model\.moe\.expert_parallel=2 .* trainer=fsdp"):
         fit(tmp_path, module, tokens(2, 9), max_steps=1, logger=False)
-
-
-def test_checkpoints_in_pieces_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = LanguageModule(tiny_values(ffn="moe"), {}, VOCAB_SIZE)
-    monkeypatch.setattr(LanguageModule, "device_mesh", {})  # as under this strategy, once its processes have met
-    module.trainer = make_trainer(tmp_path, strategy=ModelParallelStrategy(1, 1), logger=False)
-    with pytest.raises(ConfigError, match=r"trainer\.strategy\.save_distributed_checkpoint=True .* expected false"):
-        module.configure_model()

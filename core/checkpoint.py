@@ -1,0 +1,41 @@
+"""A checkpoint is one file, or a folder of torch.distributed.checkpoint, which any number of processes reads."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.load import _METADATA_FILENAME, _load_distributed_checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+
+def load(path: Path) -> dict[str, Any]:
+    """All of it, on the host; of a folder, the optimizer's state goes by parameters' names, as optimizer_0."""
+    if path.is_dir():
+        return _load_distributed_checkpoint(path)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def load_beside_weights(path: Path) -> dict[str, Any]:
+    """What it says of the run: hyperparameters, step, states of data and callbacks.
+
+    Raises:
+        Exception: of many kinds; it is not whole, or no checkpoint at all.
+    """
+    if not path.is_dir():
+        return load(path)  # which maps the weights, and does not read them
+    if not (path / ".metadata").is_file():  # torch writes it last
+        raise FileNotFoundError(path / ".metadata")
+    return torch.load(path / _METADATA_FILENAME, map_location="cpu", weights_only=True)
+
+
+class CheckpointIO(TorchCheckpointIO):
+    """Saves one file, and loads both kinds: a run of many processes goes on in one, or in those of DDP."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if Path(path).is_dir():  # of the run that goes on here
+            shutil.rmtree(path)
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+    def load_checkpoint(self, path: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
+        return load(Path(path)) if Path(path).is_dir() else super().load_checkpoint(path, *arguments, **options)

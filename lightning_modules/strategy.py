@@ -1,0 +1,140 @@
+"""Lightning's strategies for several processes, as the configuration has them.
+
+FSDP2, tensor and expert parallelism are its ModelParallelStrategy, with checkpoints written beside the training.
+"""
+
+import shutil
+from concurrent.futures import Future
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from lightning.fabric.utilities.load import _METADATA_FILENAME
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+
+from core.errors import require
+
+
+class DataParallelStrategy(DDPStrategy):
+    """The whole model in each process: trainer=ddp.
+
+    Args:
+        timeout_minutes: after which a process that waits for another in vain gives up.
+        process_group_backend: None: nccl on CUDA devices, gloo elsewhere.
+    """
+
+    def __init__(self, timeout_minutes: float = 10.0, process_group_backend: str | None = None) -> None:
+        super().__init__(process_group_backend=process_group_backend, timeout=_timeout(timeout_minutes))
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """One model over all processes: trainer=fsdp.
+
+    A checkpoint is a folder of torch.distributed.checkpoint, which any number of processes loads. Saving copies the
+    weights to the host, and goes on writing while the next steps run. The folder has its name once it is whole, so a
+    kill leaves the one before.
+
+    Args:
+        tensor_parallel_size: processes that cut one attention or FFN between them; the others share the data.
+        asynchronous: false: training waits for what is saved.
+        timeout_minutes: after which a process that waits for another in vain gives up.
+        process_group_backend: None: nccl on CUDA devices, gloo elsewhere.
+
+    Raises:
+        ConfigError: more of them than processes, or not a divisor of their number.
+    """
+
+    def __init__(
+        self,
+        tensor_parallel_size: int = 1,
+        asynchronous: bool = True,
+        timeout_minutes: float = 10.0,
+        process_group_backend: str | None = None,
+    ) -> None:
+        valid = "an integer >= 1"
+        require(tensor_parallel_size >= 1, "trainer.strategy.tensor_parallel_size", tensor_parallel_size, valid)
+        super().__init__(
+            tensor_parallel_size=tensor_parallel_size,
+            process_group_backend=process_group_backend,
+            timeout=_timeout(timeout_minutes),
+        )
+        self.tensor_parallel_size, self.asynchronous = tensor_parallel_size, asynchronous
+        self._saving: Future[Any] | None = None
+        self._saving_group: dist.ProcessGroup | None = None
+
+    def setup_environment(self) -> None:
+        size = self.num_nodes * self.num_processes
+        valid = f"a divisor of {size}, the number of processes"
+        cut = self.tensor_parallel_size
+        require(size % cut == 0, "trainer.strategy.tensor_parallel_size", cut, valid)
+        self._data_parallel_size = size // cut
+        super().setup_environment()
+        # A group of its own: the thread that saves must not come between the collectives of the training.
+        self._saving_group = dist.new_group(backend="gloo")
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None) -> None:
+        path = Path(self.broadcast(filepath))
+        self.finish_saving()
+        unfinished = path.with_name(f"{path.name}.unfinished")
+        state = {"state_dict": checkpoint.pop("state_dict")}
+        for number, optimizer in enumerate(checkpoint.pop("optimizer_states", [])):
+            state[f"optimizer_{number}"] = optimizer
+        if self.is_global_zero:
+            _remove(unfinished)
+            unfinished.mkdir(parents=True)
+            torch.save(checkpoint, unfinished / _METADATA_FILENAME)
+        self.barrier()
+        if not self.asynchronous:
+            dcp.save(state, checkpoint_id=unfinished, process_group=self._saving_group)
+            self._put_in_place(unfinished, path)
+            return
+        saving = dcp.async_save(state, checkpoint_id=unfinished, process_group=self._saving_group)
+        assert isinstance(saving, Future)
+        self._saving = saving
+
+        def put_in_place(saved: Future[Any]) -> None:
+            if saved.exception() is None:
+                self._put_in_place(unfinished, path)
+
+        saving.add_done_callback(put_in_place)
+
+    def finish_saving(self) -> None:
+        """Wait for the checkpoint that is being saved, if one is; what went wrong with it is raised."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
+
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        self.finish_saving()
+        return super().load_checkpoint(checkpoint_path, weights_only)
+
+    def teardown(self) -> None:
+        self.finish_saving()
+        super().teardown()
+
+    def _put_in_place(self, unfinished: Path, path: Path) -> None:
+        """Give a whole checkpoint its name; a folder cannot replace another one, so the old one steps aside."""
+        if not self.is_global_zero:
+            return
+        old = path.with_name(f"{path.name}.old")
+        _remove(old)
+        if path.exists():
+            path.rename(old)
+        unfinished.rename(path)
+        _remove(old)
+
+
+def _timeout(minutes: float) -> timedelta:
+    require(minutes > 0, "trainer.strategy.timeout_minutes", minutes, "a number > 0")
+    return timedelta(minutes=minutes)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,80 @@
+"""Attention and dense FFN cut over processes that have the same tokens (1909.08053): torch's own parallel styles.
+
+    q, k, v, gate, up    by outputs: each process has some of the heads, or of the hidden units
+    o, down              by inputs: the sum over the processes is the output
+
+Around the two the stream is whole and the same in all these processes, so norms, routers, experts, embedding and head
+compute what one process would, and a placement's forward never knows. Norms inside the two see a part of their input:
+those over a single head have their gradients added up, and those over all of it get it together.
+"""
+
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard, distribute_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    PrepareModuleInputOutput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+from lightning_modules.layers.attention import Attention
+from lightning_modules.layers.moe import MoE
+
+
+class WholeInput(PrepareModuleInputOutput):
+    """A norm over features of which each process has a part: it gets all, and leaves each its part."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            input_layouts=Shard(-1),
+            desired_input_layouts=Replicate(),
+            output_layouts=Replicate(),
+            desired_output_layouts=Shard(-1),
+        )
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return super()._apply(distribute_module(module, device_mesh), device_mesh)
+
+
+def cut(block: Any, mesh: DeviceMesh) -> None:
+    """In place.
+
+    Args:
+        block: a Block, with the same weights in every process.
+        mesh: those processes, of one dimension.
+    """
+    _cut_attention(block.attn, mesh)
+    ffn = block.ffn.shared_expert if isinstance(block.ffn, MoE) else block.ffn
+    if ffn is not None:
+        plan = {"gate_proj": ColwiseParallel(), "up_proj": ColwiseParallel(), "down_proj": RowwiseParallel()}
+        _apply(ffn, mesh, {**plan, "inner_norm": WholeInput()})
+        parallelize_module(ffn, mesh, _shared_input(num_inputs=1))
+
+
+def _cut_attention(attention: Attention, mesh: DeviceMesh) -> None:
+    plan: dict[str, ParallelStyle] = {f"{name}_proj": ColwiseParallel() for name in "qkv"}
+    plan |= {"o_proj": RowwiseParallel(), "inner_norm": WholeInput()}
+    for name in attention.projection_norms:
+        # Per head its input is [batch, seq, heads, head_dim].
+        style = SequenceParallel(sequence_dim=2, use_local_output=True) if attention.per_head else WholeInput()
+        plan[f"projection_norms.{name}"] = style
+    _apply(attention, mesh, plan)
+    parallelize_module(attention, mesh, _shared_input(num_inputs=3))
+
+
+def _shared_input(num_inputs: int) -> PrepareModuleInput:
+    """The first input is the same in all processes; its gradient is their sum, taken once for all who read it."""
+    layouts = (Replicate(), *[None] * (num_inputs - 1))
+    return PrepareModuleInput(input_layouts=layouts, desired_input_layouts=layouts)
+
+
+def _apply(module: nn.Module, mesh: DeviceMesh, plan: dict[str, ParallelStyle]) -> None:
+    """Each style to its submodule, but to norms that are not there."""
+    there = {name: style for name, style in plan.items() if not isinstance(module.get_submodule(name), nn.Identity)}
+    parallelize_module(module, mesh, there, src_data_rank=None)  # all have the same weights: nothing is sent

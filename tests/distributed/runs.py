@@ -1,0 +1,97 @@
+"""Runs of a tiny model by any strategy, in this process or in several that meet."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+
+from core.checkpoint import CheckpointIO
+from core.parallel import accumulate
+from lightning_modules.language_module import LanguageModule
+from lightning_modules.strategy import ShardedStrategy
+from tests.conftest import tiny_values
+from tests.helpers_run import TinyData
+
+STEPS = 20
+
+
+class Run(NamedTuple):
+    """What is trained, and how.
+
+    Attributes:
+        strategy: one, ddp, fsdp, tp (tensor parallel over all processes), or ep (experts shared out).
+        expert_parallel: processes.
+        num_processes: which there must be.
+        load, save: names of a checkpoint in the folder.
+    """
+
+    strategy: str = "one"
+    ffn: str = "dense"
+    placement: str = "spannorm"
+    num_processes: int = 1
+    micro_batch_size: int | None = None
+    clip: float = 0.5  # below the gradient norms of these models
+    steps: int = STEPS
+    load: str | None = None
+    save: str | None = None
+    options: tuple[tuple[str, Any], ...] = ()  # more fields of ModelConfig
+
+    def make_strategy(self) -> Any:
+        if self.strategy == "one":
+            return "auto"
+        if self.strategy == "ddp":
+            return DDPStrategy(process_group_backend="gloo")
+        return ShardedStrategy(tensor_parallel_size=self.num_processes if self.strategy == "tp" else 1)
+
+    def make_module(self) -> LanguageModule:
+        moe = {"expert_parallel": self.num_processes} if self.strategy == "ep" else {}
+        values = tiny_values(ffn=self.ffn, placement=self.placement, moe=moe, **dict(self.options))
+        return LanguageModule(values, {"warmup_steps": 2, "schedule": "constant", "lr": 1e-2}, vocab_size=257)
+
+
+class Curve(L.Callback):
+    """The metrics after each step, at the beginning of the next one: by then all have been logged."""
+
+    def __init__(self) -> None:
+        self.values: list[dict[str, float]] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if trainer.callback_metrics and trainer.fit_loop.batch_idx % trainer.accumulate_grad_batches == 0:
+            self.on_train_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.values.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+def train(folder: Path, run: Run, *callbacks: L.Callback) -> list[dict[str, float]]:
+    """The metrics of every step."""
+    torch.manual_seed(0)
+    module, datamodule, curve = run.make_module(), TinyData(folder, seq_len=16), Curve()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=run.num_processes,
+        strategy=run.make_strategy(),
+        max_steps=run.steps,
+        max_epochs=-1,
+        val_check_interval=STEPS,
+        check_val_every_n_epoch=None,
+        gradient_clip_val=run.clip,
+        log_every_n_steps=1,
+        callbacks=[*callbacks, curve],
+        plugins=[CheckpointIO()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=folder,
+    )
+    datamodule.prepare_data()
+    accumulate(trainer, datamodule, run.micro_batch_size)
+    trainer.fit(module, datamodule=datamodule, ckpt_path=folder / run.load if run.load else None, weights_only=True)
+    if run.save:
+        trainer.save_checkpoint(folder / run.save)
+        trainer.strategy.teardown()  # waits for it
+    return curve.values

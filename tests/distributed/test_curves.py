@@ -1,0 +1,42 @@
+"""Two gloo processes have the curve of one with the same global batch, however the model is shared."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.processes import together
+from tests.distributed.runs import STEPS, Run, train
+
+PLACEMENTS = ("spannorm", "prenorm", "siamesenorm")
+CASES = [
+    Run(strategy, ffn, placement, num_processes=2)
+    for ffn, placement in itertools.product(("dense", "moe"), PLACEMENTS)
+    for strategy in ("ddp", "fsdp")
+]
+CASES += [Run("tp", num_processes=2), Run("ddp", micro_batch_size=1, num_processes=2)]
+# Norms inside attention and FFN, of which tensor parallelism leaves each process a part; a gate; tied weights.
+INSIDE = ("hybridnorm", "outputnorm", "subln", "rezero")
+MORE = [Run("tp", "dense", placement, 2) for placement in (*PLACEMENTS[1:], *INSIDE)]
+MORE += [Run("tp", "moe", placement, 2) for placement in PLACEMENTS]
+MORE += [Run("tp", "moe", "subln", 2, options=(("tie_embeddings", True), ("num_kv_heads", 2)))]
+MORE += [Run("ep", "moe", placement, 2) for placement in PLACEMENTS]
+MORE += [Run("fsdp", micro_batch_size=1, num_processes=2)]
+
+
+@pytest.mark.parametrize("cases", [CASES, pytest.param(MORE, marks=pytest.mark.slow)], ids=["data", "model"])
+def test_two_processes_have_the_curve_of_one(tmp_path: Path, cases: list[Run]) -> None:
+    expected = {alone: train(tmp_path, alone) for alone in map(in_one_process, cases)}
+    found = together(2, tmp_path, train, cases)
+    for case, first, second in zip(cases, *found, strict=True):
+        wanted = expected[in_one_process(case)]
+        assert len(wanted) == STEPS
+        assert first == second, f"{case}: to the bit, on both ranks"
+        for name, tolerance in (("train/loss", 1e-5), ("optim/grad_norm", 1e-4)):
+            curve = [metrics[name] for metrics in first]
+            assert curve == pytest.approx([metrics[name] for metrics in wanted], rel=tolerance), f"{case}: {name}"
+        assert first[-1]["val/loss"] == pytest.approx(wanted[-1]["val/loss"], rel=1e-5), case
+
+
+def in_one_process(run: Run) -> Run:
+    return run._replace(strategy="one", num_processes=1, micro_batch_size=None)
