@@ -18,9 +18,9 @@ from core.steps import completes_step
 class LastCheckpoint(Checkpoint):
     """Keeps one checkpoint that a run can always be resumed from.
 
-    On SIGINT (Ctrl-C) or SIGTERM the step in progress is finished, with its validation where one is due, and saved
-    before the process leaves, so that nothing is lost and the resumed curve is the uninterrupted one. A second signal
-    leaves at once.
+    On SIGINT (Ctrl-C), SIGTERM, or SIGUSR1 (SLURM's before the time is up) the step in progress is finished, with its
+    validation where one is due, and saved before the process leaves, so that nothing is lost and the resumed curve is
+    the uninterrupted one. A second signal leaves at once.
 
     Args:
         dirpath: where last.ckpt is written.
@@ -50,7 +50,8 @@ class LastCheckpoint(Checkpoint):
         # Here and not in setup, because Lightning installs its own handlers in between.
         try:
             self._handlers = {
-                number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)
+                number: signal.signal(number, self._request)
+                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
             }
         except ValueError:  # not in the main thread (a notebook's executor, a test): Lightning's handling stays
             self._handlers = {}

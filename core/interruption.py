@@ -1,6 +1,8 @@
-"""What becomes of a run that somebody, or Lightning, stops early."""
+"""What becomes of a run that somebody, Lightning, or the loss of a process stops early."""
 
+import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,10 +10,13 @@ from pathlib import Path
 from typing import NoReturn
 
 import lightning as L
+import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from core.errors import UserError, one_line
 from core.run_folder import LAST, is_main_process, resume_command
+
+PEER_LOST = 4
 
 
 class TrainingInterrupted(Exception):
@@ -45,12 +50,39 @@ def explained(trainer: L.Trainer, run_dir: Path) -> Iterator[None]:
         _leave(run_dir, signal.SIGINT, "Interrupted at once")
     except MisconfigurationException as error:
         raise UserError(one_line(error)) from error
+    except RuntimeError as error:
+        if not _lost_a_peer(error):
+            raise
+        # By whoever is left: it may be the first process that is gone, which alone knows the folder for sure.
+        message = f"Process {trainer.global_rank} stops: another one is gone, or did not answer ({one_line(error)})"
+        way_on = _way_on(run_dir) if (run_dir / LAST).exists() else "ckpt_path=last goes on from there"
+        print(f"\n{message}. What was saved stays; {way_on}", file=sys.stderr, flush=True)
+        sys.exit(PEER_LOST)
+
+
+def _lost_a_peer(error: RuntimeError) -> bool:
+    """gloo has no exception of its own, but names its source file."""
+    return isinstance(error, dist.DistError) or "gloo/" in str(error)
 
 
 def _leave(run_dir: Path, signum: int, message: str) -> NoReturn:
     if is_main_process():
-        way_on = "there was nothing to save."
-        if (run_dir / LAST).exists():
-            way_on = f"go on with\n  {resume_command(run_dir)}"
-        print(f"\n{message}; {way_on}")
+        print(f"\n{message}; {_way_on(run_dir)}", flush=True)
+        if signum == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ:
+            _requeue()
     sys.exit(128 + signum)
+
+
+def _way_on(run_dir: Path) -> str:
+    if (run_dir / LAST).exists():
+        return f"go on with\n  {resume_command(run_dir)}"
+    return "there was nothing to save."
+
+
+def _requeue() -> None:
+    """Lightning's own answer to the signal would save in the middle of a step, and a second file."""
+    job = os.environ["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    code = subprocess.run(["scontrol", "requeue", job], check=False).returncode
+    print(f"Requeued SLURM job {job}." if code == 0 else f"SLURM did not requeue job {job}: scontrol gave {code}.")

@@ -29,8 +29,12 @@ def accumulate(trainer: L.Trainer, datamodule: Any, micro_batch_size: int | None
         micro_batch_size: sequences that a device takes at once; None: its whole part of data.batch_size.
 
     Raises:
-        ConfigError: the processes cannot take equal parts of data.batch_size, or devices equal steps of their part.
+        ConfigError: the processes do not divide into groups that cut a model, or the batch into equal parts for them, or
+            a part into equal passes.
     """
+    world, cut = trainer.world_size, getattr(trainer.strategy, "tensor_parallel_size", 1)
+    valid = f"a divisor of {world}, the number of processes"
+    require(world % cut == 0, "trainer.strategy.tensor_parallel_size", cut, valid)
     if not hasattr(datamodule, "batch_size"):
         return
     size, parts = datamodule.batch_size, num_data_parts(trainer)

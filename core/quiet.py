@@ -15,7 +15,7 @@ _NOISE = (
 
 def quieten() -> None:
     """Silence Lightning's hardware banner and the warnings that do not apply here; errors and the rest stay."""
-    for package in ("lightning.pytorch", "lightning.fabric"):
+    for package in ("lightning.pytorch", "lightning.fabric.utilities.distributed"):
         logging.getLogger(package).setLevel(logging.WARNING)
     for message in _NOISE:
         warnings.filterwarnings("ignore", message)

@@ -45,7 +45,7 @@ class ShardedStrategy(ModelParallelStrategy):
         process_group_backend: None: nccl on CUDA devices, gloo elsewhere.
 
     Raises:
-        ConfigError: more of them than processes, or not a divisor of their number.
+        ConfigError: a value out of range.
     """
 
     def __init__(
@@ -67,14 +67,10 @@ class ShardedStrategy(ModelParallelStrategy):
         self._saving_group: dist.ProcessGroup | None = None
 
     def setup_environment(self) -> None:
-        size = self.num_nodes * self.num_processes
-        valid = f"a divisor of {size}, the number of processes"
-        cut = self.tensor_parallel_size
-        require(size % cut == 0, "trainer.strategy.tensor_parallel_size", cut, valid)
-        self._data_parallel_size = size // cut
+        self._data_parallel_size = self.num_nodes * self.num_processes // self.tensor_parallel_size
         super().setup_environment()
         # A group of its own: the thread that saves must not come between the collectives of the training.
-        self._saving_group = dist.new_group(backend="gloo")
+        self._saving_group = dist.new_group(backend="gloo", timeout=self._timeout)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None) -> None:
         path = Path(self.broadcast(filepath))

@@ -65,7 +65,7 @@ BAD = [  # (arguments, what the message must hold)
     (["callbacks=null"], ("GROUP=NAME", "~GROUP")),
     (["logger=wandb"], ("logger='wandb'", "tensorboard")),
     (["ckpt_path=last"], ("ckpt_path='last'", "checkpoints/last.ckpt in runs/default")),
-    (["ckpt_path=no.ckpt"], ("ckpt_path='no.ckpt'", "last, or the path of a checkpoint file")),
+    (["ckpt_path=no.ckpt"], ("ckpt_path='no.ckpt'", "last, or the path of a checkpoint")),
     (["run_dir=broken.py/run"], ("run_dir='broken.py/run'", "a folder that can be written to")),
     (["data.root=broken.py/data"], ("data.root='broken.py/data'", "a folder that can be written to")),
     (["seed=-1"], ("seed=-1", "an integer in [0, 2**32)")),

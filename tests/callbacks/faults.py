@@ -5,6 +5,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 class BadBatch(L.Callback):
@@ -31,7 +32,7 @@ class NaNGradient(L.Callback):
     def on_after_backward(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.global_step + 1 in self.steps and trainer.global_rank == trainer.world_size - 1:
             gradient: Any = module.model.get_parameter(self.parameter).grad  # type: ignore[union-attr, operator]
-            gradient.view(-1)[0] = torch.nan
+            (gradient.to_local() if isinstance(gradient, DTensor) else gradient).view(-1)[0] = torch.nan
 
 
 class FlipBit(L.Callback):

@@ -9,28 +9,52 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from tests.helpers_run import Finished, train
 
 # Forked from a process that has imported these already.
-multiprocessing.set_forkserver_preload(["lightning", "tests.distributed.runs", "tests.distributed.processes"])
+multiprocessing.set_forkserver_preload(["tests.distributed.runs", "tests.distributed.processes"])
+SECONDS = 200
 
 
 def together(num_processes: int, folder: Path, function: Callable[..., Any], cases: list[Any]) -> list[list[Any]]:
-    """What `function(folder, case)` returns in each process, by rank and case; they meet in a group of their own."""
+    """What `function(folder, case)` returns in each process, by rank and case; they meet in a group of their own.
+
+    A process that is killed has returned nothing.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = (num_processes, folder, port, function, cases)
-    mp.start_processes(_work, arguments, nprocs=num_processes, start_method="forkserver")
-    return [torch.load(_results(folder, num_processes, rank)) for rank in range(num_processes)]
+    context = multiprocessing.get_context("forkserver")
+    group = [
+        context.Process(target=_work, args=(rank, num_processes, folder, port, function, cases))
+        for rank in range(num_processes)
+    ]
+    for process in group:
+        process.start()
+    for process in group:
+        process.join(SECONDS)
+    hanging = [process for process in group if process.is_alive()]
+    for process in hanging:
+        process.kill()
+    assert not hanging, "processes wait for each other"
+    results = [_results(folder, num_processes, rank) for rank in range(num_processes)]
+    return [torch.load(path, weights_only=False) if path.exists() else [] for path in results]
 
 
 def _work(rank: int, size: int, folder: Path, port: int, function: Callable[..., Any], cases: list[Any]) -> None:
     torch.set_num_threads(1)
     os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    rank_zero_only.rank = rank  # as Lightning reads it from the environment when it is imported
     torch.save([function(folder, case) for case in cases], _results(folder, size, rank))
     dist.destroy_process_group()
 
 
 def _results(folder: Path, size: int, rank: int) -> Path:
     return folder / f"results-{rank}-of-{size}"
+
+
+def command_line(folder: Path, arguments: list[str]) -> Finished:
+    """`python train.py ARGUMENTS` in a process of a group."""
+    return train(folder, *arguments)
