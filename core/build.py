@@ -26,7 +26,7 @@ def build(config: DictConfig, field: str, **filled_in: Any) -> Any:
     """
     node = OmegaConf.select(config, field)
     require(isinstance(node, DictConfig) and "_target_" in node, field, node, "a group with a _target_")
-    target = _locate(f"{field}._target_", node["_target_"])
+    target = locate(f"{field}._target_", node["_target_"])
     given = instantiate(DictConfig({k: v for k, v in node.items() if k != "_target_"}), _convert_="all")
     arguments = {name: value for name, value in given.items() if not name.startswith("_")}
     check_arguments(field, target, {**arguments, **filled_in})
@@ -47,7 +47,12 @@ def build_all(config: DictConfig, group: str) -> list[Any]:
     return [build(config, f"{group}.{name}") for name, node in entries.items() if node is not None]
 
 
-def _locate(field: str, name: object) -> Callable[..., Any]:
+def locate(field: str, name: object) -> Callable[..., Any]:
+    """What a `_target_` names.
+
+    Raises:
+        ConfigError: it cannot be imported, or called.
+    """
     reason = ""
     try:
         target = pydoc.locate(str(name))

@@ -2,6 +2,7 @@
 
     python -m tools.replay RUN              the first step that the flight recorder has written out
     python -m tools.replay RUN --step 137   another one
+    python -m tools.replay RUN --allow my_file.MyCallback   a run with a callback of your own
 
 Takes the newest checkpoint that leads to the step, trains on from there as the run did (its data, its random numbers,
 its policy on divergence, your own callbacks), stops before the step, and sends the recorded tokens through the model.
@@ -21,7 +22,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -33,6 +34,7 @@ from core import cli
 from core.build import build, build_all
 from core.errors import require
 from core.quiet import quieten
+from core.saved_config import add_allow_option, load_config
 
 STEERING = {"random_state", "divergence"}  # of this project's callbacks, those that the weights depend on
 COLUMNS = ("variance", "attn_ratio", "ffn_ratio", "hidden_gradient", "attn_gradient", "ffn_gradient")
@@ -94,10 +96,8 @@ def rollbacks(run: Path) -> list[tuple[int, int]]:
     return [(step, int(match[1])) for step, match in found if match]
 
 
-def arrive(run: Path, step: int, checkpoint: Path | None, scratch: Path) -> Any:
+def arrive(config: DictConfig, step: int, checkpoint: Path | None, scratch: Path) -> Any:
     """The LightningModule as it was before the step."""
-    config = OmegaConf.load(max(run.glob("config*.yaml"), key=lambda path: path.stat().st_mtime))
-    assert isinstance(config, DictConfig)
     config.model.compile = config.model.activation_checkpointing = False  # hooks see neither well, results are the same
     config.callbacks = {name: node for name, node in config.callbacks.items() if node and steers(name, node)}
     for node in config.callbacks.values():
@@ -162,6 +162,7 @@ def main(arguments: argparse.Namespace) -> None:
     require(bool(steps), "RUN", str(run), f"a run with a step in {FOLDER}/")
     step = arguments.step or next(iter(steps))
     require(step in steps, "--step", step, f"one of {', '.join(map(str, steps))}")
+    config = load_config(run, arguments.allow)
     records = [torch.load(path, weights_only=True) for path in steps[step]]
     checkpoint, at = checkpoint_before(run, step)
     samples = "samples {} to {}".format(*records[0]["samples"]) if records[0]["samples"] else "its batch"
@@ -169,7 +170,7 @@ def main(arguments: argparse.Namespace) -> None:
     print(f"From {checkpoint or 'the beginning'}, {step - 1 - at} steps to catch up with.", flush=True)
     quieten()
     with tempfile.TemporaryDirectory() as scratch:
-        module = arrive(run, step, checkpoint, Path(scratch))
+        module = arrive(config, step, checkpoint, Path(scratch))
     report(module, records)
 
 
@@ -202,6 +203,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("run", type=Path, help="a run folder, such as runs/moe_spannorm/TIME")
     parser.add_argument("--step", type=int, help="counted from 1; default: the first that was recorded")
+    add_allow_option(parser)
     return parser.parse_args()
 
 

@@ -33,7 +33,11 @@ class LeaveAfter(L.Callback):
 
 
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[str, str]:
-    monkeypatch.setattr("sys.argv", ["replay", *arguments])
+    mine = [
+        "tests.tools.test_replay.LeaveAfter",
+        *(f"tests.callbacks.faults.{name}" for name in ("BadBatch", "NaNGradient")),
+    ]
+    monkeypatch.setattr("sys.argv", ["replay", *arguments, *(word for name in mine for word in ("--allow", name))])
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # which the command sets, for good, in its process
     with contextlib.suppress(SystemExit):

@@ -1,0 +1,81 @@
+"""A run's folder from elsewhere: reading its configuration runs nothing that the user has not vouched for."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+from omegaconf import OmegaConf
+
+from core.errors import ConfigError, UserError
+from core.saved_config import load_config
+from tests.helpers_run import run
+
+
+class Mine(L.Callback):
+    """The user's own."""
+
+
+def saved(folder: Path, config: Any) -> Path:
+    OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
+    return folder
+
+
+def test_what_this_project_saves_is_read(tmp_path: Path) -> None:
+    folder = run(tmp_path, "run", "experiment=moe_spannorm")
+    assert load_config(folder).model.placement == "spannorm"
+
+
+def test_an_own_callback_just_works_in_a_run_and_is_allowed_by_name_afterwards(tmp_path: Path) -> None:
+    own = "tests.faults.test_saved_config.Mine"
+    folder = run(tmp_path, "run", f"+callbacks.mine._target_={own}")
+    with pytest.raises(ConfigError, match=rf"callbacks.mine._target_='{own}' is not valid: .*--allow {own} runs it"):
+        load_config(folder)
+    assert load_config(folder, [own]).callbacks.mine._target_ == own
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        *("os.system", "subprocess.Popen", "builtins.eval", "hydra.utils.get_method", "runpy.run_path"),
+        *("torch.load", "torch.hub.load", "torch.utils.cpp_extension.load", "torch.nn.Linear"),
+        *("torch.serialization.os.system", "lightning.pytorch.callbacks.progress.os.system"),
+        *("callbacks.flight_recorder.Path", "lightning.LightningModule.load_from_checkpoint"),
+        *("lightning.fabric.utilities.cloud_io._load", "core.build.build", "core.cli.run", "torchevil.Callback"),
+        *("callbacks", "callbacks.", "", ".os.system", "os", 5, None, ["os.system"], {"_target_": "os.system"}),
+    ],
+)
+@pytest.mark.parametrize("place", ["callbacks.mine", "data", "trainer.strategy.0.policy", "model.placement_options.x"])
+def test_code_from_elsewhere_is_refused(tmp_path: Path, target: Any, place: str) -> None:
+    config: Any = {"_target_": target, "_args_": ["touch x"], "_partial_": False}
+    for name in reversed(place.split(".")):
+        config = [config] if name == "0" else {name: config}
+    with pytest.raises(ConfigError) as error:
+        load_config(saved(tmp_path, config))
+    assert error.value.field.startswith(f"{place}._target_")
+
+
+@pytest.mark.parametrize(
+    "value", ["${oc.create:{_target_: os.system}}", "${oc.env:HOME}", "\\${oc.decode:x}", "lightning.${seed}"]
+)
+def test_references_are_refused_because_they_may_hide_one(tmp_path: Path, value: str) -> None:
+    (tmp_path / "config.yaml").write_text(f"seed: Trainer\ntrainer:\n  _target_: '{value}'\n  x: '{value}'\n")
+    with pytest.raises(ConfigError, match="holds no references"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["a: [", "!!python/object/apply:os.system ['touch x']", "\x00", "a: !!python/name:os.system"]
+)
+def test_what_is_no_plain_yaml_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match="cannot be read as a configuration"):
+        load_config(tmp_path)
+
+
+def test_a_module_from_elsewhere_is_not_even_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"evil\.Callback"):
+        load_config(saved(tmp_path, {"callbacks": {"x": {"_target_": "evil.Callback"}}}))
+    assert not (tmp_path / "ran").exists()
