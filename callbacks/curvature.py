@@ -34,7 +34,8 @@ class Curvature(L.Callback):
         iterations: products with the Hessian per estimate; close eigenvalues want more.
 
     Raises:
-        ConfigError: one of them is less than 1, parameters are sharded, or activations checkpointed.
+        ConfigError: one of them is less than 1, parameters are sharded, activations checkpointed, or experts
+            megablocks'.
     """
 
     def __init__(self, every_n_steps: int = 500, sequences: int = 2, iterations: int = 20) -> None:
@@ -50,6 +51,8 @@ class Curvature(L.Callback):
             raise Refused("callbacks.curvature", name, "it needs every parameter whole in each process")
         if model.config.activation_checkpointing:
             raise Refused("callbacks.curvature", name, "it cannot see through model.activation_checkpointing=true")
+        if any(mixture.backend.name == "megablocks" for mixture in model.mixtures().values()):
+            raise Refused("callbacks.curvature", name, "it cannot differentiate model.moe.backend=megablocks twice")
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         batch = next(iter(datamodule.val_dataloader()))
         self._tokens = batch["tokens"][: self.sequences].to(pl_module.device)
@@ -69,11 +72,13 @@ class Curvature(L.Callback):
         stance: AbstractContextManager[Any] = (
             torch.compiler.set_stance("force_eager") if model.config.compile else nullcontext()
         )
-        with stance, sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-            logits, _ = model(self._tokens[:, :-1])
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), self._tokens[:, 1:].flatten())
-            carry(pl_module, CARRIED, top_eigenvalue(loss, list(model.parameters()), self.iterations).view(1))
-        model.train(was_training)
+        try:
+            with stance, sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+                logits, _ = model(self._tokens[:, :-1])
+                loss = F.cross_entropy(logits.flatten(0, 1).float(), self._tokens[:, 1:].flatten())
+                carry(pl_module, CARRIED, top_eigenvalue(loss, list(model.parameters()), self.iterations).view(1))
+        finally:
+            model.train(was_training)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         step = trainer.global_step + 1

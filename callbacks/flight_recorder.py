@@ -24,7 +24,8 @@ class FlightRecorder(L.Callback):
     | key of the file | what |
     |---|---|
     | reason | the event, or the exception, in a line |
-    | step, samples | of the step in progress, counted from 1; its global sample numbers, [first, last] |
+    | step, samples | the step in progress, counted from 1, or the last one; its global sample numbers, [first, last] |
+    | world_size | processes, each of which has a file |
     | batches | its accumulated batches on this rank: "tokens" [sequences, seq + 1], and what else is in them |
     | steps | of the last `num_steps`, oldest first: step, samples, losses, grad_norm, norms, nonfinite |
     | groups | [block, kind] that norms and nonfinite go by |
@@ -34,7 +35,7 @@ class FlightRecorder(L.Callback):
     Args:
         run_dir: the run's folder.
         num_steps: how far back it remembers.
-        max_files: that one process writes; the first ones tell the cause.
+        max_files: that one process writes about events; the first ones tell the cause.
 
     Raises:
         ConfigError: no room for a step or a file, or a precision that scales the loss.
@@ -46,6 +47,8 @@ class FlightRecorder(L.Callback):
         self.folder, self.max_files, self.num_files = Path(run_dir) / FOLDER, max_files, 0
         self.steps: deque[dict[str, Any]] = deque(maxlen=num_steps)
         self.groups: list[list[Any]] = []
+        self.step = self.written = 0  # the step in progress, and the last one written out
+        self.samples: list[int] | None = None
         self.batches: list[dict[str, Tensor]] = []
         self.losses: list[Tensor] = []  # stay on the device until somebody asks
 
@@ -58,6 +61,7 @@ class FlightRecorder(L.Callback):
     ) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self.batches, self.losses = [], []
+            self.step, self.samples = trainer.global_step + 1, samples_of_step(trainer)
         self.batches.append(batch)
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
@@ -70,8 +74,8 @@ class FlightRecorder(L.Callback):
         self.groups = [[group.block, group.kind] for group in statistics.groups]
         self.steps.append(
             {
-                "step": trainer.global_step + 1,
-                "samples": samples_of_step(trainer),
+                "step": self.step,
+                "samples": self.samples,
                 "losses": self.losses,
                 "grad_norm": statistics.total_norm,
                 "norms": statistics.norms,
@@ -82,25 +86,32 @@ class FlightRecorder(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if not self.batches or isinstance(exception, KeyboardInterrupt | TrainingInterrupted):
             return
+        when = "after this step, " if trainer.global_step >= self.step else ""
         try:
-            self.write(trainer, f"{type(exception).__name__}: {exception}")
+            self._write(trainer, f"{when}{type(exception).__name__}: {exception}")
         except Exception as failure:  # as of a device that is lost: it must not stand in for what the process dies of
             first_line = str(failure).partition("\n")[0]
             print(f"The flight recorder wrote nothing: {type(failure).__name__}: {first_line}", flush=True)
 
     def write(self, trainer: L.Trainer, reason: str) -> None:
-        """What is known of the step in progress and of those before; once a step."""
-        path = self.folder / f"step_{trainer.global_step + 1}_rank_{trainer.global_rank}.pt"
-        if self.num_files == self.max_files or path.exists():
+        """What is known of the step in progress and of those before."""
+        if self.num_files < self.max_files and self.written != self.step:
+            self.num_files += 1
+            self._write(trainer, reason)
+
+    def _write(self, trainer: L.Trainer, reason: str) -> None:
+        """Once a step; a file of that step from before a resumption makes way."""
+        if self.written == self.step:
             return
-        self.num_files += 1
+        self.written = self.step
         self.folder.mkdir(parents=True, exist_ok=True)
         content = {
             "reason": reason,
-            "step": trainer.global_step + 1,
-            "samples": samples_of_step(trainer),
+            "step": self.step,
+            "samples": self.samples,
+            "world_size": trainer.world_size,
             "batches": [{name: tensor.cpu() for name, tensor in batch.items()} for batch in self.batches],
             "steps": [{**step, "losses": [float(loss) for loss in step["losses"]]} for step in self.steps],
             "groups": self.groups,
         }
-        torch.save(content, path)
+        torch.save(content, self.folder / f"step_{self.step}_rank_{trainer.global_rank}.pt")

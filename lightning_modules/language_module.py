@@ -165,12 +165,17 @@ class LanguageModule(L.LightningModule):
         if self._logs_this_step:
             self.log_dict(router_health(tallied, list(mixtures)))
 
+    def on_after_backward(self) -> None:
+        """Not later: callbacks may clip the gradient before the optimizer's own hook comes to it."""
+        if self._logs_this_step and completes_step(self.trainer, self.trainer.fit_loop.batch_idx):
+            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+            scale = scaler.get_scale() if scaler else 1.0
+            self.log("optim/grad_norm", gradient_norm(self.parameters()) / scale)
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._settle_routers()
-        if not self._logs_this_step:
-            return
-        self.log("optim/grad_norm", gradient_norm(self.parameters()))
-        self.log("optim/lr", optimizer.param_groups[0]["lr"])
+        if self._logs_this_step:
+            self.log("optim/lr", optimizer.param_groups[0]["lr"])
 
     def configure_gradient_clipping(
         self,

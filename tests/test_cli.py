@@ -52,7 +52,7 @@ BAD = [  # (arguments, what the message must hold)
     (["+callbacks.mine._target_=broken.Callback"], ("callbacks.mine._target_='broken.Callback'", "division by zero")),
     (["+callbacks.mine=5"], ("callbacks.mine=5", "a group with a _target_")),
     (["callbacks.best_checkpoint.save_top_k=all"], ("callbacks.best_checkpoint.save_top_k='all'", "an integer")),
-    (["+callbacks.progress.colour=red"], ("callbacks.progress.colour='red'", "no such field", "line_seconds")),
+    (["callbacks.progress.colour=red"], ("callbacks.progress.colour='red'", "no such field", "line_seconds")),
     (["callbacks.progress.refresh=1"], ("callbacks.progress.refresh='1'", "no such field", "mean refresh_seconds?")),
     (["trainer.fast_dev_run=1"], ("trainer.fast_dev_run='1'", "+trainer.fast_dev_run=1 hands it on")),
     (["trainer.gradient_clip_val=-1"], ("trainer.gradient_clip_val=-1", "a number >= 0, or null")),

@@ -103,7 +103,7 @@ def arrive(config: DictConfig, step: int, checkpoint: Path | None, scratch: Path
     for node in config.callbacks.values():
         if "run_dir" in node:
             node.run_dir = str(scratch)
-    config.trainer.update(devices=1, strategy="auto", limit_val_batches=0)
+    config.trainer.update(devices=1, num_nodes=1, strategy="auto", limit_val_batches=0)
     for switch in ("enable_progress_bar", "enable_checkpointing", "enable_model_summary"):
         config.trainer[switch] = False
     L.seed_everything(config.seed, workers=True, verbose=False)
@@ -176,7 +176,12 @@ def main(arguments: argparse.Namespace) -> None:
 
 def report(module: Any, records: list[dict[str, Any]]) -> None:
     """Print the blocks' figures, and whether the step came out as it was recorded."""
-    of_ranks = zip(*(record["batches"] for record in records), strict=True)
+    whole = min(len(record["batches"]) for record in records)  # one may have failed while another went on
+    if len(records) < records[0]["world_size"] or any(len(record["batches"]) > whole for record in records):
+        print(
+            f"Of {records[0]['world_size']} processes {len(records)} left a record; {whole} batches are in all of them."
+        )
+    of_ranks = zip(*(record["batches"][:whole] for record in records), strict=True)
     batches = [
         {name: torch.cat([part[name] for part in parts]).to(module.device) for name in parts[0]} for parts in of_ranks
     ]

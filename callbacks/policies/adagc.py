@@ -58,7 +58,8 @@ class AdaGC(Policy):
 
     def factors(self, found: Tensor, total: float) -> Tensor:
         """Gradient norms of the tensors, [tensors] -> what to multiply each gradient with, in (0, 1]."""
-        averages = self.averages.to(found) if self.averages.numel() else torch.full_like(found, math.inf)
+        known = self.averages.shape == found.shape  # another number of tensors has a gradient: they are learnt anew
+        averages = self.averages.to(found) if known else torch.full_like(found, math.inf)
         self.seen += 1
         if self.seen <= self.warmup_steps:
             factors = torch.full_like(found, min(1.0, self.warmup_norm / max(total, 1e-30)))

@@ -15,12 +15,15 @@ class Skip(Policy):
 
     Args:
         max_in_a_row: one more and the run stops: weights that raise alarms on every batch do not heal by waiting.
+        max_in_100: likewise, of any 100 steps: data half of which is left out are not what the run was to learn.
     """
 
-    def __init__(self, max_in_a_row: int = 10) -> None:
-        require(max_in_a_row >= 1, "callbacks.divergence.policy_options.max_in_a_row", max_in_a_row, "an integer >= 1")
-        self.max_in_a_row = max_in_a_row
+    def __init__(self, max_in_a_row: int = 10, max_in_100: int = 30) -> None:
+        for name, value in (("max_in_a_row", max_in_a_row), ("max_in_100", max_in_100)):
+            require(value >= 1, f"callbacks.divergence.policy_options.{name}", value, "an integer >= 1")
+        self.max_in_a_row, self.max_in_100 = max_in_a_row, max_in_100
         self.in_a_row = 0
+        self.steps: list[int] = []  # skipped, of the last 100
 
     def act(self, step: Step) -> str | None:
         if all(alarm.kind in (CLIMB, PLATEAU) for alarm in step.alarms):
@@ -28,12 +31,16 @@ class Skip(Policy):
             return "went on" if step.alarms else None
         if self.in_a_row == self.max_in_a_row:
             raise GiveUp(f"{self.in_a_row} skipped steps in a row did not help")
+        self.steps = [number for number in self.steps if number > step.number - 100]
+        if len(self.steps) == self.max_in_100:
+            raise GiveUp(f"{self.max_in_100} of the last 100 steps were skipped")
+        self.steps.append(step.number)
         self.in_a_row += 1
         step.skip()
         return f"skipped the step ({self.in_a_row} in a row)"
 
     def state_dict(self) -> dict[str, Any]:
-        return {"in_a_row": self.in_a_row}
+        return {"in_a_row": self.in_a_row, "steps": list(self.steps)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.in_a_row = state["in_a_row"]
+        self.in_a_row, self.steps = state["in_a_row"], list(state["steps"])

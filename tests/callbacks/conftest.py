@@ -29,7 +29,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
         ),
         *("trainer.gradient_clip_val=0.01", "model.moe.load_balancing_weight=0", "model.moe.z_loss_weight=0"),
         "callbacks.text_sample={_target_: callbacks.text_sample.TextSample, prompt: 'def ', num_tokens: 16}",
-        "+callbacks.progress.line_seconds=0",
+        "callbacks.progress.line_seconds=0",
         "+callbacks.recorder._target_=tests.callbacks.test_tensorboard.Recorder",
         "run_dir=run",
     ]

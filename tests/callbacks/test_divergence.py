@@ -206,7 +206,7 @@ def test_a_precision_that_scales_the_loss_is_refused(callback: Any, tmp_path: Pa
 
 def test_a_run_with_a_scaled_loss_trains_without_those_it_is_refused_for(tmp_path: Path) -> None:
     plugin = "{_target_: lightning.pytorch.plugins.MixedPrecision, precision: 16-mixed, device: cpu}"
-    scaled = [*tiny_job(*JOB), "trainer.precision=null", f"+trainer.plugins={plugin}"]
+    scaled = [*tiny_job(*JOB), "trainer.precision=null", f"trainer.plugins=[{plugin}]"]
     finished = train(tmp_path, *scaled)
     assert finished.code == 2
     assert finished.err.startswith("Error: trainer.precision='16-mixed' is not valid: expected one that does not scale")

@@ -98,6 +98,25 @@ def test_skip_gives_up_after_too_many_in_a_row() -> None:
         run.step(SPIKE)
 
 
+def test_skip_gives_up_where_much_of_the_data_is_left_out() -> None:
+    """Every other step is skipped, so never two in a row; the first 20 lie more than 100 steps back at the end."""
+    run = Run(Skip(max_in_a_row=2, max_in_100=20))
+    for _ in range(20):
+        run.step(SPIKE)
+        run.step()
+    with pytest.raises(GiveUp, match="20 of the last 100 steps were skipped"):
+        run.step(SPIKE)
+    for _ in range(100):
+        run.step()
+    run.policy = resumed(run.policy, Skip(max_in_a_row=2, max_in_100=20))
+    for _ in range(20):
+        run.step(SPIKE)
+        run.step()
+    run.policy = resumed(run.policy, Skip(max_in_a_row=2, max_in_100=20))
+    with pytest.raises(GiveUp, match="20 of the last 100"):
+        run.step(SPIKE)
+
+
 def test_a_skipped_step_is_not_in_the_history() -> None:
     run = Run(Skip())
     run.step()
@@ -168,6 +187,12 @@ def test_adagc_is_that_of_the_paper_also_when_resumed() -> None:
         assert ours == pytest.approx(theirs, rel=1e-5)
 
 
+def test_adagc_learns_anew_where_other_tensors_have_a_gradient() -> None:
+    policy = AdaGC(warmup_steps=1)
+    for norms in ([1.0, 2.0], [1.0, 2.0], [1.0, 2.0, 3.0]):
+        assert policy.factors(torch.tensor(norms), math.hypot(*norms)).shape == (len(norms),)
+
+
 def test_adagc_does_not_hold_a_tensor_at_zero_whose_gradient_began_there() -> None:
     run = Run(AdaGC(warmup_steps=3))
     for _ in range(4):
@@ -186,6 +211,9 @@ def test_what_cannot_be_clipped_is_skipped(policy: Policy) -> None:
     for _ in range(2):
         assert (run.step(alarm, gradients=(math.nan, 1.0)) or "").startswith("skipped the step")
     assert run.weights() == before
+    run.step()  # after which it counts anew
+    for _ in range(2):
+        run.step(alarm, gradients=(math.nan, 1.0))
     with pytest.raises(GiveUp):
         run.step(alarm, gradients=(math.inf, 1.0))
 

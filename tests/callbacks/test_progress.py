@@ -31,7 +31,7 @@ def test_each_validation_has_its_line(job: Job) -> None:
 
 def test_on_a_terminal_it_is_a_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
-    finished = train(tmp_path, *tiny_job("run_dir=run", "+callbacks.progress.refresh_seconds=0"))
+    finished = train(tmp_path, *tiny_job("run_dir=run", "callbacks.progress.refresh_seconds=0"))
     assert finished.code == 0
     plain = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", finished.out)
     assert re.search(r"━+ step 2/2  loss \d\.\d{3}  [\d,]+ tokens/s 0:00:0\d 0:00:00", plain)

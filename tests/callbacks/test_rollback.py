@@ -90,6 +90,19 @@ def test_a_snapshot_that_fails_at_once_is_left_for_an_older_one() -> None:
     ] * 2
 
 
+def test_a_snapshot_that_lasted_is_gone_back_to_again() -> None:
+    """It fails where an alarm that counts comes within margin + patience steps of the rollback to it, and not after."""
+    for healthy, expected in ((5, "rolled back to step 10"), (6, "rolled back to step 20")):
+        run = Run(Rollback(every=10, margin=5, patience=2))
+        for _ in range(25):
+            run.step()
+        assert (run.step(DRIFT) or "").startswith("rolled back to step 20")
+        run.policy.due = 1000  # type: ignore[attr-defined]  # no new snapshot comes between
+        for _ in range(healthy + 1):
+            run.step()
+        assert (run.step(DRIFT) or "").startswith(expected), healthy
+
+
 def test_rollback_gives_up_after_too_many_without_a_recovery() -> None:
     run = Run(Rollback(every=10, margin=5, patience=2, cooldown=2, max_in_a_row=2))
     run.step(DRIFT)

@@ -81,6 +81,23 @@ def test_a_gradient_that_was_spoilt_from_outside_does_not(
     assert re.search(r"Loss ([\d.]+), gradient norm [\d.]+; recorded \1 and nan: not the same, so look beyond", out)
 
 
+def test_what_only_some_processes_recorded_is_said_and_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of two processes' records, one of which had a batch more, and of three, of which one left none."""
+    folder = run(tmp_path, "run", *MIXTURE, *STEPS, SKIP, fault("NaNGradient", 5), "trainer.max_steps=6")
+    path = folder / "flight_recorder/step_5_rank_0.pt"
+    record = load(path)
+    for world_size in (2, 3):
+        torch.save({**record, "world_size": world_size}, path)
+        other = {**record, "world_size": world_size, "batches": record["batches"][:1], "steps": []}
+        torch.save(other, path.with_name("step_5_rank_1.pt"))
+        out, err = call(monkeypatch, capsys, str(folder))
+        assert f"Of {world_size} processes 2 left a record; 1 batches are in all of them." in out
+        assert re.search(r"Loss [\d.]+, gradient norm [\d.]+; recorded were none\.$", out.rstrip())
+        assert "Traceback" not in err
+
+
 def test_a_step_after_a_rollback_comes_out_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
