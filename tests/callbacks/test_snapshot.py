@@ -13,7 +13,8 @@ from torch.optim import AdamW, Optimizer
 
 from callbacks.policies.snapshot import Snapshot
 from lightning_modules.language_module import LanguageModule
-from lightning_modules.sharding import shard
+from lightning_modules.sharding import shard_block, shard_rest
+from lightning_modules.transformer import Block
 from tests.conftest import make_module, tokens
 
 
@@ -64,7 +65,11 @@ def shared(rank: int, folder: Path) -> None:
     torch.manual_seed(0)
     module = make_module()
     assert module.model is not None
-    shard(module.model, init_device_mesh("cpu", (2,)))
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
+    for block in module.model.blocks:
+        assert isinstance(block, Block)
+        shard_block(block, mesh)
+    shard_rest(module.model, mesh)
     optimizer = AdamW(module.parameters(), lr=0.1)
     train(module, optimizer, 2)
     snapshot, before = Snapshot(2, module, optimizer, {}), weights(module)
