@@ -29,8 +29,8 @@ def accumulate(trainer: L.Trainer, datamodule: Any, micro_batch_size: int | None
         micro_batch_size: sequences that a device takes at once; None: its whole part of data.batch_size.
 
     Raises:
-        ConfigError: the processes do not divide into groups that cut a model, or the batch into equal parts for them, or
-            a part into equal passes.
+        ConfigError: the processes do not divide into groups that cut a model, the batch not into equal parts for them,
+            or a part not into equal passes.
     """
     world, cut = trainer.world_size, getattr(trainer.strategy, "tensor_parallel_size", 1)
     valid = f"a divisor of {world}, the number of processes"

@@ -36,14 +36,13 @@ def assert_same(ours: Path, theirs: Path, at: int) -> None:
     assert not first["cpu"].equal(second["cpu"])
 
 
-def test_the_end_of_a_run_is_the_same_on_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_end_of_a_run_is_the_same_on_both(tmp_path: Path) -> None:
     interrupt = f"{{_target_: tests.distributed.faults.SignalLast, signum: {int(signal.SIGUSR1)}, step: 4}}"
     cases = [
         (0, job("whole", *JITTER)),
         (128 + signal.SIGUSR1, job("stopped", *JITTER, f"+callbacks.interrupt={interrupt}")),
         (0, job("stopped", *JITTER, "ckpt_path=last")),
         (DIVERGED, job("diverged", "callbacks.divergence.policy=stop", NAN)),
-        (0, job("recovered", *RECOVERING)),
         (USER_ERROR, job("odd", "data.batch_size=3")),
         (USER_ERROR, job("micro", "micro_batch_size=3")),
         (USER_ERROR, job("cut", "trainer.strategy.tensor_parallel_size=3")),
@@ -57,15 +56,21 @@ def test_the_end_of_a_run_is_the_same_on_both(tmp_path: Path, monkeypatch: pytes
     assert resume.endswith("ckpt_path=last")
     assert_same(tmp_path / "stopped", tmp_path / "whole", at=4)
 
+    assert "2 or 4" in both[0][4].err
+    assert "one of [1, 2]" in both[0][5].err
+    assert "tensor_parallel_size=3 is not valid: expected a divisor of 2" in both[0][6].err
+    assert not any((tmp_path / name).exists() for name in ("odd", "micro", "cut"))
+
+
+@pytest.mark.slow
+def test_a_sharded_run_is_taken_back_as_one_process_is(tmp_path: Path) -> None:
+    ((finished,), _) = together(2, tmp_path, command_line, [job("recovered", *RECOVERING)])
+    assert finished.code == 0, finished.err
     alone = run(tmp_path, "alone", *RECOVERING)
     assert done(tmp_path / "recovered") == done(alone)
     assert "rolled back to step 10" in done(alone)[19]
     ours, theirs = (scalars(folder, "val/loss") for folder in (tmp_path / "recovered", alone))
     assert ours == pytest.approx(theirs, rel=1e-3)
-    assert "2 or 4" in both[0][5].err
-    assert "one of [1, 2]" in both[0][6].err
-    assert "tensor_parallel_size=3 is not valid: expected a divisor of 2" in both[0][7].err
-    assert not any((tmp_path / name).exists() for name in ("odd", "micro", "cut"))
 
 
 def test_when_one_is_killed_the_other_says_so_and_the_run_goes_on(tmp_path: Path) -> None:

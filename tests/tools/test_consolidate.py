@@ -1,0 +1,56 @@
+"""One safetensors file of a run's weights, from a checkpoint that is a file or a folder."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+
+from core.errors import UserError
+from lightning_modules.language_module import LanguageModule
+from tests.conftest import make_module, tokens
+from tools.consolidate import consolidate, main
+
+
+def save(run: Path, folder: bool, **overrides: Any) -> LanguageModule:
+    """As a run of one process does, or one of several."""
+    module, path = make_module(**overrides), run / "checkpoints/last.ckpt"
+    beside = {"global_step": 7, "hyper_parameters": dict(module.hparams)}
+    if folder:
+        dcp.save({"state_dict": module.state_dict()}, checkpoint_id=path, no_dist=True)
+        torch.save(beside, path / "meta.pt")
+    else:
+        path.parent.mkdir(parents=True)
+        torch.save({"state_dict": module.state_dict(), **beside}, path)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.distributed is disabled.*")
+@pytest.mark.parametrize("folder", [False, True])
+def test_the_file_gives_the_model_back(tmp_path: Path, folder: bool) -> None:
+    trained = save(tmp_path, folder, ffn="moe", tie_embeddings=True)
+    main(Namespace(run=tmp_path, checkpoint="last", output=None))
+    (output,) = (path for path in (tmp_path / "checkpoints").iterdir() if path.suffix == ".safetensors")
+    with safe_open(output, framework="pt") as file:
+        assert file.metadata()["step"] == "7"
+        module = LanguageModule(**json.loads(file.metadata()["hyper_parameters"]))
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    module.configure_model()
+    assert module.model is not None
+    assert trained.model is not None
+    missing, unexpected = module.model.load_state_dict(weights, strict=False)
+    assert (missing, unexpected) == (["head.weight"], []), "tied: there once"
+    batch = tokens(2, 9)
+    torch.testing.assert_close(module.model(batch)[0], trained.model(batch)[0], atol=0, rtol=0)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "broken.ckpt").write_bytes(b"PK")
+    for name in ("absent.ckpt", "broken.ckpt"):
+        with pytest.raises(UserError, match="cannot be read as a checkpoint of this project"):
+            consolidate(tmp_path / name, tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
