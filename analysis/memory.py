@@ -1,0 +1,91 @@
+"""What a training step holds, without holding it: shapes alone go through the model, as torch's fake tensors.
+
+Counted is what autograd keeps between forward and backward, each storage once: inputs of products and norms, queries,
+keys, values and output of attention, and under autocast the cast weights. What lives shorter (an operator's workspace)
+is not, nor is it known what a compiler would fuse away.
+"""
+
+from collections import defaultdict
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_leaves
+
+
+class Saved(NamedTuple):
+    """Bytes for one forward pass.
+
+    Attributes:
+        blocks: inside each block.
+        states: what goes into each block.
+        outside: embedding, head and loss.
+    """
+
+    blocks: list[int]
+    states: list[int]
+    outside: int
+
+    def total(self, recomputed: bool) -> int:
+        """At the beginning of the backward pass; or the most during it, where blocks keep their inputs only."""
+        if recomputed:
+            return self.outside + sum(self.states) + max(self.blocks)
+        return self.outside + sum(self.blocks)
+
+
+def saved_activations(
+    build: Any, batch_size: int, seq_len: int, cut: int = 1, dtype: torch.dtype | None = None
+) -> Saved:
+    """Of a model's forward pass and its loss.
+
+    Args:
+        build: makes the model, which has `blocks` with `attn` and `ffn`; it must not recompute its blocks.
+        batch_size: sequences that a device takes at once.
+        cut: processes that tensor parallelism cuts attention and dense FFN over.
+        dtype: of autocast; None: there is none.
+    """
+    kept: dict[int, int] = defaultdict(int)  # block -> bytes
+    states: list[int] = []
+    seen: set[StorageWeakRef] = set()
+    place = {"block": 0, "share": 1}
+    whole: set[StorageWeakRef] = set()  # the inputs of what is cut
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = StorageWeakRef(tensor.untyped_storage())
+        if storage not in seen:
+            seen.add(storage)
+            kept[place["block"]] += tensor.untyped_storage().nbytes() // (1 if storage in whole else place["share"])
+        return tensor
+
+    def enter_block(number: int, inputs: tuple[Any, ...]) -> None:
+        place["block"] = number
+        states.append(sum(t.nbytes for t in tree_leaves(inputs[0]) if isinstance(t, Tensor)))
+
+    def enter_cut(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        place["share"] = cut
+        whole.add(StorageWeakRef(inputs[0].untyped_storage()))
+
+    def leave(name: str, value: int) -> Any:
+        return lambda *_: place.update({name: value})
+
+    with FakeTensorMode():
+        model = build()
+        seen.update(StorageWeakRef(p.untyped_storage()) for p in (*model.parameters(), *model.buffers()))
+        for number, block in enumerate(model.blocks, start=1):
+            block.register_forward_pre_hook(lambda _, inputs, number=number: enter_block(number, inputs))
+            block.register_forward_hook(leave("block", 0))
+            dense = getattr(block.ffn, "shared_expert", block.ffn)
+            for module in (block.attn, dense):
+                if module is not None:
+                    module.register_forward_pre_hook(enter_cut)
+                    module.register_forward_hook(leave("share", 1))
+        tokens = torch.zeros(batch_size, seq_len + 1, dtype=torch.long)
+        autocast = nullcontext() if dtype is None else torch.autocast("cpu", dtype)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+            logits, _ = model(tokens[:, :-1])
+            F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+    return Saved([kept[number + 1] for number in range(len(model.blocks))], states, kept[0])
