@@ -1,0 +1,76 @@
+"""What happens on a cluster to a run that a signal has ended."""
+
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from core.interruption import PEER_LOST, TrainingInterrupted, explained
+
+TRAINER: Any = SimpleNamespace(global_rank=0, interrupted=False)
+
+
+def scontrol(folder: Path, code: int, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in for SLURM's command that notes what it is asked."""
+    command, asked = folder / "scontrol", folder / "asked"
+    command.write_text(f'#!/bin/sh\necho "$@" >> {asked}\nexit {code}\n')
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("job", "name"),
+    [
+        ({"SLURM_JOB_ID": "7"}, "7"),
+        ({"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "8", "SLURM_ARRAY_TASK_ID": "1"}, "8_1"),
+    ],
+)
+@pytest.mark.parametrize("code", [0, 1])
+def test_sigusr1_requeues_the_slurm_job(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    job: dict[str, str],
+    name: str,
+    code: int,
+) -> None:
+    asked = scontrol(tmp_path, code, monkeypatch)
+    for variable, value in job.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(SystemExit) as leaving, explained(TRAINER, tmp_path):
+        raise TrainingInterrupted(signal.SIGUSR1, 3)
+    assert leaving.value.code == 128 + signal.SIGUSR1
+    assert asked.read_text() == f"requeue {name}\n"
+    out = capfd.readouterr().out
+    assert (f"Requeued SLURM job {name}." in out) is (code == 0)
+    assert (f"did not requeue job {name}" in out) is (code == 1)
+
+
+@pytest.mark.parametrize(("signum", "job"), [(signal.SIGTERM, "7"), (signal.SIGUSR1, "")])
+def test_nothing_else_requeues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: int, job: str) -> None:
+    asked = scontrol(tmp_path, 0, monkeypatch)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    if job:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+    with pytest.raises(SystemExit), explained(TRAINER, tmp_path):
+        raise TrainingInterrupted(signum, 3)
+    assert not asked.exists()
+
+
+@pytest.mark.parametrize("error", [dist.DistBackendError("nccl"), RuntimeError("[/gloo/pair.cc:1] Connection closed")])
+def test_the_loss_of_a_process_is_no_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], error: RuntimeError
+) -> None:
+    with pytest.raises(SystemExit) as leaving, explained(TRAINER, tmp_path):
+        raise error
+    assert leaving.value.code == PEER_LOST
+    assert "Process 0 stops: another one is gone" in capsys.readouterr().err
+
+
+def test_another_error_keeps_its_traceback(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="shape"), explained(TRAINER, tmp_path):
+        raise RuntimeError("shape mismatch")

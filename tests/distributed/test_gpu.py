@@ -1,0 +1,35 @@
+"""On a CUDA device: the sharded path, and the planned memory against the measured peak."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from core.checkpoint import load
+from tests.helpers_run import run, scalars
+from tools.plan import compose_config, plan
+
+MODEL = ["model.num_layers=8", "model.dim=512", "model.num_heads=8", "model.ffn_dim=1376", "data=synthetic"]
+MODEL += ["data.seq_len=512", "data.batch_size=16", "trainer.precision=bf16-mixed", "trainer.devices=1"]
+
+
+@pytest.mark.gpu
+def test_one_gpu_trains_sharded_as_it_does_whole(tmp_path: Path) -> None:
+    options = ["trainer.accelerator=gpu", "trainer.max_steps=4", "optim.schedule=constant"]
+    whole = run(tmp_path, "whole", *options)
+    sharded = run(tmp_path, "sharded", "trainer=fsdp", "trainer.devices=1", *options)
+    assert scalars(sharded, "train/loss") == pytest.approx(scalars(whole, "train/loss"), rel=1e-4)
+    assert "optimizer_0" in load(sharded / "checkpoints/last.ckpt")
+
+
+@pytest.mark.gpu
+def test_the_peak_is_as_planned(tmp_path: Path) -> None:
+    planned = plan(compose_config(MODEL)).memory
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    arguments = ["trainer.accelerator=gpu", *MODEL, *(f"callbacks.{name}=null" for name in MONITORS)]
+    run(tmp_path, "run", *arguments)
+    assert torch.cuda.max_memory_allocated() - before == pytest.approx(planned, rel=0.15)
+
+
+MONITORS = ("gradient_health", "signal_propagation", "representation_collapse", "divergence", "flight_recorder")
