@@ -1,43 +1,126 @@
-"""Sampling from a language model."""
+"""Sampling from a language model, with a cache of keys and values."""
+
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from lightning_modules.layers.kv_cache import KVCache
 from lightning_modules.transformer import Transformer
 
+ROWS = 4
+"""Products are computed so many rows at a time; the rest is left to other kernels, which add up in another order (MKL
+and torch's attention, fp32). In multiples of it a token's logits are, bit for bit, those of `model(tokens)` over a text
+that is filled up to the cache's length, itself a multiple."""
 
-@torch.inference_mode()
-def generate(model: Transformer, prompt: Tensor, num_tokens: int, temperature: float, seed: int, window: int) -> Tensor:
-    """Continue a prompt, token by token.
+
+def feed(model: Transformer, cache: KVCache, pieces: Sequence[Sequence[int]], starts: Sequence[int]) -> Tensor:
+    """Logits of the next pieces of some sequences, which join the cache.
 
     Args:
-        model: left in the mode (train or eval) it came in.
-        prompt: token ids [seq], seq >= 1.
-        num_tokens: how many to add.
-        temperature: the logits are divided by it; 0 takes the likeliest token.
-        seed: of this call's own generator; torch's global one is not touched.
-        window: at most so many tokens are looked back at.
+        model: in eval mode.
+        cache: of what comes before, one sequence for each piece.
+        pieces: token ids, at least one each.
+        starts: the position of each one's first token.
 
     Returns:
-        Token ids [seq + num_tokens].
+        [batch, width, vocab_size], width a multiple of ROWS; shorter pieces end in copies of their last token's.
+    """
+    width = _rounded_up(max(map(len, pieces)))
+    places = [[min(place, len(piece) - 1) for place in range(width)] for piece in pieces]
+    tokens = [[piece[place] for place in row] for piece, row in zip(pieces, places, strict=True)]
+    positions = [[start + place for place in row] for start, row in zip(starts, places, strict=True)]
+    device = cache.content.device
+    return model(torch.tensor(tokens, device=device), torch.tensor(positions, device=device), cache)[0]
+
+
+def _rounded_up(number: int) -> int:
+    return -(-number // ROWS) * ROWS
+
+
+def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float, generator: torch.Generator) -> Tensor:
+    """The next token of each row.
+
+    Args:
+        logits: [batch, vocab_size].
+        temperature: they are divided by it; 0 takes the likeliest token.
+        top_k: only so many of the likeliest tokens are drawn from; None: all.
+        top_p: of those, only the fewest likeliest ones whose probabilities reach this sum (nucleus, 1904.09751).
+        generator: of the random numbers.
+
+    Returns:
+        Token ids [batch].
 
     Raises:
         ValueError: the logits are not finite, as after a run that diverged; there is nothing to draw from.
     """
-    generator = torch.Generator(prompt.device).manual_seed(seed)
+    if not logits.isfinite().all():
+        raise ValueError("the model's output is not finite")
+    if temperature == 0:
+        return logits.argmax(-1)
+    ordered, tokens = (logits.float() / temperature).sort(dim=-1, descending=True, stable=True)
+    if top_k is not None:
+        ordered, tokens = ordered[:, :top_k], tokens[:, :top_k]
+    probabilities = ordered.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities  # the sum of the likelier ones: 0 of the likeliest
+    drawn = torch.multinomial(probabilities.masked_fill(before >= top_p, 0.0), 1, generator=generator)
+    return tokens.gather(-1, drawn)[:, 0]
+
+
+def stream(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    num_tokens: int,
+    temperature: float,
+    seed: int,
+    window: int,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+) -> Iterator[list[int]]:
+    """Continue prompts side by side, token by token.
+
+    A prompt is read from its last `window` tokens on. When a text has filled the window, all begin anew with the last
+    half of it.
+
+    Args:
+        model: left in the mode (train or eval) it came in.
+        prompts: token ids, at least one each.
+        num_tokens: how many to add.
+        temperature, top_k, top_p: see choose.
+        seed: of this call's own generator; torch's global one is not touched.
+        window: at most so many tokens are looked back at.
+
+    Yields:
+        The next token of each.
+
+    Raises:
+        ValueError: see choose.
+    """
+    device = model.embedding.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    texts = [list(prompt[-window:]) for prompt in prompts]
+    length = _rounded_up(min(window, max(map(len, texts)) + num_tokens))
+    pieces, starts, cache = texts, [0] * len(texts), None
     was_training = model.training
-    model.eval()
-    tokens = prompt
-    try:
-        for _ in range(num_tokens):
-            logits = model(tokens[None, -window:])[0][0, -1].float()
-            if not logits.isfinite().all():
-                raise ValueError("the model's output is not finite")
-            if temperature == 0:
-                following = logits.argmax(keepdim=True)
-            else:
-                following = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-            tokens = torch.cat((tokens, following))
-    finally:
-        model.train(was_training)
-    return tokens
+    for _ in range(num_tokens):
+        model.eval()
+        try:
+            with torch.inference_mode():
+                if cache is None:
+                    cache = KVCache(model.config, len(texts), length, model.embedding.weight)
+                logits = feed(model, cache, pieces, starts)[:, -1].float()
+                new = choose(logits, temperature, top_k, top_p, generator).tolist()
+        finally:
+            model.train(was_training)
+        yield new
+        texts = [[*text, token] for text, token in zip(texts, new, strict=True)]
+        pieces, starts = [[token] for token in new], [len(text) - 1 for text in texts]
+        if max(map(len, texts)) > window:
+            texts = [text[-max(1, window // 2) :] for text in texts]
+            pieces, starts, cache = texts, [0] * len(texts), None
+
+
+def generate(model: Transformer, prompt: Tensor, num_tokens: int, temperature: float, seed: int, window: int) -> Tensor:
+    """Token ids [seq] of a prompt -> [seq + num_tokens]; see stream."""
+    new = [token for (token,) in stream(model, [prompt.tolist()], num_tokens, temperature, seed, window)]
+    return torch.cat((prompt, prompt.new_tensor(new)))

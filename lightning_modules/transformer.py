@@ -1,6 +1,7 @@
 """The decoder-only transformer: the only place where a placement and its sublayers meet."""
 
 from collections.abc import Callable, Iterator
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from lightning_modules.config import ModelConfig
 from lightning_modules.layers.attention import Attention
 from lightning_modules.layers.document_mask import Mask, document_mask
 from lightning_modules.layers.ffn import FeedForward
+from lightning_modules.layers.kv_cache import KVCache, Slots
 from lightning_modules.layers.matrices import Matrix, Role
 from lightning_modules.layers.moe import MoE
 from lightning_modules.layers.norms import NormFactory
@@ -41,7 +43,9 @@ class Block(nn.Module):
             ffn = FeedForward
         self.ffn = ffn(config, self.placement.inner_norm)
 
-    def forward(self, state: Any, rope: Rope, mask: Mask | None = None) -> tuple[Any, RouterStats | None]:
+    def forward(
+        self, state: Any, rope: Rope, mask: Mask | None = None, slots: Slots | None = None
+    ) -> tuple[Any, RouterStats | None]:
         """The placement's state before the block -> (state after it, router statistics of a MoE layer).
 
         The first block takes the embedding output, and the last returns one stream, both [batch, seq, dim].
@@ -49,7 +53,7 @@ class Block(nn.Module):
         stats: RouterStats | None = None
 
         def attn(x: Tensor) -> Tensor:
-            return self.attn(x, rope, mask)
+            return self.attn(x, rope, mask, slots)
 
         def ffn(x: Tensor) -> Tensor:
             nonlocal stats
@@ -101,27 +105,34 @@ class Transformer(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
 
-    def forward(self, tokens: Tensor, positions: Tensor | None = None) -> tuple[Tensor, list[RouterStats]]:
+    def forward(
+        self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None
+    ) -> tuple[Tensor, list[RouterStats]]:
         """Next-token logits.
 
         Args:
             tokens: [batch, seq].
-            positions: [batch, seq], of each token in its document, where attention must not cross documents.
+            positions: [batch, seq], of each token in its document, where attention must not cross documents; with a
+                cache, in its sequence.
+            cache: of the tokens before these, which join them.
 
         Returns:
             (logits [batch, seq, vocab_size], one RouterStats per MoE layer).
         """
-        rope = rope_tables(tokens.size(1), self.config.head_dim, self.config.rope_theta, tokens.device)
+        length = tokens.size(1) if cache is None else cache.length
+        rope = rope_tables(length, self.config.head_dim, self.config.rope_theta, tokens.device)
         mask: Mask | None = None
         if positions is not None:
             rope = at_positions(rope, positions)
-            mask = document_mask(positions, flex=tokens.is_cuda and self.config.compile)
+            flex = tokens.is_cuda and self.config.compile
+            mask = document_mask(positions, flex) if cache is None else cache.mask(positions)
         state, router_stats = self.embedding(tokens), []
-        for block in self.blocks:
+        slots = repeat(None) if cache is None or positions is None else cache.at(positions)
+        for block, slot in zip(self.blocks, slots, strict=False):
             if self.config.activation_checkpointing and torch.is_grad_enabled():
                 state, stats = checkpoint(block, state, rope, mask, use_reentrant=False)
             else:
-                state, stats = block(state, rope, mask)
+                state, stats = block(state, rope, mask, slot)
             if stats is not None:
                 router_stats.append(stats)
         return self.head(state * self.output_multiplier), router_stats

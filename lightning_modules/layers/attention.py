@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lightning_modules.config import ModelConfig
 from lightning_modules.layers.document_mask import Mask, attend
+from lightning_modules.layers.kv_cache import Slots
 from lightning_modules.layers.matrices import Matrix
 from lightning_modules.layers.norms import make_norm
 from lightning_modules.layers.rope import Rope, rotate
@@ -51,10 +52,19 @@ class Attention(nn.Module):
             self.projection_norms[name] = make_norm(config, config.head_dim if self.per_head else widths[name])
         self.inner_norm = make_norm(config, q_dim) if inner_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rope: Rope, mask: Mask | None = None) -> Tensor:
-        """x [batch, seq, dim], rope of seq positions, mask of packed documents -> [batch, seq, dim]."""
+    def forward(self, x: Tensor, rope: Rope, mask: Mask | None = None, slots: Slots | None = None) -> Tensor:
+        """x [batch, seq, dim] -> [batch, seq, dim].
+
+        Args:
+            x: the tokens at hand.
+            rope: of their positions.
+            mask: which keys they may look at; None: causal.
+            slots: where keys and values are kept; x then looks at all that is there.
+        """
         q, k = self._queries_and_keys(x, rope)
         v = self._heads("v", self.v_proj(x))
+        if slots is not None:
+            k, v = slots.put(k, v)
         out = attend(q, k, v, mask, self.grouped)
         return self.o_proj(self.inner_norm(out.transpose(1, 2).flatten(2)))
 

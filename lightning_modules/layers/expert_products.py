@@ -14,6 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MIN_ROWS = 4
+"""Fewer rows go to another kernel of MKL, which adds up in another order: a token's output would depend, in its last
+bit, on how many others go to the same expert."""
+
 
 class Products(NamedTuple):
     """One way to compute the two.
@@ -68,7 +72,11 @@ def _loop_matmul(x: Tensor, w: Tensor, counts: Tensor, transpose: bool) -> Tenso
     out = x.new_empty(x.size(0), w.size(1 if transpose else 2))
     sizes = counts.long().tolist()
     for rows, matrix, result in zip(x.split(sizes), w.unbind(), out.split(sizes), strict=True):
-        torch.mm(rows, matrix.t() if transpose else matrix, out=result)
+        matrix = matrix.t() if transpose else matrix
+        if 0 < len(rows) < MIN_ROWS:
+            result.copy_(torch.mm(F.pad(rows, (0, 0, 0, MIN_ROWS - len(rows))), matrix)[: len(rows)])
+        else:
+            torch.mm(rows, matrix, out=result)
     return out
 
 

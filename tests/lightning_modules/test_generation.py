@@ -1,32 +1,75 @@
-"""Sampling: greedy against a loop written here, frequencies against probabilities, and no side effects."""
+"""Sampling: with a cache as without, bit for bit; greedy against a loop written here; frequencies against odds."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.generation import generate
+from lightning_modules.generation import choose, feed, generate, stream
+from lightning_modules.layers.kv_cache import KVCache
+from lightning_modules.placements.registry import PLACEMENTS
 from lightning_modules.transformer import Transformer
 from tests.conftest import VOCAB_SIZE, make_module, tiny_config, tokens
 
+LENGTH = 48
+SHARED = {"num_shared_experts": 1, "first_dense_layers": 1, "balancing": "bias", "score": "sigmoid"}
+MODELS: dict[str, dict[str, Any]] = {
+    **{name: {"placement": name} for name in PLACEMENTS},
+    **{f"{name}, moe": {"placement": name, "ffn": "moe"} for name in PLACEMENTS},
+    "grouped queries": {"num_kv_heads": 2, "placement": "hybridnorm"},
+    "shared experts": {"ffn": "moe", "moe": SHARED},
+    "layernorm, tied": {"norm": "layernorm", "tie_embeddings": True},
+}
 
-def make_model() -> Transformer:
-    model = Transformer(tiny_config(), VOCAB_SIZE)
+
+def make_model(**overrides: Any) -> Transformer:
+    model = Transformer(tiny_config(**overrides), VOCAB_SIZE)
     for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    return model
+        nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.3)
+    return model.eval()
 
 
-@pytest.mark.parametrize("window", [100, 3])
+@pytest.mark.parametrize("overrides", MODELS.values(), ids=MODELS)
+@torch.inference_mode()
+def test_with_a_cache_the_logits_are_the_same_bit_for_bit(overrides: dict[str, Any]) -> None:
+    """Those of model(text), the text filled up to the cache's length, which a causal model does not see."""
+    model, text = make_model(**overrides), tokens(7).tolist()
+    cache = KVCache(model.config, 1, LENGTH, model.head.weight)
+    cached = [feed(model, cache, [text], [0])[0, -1]]
+    while len(text) < LENGTH - 1:
+        text.append(int(cached[-1].argmax()))
+        cached.append(feed(model, cache, [text[-1:]], [len(text) - 1])[0, -1])
+    whole, _ = model(torch.tensor([[*text, 0]]))
+    assert torch.equal(torch.stack(cached), whole[0, 6:-1])
+    assert torch.stack(cached).std() > 0.1
+    for end in (7, 20, LENGTH - 1):  # not filled up: another length, another order of adding up
+        torch.testing.assert_close(model(torch.tensor([text[:end]]))[0][0, -1], whole[0, end - 1])
+
+
+def without_cache(model: Transformer, prompt: list[int], num_tokens: int, window: int) -> list[int]:
+    text, new = prompt[-window:], []
+    for _ in range(num_tokens):
+        if len(text) > window:
+            text = text[-max(1, window // 2) :]
+        new.append(int(model(torch.tensor([text]))[0][0, -1].argmax()))
+        text.append(new[-1])
+    return new
+
+
+@pytest.mark.parametrize("window", [100, 8, 3, 1])
 def test_greedy_is_argmax_over_the_window(window: int) -> None:
     model, prompt = make_model(), tokens(5)
-    expected = prompt.tolist()
-    for _ in range(12):
-        logits, _ = model(torch.tensor([expected[-window:]]))
-        expected.append(int(logits[0, -1].argmax()))
-    assert generate(model, prompt, 12, temperature=0, seed=0, window=window).tolist() == expected
-    assert len(set(expected[5:])) > 1
+    expected = without_cache(model, prompt.tolist(), 40, window)
+    assert generate(model, prompt, 40, temperature=0, seed=0, window=window).tolist() == [*prompt.tolist(), *expected]
+    assert len(set(expected)) > 1
+
+
+def test_side_by_side_is_one_by_one() -> None:
+    model, prompts = make_model(ffn="moe"), [tokens(n).tolist() for n in (9, 1, 4)]
+    together = [list(row) for row in zip(*stream(model, prompts, 12, temperature=0, seed=0, window=64), strict=True)]
+    assert together == [without_cache(model, prompt, 12, 64) for prompt in prompts]
 
 
 def test_the_seed_decides_and_the_global_generator_is_left_alone() -> None:
@@ -41,19 +84,32 @@ def test_the_seed_decides_and_the_global_generator_is_left_alone() -> None:
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-class FixedLogits(nn.Module):
-    """Says 1 : 2 : 4 whatever comes in."""
+def drawn(logits: list[float], temperature: float, top_k: int | None = None, top_p: float = 1.0) -> Tensor:
+    """How often each token comes, as a fraction."""
+    rows = torch.tensor(logits).expand(3000, -1)
+    return choose(rows, temperature, top_k, top_p, torch.Generator().manual_seed(0)).bincount(minlength=3) / 3000
 
-    def forward(self, batch: Tensor) -> tuple[Tensor, list[None]]:
-        return torch.tensor([0.0, math.log(2), math.log(4)]).expand(*batch.shape, 3), []
 
-
-@pytest.mark.parametrize(("temperature", "odds"), [(1.0, (1, 2, 4)), (0.5, (1, 4, 16)), (2.0, (1, 2**0.5, 2))])
-def test_temperature_divides_the_logits(temperature: float, odds: tuple[float, ...]) -> None:
-    drawn = generate(FixedLogits(), torch.tensor([0]), 3000, temperature, seed=0, window=1)[1:]  # type: ignore[arg-type]
-    frequencies = drawn.bincount(minlength=3) / 3000
+@pytest.mark.parametrize(
+    ("options", "odds"),
+    [
+        ({"temperature": 1.0}, (1, 2, 4)),
+        ({"temperature": 0.5}, (1, 4, 16)),
+        ({"temperature": 2.0}, (1, 2**0.5, 2)),
+        ({"temperature": 0.0}, (0, 0, 1)),
+        ({"temperature": 1.0, "top_k": 2}, (0, 2, 4)),
+        ({"temperature": 1.0, "top_k": 9}, (1, 2, 4)),
+        ({"temperature": 1.0, "top_p": 0.6}, (0, 2, 4)),  # 4/7 does not reach it, 6/7 does
+        ({"temperature": 1.0, "top_p": 0.5}, (0, 0, 4)),
+        ({"temperature": 0.5, "top_p": 0.8}, (0, 4, 16)),  # after the temperature: 16/21
+        ({"temperature": 1.0, "top_k": 2, "top_p": 0.65}, (0, 0, 4)),  # among those two: 4/6
+    ],
+)
+def test_what_is_drawn_from(options: dict[str, Any], odds: tuple[float, ...]) -> None:
+    frequencies = drawn([0.0, math.log(2), math.log(4)], **options)
     expected = torch.tensor(odds) / sum(odds)
     torch.testing.assert_close(frequencies, expected, atol=0.03, rtol=0)  # 3 standard errors
+    assert torch.equal(frequencies == 0, expected == 0)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -76,3 +132,17 @@ def test_a_model_that_diverged_has_nothing_to_say(temperature: float) -> None:
     with pytest.raises(ValueError, match="not finite"):
         generate(model, tokens(3), 2, temperature, seed=0, window=8)
     assert model.training
+
+
+def test_compiled_and_in_bfloat16_it_is_nearly_the_same() -> None:
+    module = make_module(num_layers=1)
+    module.model.blocks[0].compile(backend="aot_eager")
+    prompt = tokens(5).tolist()
+    module.model.eval()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        cache = KVCache(module.model_config, 1, 8, module.model.head.weight)
+        feed(module.model, cache, [prompt[:3]], [0])
+        cached = feed(module.model, cache, [prompt[3:]], [3])[0, -1]
+        whole = module.model(torch.tensor([prompt]))[0][0, -1]
+    assert cache.content.dtype == torch.bfloat16
+    torch.testing.assert_close(cached, whole, atol=0.05, rtol=0.05)
