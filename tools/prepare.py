@@ -14,46 +14,18 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from core import cli
-from core.errors import UnknownField, require
-from core.explain import explain_omegaconf
+from core.errors import require
+from core.fields import parse_fields
 from datamodules.index import SPLITS
 from datamodules.preparation.inspect import describe, statistics, verify
 from datamodules.preparation.prepare import PrepareConfig, prepare
 from datamodules.storage import LocalFolder, read_index
-
-FIELDS = [field.name for field in dataclasses.fields(PrepareConfig)]
-REQUIRED = ("input", "output")
-
-
-def parse_arguments(arguments: list[str]) -> PrepareConfig:
-    """FIELD=VALUE, ... -> the typed settings.
-
-    Raises:
-        ConfigError: no such field, a value of the wrong type, or a field left out that has no default.
-    """
-    values: dict[str, str | None] = {}
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        require(bool(equals), "argument", argument, "FIELD=VALUE, or: inspect PATH")
-        if name not in FIELDS:
-            raise UnknownField(name, value, FIELDS)
-        values[name] = None if value == "null" else value
-    for name in REQUIRED:
-        require(bool(values.get(name)), name, values.get(name), "a value: it has no default")
-    try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PrepareConfig), values))
-    except OmegaConfBaseException as error:
-        raise explain_omegaconf(error, value=values.get(str(error.full_key))) from error
-    assert isinstance(config, PrepareConfig)
-    return config
 
 
 def run_prepare(config: PrepareConfig) -> None:
@@ -105,7 +77,7 @@ def main(arguments: list[str]) -> None:
         require(len(arguments) == 2, "argument", " ".join(arguments), "inspect PATH")
         run_inspect(arguments[1])
     else:
-        run_prepare(parse_arguments(arguments))
+        run_prepare(parse_fields(PrepareConfig, arguments, ", or: inspect PATH"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,102 @@
+"""Continue a text with a trained model, printing while it writes.
+
+    python -m tools.generate RUN prompt="def "
+    python -m tools.generate RUN prompt="def " num_tokens=500 temperature=1.2 top_k=50 top_p=0.9 seed=7
+    python -m tools.generate RUN prompt="def " temperature=0                     always the likeliest token
+    python -m tools.generate RUN                                                 a document from its beginning
+
+Ends where the model ends the document, or after `num_tokens`. Of a text longer than `window` the model sees the end
+only. Control characters are shown as symbols on a terminal, and written as they are elsewhere.
+"""
+
+import itertools
+import math
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from core import cli
+from core.errors import UserError, require
+from core.fields import parse_fields
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """`python -m tools.generate RUN FIELD=VALUE ...`"""
+
+    prompt: str = ""  # what the model continues; empty: the beginning of a document
+    num_tokens: int = 256  # at most so many more
+    temperature: float = 0.8  # the logits are divided by it; 0: always the likeliest token
+    top_k: int | None = None  # draw from so many of the likeliest tokens; null: from all
+    top_p: float = 1.0  # draw from the fewest likeliest tokens whose probabilities reach this sum
+    seed: int = 0
+    window: int | None = None  # tokens that the model looks back at; null: as many as it was trained on
+    checkpoint: str = "last"  # last, best, or the path of one
+    allow: str = ""  # classes of your own that the run's configuration names, as my_file.MyCallback, by commas
+
+    def __post_init__(self) -> None:
+        require(self.num_tokens >= 1, "num_tokens", self.num_tokens, "an integer >= 1")
+        require(0 <= self.temperature < math.inf, "temperature", self.temperature, "a number >= 0")
+        for name in ("top_k", "window"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "an integer >= 1 or null")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1]")
+        require(0 <= self.seed < 1 << 63, "seed", self.seed, "an integer in [0, 2**63)")
+
+
+def continuation(run: Any, prompt: list[int], config: GenerateConfig, window: int) -> Iterator[int]:
+    """Token ids, up to and without the one that ends the document."""
+    from lightning_modules.generation import stream
+
+    options = (config.num_tokens, config.temperature, config.seed, window, config.top_k, config.top_p)
+    for (token,) in stream(run.module.model, [prompt], *options):
+        if token == run.datamodule.tokenizer.end_of_document:
+            return
+        yield token
+
+
+def as_text(prompt: list[int], tokens: Iterable[int], tokenizer: Any) -> Iterator[str]:
+    """The text of both, in pieces, each as soon as its characters are whole."""
+    seen, shown = list(prompt), ""
+    for token in itertools.chain([None], tokens):
+        seen += [] if token is None else [token]
+        text = tokenizer.decode(seen).rstrip("\N{REPLACEMENT CHARACTER}")
+        yield text[len(shown) :]
+        shown = max(shown, text, key=len)
+    yield tokenizer.decode(seen)[len(shown) :]
+
+
+def harmless(text: str) -> str:
+    """Control characters, which could steer a terminal, as symbols; tabs and line ends stay."""
+    symbols = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
+    return text.translate({**symbols, 0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)})
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return
+    config = parse_fields(GenerateConfig, arguments[1:])
+    from core.open_run import open_run
+
+    run = open_run(Path(arguments[0]), config.checkpoint, config.allow)
+    tokenizer, window = run.datamodule.tokenizer, config.window or run.datamodule.seq_len
+    prompt = tokenizer.encode(config.prompt.encode("utf-8", "surrogateescape")).tolist()
+    if len(prompt) > window:
+        print(f"The prompt has {len(prompt)} tokens; the model sees the last {window} of them.", file=sys.stderr)
+    shown = harmless if sys.stdout.isatty() else str
+    new = continuation(run, prompt or [tokenizer.end_of_document], config, window)
+    try:
+        for piece in as_text(prompt, new, tokenizer):
+            print(shown(piece), end="", flush=True)
+    except ValueError as error:
+        raise UserError(f"no text: {error}") from error
+    finally:
+        print()
+
+
+if __name__ == "__main__":
+    cli.run(partial(main, sys.argv[1:]))
