@@ -51,7 +51,8 @@ $(FOR_TRAINING): requirements.txt | $(MADE)
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	@touch $@
 
-$(FOR_TESTS): requirements.txt requirements-data.txt requirements-studies.txt requirements-dev.txt | $(MADE)
+$(FOR_TESTS): requirements.txt requirements-data.txt requirements-eval.txt requirements-studies.txt \
+		requirements-dev.txt | $(MADE)
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	@# Without its dependencies: it asks for older versions than ours. Its build needs torch. See docs/megablocks.md.
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation megablocks==0.10.0 stanford-stk==0.7.1

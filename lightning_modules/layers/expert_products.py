@@ -7,6 +7,7 @@ The gradient of each is made of the two, so both have gradients of every order. 
 to torch.compile: the sizes of the groups are data, and a graph must not break over them.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,9 +33,10 @@ class Products(NamedTuple):
 
 
 def _register(name: str, matmul: Callable[..., Tensor], outer: Callable[..., Tensor]) -> Products:
-    """The two as operators `experts::NAME_matmul` and `experts::NAME_outer`, with shapes and gradients."""
-    matmul_op = torch.library.custom_op(f"experts::{name}_matmul", matmul, mutates_args=())
-    outer_op = torch.library.custom_op(f"experts::{name}_outer", outer, mutates_args=())
+    """The two as operators of this module, NAME_matmul and NAME_outer, with shapes and gradients."""
+    ours = re.sub(r"\W", "_", __name__)  # an exported model brings a copy of this module, whose operators are its own
+    matmul_op = torch.library.custom_op(f"{ours}::{name}_matmul", matmul, mutates_args=())
+    outer_op = torch.library.custom_op(f"{ours}::{name}_outer", outer, mutates_args=())
 
     def matmul_shape(x: Tensor, w: Tensor, counts: Tensor, transpose: bool) -> Tensor:
         return x.new_empty(x.size(0), w.size(1 if transpose else 2))

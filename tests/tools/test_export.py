@@ -1,0 +1,206 @@
+"""What was exported, loaded by transformers: the logits and the tokens are those of the run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from core.build import build
+from core.open_run import open_run
+from datamodules.tokenizers import Tokenizer
+from lightning_modules.placements.registry import PLACEMENTS
+from tests.helpers_run import run_on
+from tests.tools.runs import SMALL, bpe_corpus, bpe_run, byte_run
+from tools import export
+
+TEXTS = ["def f(x):\n\treturn x", "", "é ß 漢字 🙂 \x00\x7f", "a<|endoftext|>b", "  two  spaces "]
+MODELS = [*((name, "moe") for name in PLACEMENTS), ("spannorm", "dense"), ("siamesenorm", "dense"), ("subln", "dense")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _offline(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        patch.setattr(sys, "path", [*sys.path])
+        yield
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return byte_run(tmp_path_factory.mktemp("bytes"), "experiment=dense_prenorm")
+
+
+def remade(first: Path, folder: Path, **model: Any) -> Path:
+    """The run with another model, of random weights under which a wrong norm or order would show; not trained."""
+    from omegaconf import OmegaConf
+
+    config: Any = OmegaConf.load(first / "config.yaml")
+    for part in (config.model, config.module.model):
+        part.merge_with(OmegaConf.create(model))
+    module = build(config, "module", vocab_size=257)
+    module.configure_model()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
+    (folder / "checkpoints").mkdir(parents=True)
+    OmegaConf.save(config, folder / "config.yaml")
+    content = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams), "global_step": 7}
+    torch.save(content, folder / "checkpoints/last.ckpt")
+    return folder
+
+
+def exported(folder: Path, output: Path) -> str:
+    return export.export(folder, export.ExportConfig(str(output)))
+
+
+def assert_same_logits(folder: Path, output: Path, trusted: bool) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=trusted)
+    ours = open_run(folder).module
+    batch = torch.randint(257, (3, 40))
+    with torch.no_grad():
+        expected, actual = ours(batch)[0], theirs.eval()(batch).logits
+    assert expected.std() > 0.01
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    return theirs
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ({"num_kv_heads": 1, "rope_theta": 500.0}, "LlamaForCausalLM"),
+        ({"tie_embeddings": True}, "LlamaForCausalLM"),
+        ({"ffn": "moe", "num_kv_heads": 1}, "MixtralForCausalLM"),
+    ],
+    ids=["grouped queries", "tied", "moe"],
+)
+def test_prenorm_is_loaded_as_llama_or_mixtral(model: dict[str, Any], name: str, first: Path, tmp_path: Path) -> None:
+    folder = remade(first, tmp_path / "run", **model)
+    assert exported(folder, tmp_path / "out") == f"{tmp_path}/out: {name}, step 7"
+    assert not list((tmp_path / "out").glob("*.py"))
+    assert type(assert_same_logits(folder, tmp_path / "out", trusted=False)).__name__ == name
+
+
+@pytest.mark.parametrize(("placement", "ffn"), MODELS)
+def test_any_placement_is_loaded_with_its_own_code(placement: str, ffn: str, first: Path, tmp_path: Path) -> None:
+    norm = {"norm": "layernorm"} if placement == "prenorm" else {}
+    folder = remade(first, tmp_path / "run", placement=placement, ffn=ffn, **norm)
+    said = exported(folder, tmp_path / "out")
+    assert f"by its own code (trust_remote_code=True): {'norm layernorm' if norm else 'placement ' + placement}" in said
+    assert_same_logits(folder, tmp_path / "out", trusted=True)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ({"norm": "dyt"}, "norm dyt"),
+        ({"placement_options": {"final_norm": False}}, "placement_options"),
+        ({"ffn": "moe", "moe": {"num_shared_experts": 1}}, "shared experts"),
+        ({"ffn": "moe", "moe": {"first_dense_layers": 1}}, "dense layers among the mixtures"),
+        ({"ffn": "moe", "moe": {"score": "sigmoid"}}, "router scores by sigmoid"),
+        ({"ffn": "moe", "moe": {"balancing": "bias"}}, "a bias in the selection of experts"),
+        ({"ffn": "moe", "moe": {"normalize_weights": False}}, "expert weights that are not normalized"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_llama_does_not_have_goes_with_its_own_code(
+    model: dict[str, Any], reason: str, first: Path, tmp_path: Path
+) -> None:
+    folder = remade(first, tmp_path / "run", **model)
+    assert f": {reason} is in neither Llama nor Mixtral" in exported(folder, tmp_path / "out")
+    assert_same_logits(folder, tmp_path / "out", trusted=True)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_width_scaling_is_kept(tied: bool, tmp_path: Path) -> None:
+    """Trained, so that the multiplier comes from the run; in the head's weights, or beside tied ones."""
+    scaled = ["optim.width_scaling=mup", "optim.base_width=16", f"model.tie_embeddings={tied}"]
+    folder = byte_run(tmp_path, "experiment=dense_prenorm", *scaled)
+    assert ("own code" in exported(folder, tmp_path / "out")) == tied
+    assert_same_logits(folder, tmp_path / "out", trusted=tied)
+
+
+def test_without_this_project_it_runs_too(first: Path, tmp_path: Path) -> None:
+    """In another process, in which none of it can be imported: logits, a loss, and text."""
+    folder = remade(first, tmp_path / "run", placement="lnscaling", ffn="moe")
+    exported(folder, tmp_path / "out")
+    code = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("out", trust_remote_code=True).eval()
+tokenizer = AutoTokenizer.from_pretrained("out")
+batch = tokenizer(["def f(x):"], return_tensors="pt")
+out = model(**batch, labels=batch["input_ids"])
+tokens = model.generate(**batch, max_new_tokens=8, do_sample=False)
+assert not {"core", "lightning_modules", "lightning"} & set(sys.modules)
+torch.save([out.logits, out.loss.detach(), tokens], "seen.pt")
+"""
+    environment = {**os.environ, "PYTHONPATH": "", "HF_HOME": str(tmp_path / "hub"), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    logits, loss, tokens = torch.load(tmp_path / "seen.pt")
+    opened = open_run(folder)
+    batch = torch.tensor([list(b"def f(x):")])
+    expected = opened.module(batch)[0].detach()
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loss, nn.functional.cross_entropy(expected[0, :-1], batch[0, 1:]))
+    ours = opened.module.generate(batch[0].tolist(), 8, 0.0, 0, 64)
+    assert tokens[0].tolist() == ours[: tokens.size(1)]
+    files = {path.name for path in (tmp_path / "out").glob("lightning_modules_placements_*.py")}
+    assert files == {f"lightning_modules_placements_{name}.py" for name in ("base", "registry", "prenorm", "lnscaling")}
+
+
+def same_tokens(output: Path, ours: Tokenizer) -> None:
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(output)
+    for text in TEXTS:
+        ids = ours.encode(text.encode()).tolist()
+        assert theirs(text)["input_ids"] == ids
+        assert theirs.decode(ids) == ours.decode(ids)
+    assert theirs.eos_token_id == ours.end_of_document
+    assert len(theirs) == ours.vocab_size
+
+
+def test_bytes_are_tokens_there_too(first: Path, tmp_path: Path) -> None:
+    exported(first, tmp_path / "out")
+    same_tokens(tmp_path / "out", open_run(first).datamodule.tokenizer)
+
+
+def test_a_bpe_comes_along(tmp_path: Path) -> None:
+    folder = bpe_run(tmp_path, bpe_corpus(tmp_path), "model.placement=postnorm")
+    exported(folder, tmp_path / "out")
+    same_tokens(tmp_path / "out", open_run(folder).datamodule.tokenizer)
+
+
+def test_numbers_have_no_tokenizer(tmp_path: Path) -> None:
+    folder = run_on(tmp_path, *SMALL[:1], "data=synthetic", "data.seq_len=31", "model.placement=prenorm")
+    assert exported(folder, tmp_path / "out").endswith("LlamaForCausalLM, step 3; no tokenizer, as the data is no text")
+    assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == 64
+    assert not list((tmp_path / "out").glob("tokenizer*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "output=None is not valid: expected a value: it has no default"),
+        (["output={run}"], "output='{run}' is not valid: expected a new folder: this one is there already"),
+        (["output={run}/config.yaml/x"], "is not valid: expected a folder that can be written to"),
+        (["output={tmp}/out", "checkpoint=none"], "checkpoint='none' is not valid: expected last, best, or the path"),
+    ],
+)
+def test_a_mistake_is_one_clear_line_and_nothing_is_written(
+    arguments: list[str], message: str, first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filled = [argument.format(run=first, tmp=tmp_path) for argument in arguments]
+    with pytest.raises(SystemExit, match="2"):
+        export.cli.run(lambda: export.main([str(first), *filled]))
+    err = capsys.readouterr().err
+    assert message.format(run=first) in err
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,79 @@
+"""Write a trained model as a folder that Hugging Face transformers loads: safetensors, configuration, tokenizer.
+
+    python -m tools.export RUN output=exported/mine
+    python -m tools.export RUN output=exported/mine checkpoint=best
+
+PreNorm with RMSNorm becomes a Llama, or a Mixtral where every FFN is a mixture. Whatever they cannot represent is
+written with its own code, taken from this project's sources, and loaded by
+AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True). What was done, and why, is printed.
+"""
+
+import shutil
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from core import cli
+from core.errors import UserError, require, writing
+from core.fields import parse_fields
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """`python -m tools.export RUN FIELD=VALUE ...`"""
+
+    output: str  # a new folder
+    checkpoint: str = "last"  # last, best, or the path of one
+
+
+def export(folder: Path, config: ExportConfig) -> str:
+    """Write the folder; says in a line what it holds. An export that fails leaves nothing behind.
+
+    Raises:
+        ConfigError: no run, or a folder that is there already or cannot be made.
+        UserError: transformers is not installed.
+    """
+    try:
+        from transformers.utils import logging
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is not installed: pip install -r requirements-eval.txt") from error
+    from core.open_run import open_run
+    from exporting import llama, own_code, tokenizer
+
+    output = Path(config.output)
+    require(not output.exists(), "output", config.output, "a new folder: this one is there already")
+    run = open_run(folder, config.checkpoint)
+    model, data = run.module.model.cpu(), run.datamodule
+    end, max_length = data.tokenizer.end_of_document, data.seq_len
+    theirs = tokenizer.to_hugging_face(data.tokenizer, max_length)
+    logging.disable_progress_bar()
+    with writing("output", output):
+        output.mkdir(parents=True)
+        try:
+            why = llama.obstacle(model)
+            if why is None:
+                converted = llama.to_hugging_face(model, max_length, end)
+                converted.save_pretrained(output)
+                what = type(converted).__name__
+            else:
+                own_code.write(model, output, max_length, end)
+                what = "PlacementForCausalLM, by its own code (trust_remote_code=True): "
+                what += f"{why} is in neither Llama nor Mixtral"
+            if theirs is not None:
+                theirs.save_pretrained(output)
+        except BaseException:
+            shutil.rmtree(output)
+            raise
+    return f"{output}: {what}, step {run.step}{'' if theirs else '; no tokenizer, as the data is no text'}"
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(__doc__)
+    else:
+        print(export(Path(arguments[0]), parse_fields(ExportConfig, arguments[1:])))
+
+
+if __name__ == "__main__":
+    cli.run(partial(main, sys.argv[1:]))
