@@ -57,7 +57,8 @@ def refuse_foreign_code(config: DictConfig, allow: Collection[str] = ()) -> None
         if isinstance(value, str) and "${" in value:
             raise Refused(field, value, "a saved configuration holds no references; this one was not saved by a run")
         if field.rpartition(".")[2] == "_target_" and value not in allow and not _is_ours(field, value):
-            reason = f"the saved configuration names code that is not this project's; --allow {value} runs it (allow={value} in tools of FIELD=VALUE)"
+            way = f"--allow {value} runs it (or allow={value}, of a tool that takes FIELD=VALUE)"
+            reason = f"the saved configuration names code that is not this project's; {way}"
             raise Refused(field, value, reason)
 
 

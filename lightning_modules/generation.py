@@ -30,7 +30,7 @@ def feed(model: Transformer, cache: KVCache, pieces: Sequence[Sequence[int]], st
     places = [[min(place, len(piece) - 1) for place in range(width)] for piece in pieces]
     tokens = [[piece[place] for place in row] for piece, row in zip(pieces, places, strict=True)]
     positions = [[start + place for place in row] for start, row in zip(starts, places, strict=True)]
-    device = cache.content.device
+    device = model.embedding.weight.device
     return model(torch.tensor(tokens, device=device), torch.tensor(positions, device=device), cache)[0]
 
 
@@ -107,7 +107,7 @@ def stream(
         try:
             with torch.inference_mode():
                 if cache is None:
-                    cache = KVCache(model.config, len(texts), length, model.embedding.weight)
+                    cache = KVCache(model.config.num_layers, length)
                 logits = feed(model, cache, pieces, starts)[:, -1].float()
                 new = choose(logits, temperature, top_k, top_p, generator).tolist()
         finally:

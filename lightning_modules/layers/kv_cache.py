@@ -6,50 +6,46 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_modules.config import ModelConfig
-
 
 class Slots(NamedTuple):
     """What one attention layer keeps, and where the tokens at hand belong in it.
 
     Attributes:
-        keys, values: [batch, kv_heads, length, head_dim]; keys are rotated.
+        kept: keys and values, each [batch, kv_heads, length, head_dim], keys rotated; empty before the first tokens.
+        length: the most tokens that a sequence can have.
         positions: [batch, seq], of the tokens at hand.
     """
 
-    keys: Tensor
-    values: Tensor
+    kept: list[Tensor]
+    length: int
     positions: Tensor
 
-    def put(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def put(self, keys: Tensor, values: Tensor) -> list[Tensor]:
         """Write those of the tokens at hand, each [batch, kv_heads, seq, head_dim], and return all there are."""
+        if not self.kept:  # only now is it known in what dtype, and how many heads this process has
+            self.kept.extend(new.new_zeros(*new.shape[:2], self.length, new.size(-1)) for new in (keys, values))
         rows = torch.arange(len(self.positions), device=self.positions.device)[:, None]
-        for kept, new in ((self.keys, keys), (self.values, values)):
-            kept[rows, :, self.positions] = new.transpose(1, 2).to(kept.dtype)
-        return self.keys, self.values
+        for kept, new in zip(self.kept, (keys, values), strict=True):
+            kept[rows, :, self.positions] = new.transpose(1, 2)
+        return self.kept
 
 
 class KVCache:
     """The slots of all layers. Its length is fixed, and what is not written yet is masked.
 
     Args:
-        config: of the model.
-        batch: number of sequences.
-        length: the most tokens that one of them can have.
-        like: a tensor of the device and dtype in which the model computes.
+        num_layers: of the model.
+        length: the most tokens that a sequence can have.
     """
 
-    def __init__(self, config: ModelConfig, batch: int, length: int, like: Tensor) -> None:
+    def __init__(self, num_layers: int, length: int) -> None:
         self.length = length
-        device = like.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype
-        shape = (config.num_layers, 2, batch, config.kv_heads, length, config.head_dim)
-        self.content = torch.zeros(shape, dtype=dtype, device=like.device)
+        self.layers: list[list[Tensor]] = [[] for _ in range(num_layers)]
 
     def at(self, positions: Tensor) -> Iterator[Slots]:
         """Each layer's slots for tokens at these positions [batch, seq]."""
-        for keys, values in self.content:
-            yield Slots(keys, values, positions)
+        for kept in self.layers:
+            yield Slots(kept, self.length, positions)
 
     def mask(self, positions: Tensor) -> Tensor:
         """Who may look at whom: bool [batch, 1, seq, length], up to the token's own position."""
@@ -57,6 +53,6 @@ class KVCache:
 
     def select(self, rows: Tensor) -> "KVCache":
         """A copy with these sequences [rows] of it, each as often as it is named."""
-        other = object.__new__(KVCache)
-        other.length, other.content = self.length, self.content.index_select(2, rows)
+        other = KVCache(len(self.layers), self.length)
+        other.layers = [[tensor.index_select(0, rows) for tensor in kept] for kept in self.layers]
         return other

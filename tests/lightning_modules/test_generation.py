@@ -36,7 +36,7 @@ def make_model(**overrides: Any) -> Transformer:
 def test_with_a_cache_the_logits_are_the_same_bit_for_bit(overrides: dict[str, Any]) -> None:
     """Those of model(text), the text filled up to the cache's length, which a causal model does not see."""
     model, text = make_model(**overrides), tokens(7).tolist()
-    cache = KVCache(model.config, 1, LENGTH, model.head.weight)
+    cache = KVCache(model.config.num_layers, LENGTH)
     cached = [feed(model, cache, [text], [0])[0, -1]]
     while len(text) < LENGTH - 1:
         text.append(int(cached[-1].argmax()))
@@ -140,9 +140,9 @@ def test_compiled_and_in_bfloat16_it_is_nearly_the_same() -> None:
     prompt = tokens(5).tolist()
     module.model.eval()
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        cache = KVCache(module.model_config, 1, 8, module.model.head.weight)
+        cache = KVCache(1, 8)
         feed(module.model, cache, [prompt[:3]], [0])
         cached = feed(module.model, cache, [prompt[3:]], [3])[0, -1]
         whole = module.model(torch.tensor([prompt]))[0][0, -1]
-    assert cache.content.dtype == torch.bfloat16
+    assert cache.layers[0][0].dtype == torch.bfloat16
     torch.testing.assert_close(cached, whole, atol=0.05, rtol=0.05)
