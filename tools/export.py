@@ -25,6 +25,7 @@ class ExportConfig:
 
     output: str  # a new folder
     checkpoint: str = "last"  # last, best, or the path of one
+    allow: str = ""  # classes of your own that the run's configuration names, as my_file.MyCallback, by commas
 
 
 def export(folder: Path, config: ExportConfig) -> str:
@@ -43,7 +44,7 @@ def export(folder: Path, config: ExportConfig) -> str:
 
     output = Path(config.output)
     require(not output.exists(), "output", config.output, "a new folder: this one is there already")
-    run = open_run(folder, config.checkpoint)
+    run = open_run(folder, config.checkpoint, config.allow)
     model, data = run.module.model.cpu(), run.datamodule
     end, max_length = data.tokenizer.end_of_document, data.seq_len
     theirs = tokenizer.to_hugging_face(data.tokenizer, max_length)

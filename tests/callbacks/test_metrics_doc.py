@@ -8,6 +8,7 @@ import lightning as L
 import pytest
 
 from tests.helpers_run import ROOT, events, run
+from tools import evaluate
 
 KINDS = ("attn_in", "attn_out", "ffn_up", "ffn_down", "norm", "router", "experts", "embedding", "head")
 STEPS = 8
@@ -31,6 +32,7 @@ def documented() -> set[str]:
 def generic(tag: str) -> str:
     """A tag as the page has it: with BLOCK, LAYER and KIND."""
     tag = re.sub(r"block_\d+", "block_BLOCK", re.sub(r"layer_\d+", "layer_LAYER", tag))
+    tag = re.sub(r"^eval/\w+/", "eval/NAME/", tag)
     head, _, last = tag.rpartition("/")
     return f"{head}/KIND" if last in KINDS and "BLOCK" in head else tag
 
@@ -47,6 +49,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         "+callbacks.poison._target_=tests.callbacks.test_metrics_doc.Poison",
     ]
     folders = [run(cwd, name, f"experiment={name}", *everything) for name in ("dense_spannorm", "moe_spannorm")]
+    evaluate.main([str(folders[0])])
     return {generic(tag) for folder in folders for tag in events(Path(folder)).Tags()["scalars"]}
 
 

@@ -13,12 +13,12 @@ def byte_run(cwd: Path, *overrides: str) -> Path:
     return run(cwd, "run", *SMALL, *overrides)
 
 
-def bpe_corpus(folder: Path, texts: bytes = TEXT) -> Path:
-    """A prepared corpus of the tests' text, in pieces, with a vocabulary of 300."""
+def bpe_corpus(folder: Path, texts: bytes = TEXT, tokenizer: str = "bpe:300") -> Path:
+    """A prepared corpus of the text, in pieces, with a vocabulary of 300."""
     (folder / "texts").mkdir(parents=True)
     for n in range(40):
         (folder / f"texts/{n}.txt").write_bytes(texts[n * 1500 : (n + 1) * 1500])
-    prepare(PrepareConfig(str(folder / "texts"), str(folder / "corpus"), "bpe:300", validation=0.3, processes=1))
+    prepare(PrepareConfig(str(folder / "texts"), str(folder / "corpus"), tokenizer, validation=0.3, processes=1))
     return folder / "corpus"
 
 

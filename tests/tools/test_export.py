@@ -141,7 +141,7 @@ tokens = model.generate(**batch, max_new_tokens=8, do_sample=False)
 assert not {"core", "lightning_modules", "lightning"} & set(sys.modules)
 torch.save([out.logits, out.loss.detach(), tokens], "seen.pt")
 """
-    environment = {**os.environ, "PYTHONPATH": "", "HF_HOME": str(tmp_path / "hub"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": "", "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
     logits, loss, tokens = torch.load(tmp_path / "seen.pt")
     opened = open_run(folder)

@@ -1,0 +1,143 @@
+"""A model of this project as EleutherAI's lm-evaluation-harness sees one: batched, a context computed once."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from core.errors import require
+from lightning_modules.generation import feed, stream
+from lightning_modules.layers.kv_cache import KVCache
+from lightning_modules.transformer import Transformer
+
+Context = tuple[int, ...]
+Group = tuple[Context, list[int]]
+"""A context, and the numbers of the requests that continue it."""
+
+
+class Adapter(TemplateLM):
+    """Answers the harness' three kinds of requests.
+
+    Args:
+        model: in eval mode.
+        tokenizer: of its corpus; the token that ends a document stands before a text without a context.
+        window: the most tokens that the model reads; of more, the last ones count.
+        batch_size: sequences side by side.
+    """
+
+    def __init__(self, model: Transformer, tokenizer: Any, window: int, batch_size: int) -> None:
+        super().__init__()
+        self.model, self.texts, self.window, self.batch_size = model, tokenizer, window, batch_size
+        self.num_computed = 0  # tokens that went through the model, copies included
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.texts.end_of_document
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        return self.texts.encode(string.encode()).tolist()
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Of whole texts: each token once, in windows that follow each other."""
+        pieces, owners = [], []
+        for number, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            for pair in get_rolling_token_windows(tokens, self.prefix_token_id, self.window, context_len=1):
+                pieces.append((("", ""), *make_disjoint_window(pair)))
+                owners.append(number)
+        totals = [0.0] * len(requests)
+        for owner, (loglikelihood, _) in zip(owners, self._loglikelihood_tokens(pieces), strict=True):
+            totals[owner] += loglikelihood
+        return totals
+
+    @torch.inference_mode()
+    def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
+        """(text, context, continuation) each -> (log-likelihood in nats, whether the continuation is the likeliest)."""
+        contexts: dict[Context, list[int]] = {}
+        for number, (_, context, continuation) in enumerate(requests):
+            fits = f"at least {len(continuation)}, the tokens of the longest continuation"
+            require(len(continuation) <= self.window, "window", self.window, fits)
+            room = self.window + 1 - len(continuation)  # the last token is never read
+            contexts.setdefault(tuple(context[-room:]), []).append(number)
+        results = [(0.0, True)] * len(requests)
+        progress = tqdm(total=len(requests), desc="log-likelihoods", disable=None)
+        for batch in self._batches(contexts, {n: len(request[2]) for n, request in enumerate(requests)}):
+            members = [number for _, numbers in batch for number in numbers]
+            continuations = [requests[number][2] for number in members]
+            for number, result in zip(members, self._score(batch, continuations), strict=True):
+                results[number] = result
+            progress.update(len(members))
+        return results
+
+    def _batches(self, contexts: dict[Context, list[int]], lengths: dict[int, int]) -> Iterator[list[Group]]:
+        """Groups of at most batch_size requests in all, those of long contexts first; nothing that is empty."""
+        batch: list[Group] = []
+        for context, members in sorted(contexts.items(), key=lambda item: -len(item[0])):
+            numbers = sorted((number for number in members if lengths[number]), key=lambda number: -lengths[number])
+            for start in range(0, len(numbers), self.batch_size):
+                group = numbers[start : start + self.batch_size]
+                if sum(len(others) for _, others in batch) + len(group) > self.batch_size:
+                    yield batch
+                    batch = []
+                batch.append((context, group))
+        if batch:
+            yield batch
+
+    def _score(self, batch: list[Group], continuations: list[list[int]]) -> Iterator[tuple[float, bool]]:
+        contexts = [list(context) for context, _ in batch]
+        owners = [row for row, (_, numbers) in enumerate(batch) for _ in numbers]
+        starts = [len(contexts[row]) for row in owners]
+        length = max(start + len(tokens) for start, tokens in zip(starts, continuations, strict=True))
+        cache = KVCache(self.model.config.num_layers, length)
+        rows = torch.tensor(owners, device=self.model.embedding.weight.device)
+        logits = self._feed(cache, contexts, [0] * len(contexts))[rows, -1:]
+        if max(map(len, continuations)) > 1:
+            pieces = [tokens[:-1] or tokens for tokens in continuations]
+            logits = torch.cat((logits, self._feed(cache.select(rows), pieces, starts)), dim=1)
+        logs = logits.float().log_softmax(-1).cpu()
+        for row, tokens in zip(logs, continuations, strict=True):
+            targets, found = torch.tensor(tokens), row[: len(tokens)]
+            loglikelihood = found.gather(-1, targets[:, None]).double().sum()
+            yield float(loglikelihood), bool((found.argmax(-1) == targets).all())
+
+    def _feed(self, cache: KVCache, pieces: list[list[int]], starts: list[int]) -> torch.Tensor:
+        logits = feed(self.model, cache, pieces, starts)
+        self.num_computed += logits.size(0) * logits.size(1)
+        return logits
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Continuations of contexts, up to the first of the strings that end them, or the end of the document."""
+        results = [""] * len(requests)
+        waiting: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            waiting.setdefault(repr(request.args[1]), []).append(number)
+        for numbers in waiting.values():
+            numbers.sort(key=lambda number: -len(requests[number].args[0]))
+            options = normalize_gen_kwargs(requests[numbers[0]].args[1])
+            for start in tqdm(range(0, len(numbers), self.batch_size), desc="texts", disable=None):
+                batch = numbers[start : start + self.batch_size]
+                texts = self._continue([requests[number].args[0] for number in batch], options)
+                for number, text in zip(batch, texts, strict=True):
+                    results[number] = text
+        return results
+
+    def _continue(self, contexts: list[str], options: Any) -> list[str]:
+        most, until = options["max_gen_toks"], options["until"]
+        room = max(self.window - most, self.window // 2, 1)
+        prompts = [(self.tok_encode(context) or [self.eot_token_id])[-room:] for context in contexts]
+        new: list[list[int]] = [[] for _ in contexts]
+        open_rows = set(range(len(contexts)))
+        for tokens in stream(self.model, prompts, most, options.get("temperature", 0.0), seed=0, window=self.window):
+            for row in list(open_rows):
+                new[row].append(tokens[row])
+                ends = tokens[row] == self.eot_token_id
+                if ends or any(stop and stop in self.texts.decode(new[row]) for stop in until):
+                    open_rows.remove(row)
+                    new[row] = new[row][:-1] if ends else new[row]
+            if not open_rows:
+                break
+        return [postprocess_generated_text(self.texts.decode(row), until, None) for row in new]

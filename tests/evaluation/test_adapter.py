@@ -1,0 +1,101 @@
+"""The adapter's answers against a plain forward pass."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from datamodules.tokenizers import ByteTokenizer
+from evaluation.adapter import Adapter
+from lightning_modules.transformer import Transformer
+from tests.conftest import tiny_config
+
+WINDOW = 40
+PAIRS = [
+    ("def f(x):", " return x"),
+    ("def f(x):", "\n\treturn"),
+    ("def f(x):", " "),
+    ("", "import os"),
+    ("", "x"),
+    ("ends in a space ", "ß漢"),
+    ("a context that is much longer than what the model can read at a time, ", "so its end counts"),
+    ("short", "and a continuation that takes nearly all"),
+]
+TEXTS = ["", "x", "a text of one window", "a text over several windows, " * 4 + "and no whole number of them"]
+
+
+def request(*arguments: Any) -> Any:
+    return SimpleNamespace(args=arguments)
+
+
+def make_adapter(batch_size: int = 3, **overrides: Any) -> Adapter:
+    tokenizer = ByteTokenizer()
+    model = Transformer(tiny_config(**overrides), tokenizer.vocab_size).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.3)
+    return Adapter(model, tokenizer, WINDOW, batch_size)
+
+
+def plain(adapter: Adapter, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+    """One at a time, without a cache."""
+    tokens = torch.tensor([[*context, *continuation][-WINDOW - 1 :]])
+    with torch.no_grad():
+        logs = adapter.model(tokens[:, :-1])[0][0].log_softmax(-1)[-len(continuation) :]
+    targets = torch.tensor(continuation)
+    return float(logs.gather(1, targets[:, None]).sum()), bool((logs.argmax(1) == targets).all())
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+@pytest.mark.parametrize("overrides", [{"placement": "siamesenorm"}, {"ffn": "moe"}], ids=["two streams", "moe"])
+def test_log_likelihoods_are_those_of_a_plain_forward_pass(overrides: dict[str, Any], batch_size: int) -> None:
+    adapter = make_adapter(batch_size, **overrides)
+    likeliest = adapter.generate_until([request("def f(x):", {"max_gen_toks": 3})])[0]
+    pairs = [*PAIRS, *([("def f(x):", likeliest)] if likeliest.isascii() else [])]
+    found = adapter.loglikelihood([request(*pair) for pair in pairs], disable_tqdm=True)
+    for (context, continuation), (loglikelihood, greedy) in zip(pairs, found, strict=True):
+        moved = context[len(context.rstrip()) :]  # the harness counts a space at the end to what follows
+        before = list(context.rstrip().encode()) or [256]
+        expected = plain(adapter, before, list((moved + continuation).encode()))
+        assert loglikelihood == pytest.approx(expected[0], abs=1e-4)
+        assert greedy == expected[1]
+
+
+def test_a_context_is_computed_once() -> None:
+    adapter = make_adapter(batch_size=64)
+    choices = [request("a context of 24 letters.", end) for end in (" ends", " goes", " stop", " more")]
+    adapter.loglikelihood(choices, disable_tqdm=True)
+    assert adapter.num_computed == 24 + 4 * 4
+
+
+def test_whole_texts_are_read_in_windows() -> None:
+    adapter = make_adapter()
+    for text, found in zip(TEXTS, adapter.loglikelihood_rolling([request(text) for text in TEXTS]), strict=True):
+        tokens, expected = list(text.encode()), 0.0
+        for start in range(0, len(tokens), WINDOW):
+            window = tokens[start : start + WINDOW]
+            before = [256, *tokens][: start + 1][-(WINDOW + 1 - len(window)) :]  # the last window has more before it
+            expected += plain(adapter, before, window)[0]
+        assert found == pytest.approx(expected, abs=1e-3)
+
+
+def test_texts_go_on_to_what_ends_them() -> None:
+    adapter = make_adapter(batch_size=2)
+    contexts = ["def f(x):", "a", "", "a context that is much longer than what the model can read"]
+    options = {"until": ["\n", "qq"], "max_gen_toks": 12, "do_sample": False}
+    found = adapter.generate_until([request(context, options) for context in contexts])
+    cut = 0
+    for context, text in zip(contexts, found, strict=True):
+        tokens, new = (list(context.encode()) or [256])[-(WINDOW - 12) :], []
+        for _ in range(12):
+            with torch.no_grad():
+                new.append(int(adapter.model(torch.tensor([tokens + new]))[0][0, -1].argmax()))
+            if new[-1] == 256:
+                break
+        whole = adapter.texts.decode([token for token in new if token != 256])
+        assert text == whole.split("\n")[0].split("qq")[0]
+    first = adapter.texts.decode(list(found[0].encode()))[2:3]
+    (shorter,) = adapter.generate_until([request(contexts[0], {**options, "until": [first]})])
+    cut += len(shorter) < len(found[0])
+    assert cut

@@ -1,0 +1,122 @@
+"""How good a trained model is: loss on corpora, and tasks of the lm-evaluation-harness.
+
+    python -m tools.evaluate RUN                                     its own validation data, once more
+    python -m tools.evaluate RUN data=data/texts,data/code           the validation splits of prepared corpora
+    python -m tools.evaluate RUN tasks=hellaswag,piqa limit=200      EleutherAI's tasks; they download their data
+    python -m tools.evaluate RUN tasks=paper                         all seven of configs/eval/paper.yaml
+    python -m tools.evaluate RUN tasks=offline                       three tiny ones of configs/eval/offline
+
+Prints tables, writes RUN/evaluation/, and adds the figures to the run's TensorBoard log, at the step of the weights.
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from core import cli
+from core.errors import UserError, require
+from core.fields import parse_fields
+
+if TYPE_CHECKING:
+    from core.open_run import OpenRun
+    from evaluation.corpora import Loss
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """`python -m tools.evaluate RUN FIELD=VALUE ...`"""
+
+    data: str = ""  # folders of prepared corpora, separated by commas; empty: the run's own data
+    batches: int | None = (
+        None  # of data.batch_size sequences, of each corpus; null: its own data as in training, else all
+    )
+    tasks: str = ""  # of the lm-evaluation-harness, separated by commas, instead of a corpus
+    num_fewshot: int | None = None  # examples before each question; null: what the task says
+    limit: int | None = None  # questions of each task; null: all
+    window: int | None = None  # tokens that the model reads in a task; null: as many as it was trained on
+    batch_size: int = 16  # questions side by side
+    checkpoint: str = "last"  # last, best, or the path of one
+    allow: str = ""  # classes of your own that the run's configuration names, as my_file.MyCallback, by commas
+
+    def __post_init__(self) -> None:
+        for name, least in (("batches", 1), ("num_fewshot", 0), ("limit", 1), ("window", 2), ("batch_size", 1)):
+            value = getattr(self, name)
+            require(value is None or value >= least, name, value, f"an integer >= {least}")
+        apart = not (self.data and self.tasks)
+        require(apart, "tasks", self.tasks, "none where data is given: a corpus or tasks, one at a time")
+
+
+def names(value: str) -> list[str]:
+    """a,b -> [a, b]."""
+    return [part.strip() for part in value.split(",") if part.strip()]
+
+
+def evaluate_corpora(run: "OpenRun", config: EvaluateConfig) -> dict[str, float]:
+    """{TensorBoard tag: value}."""
+    from evaluation.corpora import losses_of
+
+    losses = losses_of(run, names(config.data), config.batches)
+    folder = run.folder / "evaluation" / f"step_{run.step}"
+    folder.mkdir(parents=True, exist_ok=True)
+    scalars: dict[str, float] = {}
+    for loss in losses:
+        (folder / f"loss_{loss.name}.json").write_text(json.dumps(asdict(loss), indent=2) + "\n")
+        figures = {"loss": loss.loss, "perplexity": loss.perplexity, "bits_per_byte": loss.bits_per_byte}
+        scalars.update((f"eval/{loss.name}/{key}", value) for key, value in figures.items() if value is not None)
+    show(losses)
+    print(f"Every position: {folder}/loss_NAME.json")
+    return scalars
+
+
+def show(losses: "list[Loss]") -> None:
+    """Two tables: of the corpora, and of the positions."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from evaluation.corpora import buckets
+
+    table = Table("corpus", "loss, nats/token", "perplexity", "bits/byte", "tokens")
+    positions = Table("positions", *(loss.name for loss in losses), title="loss by position")
+    for loss in losses:
+        bits = "-" if loss.bits_per_byte is None else f"{loss.bits_per_byte:.4f}"
+        table.add_row(loss.name, f"{loss.loss:.4f}", f"{loss.perplexity:,.3f}", bits, f"{loss.tokens:,}")
+    for row in zip(*(buckets(loss.by_position) for loss in losses), strict=True):
+        first, last, _ = row[0]
+        span = f"{first}" if first == last else f"{first}-{last}"
+        positions.add_row(span, *(f"{mean:.4f}" for _, _, mean in row))
+    console = Console(width=None if Console().is_terminal else 160)
+    console.print(table, positions)
+
+
+def evaluate_tasks(run: "OpenRun", config: EvaluateConfig) -> dict[str, float]:
+    """{TensorBoard tag: value}."""
+    try:
+        from evaluation.harness import run_tasks
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is not installed: pip install -r requirements-eval.txt") from error
+    window: Any = config.window or run.datamodule.seq_len
+    found = run_tasks(run, names(config.tasks), window, config.batch_size, config.num_fewshot, config.limit)
+    return {f"eval/{task}/{metric}": value for task, values in found.items() for metric, value in values.items()}
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return
+    config = parse_fields(EvaluateConfig, arguments[1:])
+    from torch.utils.tensorboard import SummaryWriter
+
+    from core.open_run import open_run
+
+    run = open_run(Path(arguments[0]), config.checkpoint, config.allow)
+    scalars = (evaluate_tasks if config.tasks else evaluate_corpora)(run, config)
+    with SummaryWriter(run.folder / "tensorboard") as writer:
+        for tag, value in scalars.items():
+            writer.add_scalar(tag, value, run.step)
+
+
+if __name__ == "__main__":
+    cli.run(partial(main, sys.argv[1:]))
