@@ -20,11 +20,13 @@ def main(config: DictConfig) -> None:
     from core.interruption import explained
     from core.parallel import accumulate
     from core.quiet import quieten
-    from core.run_folder import check_resumable, is_main_process, locate
+    from core.run_folder import check_resumable, folder_name, is_main_process, locate
     from core.steps import check_length
 
     hydra_config = HydraConfig.get()
-    run = locate(config, hydra_config.runtime.choices.get("experiment"), time.strftime("%Y-%m-%d_%H-%M-%S"))
+    overrides = list(hydra_config.overrides.task)
+    name = folder_name(time.strftime("%Y-%m-%d_%H-%M-%S"), overrides)
+    run = locate(config, hydra_config.runtime.choices.get("experiment"), name)
     config.run_dir = str(run.path)
     quieten()
     require(type(config.seed) is int and 0 <= config.seed < 2**32, "seed", config.seed, "an integer in [0, 2**32)")
@@ -46,7 +48,7 @@ def main(config: DictConfig) -> None:
     if run.ckpt_path is not None:
         check_resumable(run.ckpt_path, module, datamodule, trainer.max_steps)
     if is_main_process():
-        run.create(config, list(hydra_config.overrides.task))
+        run.create(config, overrides)
         print(f"Run folder: {run.path}")
 
     with explained(trainer, run.path):

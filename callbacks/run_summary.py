@@ -29,6 +29,7 @@ class RunSummary(L.Callback):
     | tokens_per_second | mean of this process |
     | seconds | wall clock of this process' training, validation included |
     | parameters, active_parameters | count |
+    | tensorboard, resume | command lines; the first is null where another logger keeps the curves |
 
     Args:
         run_dir: the run's folder.
@@ -69,6 +70,7 @@ class RunSummary(L.Callback):
         val_loss = metrics.get("val/loss")
         throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore[attr-defined]
         best, last = (self.run_dir / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
+        curves = self.run_dir / "tensorboard"
         return {
             "train_loss": metrics.get("train/loss"),
             "val_loss": val_loss,
@@ -83,7 +85,7 @@ class RunSummary(L.Callback):
             "active_parameters": active,
             "best_checkpoint": str(best) if best.exists() else None,
             "last_checkpoint": str(last) if last.exists() else None,
-            "tensorboard": shlex.join(["tensorboard", "--logdir", str(self.run_dir)]),
+            "tensorboard": shlex.join(["tensorboard", "--logdir", str(self.run_dir)]) if curves.exists() else None,
             "resume": resume_command(self.run_dir, 2 * trainer.max_steps),
         }
 

@@ -1,4 +1,4 @@
-"""Where a run lives: runs/EXPERIMENT/TIME with its config, checkpoints, logs and summary."""
+"""Where a run lives: runs/EXPERIMENT/NAME with its config, checkpoints, logs and summary."""
 
 import itertools
 import re
@@ -16,6 +16,7 @@ from core.mappings import flatten
 
 RUNS = Path("runs")
 LAST = Path("checkpoints/last.ckpt")
+NAME_LENGTH = 80  # file systems take 255 bytes; a table of runs takes less
 MAY_CHANGE = {  # in a resumed run: how it computes, and what follows from the step alone
     *("model.compile", "model.activation_checkpointing", "model.moe.backend", "model.moe.expert_parallel"),
     *("optim.schedule", "optim.warmup_steps", "optim.min_lr_ratio", "optim.decay_fraction"),
@@ -39,7 +40,24 @@ class RunFolder:
             OmegaConf.save(OmegaConf.create(overrides), self.path / f"overrides{suffix}.yaml")
 
 
-def locate(config: DictConfig, experiment: str | None, now: str) -> RunFolder:
+def folder_name(now: str, overrides: list[str]) -> str:
+    """TIME, and after it what the command line asked for, `lr-1e-3_placement-postnorm`, as far as it fits.
+
+    What stands elsewhere is left out (the experiment, the folder), and every name is fit for a shell and for Hydra's
+    grammar without quotes: letters, digits, `.`, `-` and `_`.
+    """
+    name = now
+    for override in overrides:
+        field, _, value = override.lstrip("+~").partition("=")
+        if field.lstrip("/") in ("experiment", "run_dir", "ckpt_path"):
+            continue
+        part = "-".join(re.findall(r"[A-Za-z0-9.]+", f"{re.split(r'[./]', field)[-1]} {value}".replace("_", " ")))
+        if part and len(f"{name}_{part}") <= NAME_LENGTH:
+            name = f"{name}_{part}"
+    return name
+
+
+def locate(config: DictConfig, experiment: str | None, name: str) -> RunFolder:
     """Decide on the folder from `run_dir` and `ckpt_path`; creates nothing.
 
     `ckpt_path=last` means the run in run_dir, or else this experiment's newest; a checkpoint of a run continues in the
@@ -48,7 +66,7 @@ def locate(config: DictConfig, experiment: str | None, now: str) -> RunFolder:
     Args:
         config: the composed config.
         experiment: name of the chosen experiment; None: plain `python train.py`.
-        now: the time, as it goes into a new folder's name.
+        name: of a new folder.
 
     Raises:
         ConfigError: a checkpoint that is not there, or a folder that holds a run already.
@@ -58,7 +76,7 @@ def locate(config: DictConfig, experiment: str | None, now: str) -> RunFolder:
     given = Path(str(config.run_dir)) if config.run_dir is not None else None
     siblings = RUNS / (experiment or "default")
     if config.ckpt_path is None:
-        path = given or _fresh(siblings / now)
+        path = given or _fresh(siblings / name)
         taken = (path / LAST).exists() or (path / "config.yaml").exists()
         way = "ckpt_path=last beside it to resume that run"
         if not (path / LAST).exists():
@@ -76,7 +94,7 @@ def locate(config: DictConfig, experiment: str | None, now: str) -> RunFolder:
     there = checkpoint.is_file() or (checkpoint / ".metadata").is_file()
     require(there, "ckpt_path", str(checkpoint), "last, or the path of a checkpoint")
     owner = checkpoint.absolute().parent.parent
-    home = owner if (owner / "config.yaml").exists() else _fresh(siblings / now)
+    home = owner if (owner / "config.yaml").exists() else _fresh(siblings / name)
     return RunFolder(given or home, checkpoint)
 
 

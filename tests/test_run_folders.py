@@ -153,4 +153,8 @@ def test_two_runs_of_one_second_do_not_share_a_folder(tmp_path: Path, monkeypatc
     monkeypatch.setattr("time.strftime", lambda form: "now")
     for _ in range(2):
         assert train(tmp_path, *tiny_job("trainer.max_steps=1")).code == 0
-    assert sorted(path.name for path in (tmp_path / "runs/default").iterdir()) == ["now", "now-2"]
+    first, second = sorted(path.name for path in (tmp_path / "runs/default").iterdir())
+    assert first.startswith("now_")
+    assert second == f"{first}-2"
+    resumed = train(tmp_path, *tiny_job("ckpt_path=last", "trainer.max_steps=2"))
+    assert resumed.out.startswith(f"Run folder: runs/default/{second}\n"), resumed.err

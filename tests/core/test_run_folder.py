@@ -10,7 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from core.errors import ConfigError
-from core.run_folder import RunFolder, locate, resume_command
+from core.run_folder import NAME_LENGTH, RunFolder, folder_name, locate, resume_command
 
 
 def asked(**values: Any) -> DictConfig:
@@ -78,3 +78,22 @@ def test_the_command_names_the_interpreter_of_the_environment_here(monkeypatch: 
     assert shlex.split(resume_command(Path("run")))[0] == ".venv/bin/python"
     monkeypatch.setattr(sys, "executable", "/usr/bin/python3")
     assert shlex.split(resume_command(Path("run")))[0] == "python"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ([], "now"),
+        (["experiment=moe", "run_dir=x", "ckpt_path=last"], "now"),
+        (["model.placement=postnorm", "optim.lr=1e-3"], "now_placement-postnorm_lr-1e-3"),
+        (["+callbacks.mine={a: 1}", "~logger", "data.path='my texts/ü'"], "now_mine-a-1_logger_path-my-texts"),
+        (["model.init=scale_init", "/x/y@z=$(rm -rf ~)"], "now_init-scale-init_y-z-rm-rf"),
+        (["a.long=" + 100 * "x", "seed=1"], "now_seed-1"),
+    ],
+)
+def test_a_folder_is_named_after_what_was_asked_for(overrides: list[str], name: str) -> None:
+    assert folder_name("now", overrides) == name
+
+
+def test_names_are_bounded() -> None:
+    assert 60 < len(folder_name("now", [f"field={n}" for n in range(1000)])) <= NAME_LENGTH

@@ -1,0 +1,95 @@
+"""What a run is doing, for whoever looks at its folder: `python -m tools.runs`."""
+
+import fcntl
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import lightning as L
+
+from core.cli import RunDiverged
+from core.interruption import TrainingInterrupted
+from core.status import DIVERGED, DONE, FAILED, FILE, LOCK, RUNNING, STOPPED, read
+from core.steps import completes_step
+
+
+class RunStatus(L.Callback):
+    """Keeps RUN/status.json, and holds a lock on RUN/.running for as long as the process lives.
+
+    | key | |
+    |---|---|
+    | status | running, done, stopped (by a signal), diverged, failed |
+    | step, max_steps | optimizer steps |
+    | train_loss, val_loss | nats per token, the last ones known; null where there is none that is finite |
+    | reason | why it ended early, in a line; null otherwise |
+
+    The system gives the lock back however a process dies: `running` without a lock is a run that was killed.
+
+    Args:
+        run_dir: the run's folder.
+        every_seconds: at least that long between two updates.
+    """
+
+    def __init__(self, run_dir: str, every_seconds: float = 5.0) -> None:
+        self.run_dir, self.every_seconds = Path(run_dir), every_seconds
+        self._lock: TextIO | None = None
+        self._losses: dict[str, float | None] = {"train_loss": None, "val_loss": None}
+        self._written = 0.0
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if not trainer.is_global_zero or self._lock is not None:
+            return
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        before = read(self.run_dir)
+        self._losses = {name: before.get(name) for name in self._losses}
+        self._lock = (self.run_dir / LOCK).open("w")
+        fcntl.flock(self._lock, fcntl.LOCK_SH)
+        self._write(trainer, RUNNING)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._write(trainer, RUNNING)  # a resumed run knows its step only now
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if completes_step(trainer, batch_idx) and time.monotonic() - self._written >= self.every_seconds:
+            self._write(trainer, RUNNING)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._write(trainer, RUNNING)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._write(trainer, DONE)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._release()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, TrainingInterrupted | KeyboardInterrupt):
+            status = STOPPED
+        else:
+            status = DIVERGED if isinstance(exception, RunDiverged) else FAILED
+        lines = str(exception).strip().splitlines()
+        self._write(trainer, status, lines[0] if lines else type(exception).__name__)
+        self._release()
+
+    def _write(self, trainer: L.Trainer, status: str, reason: str | None = None) -> None:
+        if self._lock is None:
+            return
+        for name in self._losses:
+            metric = trainer.callback_metrics.get(name.replace("_", "/"))
+            if metric is not None:
+                self._losses[name] = float(metric) if math.isfinite(metric) else None
+        step = {"step": trainer.global_step, "max_steps": trainer.max_steps}
+        new = self.run_dir / f"{FILE}.new"
+        new.write_text(json.dumps({"status": status, **step, **self._losses, "reason": reason}, indent=2) + "\n")
+        os.replace(new, self.run_dir / FILE)  # whoever reads meanwhile sees the old one or the new one
+        self._written = time.monotonic()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None

@@ -1,0 +1,166 @@
+"""tools.runs: what it says of runs that ended in every way, of one in progress, and of broken folders."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lightning as L
+import pytest
+
+from tests.helpers_run import ROOT, run, tiny_job, train
+from tools.runs import Row, age, find, look, main
+
+NAN = "+callbacks.break._target_=tests.tools.test_runs.Break"
+
+
+class Break(L.Callback):
+    """Raises, or interrupts as Ctrl-C does, at the end of the first step."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def on_train_batch_end(self, *_: object) -> None:
+        if self.how == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            raise RuntimeError("[disk] full\nand more")
+
+
+class Diverge(L.Callback):
+    """Makes the loss of the second batch NaN."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: object, index: int) -> None:
+        if index == 1:
+            next(module.parameters()).data.fill_(float("nan"))
+
+
+def seen(folder: Path) -> Row:
+    return look(folder, time.time())
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder with a run for each way to end."""
+    cwd = tmp_path_factory.mktemp("runs")
+    run(cwd, "runs/study/done")
+    stopped = train(cwd, *tiny_job("run_dir=runs/study/stopped", NAN, "+callbacks.break.how=signal"))
+    assert stopped.code == 128 + signal.SIGTERM, stopped.err
+    with pytest.raises(RuntimeError):
+        train(cwd, *tiny_job("run_dir=runs/failed", NAN, "+callbacks.break.how=error"))
+    nan = "+callbacks.break._target_=tests.tools.test_runs.Diverge"
+    diverged = train(cwd, *tiny_job("run_dir=runs/diverged", nan, "callbacks.divergence.policy=stop"))
+    assert diverged.code == 3, diverged.err
+    return cwd
+
+
+def test_every_way_to_end_has_its_status(runs: Path) -> None:
+    done, stopped = seen(runs / "runs/study/done"), seen(runs / "runs/study/stopped")
+    summary = json.loads((runs / "runs/study/done/summary.json").read_text())
+    assert (done.status, done.step, done.max_steps, done.reason) == ("done", 2, 2, "")
+    assert done.val_loss == summary["val_loss"]
+    assert 0 <= done.seconds < 300
+    assert (stopped.status, stopped.step, stopped.reason) == ("stopped", 1, "SIGTERM after step 1")
+    failed, diverged = seen(runs / "runs/failed"), seen(runs / "runs/diverged")
+    assert (failed.status, failed.step, failed.val_loss, failed.reason) == ("failed", 1, None, "[disk] full")
+    assert diverged.status == "diverged"
+    assert "non-finite" in diverged.reason
+
+
+def test_a_resumed_run_is_done_and_keeps_its_last_loss_until_there_is_another(runs: Path) -> None:
+    resumed = train(runs, *tiny_job("run_dir=runs/study/stopped", "ckpt_path=last", "trainer.max_steps=3"))
+    assert resumed.code == 0, resumed.err
+    row = seen(runs / "runs/study/stopped")
+    assert (row.status, row.step, row.max_steps, row.reason) == ("done", 3, 3, "")
+    again = [*tiny_job("run_dir=runs/study/stopped", "ckpt_path=last", "trainer.max_steps=9"), NAN]
+    train(runs, *again, "+callbacks.break.how=signal")
+    assert seen(runs / "runs/study/stopped") == Row(
+        row.folder, "stopped", 4, 9, row.val_loss, pytest.approx(0, abs=300), "SIGTERM after step 4"
+    )
+
+
+def test_a_run_is_running_while_its_process_lives_and_failed_when_it_was_killed(tmp_path: Path) -> None:
+    endless = tiny_job("run_dir=run", "trainer.max_steps=1000000", "callbacks.run_status.every_seconds=0")
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *endless], cwd=tmp_path, stdout=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 250
+        while not (tmp_path / "run/status.json").exists() or not seen(tmp_path / "run").step:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        row = seen(tmp_path / "run")
+        assert (row.status, row.max_steps) == ("running", 1000000)
+        assert seen(tmp_path / "run").status == "running", "looking takes no lock away"
+    finally:
+        process.kill()
+        process.wait()
+    row = seen(tmp_path / "run")
+    assert (row.status, row.reason) == ("failed", "the process was killed")
+    assert row.step
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, ("failed", None)),
+        ({"status.json": "{ half"}, ("failed", None)),
+        ({"status.json": "[]", "divergence.md": ""}, ("diverged", None)),
+        ({"status.json": '{"status": "running", "step": 7, "max_steps": 9}'}, ("failed", 7)),
+        ({"status.json": '{"status": "something newer"}'}, ("failed", None)),
+        ({"summary.json": '{"steps": 5, "val_loss": null}'}, ("done", 5)),
+        ({"summary.json": "{"}, ("failed", None)),
+    ],
+)
+def test_folders_of_older_or_broken_runs_are_listed_too(
+    tmp_path: Path, files: dict[str, str], expected: tuple[str, int | None]
+) -> None:
+    for name, content in {"config.yaml": "", **files}.items():
+        (tmp_path / name).write_text(content)
+    row = seen(tmp_path)
+    assert (row.status, row.step) == expected
+
+
+def listed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[str]:
+    monkeypatch.setattr(sys, "argv", ["runs", *arguments])
+    main()
+    out = capsys.readouterr().out
+    assert "\x1b" not in out, "no colour but on a terminal"
+    return [line.split("│")[1].strip() for line in out.splitlines() if line.startswith("│")]
+
+
+def test_the_table_is_sorted_and_filtered(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(runs)
+    (runs / "runs/study/empty").mkdir(exist_ok=True)
+    assert {path.name for path in find(Path("runs"))} == {"done", "stopped", "failed", "diverged"}
+    for minutes, folder in enumerate(("failed", "study/done", "diverged", "study/stopped")):
+        for path in [*(runs / "runs" / folder).iterdir()]:
+            os.utime(path, (time.time() - 60 * minutes,) * 2)
+    assert listed(capsys, monkeypatch) == ["study/stopped", "diverged", "study/done", "failed"]
+    by_loss = listed(capsys, monkeypatch, "--sort", "loss")
+    losses = [seen(runs / "runs" / name).val_loss for name in by_loss[:2]]
+    assert set(by_loss[:2]) == {"study/done", "study/stopped"}
+    assert losses == sorted(losses, key=float)
+    assert listed(capsys, monkeypatch, "--status", "failed", "diverged") == ["diverged", "failed"]
+    assert listed(capsys, monkeypatch, "runs/study/done") == ["runs/study/done"]
+    assert listed(capsys, monkeypatch, "--status", "running") == []
+
+
+def test_a_folder_that_is_not_there_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["runs", "nowhere"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert capsys.readouterr().err == "Error: nowhere is no folder\n"
+
+
+def test_ages_read_as_people_say_them() -> None:
+    expected = {-1: "0s", 59.9: "59s", 60: "1m", 7199: "1h", 7200: "2h", 90000: "1d", 260000: "3d"}
+    assert {seconds: age(seconds) for seconds in expected} == expected

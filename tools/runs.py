@@ -1,0 +1,135 @@
+"""List runs: what became of each, how far it is, its loss, its age.
+
+    python -m tools.runs                                  all below runs/, the newest last
+    python -m tools.runs runs/moe_spannorm --sort loss    the best first
+    python -m tools.runs --status running failed
+
+Reads only; a run may go on meanwhile. Age is the time since anything was last written to the run.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from core.status import DIVERGED, DONE, FAILED, RUNNING, STOPPED, is_running, read
+
+STYLES = {RUNNING: "cyan", DONE: "green", STOPPED: "yellow", DIVERGED: "red", FAILED: "red"}
+WRITTEN = ("status.json", "summary.json", "divergence.md", "events.jsonl", "checkpoints", "config.yaml", "tensorboard")
+KILLED = "the process was killed"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run.
+
+    Attributes:
+        status: running, done, stopped, diverged or failed.
+        val_loss: the last one known, in nats per token.
+        seconds: since something was written.
+        reason: why it ended early, in a line.
+    """
+
+    folder: Path
+    status: str
+    step: int | None
+    max_steps: int | None
+    val_loss: float | None
+    seconds: float
+    reason: str
+
+
+def look(folder: Path, now: float) -> Row:
+    """What the folder says; a run without status.json is judged by what else it has left."""
+    written = [path.stat().st_mtime for name in WRITTEN if (path := folder / name).exists()]
+    status = read(folder)
+    if not status:
+        return _without_status(folder, now - max(written))
+    state, reason = str(status.get("status")), str(status.get("reason") or "")
+    if is_running(folder):
+        state, reason = RUNNING, ""
+    elif state not in STYLES or state == RUNNING:
+        state, reason = FAILED, KILLED
+    values = (status.get(name) for name in ("step", "max_steps", "val_loss"))
+    return Row(folder, state, *values, now - max(written), reason)
+
+
+def _without_status(folder: Path, seconds: float) -> Row:
+    try:
+        summary = json.loads((folder / "summary.json").read_text())
+    except (OSError, ValueError):
+        summary = None
+    if isinstance(summary, dict):
+        return Row(folder, DONE, summary.get("steps"), None, summary.get("val_loss"), seconds, "")
+    diverged = (folder / "divergence.md").exists()
+    status = RUNNING if is_running(folder) else DIVERGED if diverged else FAILED
+    return Row(folder, status, None, None, None, seconds, "" if status == DIVERGED else "it left no status")
+
+
+def find(root: Path) -> list[Path]:
+    """The run folders at and below a folder: those that hold a config.yaml. Does not look inside of runs."""
+    if (root / "config.yaml").is_file():
+        return [root]
+    try:
+        below = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError:  # moved away meanwhile, or not ours to read
+        return []
+    return [run for path in below for run in find(path)]
+
+
+def make_table(rows: list[Row], root: Path) -> Table:
+    """One row a run."""
+    table = Table()
+    table.add_column("run", overflow="fold")
+    table.add_column("status")
+    for column in ("step", "val loss", "age"):
+        table.add_column(column, justify="right")
+    table.add_column("why")
+    for row in rows:
+        steps = "-" if row.step is None else f"{row.step}/{row.max_steps}" if row.max_steps else str(row.step)
+        loss = "-" if row.val_loss is None else f"{row.val_loss:.4f}"
+        name = row.folder.relative_to(root) if row.folder != root else row.folder
+        status = f"[{STYLES[row.status]}]{row.status}[/]"
+        table.add_row(escape(str(name)), status, steps, loss, age(row.seconds), escape(row.reason))
+    return table
+
+
+def age(seconds: float) -> str:
+    """In the largest unit that gives at least one: 40s, 12m, 5h, 3d."""
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= size:
+            return f"{int(seconds // size)}{unit}"
+    return f"{max(0, int(seconds))}s"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.runs", description="List runs.")
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs"), help="where to look (runs)")
+    parser.add_argument("--status", nargs="+", choices=sorted(STYLES), help="only these")
+    parser.add_argument(
+        "--sort", choices=("age", "loss"), default="age", help="newest last (age), or best first (loss)"
+    )
+    arguments = parser.parse_args()
+    if not arguments.folder.is_dir():
+        print(f"Error: {arguments.folder} is no folder", file=sys.stderr)
+        raise SystemExit(2)
+    now = time.time()
+    rows = [look(folder, now) for folder in find(arguments.folder)]
+    rows = [row for row in rows if arguments.status is None or row.status in arguments.status]
+    if arguments.sort == "loss":
+        rows.sort(key=lambda row: math.inf if row.val_loss is None else row.val_loss)
+    else:
+        rows.sort(key=lambda row: -row.seconds)
+    console = Console(width=None if Console().is_terminal else 160)
+    console.print(make_table(rows, arguments.folder) if rows else f"No such runs in {arguments.folder}.")
+
+
+if __name__ == "__main__":
+    main()
