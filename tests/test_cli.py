@@ -63,7 +63,7 @@ BAD = [  # (arguments, what the message must hold)
     ([f"{SAMPLE}, prompt: a, num_tokens: 0}}"], ("callbacks.text_sample.num_tokens=0", "an integer >= 1")),
     (["run_dir=[1]"], ("run_dir=[1]", "the name of a folder")),
     (["callbacks=null"], ("GROUP=NAME", "~GROUP")),
-    (["logger=wandb"], ("logger='wandb'", "tensorboard")),
+    (["logger=wandbb"], ("logger='wandbb'", "csv, tensorboard, wandb", "did you mean wandb")),
     (["ckpt_path=last"], ("ckpt_path='last'", "checkpoints/last.ckpt in runs/default")),
     (["ckpt_path=no.ckpt"], ("ckpt_path='no.ckpt'", "last, or the path of a checkpoint")),
     (["run_dir=broken.py/run"], ("run_dir='broken.py/run'", "a folder that can be written to")),

@@ -1,0 +1,83 @@
+"""logger=csv and logger=wandb, alone and beside TensorBoard, under all monitors."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.helpers_run import events, run, scalars, tiny_job, train
+
+EVERYTHING = (  # whatever writes text, histograms or a layout, which only TensorBoard takes
+    "callbacks.text_sample={_target_: callbacks.text_sample.TextSample, prompt: a, num_tokens: 1}",
+    "callbacks.gradient_health.histogram_every_n_steps=1",
+    "callbacks.signal_propagation.every_n_steps=1",
+    "callbacks.representation_collapse.every_n_steps=1",
+)
+
+
+def written(folder: Path) -> dict[str, dict[int, float]]:
+    """{tag: {step: value}} of a metrics.csv."""
+    values: dict[str, dict[int, float]] = {}
+    with (folder / "metrics.csv").open() as file:
+        for row in csv.DictReader(file):
+            step = int(row.pop("step"))
+            for tag, value in row.items():
+                if value:
+                    values.setdefault(tag, {})[step] = float(value)
+    return values
+
+
+def test_two_loggers_say_the_same_of_every_monitor(tmp_path: Path) -> None:
+    folder = run(tmp_path, "run", "model=moe", "logger=[tensorboard,csv]", *EVERYTHING)
+    columns = written(folder / "csv/version_0")
+    tags = {tag for tag in events(folder).Tags()["scalars"] if not tag.startswith("hp_")}
+    assert tags - {"epoch"} == columns.keys() - {"epoch"}
+    assert len(tags) > 50
+    for tag in tags - {"epoch"}:
+        assert scalars(folder, tag) == pytest.approx(columns[tag], rel=1e-6, nan_ok=True), tag
+
+
+def test_csv_alone_is_enough_and_a_resumed_run_leaves_the_first_part_alone(tmp_path: Path) -> None:
+    folder = run(tmp_path, "run", "logger=csv", *EVERYTHING)
+    assert not (folder / "tensorboard").exists()
+    assert json.loads((folder / "summary.json").read_text())["tensorboard"] is None
+    before = (folder / "csv/version_0/metrics.csv").read_bytes()
+    run(tmp_path, "run", "logger=csv", "trainer.max_steps=3", "ckpt_path=last")
+    assert (folder / "csv/version_0/metrics.csv").read_bytes() == before
+    assert written(folder / "csv/version_0")["train/loss"].keys() == {0, 1}
+    assert written(folder / "csv/version_1")["train/loss"].keys() == {2}
+
+
+def test_without_wandb_the_message_names_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", Missing())
+    finished = train(tmp_path, *tiny_job("run_dir=run", "logger=wandb"))
+    assert finished.code == 2
+    assert finished.err == "Error: logger.wandb._target_='lightning.pytorch.loggers.WandbLogger' is not valid: " + (
+        "Try running `pip install wandb`\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+class Missing:
+    """As Lightning's record of a package that is not installed."""
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return "Try running `pip install wandb`"
+
+
+@pytest.mark.slow  # wandb starts a server of its own
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_wandb_offline_beside_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    folder = run(tmp_path, "run", "logger=[tensorboard,wandb]", "logger.wandb.offline=true", *EVERYTHING)
+    wandb.finish()
+    (record,) = folder.glob("wandb/offline-run-*/*.wandb")
+    content = record.read_bytes()
+    for tag in ("train/loss", "val/loss", "optim/grad_norm"):
+        assert tag.encode() in content
+    assert set(scalars(folder, "train/loss")) == {0, 1}
