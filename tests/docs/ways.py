@@ -1,0 +1,195 @@
+"""How each command of the documentation is tried out; the first pattern of WAYS that matches decides.
+
+A new command of a kind that is here already is run as it is. One of another kind needs a line in WAYS: a pattern, and
+`trains`, `calls`, `composes`, `helps`, `plans` or `listed`, of which the last four say why the command is not run.
+"""
+
+import contextlib
+import io
+import itertools
+import os
+import re
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+from hydra import compose, initialize_config_dir
+
+from core import cli
+from tests.docs.commands import Command
+from tests.helpers_run import ROOT, run, tiny_job, train
+
+Way = Callable[[Command, Path], None]
+"""Tries a command in a working folder, and raises where it is wrong."""
+
+RUN = "runs/moe_spannorm/a"
+SHARED = ("data.root=", "data.seq_len=", "data.batch_size=", "data.val_batches=")
+
+
+def trains(**replaced: str) -> Way:
+    """Through train.py, for one or two steps of a tiny model.
+
+    Args:
+        replaced: other values for fields of the command, `__` for a dot.
+    """
+
+    def way(command: Command, cwd: Path) -> None:
+        arguments = _replace(command.arguments, replaced)
+        own_data = any(argument.startswith("data=") for argument in arguments)
+        tiny = [override for override in tiny_job() if not (own_data and override.startswith(SHARED))]
+        steps = "trainer.max_steps=3" if "ckpt_path=last" in arguments else "trainer.max_steps=2"
+        finished = train(cwd, *arguments, *tiny, steps)
+        assert finished.code in (0, None), finished.err
+
+    return way
+
+
+def composes(reason: str) -> Way:
+    """Only the configuration, which knows every field: training would need what is not here."""
+
+    def way(command: Command, cwd: Path) -> None:
+        assert reason
+        cli.register_schemas()
+        overrides = [argument for argument in command.arguments if argument != "-m"]
+        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+            compose("train", [re.sub(r"\$\w+", "x", override) for override in overrides])
+
+    return way
+
+
+def calls(*more: str, **replaced: str) -> Way:
+    """A tool, in this process.
+
+    Args:
+        more: further arguments.
+        replaced: other values for `FIELD=VALUE` arguments.
+    """
+
+    def way(command: Command, cwd: Path) -> None:
+        arguments = [RUN if word == "RUN" else word for word in command.arguments if word not in ("[RUN", "...]")]
+        code, out = _call(command, cwd, [*_replace(arguments, replaced), *more])
+        assert code in (0, None), out
+
+    return way
+
+
+def helps(reason: str) -> Way:
+    """Asks for --help only, which must know every option of the command."""
+
+    def way(command: Command, cwd: Path) -> None:
+        assert reason
+        code, out = _call(command, cwd, ["--help"])
+        assert code in (0, None), out
+        for word in command.arguments:
+            assert not word.startswith("--") or word.split("=")[0] in out, word
+
+    return way
+
+
+def plans(reason: str) -> Way:
+    """Lays the grid of a study out, and runs none of it."""
+
+    def way(command: Command, cwd: Path) -> None:
+        from studies.run import planned
+
+        assert reason
+        with contextlib.chdir(cwd):
+            study, *_ = planned([word for word in command.arguments if "=" in word])
+        assert len(list(study.runs())) > 1
+
+    return way
+
+
+def listed(reason: str) -> Way:
+    """Only split as a shell would; what is to be installed from a file must name one that is here."""
+
+    def way(command: Command, cwd: Path) -> None:
+        assert reason
+        words = command.words
+        assert words
+        for flag, name in itertools.pairwise(words):
+            assert flag != "-r" or (ROOT / name).is_file(), name
+
+    return way
+
+
+def makes(command: Command, cwd: Path) -> None:
+    """Looks for the target only: what it does is what the tests are run by."""
+    target = next(word for word in command.words[1:] if "=" not in word)
+    assert re.search(rf"^{re.escape(target)}:.*##", (ROOT / "Makefile").read_text(), re.MULTILINE), target
+
+
+def _replace(arguments: list[str], replaced: dict[str, str]) -> list[str]:
+    fields = {name.replace("__", "."): value for name, value in replaced.items()}
+    names = [argument.partition("=")[0] for argument in arguments]
+    return [f"{n}={fields[n]}" if n in fields else argument for n, argument in zip(names, arguments, strict=True)]
+
+
+def _call(command: Command, cwd: Path, arguments: list[str]) -> tuple[object, str]:
+    """Exit code, and all that was printed, of a script or module of the repository."""
+    words, out = command.words, io.StringIO()
+    path = ROOT / (words[2].replace(".", "/") + ".py" if words[1] == "-m" else words[1])
+    assert path.is_file(), f"{path.relative_to(ROOT)} is not here"
+    with (
+        contextlib.chdir(cwd),
+        mock.patch.object(sys, "argv", [str(path), *arguments]),
+        mock.patch.object(sys, "path", [*sys.path]),
+        mock.patch.dict(os.environ, {"COLUMNS": "200"}),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(out),
+    ):
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as leaving:
+            return leaving.code, out.getvalue()
+    return 0, out.getvalue()
+
+
+def prepare(cwd: Path) -> None:
+    """What the commands count on: texts, corpora made of them, and runs."""
+    (cwd / "texts").mkdir()
+    for number in range(40):
+        (cwd / f"texts/{number}.txt").write_text(f"text {number} " * 100)
+    (cwd / "loudest.py").write_text("import lightning as L\n\n\nclass Loudest(L.Callback):\n    pass\n")
+    tool = Command("", 0, "python -m tools.prepare")
+    for name, tokenizer in (("texts", "byte"), ("code", "byte"), ("stdlib-bpe", "bpe:300")):
+        code, out = _call(tool, cwd, ["input=texts/", f"tokenizer={tokenizer}", f"output=data/{name}"])
+        assert code in (0, None), out
+    run(cwd, RUN, "experiment=moe_spannorm")
+
+
+TINY_MODEL = ("model.num_layers=2", "model.dim=32", "model.num_heads=2", "model.ffn_dim=48")
+GPU, LONG = "needs a GPU", "takes minutes"
+WAYS: list[tuple[str, Way]] = [
+    (r"python train\.py (--help|--cfg|--shell-completion)", helps("tests/test_cli.py asks for it")),
+    (r"python train\.py .*\$balancing", trains(model__moe__balancing="bias", run_dir="balanced")),
+    (r"python train\.py .*(_gpu|trainer=gpu|=megablocks|bf16|trainer=expert_parallel)", composes(GPU)),
+    (r"python train\.py", trains()),
+    (r"python -m tools\.prepare inspect", calls()),
+    (r"python -m tools\.prepare input=texts/ ", calls(output="data/again")),
+    (r"python -m tools\.prepare input=python_stdlib", calls(input="texts/", tokenizer="bpe:300", output="data/bpe")),
+    (r"python -m tools\.prepare input='?(hf:|logs)", listed("needs a network; tests/datamodules prepares such input")),
+    (r"python -m tools\.compare .*\{", helps("its runs took hours")),
+    (r"python -m tools\.compare", calls()),
+    (r"python -m tools\.runs", calls()),
+    (r"python -m tools\.signal", calls(*TINY_MODEL)),
+    (r"python -m tools\.replay", helps("tests/tools/test_replay.py replays a run that went wrong")),
+    (r"python -m tools\.", helps(LONG)),
+    (r"python -m studies\.(run|status)", plans("tests/studies runs a study")),
+    (r"python -m studies\.report", helps("tests/studies/test_report.py reports on records")),
+    (r"python -m benchmarks\.", helps(LONG)),
+    (r"python -m pytest", listed("we are in it")),
+    (r"python -c ", listed("asks whether a package that is built for CUDA is there")),
+    (r"make ", makes),
+    (r"(pip|git|source|export|tar|sed|docker) ", listed("changes the environment")),
+    (r"(tensorboard|chromium) ", listed("shows a page until it is ended")),
+    (r"eval ", listed("tests/test_terminal.py completes overrides")),
+    (r"for \w+ in .*; do$|done$", listed("the loop around commands that are tried")),
+]
+
+
+def way_of(command: Command) -> Way | None:
+    """How a command is tried; None: nobody has said."""
+    return next((way for pattern, way in WAYS if re.match(pattern, command.text)), None)
