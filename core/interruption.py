@@ -84,5 +84,9 @@ def _requeue() -> None:
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    code = subprocess.run(["scontrol", "requeue", job], check=False).returncode
-    print(f"Requeued SLURM job {job}." if code == 0 else f"SLURM did not requeue job {job}: scontrol gave {code}.")
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:  # a container, for one, may not have the command
+        print(f"SLURM job {job} is not requeued: {error}")
+    else:
+        print(f"Requeued SLURM job {job}.")

@@ -87,14 +87,22 @@ class ShardedStrategy(ModelParallelStrategy):
         if not self.asynchronous:
             dcp.save(state, checkpoint_id=unfinished, process_group=self._saving_group)
             self._put_in_place(unfinished, path)
+            self.barrier()
             return
         saving = dcp.async_save(state, checkpoint_id=unfinished, process_group=self._saving_group)
         assert isinstance(saving, Future)
-        self._saving = saving
+        # Another future: the first one is done before those who wait for it to be done have acted.
+        in_place: Future[None] = Future()
+        self._saving = in_place
 
         def put_in_place(saved: Future[Any]) -> None:
-            if saved.exception() is None:
+            try:
+                saved.result()
                 self._put_in_place(unfinished, path)
+            except BaseException as error:  # raised again by finish_saving
+                in_place.set_exception(error)
+            else:
+                in_place.set_result(None)
 
         saving.add_done_callback(put_in_place)
 

@@ -47,7 +47,17 @@ def test_sigusr1_requeues_the_slurm_job(
     assert asked.read_text() == f"requeue {name}\n"
     out = capfd.readouterr().out
     assert (f"Requeued SLURM job {name}." in out) is (code == 0)
-    assert (f"did not requeue job {name}" in out) is (code == 1)
+    assert (f"SLURM job {name} is not requeued: " in out) is (code == 1)
+
+
+def test_without_scontrol_it_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with pytest.raises(SystemExit), explained(TRAINER, tmp_path):
+        raise TrainingInterrupted(signal.SIGUSR1, 3)
+    assert "SLURM job 7 is not requeued: [Errno 2]" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("signum", "job"), [(signal.SIGTERM, "7"), (signal.SIGUSR1, "")])

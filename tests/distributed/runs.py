@@ -22,9 +22,9 @@ class Run(NamedTuple):
 
     Attributes:
         strategy: one, ddp, fsdp, tp (tensor parallel over all processes), or ep (experts shared out).
-        expert_parallel: processes.
         num_processes: which there must be.
-        load, save: names of a checkpoint in the folder.
+        load: name of a checkpoint in the folder.
+        save: likewise; it is written after step `save_at`, while the run goes on.
     """
 
     strategy: str = "one"
@@ -36,6 +36,7 @@ class Run(NamedTuple):
     steps: int = STEPS
     load: str | None = None
     save: str | None = None
+    save_at: int = 0
     options: tuple[tuple[str, Any], ...] = ()  # more fields of ModelConfig
 
     def make_strategy(self) -> Any:
@@ -65,9 +66,19 @@ class Curve(L.Callback):
         self.values.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
 
-def train(folder: Path, run: Run, *callbacks: L.Callback) -> list[dict[str, float]]:
+class SaveAt(L.Callback):
+    def __init__(self, path: Path, step: int) -> None:
+        self.path, self.step = path, step
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def train(folder: Path, run: Run) -> list[dict[str, float]]:
     """The metrics of every step."""
     torch.manual_seed(0)
+    saving = [SaveAt(folder / run.save, run.save_at)] if run.save else []
     module, datamodule, curve = run.make_module(), TinyData(folder, seq_len=16), Curve()
     trainer = L.Trainer(
         accelerator="cpu",
@@ -79,7 +90,7 @@ def train(folder: Path, run: Run, *callbacks: L.Callback) -> list[dict[str, floa
         check_val_every_n_epoch=None,
         gradient_clip_val=run.clip,
         log_every_n_steps=1,
-        callbacks=[*callbacks, curve],
+        callbacks=[*saving, curve],
         plugins=[CheckpointIO()],
         logger=False,
         enable_checkpointing=False,
@@ -91,7 +102,4 @@ def train(folder: Path, run: Run, *callbacks: L.Callback) -> list[dict[str, floa
     datamodule.prepare_data()
     accumulate(trainer, datamodule, run.micro_batch_size)
     trainer.fit(module, datamodule=datamodule, ckpt_path=folder / run.load if run.load else None, weights_only=True)
-    if run.save:
-        trainer.save_checkpoint(folder / run.save)
-        trainer.strategy.teardown()  # waits for it
     return curve.values

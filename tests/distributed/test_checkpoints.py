@@ -9,10 +9,10 @@ from tests.distributed.runs import Run, train
 
 SAVED_AT, STEPS = 8, 14
 SAVED = [
-    Run("fsdp", "dense", "siamesenorm", 2, steps=SAVED_AT, save="fsdp"),
-    Run("ep", "moe", "spannorm", 2, steps=SAVED_AT, save="ep"),
+    Run("fsdp", "dense", "siamesenorm", 2, steps=STEPS, save_at=SAVED_AT, save="fsdp"),
+    Run("ep", "moe", "spannorm", 2, steps=STEPS, save_at=SAVED_AT, save="ep"),
 ]
-CUT = [Run("tp", "dense", "prenorm", 2, steps=SAVED_AT, save="tp")]
+CUT = [Run("tp", "dense", "prenorm", 2, steps=STEPS, save_at=SAVED_AT, save="tp")]
 
 
 def going_on(runs: list[Run], strategy: str, num_processes: int) -> list[Run]:
