@@ -43,13 +43,15 @@ def open_run(folder: Path, checkpoint: str = "last", allow: str = "") -> OpenRun
     """
     import torch
 
+    from core.checkpoint import load
+
     config = load_config(folder, [name.strip() for name in allow.split(",")])
     named = checkpoint in ("last", "best")
     path = folder / f"checkpoints/{checkpoint}.ckpt" if named else Path(checkpoint)
-    require(path.is_file(), "checkpoint", checkpoint, f"last, best, or the path of a checkpoint; {path} is not there")
+    require(path.exists(), "checkpoint", checkpoint, f"last, best, or the path of a checkpoint; {path} is not there")
     config.model.compile = config.model.activation_checkpointing = False
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = load(path)
         vocab_size, step = content["hyper_parameters"]["vocab_size"], content["global_step"]
         weights = content["state_dict"]
     except Exception as error:  # truncated, no checkpoint at all, or one with code in it

@@ -32,6 +32,7 @@ from analysis.propagation import BlockSignal, measure
 from callbacks.flight_recorder import FOLDER
 from core import cli
 from core.build import build, build_all
+from core.checkpoint import load_beside_weights
 from core.errors import require
 from core.quiet import quieten
 from core.saved_config import add_allow_option, load_config
@@ -81,7 +82,7 @@ def checkpoint_before(run: Path, step: int) -> tuple[Path | None, int]:
     """
     steps = {}
     for path in (run / "checkpoints").glob("*.ckpt"):
-        steps[path] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+        steps[path] = load_beside_weights(path)["global_step"]
     undone = [range(snapshot + 1, at) for at, snapshot in rollbacks(run) if at < step]
     usable = {path: at for path, at in steps.items() if at < step and not any(at in span for span in undone)}
     newest = max(usable, key=lambda path: usable[path], default=None)
