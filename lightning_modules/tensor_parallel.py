@@ -8,6 +8,7 @@ compute what one process would, and a placement's forward never knows. Norms ins
 those over a single head have their gradients added up, and those over all of it get it together.
 """
 
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -54,7 +55,7 @@ def cut(block: Any, mesh: DeviceMesh) -> None:
     if ffn is not None:
         plan = {"gate_proj": ColwiseParallel(), "up_proj": ColwiseParallel(), "down_proj": RowwiseParallel()}
         _apply(ffn, mesh, {**plan, "inner_norm": WholeInput()})
-        parallelize_module(ffn, mesh, _shared_input(num_inputs=1))
+        parallelize_module(ffn, mesh, _shared_input(ffn))
 
 
 def _cut_attention(attention: Attention, mesh: DeviceMesh) -> None:
@@ -65,12 +66,12 @@ def _cut_attention(attention: Attention, mesh: DeviceMesh) -> None:
         style = SequenceParallel(sequence_dim=2, use_local_output=True) if attention.per_head else WholeInput()
         plan[f"projection_norms.{name}"] = style
     _apply(attention, mesh, plan)
-    parallelize_module(attention, mesh, _shared_input(num_inputs=3))
+    parallelize_module(attention, mesh, _shared_input(attention))
 
 
-def _shared_input(num_inputs: int) -> PrepareModuleInput:
+def _shared_input(module: nn.Module) -> PrepareModuleInput:
     """The first input is the same in all processes; its gradient is their sum, taken once for all who read it."""
-    layouts = (Replicate(), *[None] * (num_inputs - 1))
+    layouts = (Replicate(), *[None] * (len(signature(module.forward).parameters) - 1))
     return PrepareModuleInput(input_layouts=layouts, desired_input_layouts=layouts)
 
 

@@ -165,7 +165,12 @@ GPU, LONG = "needs a GPU", "takes minutes"
 WAYS: list[tuple[str, Way]] = [
     (r"python train\.py (--help|--cfg|--shell-completion)", helps("tests/test_cli.py asks for it")),
     (r"python train\.py .*\$balancing", trains(model__moe__balancing="bias", run_dir="balanced")),
-    (r"python train\.py .*(_gpu|trainer=gpu|=megablocks|bf16|trainer=expert_parallel)", composes(GPU)),
+    (r"python train\.py .*(_gpu|trainer=gpu|=megablocks|bf16)", composes(GPU)),
+    (
+        r"python train\.py .*(trainer=fsdp|dense_7b)",
+        composes("needs several processes: tests/distributed trains in them"),
+    ),
+    (r"torchrun ", listed("needs several machines")),
     (r"python train\.py", trains()),
     (r"python -m tools\.prepare inspect", calls()),
     (r"python -m tools\.prepare input=texts/ ", calls(output="data/again")),
