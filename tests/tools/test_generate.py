@@ -128,3 +128,18 @@ def test_a_model_that_diverged_is_said_to_be_one(run: Path, tmp_path: Path, caps
     with pytest.raises(SystemExit, match="2"):
         generate.cli.run(lambda: generate.main([str(run), "prompt=x", f"checkpoint={tmp_path}/nan.ckpt"]))
     assert capsys.readouterr().err == "Error: no text: the model's output is not finite\n"
+
+
+def test_a_run_from_elsewhere_runs_no_code_of_its_own(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (run / "config.yaml").read_text()
+    (tmp_path / "theirs.py").write_text(f"open('{tmp_path}/ran', 'w')\nclass Data: pass\n")
+    theirs = text.replace("datamodules.python_stdlib.PythonStdlib", "theirs.Data")
+    assert theirs != text
+    (tmp_path / "config.yaml").write_text(theirs)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(SystemExit, match="2"):
+        generate.cli.run(lambda: generate.main([str(tmp_path), "prompt=x"]))
+    assert "data._target_='theirs.Data' is not valid" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
