@@ -39,7 +39,11 @@ def trains(**replaced: str) -> Way:
         arguments = _replace(command.arguments, replaced)
         own_data = any(argument.startswith("data=") for argument in arguments)
         tiny = [override for override in tiny_job() if not (own_data and override.startswith(SHARED))]
-        steps = "trainer.max_steps=3" if "ckpt_path=last" in arguments else "trainer.max_steps=2"
+        steps = "trainer.max_steps=2"
+        if "ckpt_path=last" in arguments:
+            steps = "trainer.max_steps=3"
+            begun = train(cwd, *(word for word in arguments if word != "ckpt_path=last"), *tiny, "trainer.max_steps=1")
+            assert begun.code in (0, None), begun.err
         finished = train(cwd, *arguments, *tiny, steps)
         assert finished.code in (0, None), finished.err
 
@@ -68,7 +72,7 @@ def calls(*more: str, **replaced: str) -> Way:
     """
 
     def way(command: Command, cwd: Path) -> None:
-        arguments = [RUN if word == "RUN" else word for word in command.arguments if word not in ("[RUN", "...]")]
+        arguments = [RUN if re.match(r"RUN\d?$|runs/", word) else word for word in command.arguments]
         code, out = _call(command, cwd, [*_replace(arguments, replaced), *more])
         assert code in (0, None), out
 
