@@ -8,6 +8,7 @@ import contextlib
 import io
 import itertools
 import os
+import random
 import re
 import runpy
 import sys
@@ -87,7 +88,7 @@ def helps(reason: str) -> Way:
         code, out = _call(command, cwd, ["--help"])
         assert code in (0, None), out
         for word in command.arguments:
-            assert not word.startswith("--") or word.split("=")[0] in out, word
+            assert not word.startswith("--") or word == "--help" or word.split("=")[0] in out, word
 
     return way
 
@@ -154,8 +155,8 @@ def _call(command: Command, cwd: Path, arguments: list[str]) -> tuple[object, st
 def prepare(cwd: Path) -> None:
     """What the commands count on: texts, corpora made of them, and runs."""
     (cwd / "texts").mkdir()
-    for number in range(40):
-        (cwd / f"texts/{number}.txt").write_text(f"text {number} " * 100)
+    for number in range(60):
+        (cwd / f"texts/{number}.txt").write_text(random.Random(number).randbytes(1500).hex())
     (cwd / "loudest.py").write_text("import lightning as L\n\n\nclass Loudest(L.Callback):\n    pass\n")
     tool = Command("", 0, "python -m tools.prepare")
     for name, tokenizer in (("texts", "byte"), ("code", "byte"), ("stdlib-bpe", "bpe:300")):
@@ -170,10 +171,7 @@ WAYS: list[tuple[str, Way]] = [
     (r"python train\.py (--help|--cfg|--shell-completion)", helps("tests/test_cli.py asks for it")),
     (r"python train\.py .*\$balancing", trains(model__moe__balancing="bias", run_dir="balanced")),
     (r"python train\.py .*(_gpu|trainer=gpu|=megablocks|bf16)", composes(GPU)),
-    (
-        r"python train\.py .*(trainer=fsdp|dense_7b)",
-        composes("needs several processes: tests/distributed trains in them"),
-    ),
+    (r"python train\.py .*(trainer=(ddp|fsdp|slurm)|trainer\.devices=|dense_7b)", composes("tests/distributed runs several")),
     (r"torchrun ", listed("needs several machines")),
     (r"python train\.py", trains()),
     (r"python -m tools\.prepare inspect", calls()),
