@@ -13,6 +13,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from core.allocator import keep_freed_memory
 from core.errors import ConfigError, UserError, one_line, suggest
 from core.explain import explain_omegaconf
 from lightning_modules.config import ModelConfig, OptimConfig, writable_schema
@@ -55,6 +56,7 @@ def run(main: Callable[[], None]) -> None:
     """
     # Before torch is imported: OpenMP threads that spin without end bring a busy machine to a halt (docs/decisions.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "100000")
+    keep_freed_memory()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, so that the message can be better
     sys.path.append(os.getcwd())  # your own classes may lie where you are
     register_schemas()

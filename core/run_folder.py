@@ -18,7 +18,8 @@ RUNS = Path("runs")
 LAST = Path("checkpoints/last.ckpt")
 NAME_LENGTH = 80  # file systems take 255 bytes; a table of runs takes less
 MAY_CHANGE = {  # in a resumed run: how it computes, and what follows from the step alone
-    *("model.compile", "model.activation_checkpointing", "model.moe.backend", "model.moe.expert_parallel"),
+    *("model.compile", "model.activation_checkpointing", "model.checkpoint_every"),
+    *("model.moe.backend", "model.moe.expert_parallel"),
     *("optim.schedule", "optim.warmup_steps", "optim.min_lr_ratio", "optim.decay_fraction"),
 }
 

@@ -96,11 +96,12 @@ class ModelConfig:
     ffn_dim: int | None = None  # hidden width of the SwiGLU; None: 8/3 dim, rounded up to a multiple of 16
     tie_embeddings: bool = False
     compile: bool = False  # torch.compile each block
-    activation_checkpointing: bool = False  # recompute each block in the backward pass instead of storing it
+    activation_checkpointing: bool = False  # recompute blocks in the backward pass instead of storing them
+    checkpoint_every: int = 1  # of the blocks, each n-th: half the memory for half the recomputation at 2
     moe: MoEConfig = field(default_factory=MoEConfig)
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "dim", "num_heads"):
+        for name in ("num_layers", "dim", "num_heads", "checkpoint_every"):
             require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "an integer >= 1")
         require(self.ffn_dim is None or self.ffn_dim >= 1, "model.ffn_dim", self.ffn_dim, "an integer >= 1 or null")
         for name in ("norm_eps", "rope_theta"):

@@ -15,6 +15,7 @@ from torchmetrics import MeanMetric
 from core.errors import require
 from core.steps import completes_step, is_logged
 from lightning_modules.config import ModelConfig, OptimConfig, parse
+from lightning_modules.cross_entropy import LARGE_VOCABULARY
 from lightning_modules.generation import generate
 from lightning_modules.initialization import initialize
 from lightning_modules.layers.router import RouterStats
@@ -110,10 +111,12 @@ class LanguageModule(L.LightningModule):
         """That of the forward pass in training, by which the backend of the experts is chosen."""
         return nullcontext() if self._trainer is None else self.trainer.precision_plugin.forward_context()
 
-    def forward(self, tokens: Tensor, positions: Tensor | None = None) -> tuple[Tensor, list[RouterStats]]:
+    def forward(
+        self, tokens: Tensor, positions: Tensor | None = None, targets: Tensor | None = None
+    ) -> tuple[Any, list[RouterStats]]:
         """See Transformer.forward."""
         assert self.model is not None, "configure_model() comes first"
-        return self.model(tokens, positions)
+        return self.model(tokens, positions, targets)
 
     def _loss(self, batch: dict[str, Tensor], sources: SourceLoss | None = None) -> tuple[Tensor, list[RouterStats]]:
         """The loss of one batch, and of each source in it, if there are several.
@@ -126,9 +129,14 @@ class LanguageModule(L.LightningModule):
         Returns:
             (mean cross-entropy in nats per token, router statistics).
         """
-        tokens = batch["tokens"]
-        logits, router_stats = self(tokens[:, :-1], batch.get("positions"))
-        logits, targets = logits.flatten(0, 1).float(), tokens[:, 1:]
+        inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
+        if self.vocab_size >= LARGE_VOCABULARY:
+            losses, router_stats = self(inputs, batch.get("positions"), targets)
+            if sources is not None:
+                sources.update(losses.by_token.view_as(targets).mean(1), batch["source"])
+            return losses.mean, router_stats
+        logits, router_stats = self(inputs, batch.get("positions"))
+        logits = logits.flatten(0, 1).float()
         if sources is None:
             return F.cross_entropy(logits, targets.flatten()), router_stats
         losses = F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets).mean(1)

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from core.errors import lookup, require
 from core.options import check_arguments
 from lightning_modules.config import ModelConfig
+from lightning_modules.cross_entropy import linear_cross_entropy
 from lightning_modules.layers.attention import Attention
 from lightning_modules.layers.document_mask import Mask, document_mask
 from lightning_modules.layers.ffn import FeedForward
@@ -106,18 +107,23 @@ class Transformer(nn.Module):
             self.head.weight = self.embedding.weight
 
     def forward(
-        self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None
-    ) -> tuple[Tensor, list[RouterStats]]:
-        """Next-token logits.
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+        targets: Tensor | None = None,
+    ) -> tuple[Any, list[RouterStats]]:
+        """Next-token logits, or the losses of given targets without ever holding all logits.
 
         Args:
             tokens: [batch, seq].
             positions: [batch, seq], of each token in its document, where attention must not cross documents; with a
                 cache, in its sequence.
             cache: of the tokens before these, which join them.
+            targets: [batch, seq], the tokens to predict.
 
         Returns:
-            (logits [batch, seq, vocab_size], one RouterStats per MoE layer).
+            (logits [batch, seq, vocab_size], or the targets' Losses; one RouterStats per MoE layer).
         """
         length = tokens.size(1) if cache is None else cache.length
         rope = rope_tables(length, self.config.head_dim, self.config.rope_theta, tokens.device)
@@ -128,14 +134,19 @@ class Transformer(nn.Module):
             mask = document_mask(positions, flex) if cache is None else cache.mask(positions)
         state, router_stats = self.embedding(tokens), []
         slots = repeat(None) if cache is None or positions is None else cache.at(positions)
-        for block, slot in zip(self.blocks, slots, strict=False):
-            if self.config.activation_checkpointing and torch.is_grad_enabled():
+        checkpointing = self.config.activation_checkpointing and torch.is_grad_enabled()
+        for number, (block, slot) in enumerate(zip(self.blocks, slots, strict=False), start=1):
+            if checkpointing and number % self.config.checkpoint_every == 0:
                 state, stats = checkpoint(block, state, rope, mask, use_reentrant=False)
             else:
                 state, stats = block(state, rope, mask, slot)
             if stats is not None:
                 router_stats.append(stats)
-        return self.head(state * self.output_multiplier), router_stats
+        state = state * self.output_multiplier
+        if targets is None:
+            return self.head(state), router_stats
+        # Here, and not with the head's weight handed out: sharded, it is whole during forward only.
+        return linear_cross_entropy(state.flatten(0, 1), self.head.weight, targets.flatten()), router_stats
 
     def matrices(self) -> Iterator[Matrix]:
         """Every weight matrix, with its role. Norm gains and biases are what is left."""

@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "lightning_modules.transformer": {
         "core",
         "lightning_modules.config",
+        "lightning_modules.cross_entropy",
         "lightning_modules.layers",
         "lightning_modules.placements",
     },

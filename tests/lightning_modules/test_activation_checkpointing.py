@@ -38,3 +38,14 @@ def test_it_changes_neither_loss_nor_gradient(placement: str, ffn: str) -> None:
     assert len(calls) == 2 * config.num_layers, "each block runs again in the backward pass"
     for expected, actual in zip(plain, checkpointed, strict=True):
         assert torch.equal(expected, actual)
+
+
+@pytest.mark.parametrize(("every", "again"), [(1, [1, 2, 3, 4, 5]), (2, [2, 4]), (5, [5]), (6, [])])
+def test_each_nth_block_runs_again(every: int, again: list[int]) -> None:
+    model = Transformer(tiny_config(num_layers=5, activation_checkpointing=True, checkpoint_every=every), 32)
+    initialize(model)
+    calls: list[int] = []
+    for number, block in enumerate(model.blocks, start=1):
+        block.attn.register_forward_hook(lambda *_, number=number: calls.append(number))
+    loss_and_gradients(model, torch.randint(32, (2, 8)))
+    assert sorted(calls) == sorted([1, 2, 3, 4, 5, *again])

@@ -1,0 +1,74 @@
+"""Cross-entropy from the hidden states, whose logits never exist all at once."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+LARGE_VOCABULARY = 4096
+"""From here on the logits of a batch are what needs the most memory."""
+
+CHUNK = {"cpu": 512}
+"""Tokens whose logits exist at a time, by kind of device; as fast as all at once (benchmarks/costs.py)."""
+CHUNK_ELSEWHERE = 4096
+
+
+class Losses(NamedTuple):
+    """In nats per token.
+
+    Attributes:
+        mean: scalar, with a gradient.
+        by_token: [tokens], fp32, without.
+    """
+
+    mean: Tensor
+    by_token: Tensor
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Losses:
+    """Of logits `hidden @ weight.T`, computed in autocast's precision, if it is on, and summed up in fp32.
+
+    The gradients are made in the forward pass, while a chunk's logits are there, so nothing is computed twice; their
+    sum over the vocabulary is what stays until the backward pass. It cannot be differentiated twice.
+
+    Args:
+        hidden: [tokens, dim].
+        weight: [vocab_size, dim].
+        targets: [tokens].
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    return Losses(*_LinearCrossEntropy.apply(hidden, weight, targets, torch.is_grad_enabled()))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, with_gradients: bool) -> tuple[Tensor, ...]:
+        weight = weight.to(hidden.dtype)
+        losses = hidden.new_empty(len(targets), dtype=torch.float32)
+        grad_hidden = torch.empty_like(hidden) if with_gradients else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradients else None
+        size = CHUNK.get(hidden.device.type, CHUNK_ELSEWHERE)
+        for start in range(0, len(targets), size):
+            rows = slice(start, start + size)
+            x, target = hidden[rows], targets[rows, None]
+            log_p = torch.log_softmax(x @ weight.t(), dim=-1, dtype=torch.float32)
+            losses[rows] = -log_p.gather(1, target).squeeze(1)
+            if grad_hidden is not None and grad_weight is not None:
+                grad = log_p.exp_().scatter_add_(1, target, log_p.new_full(target.shape, -1.0))
+                grad = grad.to(x.dtype)
+                torch.mm(grad, weight, out=grad_hidden[rows])
+                if x.dtype == torch.float32:
+                    grad_weight.addmm_(grad.t(), x)
+                else:
+                    grad_weight += grad.t() @ x
+        ctx.gradients = grad_hidden, grad_weight
+        ctx.mark_non_differentiable(losses)
+        return losses.mean(), losses
+
+    @staticmethod
+    def backward(ctx: Any, grad_mean: Tensor, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.gradients  # of the sum
+        factor = grad_mean / len(grad_hidden)
+        return (grad_hidden * factor).to(grad_hidden.dtype), (grad_weight * factor).to(grad_hidden.dtype), None, None
