@@ -13,8 +13,11 @@ VERSION := $(or $(VERSION),$(shell $(PYTHON) -c 'import sys; v = sys.version_inf
 MADE := $(VENV)/.made-$(VERSION)
 FOR_TRAINING := $(VENV)/.train-$(VERSION)
 FOR_TESTS := $(VENV)/.test-$(VERSION)
+# The peers' pins and ours do not go together, so they get an environment of their own.
+BENCH := .venv-bench/bin
+FOR_BENCH := .venv-bench/.made-$(VERSION)
 
-.PHONY: help train test test-slow lint types docs format clean
+.PHONY: help train test test-slow bench bench-gpu lint types docs format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,6 +30,14 @@ test: $(FOR_TESTS) lint types docs  ## lint, types, documentation, and every tes
 
 test-slow: $(FOR_TESTS)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+bench: $(FOR_BENCH)  ## the training step against its peers', and what each thing costs; a quarter of an hour
+	$(BENCH)/python -m benchmarks.compare $(ARGS)
+	$(BENCH)/python -m benchmarks.costs
+
+bench-gpu: $(FOR_BENCH)  ## the same on a GPU
+	$(BENCH)/python -m benchmarks.compare --device cuda $(ARGS)
+	$(BENCH)/python -m benchmarks.costs --device cuda
 
 lint: $(FOR_TESTS)  ## ruff, hadolint
 	$(BIN)/ruff check .
@@ -44,7 +55,7 @@ format: $(FOR_TESTS)  ## let ruff rewrite the code
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment and caches; data/ and runs/ stay
-	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-bench site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(MADE):
 	@test -n "$(VERSION)" || { echo "$(PYTHON) is not Python 3.11 to 3.13; choose one: make train PYTHON=python3.12"; exit 1; }
@@ -60,3 +71,10 @@ $(FOR_TESTS): $(wildcard requirements*.txt) | $(MADE)
 	@# Without its dependencies: it asks for older versions than ours. Its build needs torch. See docs/megablocks.md.
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation megablocks==0.10.0 stanford-stk==0.7.1
 	@touch $@ $(FOR_TRAINING)
+
+$(FOR_BENCH): requirements.txt requirements-bench.txt | $(MADE)
+	$(BIN)/python -m venv --clear .venv-bench
+	$(BENCH)/python -m pip install --quiet -r requirements-bench.txt
+	@# Without their dependencies: they pin other versions than ours. What they import is in requirements-bench.txt.
+	$(BENCH)/python -m pip install --quiet --no-deps litgpt==0.5.13 torchtitan==0.3.0
+	@touch $@

@@ -8,11 +8,8 @@ turns (A B C A B C ...), so that the machine's drift hits all alike; a ratio is 
 """
 
 import argparse
-import os
-import platform
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +19,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralSparseMoeBlock
 
+from benchmarks.measure import Step, machine, ratio, take_turns
 from core.errors import ConfigError
 from lightning_modules.config import ModelConfig, OptimConfig, parse
 from lightning_modules.initialization import initialize
@@ -30,7 +28,6 @@ from lightning_modules.optim import make_optimizer
 from lightning_modules.transformer import Transformer
 
 TOP_K, VOCAB_SIZE = 2, 512
-Step = Callable[[], Any]
 
 
 class Setting(NamedTuple):
@@ -154,26 +151,6 @@ def make_steps(layers: dict[str, nn.Module], setting: Setting) -> Iterator[tuple
         yield name, step
 
 
-def take_turns(steps: dict[str, Step], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds by contender and round, after one round that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds + 1):
-        for name, step in steps.items():
-            if device == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            step()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if turn > 0:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def ratio(seconds: list[float], base: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(seconds, base, strict=True))
-
-
 def layer_table(arguments: argparse.Namespace) -> Iterator[str]:
     """One row per setting and contender."""
     yield "| experts | load | max / mean load | | ms | of the first | tokens/s | TFLOP/s |"
@@ -233,15 +210,6 @@ def step_table(arguments: argparse.Namespace) -> Iterator[str]:
     yield "|---|---|---|"
     for name, values in seconds.items():
         yield f"| {name} | {1e3 * statistics.median(values):.1f} | {ratio(values, seconds[str(few)]):.2f} |"
-
-
-def machine(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    name = models[0].partition(":")[2].strip() if models else platform.processor()
-    load = ", ".join(f"{value:.2f}" for value in os.getloadavg())
-    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used, load before {load}"
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from benchmarks.moe import machine
+from benchmarks.measure import machine
 from callbacks.curvature import Curvature
 from callbacks.divergence import Divergence
 from callbacks.flight_recorder import FlightRecorder

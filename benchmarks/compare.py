@@ -1,0 +1,205 @@
+"""The project's training step against its peers', in one run.
+
+    make bench        CPU, fp32, eager and compiled; writes docs/results/benchmark-cpu.md and a bar chart
+    make bench-gpu    bf16 under autocast, compiled; docs/results/benchmark-cuda.md
+
+One process a model, all of a table alive at once; they take one step each in turn, so that the machine's drift hits all
+alike, and a ratio is the median of those within a round. Same parameters within 3 %, same tokens, same optimizer (fused
+AdamW). MFU is 6 FLOPs for each active parameter that multiplies and each token, and attention's, over what the machine
+does in products of large matrices, measured in the same rounds; the causal mask is not credited.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import torch
+from matplotlib import pyplot
+
+from benchmarks.contenders import DENSE, MIXTURES, Sizes
+from benchmarks.measure import machine, ratio
+from benchmarks.workers import RATE, Contender, Result, Worker
+
+matplotlib.use("Agg")
+
+OURS = "ours"
+TOLERANCE = 0.03
+"""How far a peer's number of parameters may be from ours."""
+PACKAGES = ("torch", "litgpt", "transformers", "x-transformers", "torchtitan")
+
+
+class Case(NamedTuple):
+    """A table: one setting, computed by ours and its peers.
+
+    Attributes:
+        goal: tokens/s of the fastest peer that ours should reach, as a factor.
+    """
+
+    title: str
+    sizes: Sizes
+    peers: tuple[str, ...]
+    compiled: bool
+    goal: float
+
+
+class Row(NamedTuple):
+    """One contender of a case.
+
+    Attributes:
+        speed: tokens/s of ours, as a factor on this one's, and so above 1 where ours is faster.
+    """
+
+    name: str
+    seconds: float
+    speed: float
+    mfu: float
+    result: Result
+
+
+def cases(device: str) -> Iterator[Case]:
+    """What is compared. A dense model's FFN is as wide as the two experts of a token are together."""
+    if device == "cuda":
+        dense = Sizes(32768, 16, 2048, 16, 5632, 4096, 4)
+        yield Case("1B dense, compiled", dense, DENSE, True, 1.05)
+        mixture = Sizes(32768, 16, 1024, 16, 2304, 4096, 8, num_experts=8)
+        yield Case("1B mixture of 8 experts, compiled", mixture, MIXTURES, True, 1.10)
+        return
+    dense = Sizes(8192, 8, 256, 4, 688, 256, 8)
+    mixture = dense._replace(hidden=344, num_experts=8)
+    yield Case("Dense, eager", dense, DENSE, False, 1.05)
+    yield Case("Dense, eager, vocabulary 512", dense._replace(vocab_size=512), DENSE, False, 1.05)
+    yield Case("8 experts, eager", mixture, MIXTURES, False, 1.10)
+    yield Case("64 experts, eager", mixture._replace(num_experts=64), MIXTURES, False, 1.10)
+    yield Case("Dense, compiled", dense, DENSE, True, 1.05)
+    yield Case("8 experts, compiled", mixture, MIXTURES, True, 1.10)
+
+
+def measure(case: Case, arguments: argparse.Namespace, say: Callable[[str], None]) -> list[Row]:
+    """Ours first. A peer that fails is named with its message, and left out."""
+    workers: dict[str, Worker] = {}
+    for name in (OURS, *case.peers, RATE):
+        try:
+            contender = Contender(name, case.sizes, case.compiled, arguments.device, arguments.threads)
+            workers[name] = Worker(contender)
+        except RuntimeError as error:
+            if name == OURS:
+                raise
+            say(f"{name} left out: {error}\n")
+    seconds: dict[str, list[float]] = {name: [] for name in workers}
+    for turn in range(arguments.rounds + 1):
+        for name, worker in workers.items():
+            taken = worker.step()
+            if turn > 0:
+                seconds[name].append(taken)
+    results = {name: worker.end() for name, worker in workers.items()}
+    rate = results[RATE].flops / statistics.median(seconds[RATE])
+    for name in case.peers:
+        if name in results:
+            off = abs(results[name].parameters / results[OURS].parameters - 1)
+            assert off <= TOLERANCE, f"{name}: {results[name].parameters} parameters, ours {results[OURS].parameters}"
+    return [
+        Row(
+            name,
+            statistics.median(seconds[name]),
+            ratio(seconds[name], seconds[OURS]),
+            results[name].flops / statistics.median(seconds[name]) / rate,
+            results[name],
+        )
+        for name in workers
+        if name != RATE
+    ]
+
+
+def table(case: Case, rows: list[Row]) -> Iterator[str]:
+    sizes = case.sizes
+    yield "| | tokens/s | ours is faster by | MFU | peak memory, MB | first step, s | parameters, M |"
+    yield "|---|---|---|---|---|---|---|"
+    for row in rows:
+        yield (
+            f"| {row.name} | {sizes.batch_size * sizes.seq_len / row.seconds:,.0f} | {row.speed:.2f} "
+            f"| {100 * row.mfu:.0f} % | {row.result.memory / 1e6:,.0f} | {row.result.first_step:.1f} "
+            f"| {row.result.parameters / 1e6:.1f} |"
+        )
+
+
+def verdict(case: Case, rows: list[Row]) -> str:
+    peers = rows[1:]
+    if not peers:
+        return "No peer does this at all."
+    fastest, leanest = min(peers, key=lambda row: row.speed), min(peers, key=lambda row: row.result.memory)
+    met = "met" if fastest.speed >= case.goal else "missed"
+    lean = rows[0].result.memory / leanest.result.memory
+    return (
+        f"Goal {case.goal} times the fastest peer ({fastest.name}): {fastest.speed:.2f}, **{met}**. "
+        f"Goal memory of the leanest peer ({leanest.name}): {lean:.2f} times, **{'met' if lean <= 1 else 'missed'}**."
+    )
+
+
+def draw(measured: dict[str, list[Row]], path: Path) -> None:
+    """Tokens/s of each contender, ours being 1: one group of bars a table."""
+    figure, axes = pyplot.subplots(1, len(measured), figsize=(3 * len(measured), 3.6), sharey=True, squeeze=False)
+    for axis, (title, rows) in zip(axes[0], measured.items(), strict=True):
+        names, heights = [row.name for row in rows], [1 / row.speed for row in rows]
+        bars = axis.bar(names, heights, color=["tab:blue"] + ["tab:gray"] * (len(rows) - 1))
+        axis.bar_label(bars, fmt="%.2f", fontsize=8)
+        axis.set_title(title, fontsize=9)
+        axis.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=8)
+    axes[0][0].set_ylabel("tokens/s, of ours")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", default="", help="the tables whose title holds this")
+    parser.add_argument("--layers", type=int, help="other than the setting's, to try it out")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    output = arguments.output or Path(f"docs/results/benchmark-{arguments.device}.md")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    lines: list[str] = []
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+        lines.append(line)
+
+    started = time.perf_counter()
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES if find_spec(name.replace("-", "_")))
+    precision = "fp32" if arguments.device == "cpu" else "bf16 under autocast"
+    say(f"# The training step against the peers', {arguments.device}\n")
+    say(
+        f"`python -m benchmarks.compare --device {arguments.device} --threads {arguments.threads}`: {precision}, "
+        f"medians of {arguments.rounds} rounds in which all take turns.\n{machine(arguments.device)}; {versions}.\n"
+    )
+    say("Ours is the SpanNorm model. `benchmarks/compare.py` says how it is measured.\n")
+    say(f"![Tokens per second]({output.stem}.png)")
+    measured: dict[str, list[Row]] = {}
+    for case in cases(arguments.device):
+        if arguments.only not in case.title:
+            continue
+        if arguments.layers:
+            case = case._replace(sizes=case.sizes._replace(num_layers=arguments.layers))
+        sizes = ", ".join(f"{name} {value}" for name, value in case.sizes._asdict().items())
+        say(f"\n## {case.title}\n\n{sizes}.\n")
+        rows = measured[case.title] = measure(case, arguments, say)
+        for line in table(case, rows):
+            say(line)
+        say(f"\n{verdict(case, rows)}")
+    draw(measured, output.with_suffix(".png"))
+    say(f"\nThe whole took {(time.perf_counter() - started) / 60:.0f} minutes.")
+    output.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

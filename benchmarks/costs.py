@@ -1,0 +1,208 @@
+"""What each thing costs a training step of the project, in ratios to the first row of its table.
+
+    python -m benchmarks.costs                   CPU, fp32; writes docs/results/benchmark-costs-cpu.md
+    python -m benchmarks.costs --device cuda     bf16 under autocast; docs/results/benchmark-costs-cuda.md
+
+As benchmarks/compare.py does it: one process a contender, in turn. What data loading gives and a step consumes is in
+benchmarks/data.py, the mixture layer alone in benchmarks/moe.py, and the monitors in benchmarks/monitoring.py.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.contenders import Sizes
+from benchmarks.measure import machine, ratio
+from benchmarks.overhead import startup, trainer_overhead
+from benchmarks.workers import Contender, Result, Worker
+from lightning_modules.placements.registry import PLACEMENTS
+
+TWO_STREAMS = ("residual", "siamesenorm")
+
+
+class Cost(NamedTuple):
+    """One contender: the model's sizes and overrides."""
+
+    sizes: Sizes
+    compiled: bool = False
+    overrides: Mapping[str, Any] = MappingProxyType({})
+
+
+class Measured(NamedTuple):
+    """Medians of one contender.
+
+    Attributes:
+        of_first: its time as a multiple of the first one's.
+    """
+
+    seconds: float
+    of_first: float
+    result: Result
+
+
+Goal = Callable[[dict[str, Measured]], tuple[str, bool]]
+"""(what is asked and what came out, whether it is met)."""
+
+
+class Table(NamedTuple):
+    title: str
+    costs: dict[str, Cost]
+    goals: tuple[Goal, ...] = ()
+
+
+def at_most(name: str, limit: float, first: str) -> Goal:
+    """The time of `name` is at most so many times that of the first row."""
+
+    def goal(measured: dict[str, Measured]) -> tuple[str, bool]:
+        value = measured[name].of_first
+        return f"{name} at most {limit:.3g} times {first}: {value:.3f}", value <= limit
+
+    return goal
+
+
+def one_stream(measured: dict[str, Measured]) -> tuple[str, bool]:
+    slowest = max((name for name in measured if name not in TWO_STREAMS), key=lambda name: measured[name].of_first)
+    speed = 1 / measured[slowest].of_first
+    return f"no placement of one stream under 0.93 of prenorm's tokens/s; {slowest}: {speed:.3f}", speed >= 0.93
+
+
+def linear_in_depth(measured: dict[str, Measured]) -> tuple[str, bool]:
+    """The step from 8 to 16 blocks against twice that from 4 to 8: what does not depend on depth cancels."""
+    few, some, many = (measured[name].of_first for name in ("4 blocks", "8 blocks", "16 blocks"))
+    value = (many - some) / (2 * (some - few))
+    return f"time linear in depth within 5 %: a block of the second 8 costs {value:.3f} of one before", value <= 1.05
+
+
+def tables(device: str) -> Iterator[Table]:
+    few_experts, growth = "8 experts", 1.25
+    if device == "cuda":
+        base, growth = Sizes(32768, 8, 1024, 16, 2816, 2048, 8), 1.15
+    else:
+        base = Sizes(512, 4, 256, 4, 688, 256, 4)
+    half = base._replace(hidden=base.hidden // 2)
+    schemes = ["prenorm", *sorted(PLACEMENTS.keys() - {"prenorm"})]
+    for kind, compiled, names in (("eager", False, schemes), ("compiled", True, ["prenorm", "spannorm"])):
+        costs = {name: Cost(base, compiled, {"placement": name}) for name in names}
+        goals = (at_most("spannorm", 1 / 0.98, "prenorm"), one_stream)
+        yield Table(f"Placements, {kind}", costs, goals)
+    yield Table(
+        "Depth",
+        {f"{n} blocks": Cost(base._replace(num_layers=n)) for n in (4, 8, 16)},
+        (linear_in_depth,),
+    )
+    yield Table(
+        "Sequence length, as many tokens",
+        {
+            f"{base.seq_len * n} positions": Cost(
+                base._replace(seq_len=base.seq_len * n, batch_size=base.batch_size // n)
+            )
+            for n in (1, 2, 4)
+        },
+    )
+    yield Table(
+        "Experts, at equal active parameters",
+        {
+            "dense": Cost(base),
+            few_experts: Cost(half._replace(num_experts=8)),
+            "16 experts": Cost(half._replace(num_experts=16)),
+        },
+    )
+    wide = half._replace(batch_size=2 * base.batch_size)
+    yield Table(
+        "Experts, 8 to 64 at 2 of them active",
+        {f"{n} experts": Cost(wide._replace(num_experts=n)) for n in (8, 64)},
+        (at_most("64 experts", growth, few_experts),),
+    )
+    deep = base._replace(num_layers=8)
+    yield Table(
+        "Activation checkpointing",
+        {
+            "none": Cost(deep),
+            "each 2nd block": Cost(deep, False, {"activation_checkpointing": True, "checkpoint_every": 2}),
+            "each block": Cost(deep, False, {"activation_checkpointing": True}),
+        },
+    )
+    large = base._replace(vocab_size=32768, num_layers=2)
+    yield Table(
+        "The loss of a vocabulary of 32,768",
+        {"all logits at once": Cost(large, False, {"all_logits": True}), "in chunks": Cost(large)},
+    )
+
+
+def measure(table: Table, arguments: argparse.Namespace) -> dict[str, Measured]:
+    workers = {
+        name: Worker(
+            Contender("ours", cost.sizes, cost.compiled, arguments.device, arguments.threads, dict(cost.overrides))
+        )
+        for name, cost in table.costs.items()
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in workers}
+    for turn in range(arguments.rounds + 1):
+        for name, worker in workers.items():
+            taken = worker.step()
+            if turn > 0:
+                seconds[name].append(taken)
+    first = next(iter(seconds.values()))
+    return {
+        name: Measured(statistics.median(seconds[name]), ratio(seconds[name], first), worker.end())
+        for name, worker in workers.items()
+    }
+
+
+def lines_of(table: Table, measured: dict[str, Measured]) -> Iterator[str]:
+    yield f"\n## {table.title}\n"
+    yield "| | ms | time, of the first | tokens/s, of the first | peak memory, MB | parameters, M |"
+    yield "|---|---|---|---|---|---|"
+    first = next(iter(table.costs.values())).sizes
+    for name, (seconds, of_first, result) in measured.items():
+        sizes = table.costs[name].sizes
+        tokens = sizes.batch_size * sizes.seq_len / (first.batch_size * first.seq_len)
+        yield (
+            f"| {name} | {1e3 * seconds:.1f} | {of_first:.3f} | {tokens / of_first:.3f} "
+            f"| {result.memory / 1e6:,.0f} | {result.parameters / 1e6:.1f} |"
+        )
+    for goal in table.goals:
+        text, met = goal(measured)
+        yield f"\nGoal: {text}, **{'met' if met else 'missed'}**."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", default="", help="the tables whose title holds this")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    lines: list[str] = []
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+        lines.append(line)
+
+    say(f"# What each thing costs a training step, {arguments.device}\n")
+    say(
+        f"`python -m benchmarks.costs --device {arguments.device} --threads {arguments.threads}`: medians of "
+        f"{arguments.rounds} rounds in which all take turns.\ntorch {torch.__version__}; {machine(arguments.device)}."
+    )
+    for table in tables(arguments.device):
+        if arguments.only in table.title:
+            for line in lines_of(table, measure(table, arguments)):
+                say(line)
+    for title, make in (("Lightning's Trainer", trainer_overhead), ("Startup", startup)):
+        if arguments.only in title:
+            for line in make(title, arguments):
+                say(line)
+    output = arguments.output or Path(f"docs/results/benchmark-costs-{arguments.device}.md")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""What every benchmark shares: taking turns, ratios within a round, and the machine's name."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Step = Callable[[], Any]
+
+
+def take_turns(steps: dict[str, Step], rounds: int, device: str) -> dict[str, list[float]]:
+    """Seconds by contender and round, after one round that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(rounds + 1):
+        for name, step in steps.items():
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            step()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if turn > 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(seconds: list[float], base: list[float]) -> float:
+    """Median of the ratios within each round, so that the machine's drift hits both alike."""
+    return statistics.median(a / b for a, b in zip(seconds, base, strict=True))
+
+
+def machine(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    name = models[0].partition(":")[2].strip() if models else platform.processor()
+    load = ", ".join(f"{value:.2f}" for value in os.getloadavg())
+    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used, load before {load}"

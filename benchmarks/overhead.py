@@ -1,0 +1,129 @@
+"""What surrounds a training step: Lightning's Trainer, and the time until the first one."""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_modules.language_module import LanguageModule
+
+WINDOW = 10  # steps
+TRAIN = Path(__file__).resolve().parents[1] / "train.py"
+FIRST_STEP = "first step after"
+
+
+class _Tokens(Dataset[dict[str, torch.Tensor]]):
+    """One batch [16, 257], again and again: a step of about 200 ms on one core."""
+
+    def __init__(self) -> None:
+        self.batch = {"tokens": torch.randint(257, (16, 257), generator=torch.Generator().manual_seed(0))}
+
+    def __len__(self) -> int:
+        return 1 << 20
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.batch
+
+
+class _BareLoop(L.Callback):
+    """After each window of the Trainer's steps, as many without it: same module, optimizer, clipping, and data."""
+
+    def __init__(self) -> None:
+        self.trainer_seconds: list[float] = []
+        self.bare_seconds: list[float] = []
+        self._began = 0.0
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step % WINDOW:
+            return
+        now = time.perf_counter()
+        if self._began:
+            self.trainer_seconds.append(now - self._began)
+        self.bare(trainer, pl_module)
+        self._began = time.perf_counter()
+        self.bare_seconds.append(self._began - now)
+
+    def bare(self, trainer: L.Trainer, module: Any) -> None:
+        optimizer = trainer.optimizers[0].optimizer  # type: ignore[attr-defined]
+        schedule: Any = trainer.lr_scheduler_configs[0].scheduler
+        batches = iter(DataLoader(_Tokens(), batch_size=None))
+        for _ in range(WINDOW):
+            batch = {name: tensor.to(module.device) for name, tensor in next(batches).items()}
+            with trainer.precision_plugin.forward_context():
+                loss, _ = module._loss(batch)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+
+
+def trainer_overhead(title: str, arguments: argparse.Namespace) -> Iterator[str]:
+    """Its loop, hooks and this project's own logging, without callbacks and loggers."""
+    module = LanguageModule({"num_layers": 4, "dim": 128, "num_heads": 4}, {}, 257)
+    loop = _BareLoop()
+    trainer = L.Trainer(
+        accelerator=arguments.device.replace("cuda", "gpu"),
+        devices=1,
+        max_steps=(arguments.rounds + 1) * WINDOW,
+        precision="32-true" if arguments.device == "cpu" else "bf16-mixed",
+        gradient_clip_val=1.0,
+        log_every_n_steps=WINDOW,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[loop],
+    )
+    trainer.fit(module, DataLoader(_Tokens(), batch_size=None))
+    bare = loop.bare_seconds[:-1]  # each with the Trainer's window that comes after it
+    differences = [a / b for a, b in zip(loop.trainer_seconds, bare, strict=True)]
+    low, middle, high = statistics.quantiles(differences, n=4)
+    yield f"\n## {title}\n"
+    yield f"Windows of {WINDOW} steps in turn, with and without it; a step takes "
+    yield f"{1e3 * statistics.median(bare) / WINDOW:.0f} ms without.\n"
+    yield f"Goal: at most 1.03 times the bare loop: {middle:.3f} (quartiles {low:.3f}, {high:.3f}), "
+    yield f"**{'met' if middle <= 1.03 else 'missed'}**."
+
+
+class FirstStep(L.Callback):
+    """Prints the time of day after the first training step."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            print(FIRST_STEP, time.time(), flush=True)
+
+
+def startup(title: str, arguments: argparse.Namespace) -> Iterator[str]:
+    """Medians of three commands each; the corpus is made anew each time."""
+
+    def seconds(*overrides: str) -> float:
+        started = time.time()
+        command = [sys.executable, str(TRAIN), *overrides]
+        out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=TRAIN.parent).stdout
+        times = [float(line.split()[-1]) for line in out.splitlines() if line.startswith(FIRST_STEP)]
+        return (times or [time.time()])[0] - started
+
+    def job() -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            mine = "+callbacks.mine._target_=benchmarks.overhead.FirstStep"
+            end = ("trainer.max_steps=1", "trainer.limit_val_batches=1", "callbacks.text_sample=null")
+            place = (f"run_dir={folder}/run", f"data.root={folder}/data")
+            return seconds("experiment=moe_spannorm", mine, *end, *place)
+
+    yield f"\n## {title}\n"
+    for what, limit, measured in (
+        ("`python train.py --help`", 1.5, [seconds("--help") for _ in range(3)]),
+        ("first training step of the default job, its corpus made anew", 12.0, [job() for _ in range(3)]),
+    ):
+        value = statistics.median(measured)
+        yield f"Goal: {what} under {limit:g} s: {value:.1f} s, **{'met' if value < limit else 'missed'}**.\n"

@@ -1,0 +1,185 @@
+"""One process for each contender, all alive at once, that take one training step each in turn."""
+
+import ctypes
+import multiprocessing
+import os
+import time
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.contenders import Sizes
+
+RATE, SIDE = "GEMM", {"cpu": 1024, "cuda": 8192}
+"""The contender that only multiplies square matrices of that side: what the machine can do."""
+
+
+class Contender(NamedTuple):
+    """What a process runs.
+
+    Attributes:
+        name: ours..., a peer of contenders.PEERS, or GEMM.
+        overrides: of the model's configuration, for ours.
+    """
+
+    name: str
+    sizes: Sizes
+    compiled: bool
+    device: str
+    threads: int
+    overrides: dict[str, Any] | None = None
+
+
+class Result(NamedTuple):
+    """What a contender is like.
+
+    Attributes:
+        parameters: how many.
+        flops: of a step; with the causal mask not credited.
+        first_step: seconds from the finished model to the end of its first step, compilation included.
+        memory: most bytes at a time in later steps; on a CPU, of the process beyond its imports.
+    """
+
+    parameters: int
+    flops: float
+    first_step: float
+    memory: int
+
+
+class Worker:
+    """A process with a contender; ready after one step.
+
+    Raises:
+        RuntimeError: it could not take that step; the message is its last line.
+    """
+
+    def __init__(self, contender: Contender) -> None:
+        # Set before the child imports torch, as train.py has it: docs/decisions.md.
+        os.environ.update(OMP_NUM_THREADS=str(contender.threads), GOMP_SPINCOUNT="100000")
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, contender), daemon=True)
+        self._process.start()
+        theirs.close()
+        answer = self._ask(None)
+        if isinstance(answer, str):
+            self._process.join()
+            raise RuntimeError(answer)
+
+    def _ask(self, question: str | None) -> Any:
+        try:
+            if question is not None:
+                self._connection.send(question)
+            return self._connection.recv()
+        except EOFError:
+            return f"ended with exit code {self._process.exitcode}"
+
+    def step(self) -> float:
+        """Seconds of one training step."""
+        seconds = self._ask("step")
+        assert isinstance(seconds, float), seconds
+        return seconds
+
+    def end(self) -> Result:
+        result = self._ask("end")
+        assert isinstance(result, Result), result
+        self._process.join()
+        return result
+
+
+def _serve(connection: Connection, contender: Contender) -> None:
+    try:
+        step, result = _prepare(contender)
+        connection.send(result)
+    except Exception as error:
+        traceback.print_exc()
+        connection.send(f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error) else ''}")
+        return
+    while connection.recv() == "step":
+        connection.send(step())
+    connection.send(result._replace(memory=_memory(contender.device) - result.memory))
+
+
+def _prepare(contender: Contender) -> tuple[Any, Result]:
+    """(a function that takes a step and returns its seconds, Result whose memory is that before the model)."""
+    import torch
+
+    from benchmarks.contenders import ours, peer
+
+    device, sizes = contender.device, contender.sizes
+    torch.set_num_threads(contender.threads)
+    torch.manual_seed(0)
+    if contender.name == RATE:
+        return _gemm(device)
+    of_project = contender.name.startswith("ours")
+    if of_project:  # what its command line does
+        from core.allocator import keep_freed_memory
+
+        keep_freed_memory()
+    before = _memory(device)
+    with torch.device(device), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        build = ours(sizes, contender.compiled, **(contender.overrides or {})) if of_project else None
+        model, loss = build or peer(contender.name, sizes, contender.compiled)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(sizes.vocab_size, (sizes.batch_size, sizes.seq_len + 1), generator=generator).to(device)
+
+    def step() -> float:
+        started = time.perf_counter()
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            value = loss(tokens)
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    first = step()
+    step()  # what is allocated late, and compiled again where sizes turned out to vary
+    _forget_peak(device)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    idle = max(sizes.num_experts - sizes.top_k, 0) * sizes.num_layers * 3 * sizes.dim * sizes.hidden
+    multiplying = parameters - idle - sizes.vocab_size * sizes.dim  # the embedding only looks up
+    per_token = 6 * multiplying + 12 * sizes.num_layers * sizes.dim * sizes.seq_len
+    return step, Result(parameters, per_token * sizes.batch_size * sizes.seq_len, first, before)
+
+
+def _gemm(device: str) -> tuple[Any, Result]:
+    import torch
+
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    a, b = (torch.randn(SIDE[device], SIDE[device], device=device, dtype=dtype) for _ in range(2))
+
+    def step() -> float:
+        started = time.perf_counter()
+        for _ in range(10):
+            a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    return step, Result(0, 10 * 2 * SIDE[device] ** 3, step(), 0)
+
+
+def _memory(device: str) -> int:
+    """Most bytes in use so far, since _forget_peak."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+
+
+def _forget_peak(device: str) -> None:
+    if device == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+        return
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)  # what compiling left behind is no part of a step
+    Path("/proc/self/clear_refs").write_text("5")

@@ -1,0 +1,71 @@
+"""The comparison at sizes that cost nothing: real processes, real peers where they are installed, and its verdicts."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import compare, costs
+from benchmarks.contenders import Sizes
+from benchmarks.workers import Result
+
+TINY = Sizes(vocab_size=64, num_layers=2, dim=32, num_heads=2, hidden=48, seq_len=16, batch_size=2)
+MIXTURE = TINY._replace(hidden=24, num_experts=4)
+
+
+def test_it_steps_all_in_turn_and_writes_table_chart_and_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = compare.Case("Mixture", MIXTURE, ("transformers Mixtral",), False, goal=1e-9)
+    monkeypatch.setattr(compare, "cases", lambda device: [case])
+    command = ["compare", "--rounds", "1", "--threads", "1", "--output", str(tmp_path / "benchmark.md")]
+    monkeypatch.setattr(sys, "argv", command)
+    compare.main()
+    text = (tmp_path / "benchmark.md").read_text()
+    for name in ("ours", "transformers Mixtral"):
+        assert f"| {name} |" in text
+    assert "Goal 1e-09 times the fastest peer (transformers Mixtral)" in text
+    assert (tmp_path / "benchmark.png").stat().st_size > 1000
+
+
+def row(name: str, speed: float, memory: int) -> compare.Row:
+    return compare.Row(name, 1.0, speed, 0.5, Result(1, 1.0, 1.0, memory))
+
+
+def test_the_fastest_and_the_leanest_peer_count() -> None:
+    case = compare.Case("Dense", TINY, ("a", "b"), False, goal=1.05)
+    rows = [row("ours", 1.0, 100), row("a", 1.04, 130), row("b", 1.20, 90)]
+    text = compare.verdict(case, rows)
+    assert "(a): 1.04, **missed**" in text
+    assert "(b): 1.11 times, **missed**" in text
+    rows = [row("ours", 1.0, 90), row("a", 1.06, 130), row("b", 1.20, 90)]
+    assert compare.verdict(case, rows).count("**met**") == 2
+
+
+def test_a_contender_that_fails_says_why() -> None:
+    with pytest.raises(RuntimeError, match="KeyError: 'nobody'"):
+        compare.Worker(compare.Contender("nobody", TINY, False, "cpu", 1))
+
+
+def measured(**of_first: float) -> dict[str, costs.Measured]:
+    return {name.replace("_", " "): costs.Measured(1.0, value, Result(1, 1, 1, 1)) for name, value in of_first.items()}
+
+
+def test_goals_of_costs() -> None:
+    goal = costs.at_most("spannorm", 1 / 0.98, "prenorm")
+    assert [goal(measured(prenorm=1.0, spannorm=value))[1] for value in (1.02, 1.03)] == [True, False]
+    assert costs.one_stream(measured(prenorm=1.0, keel=1.07, siamesenorm=2.0)) == (
+        "no placement of one stream under 0.93 of prenorm's tokens/s; keel: 0.935",
+        True,
+    )
+    depth = {"4 blocks": 1.0, "8 blocks": 1.8, "16 blocks": 3.4}
+    assert costs.linear_in_depth({name: costs.Measured(1, v, Result(1, 1, 1, 1)) for name, v in depth.items()})[1]
+    depth["16 blocks"] = 3.6
+    assert not costs.linear_in_depth({name: costs.Measured(1, v, Result(1, 1, 1, 1)) for name, v in depth.items()})[1]
+
+
+def test_every_goal_finds_its_rows() -> None:
+    for device in ("cpu", "cuda"):
+        for table in costs.tables(device):
+            rows = {name: costs.Measured(1.0, 1.0 + n, Result(1, 1, 1, 1)) for n, name in enumerate(table.costs)}
+            assert len(list(costs.lines_of(table, rows))) == 3 + len(rows) + len(table.goals)
