@@ -53,7 +53,7 @@ class _BareLoop(L.Callback):
         self.bare_seconds.append(self._began - now)
 
     def bare(self, trainer: L.Trainer, module: Any) -> None:
-        optimizer = trainer.optimizers[0].optimizer  # type: ignore[attr-defined]
+        optimizer = trainer.optimizers[0]
         schedule: Any = trainer.lr_scheduler_configs[0].scheduler
         batches = iter(DataLoader(_Tokens(), batch_size=None))
         for _ in range(WINDOW):
