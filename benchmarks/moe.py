@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralSparseMoeBlock
 
 from benchmarks.measure import Step, machine, ratio, take_turns
+from core.allocator import keep_freed_memory
 from core.errors import ConfigError
 from lightning_modules.config import ModelConfig, OptimConfig, parse
 from lightning_modules.initialization import initialize
@@ -226,6 +227,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
+    keep_freed_memory()
     head = (
         f"# One MoE layer on {arguments.device}, forward and backward\n\n"
         f"`python -m benchmarks.moe --device {arguments.device} --threads {arguments.threads}`: top-{TOP_K}, "

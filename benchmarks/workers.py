@@ -81,6 +81,12 @@ class Worker:
         assert isinstance(seconds, float), seconds
         return seconds
 
+    def profile(self) -> dict[str, float]:
+        """Shares of one step's time on the device by operator, the largest first."""
+        shares = self._ask("profile")
+        assert isinstance(shares, dict), shares
+        return shares
+
     def end(self) -> Result:
         result = self._ask("end")
         assert isinstance(result, Result), result
@@ -96,8 +102,8 @@ def _serve(connection: Connection, contender: Contender) -> None:
         traceback.print_exc()
         connection.send(f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error) else ''}")
         return
-    while connection.recv() == "step":
-        connection.send(step())
+    while (question := connection.recv()) != "end":
+        connection.send(step() if question == "step" else _profile(step, contender.device))
     connection.send(result._replace(memory=_memory(contender.device) - result.memory))
 
 
@@ -145,6 +151,18 @@ def _prepare(contender: Contender) -> tuple[Any, Result]:
     multiplying = parameters - idle - sizes.vocab_size * sizes.dim  # the embedding only looks up
     per_token = 6 * multiplying + 12 * sizes.num_layers * sizes.dim * sizes.seq_len
     return step, Result(parameters, per_token * sizes.batch_size * sizes.seq_len, first, before)
+
+
+def _profile(step: Any, device: str) -> dict[str, float]:
+    from torch.profiler import ProfilerActivity, profile
+
+    activity = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
+    with profile(activities=[activity]) as run:
+        step()
+    field = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    spent = {event.key: getattr(event, field) for event in run.key_averages()}
+    ordered = sorted(spent, key=lambda name: -spent[name])
+    return {name: spent[name] / sum(spent.values()) for name in ordered}
 
 
 def _gemm(device: str) -> tuple[Any, Result]:

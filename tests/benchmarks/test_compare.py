@@ -24,12 +24,13 @@ def test_it_steps_all_in_turn_and_writes_table_chart_and_verdict(
     text = (tmp_path / "benchmark.md").read_text()
     for name in ("ours", "transformers Mixtral"):
         assert f"| {name} |" in text
+    assert "| aten::mm |" in text, "where the time goes"
     assert "Goal 1e-09 times the fastest peer (transformers Mixtral)" in text
     assert (tmp_path / "benchmark.png").stat().st_size > 1000
 
 
 def row(name: str, speed: float, memory: int) -> compare.Row:
-    return compare.Row(name, 1.0, speed, 0.5, Result(1, 1.0, 1.0, memory))
+    return compare.Row(name, 1.0, speed, 0.5, Result(1, 1.0, 1.0, memory), {"mm": 0.75, name: 0.25})
 
 
 def test_the_fastest_and_the_leanest_peer_count() -> None:
@@ -38,6 +39,11 @@ def test_the_fastest_and_the_leanest_peer_count() -> None:
     text = compare.verdict(case, rows)
     assert "(a): 1.04, **missed**" in text
     assert "(b): 1.11 times, **missed**" in text
+    assert list(compare.profile(rows))[2:] == [
+        "| mm | 75.0 % | 75.0 % |",
+        "| ours | 25.0 % | 0.0 % |",
+        "| a | 0.0 % | 25.0 % |",
+    ]
     rows = [row("ours", 1.0, 90), row("a", 1.06, 130), row("b", 1.20, 90)]
     assert compare.verdict(case, rows).count("**met**") == 2
 
@@ -58,9 +64,9 @@ def test_goals_of_costs() -> None:
         "no placement of one stream under 0.93 of prenorm's tokens/s; keel: 0.935",
         True,
     )
-    depth = {"4 blocks": 1.0, "8 blocks": 1.8, "16 blocks": 3.4}
+    depth = {"2 blocks": 1.0, "4 blocks": 1.8, "8 blocks": 3.4}
     assert costs.linear_in_depth({name: costs.Measured(1, v, Result(1, 1, 1, 1)) for name, v in depth.items()})[1]
-    depth["16 blocks"] = 3.6
+    depth["8 blocks"] = 3.6
     assert not costs.linear_in_depth({name: costs.Measured(1, v, Result(1, 1, 1, 1)) for name, v in depth.items()})[1]
 
 
