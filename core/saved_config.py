@@ -86,5 +86,6 @@ def _is_ours(field: str, value: Any) -> bool:
     if value.partition(".")[0] not in PACKAGES:  # importing it would run it
         return False
     target = locate(field, value)
-    is_own = isinstance(target, type) and target.__module__.partition(".")[0] in PACKAGES
-    return is_own and issubclass(target, KINDS)
+    if not isinstance(target, type) or target.__module__.partition(".")[0] not in PACKAGES:
+        return False
+    return issubclass(target, KINDS)

@@ -16,6 +16,7 @@ SMALL = ["model.dim=32", "model.num_heads=2"]
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["signal", *arguments])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # which the command sets, for good, in its process
     monkeypatch.setattr(signal.torch, "set_num_threads", lambda count: None)
     signal.cli.run(lambda: signal.main(signal.parse_arguments()))
 
