@@ -40,8 +40,10 @@ class Command(NamedTuple):
 
     @property
     def arguments(self) -> list[str]:
-        """What follows `python FILE` or `python -m MODULE`."""
-        return self.words[3:] if self.words[1] == "-m" else self.words[2:]
+        """What follows FILE.py or `-m MODULE`, whatever starts it."""
+        words = self.words
+        first = next(n for n, word in enumerate(words, start=1) if word.endswith(".py") or words[n - 2] == "-m")
+        return words[first:]
 
 
 def commands(page: Path) -> Iterator[Command]:
@@ -61,7 +63,7 @@ def _lines(text: str, first: int) -> Iterator[tuple[int, str]]:
     """Numbered lines that are not empty, with what goes on after a backslash, without comments."""
     joined = re.sub(r"\\\n\s*", "\0", text).split("\n")
     for line in joined:
-        command = re.sub(r"(?:^|\s)#\s.*$", "", line.replace("\0", "")).removeprefix("$ ").strip()
+        command = re.sub(r"^#.*$|\s#\s.*$", "", line.replace("\0", "")).removeprefix("$ ").strip()
         if command:
             yield first, command
         first += 1 + line.count("\0")

@@ -57,7 +57,7 @@ def composes(reason: str) -> Way:
     def way(command: Command, cwd: Path) -> None:
         assert reason
         cli.register_schemas()
-        overrides = [argument for argument in command.arguments if argument != "-m"]
+        overrides = [argument for argument in command.arguments if argument[0] not in "-$"]
         with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
             compose("train", [re.sub(r"\$\w+", "x", override) for override in overrides])
 
@@ -170,9 +170,9 @@ GPU, LONG = "needs a GPU", "takes minutes"
 WAYS: list[tuple[str, Way]] = [
     (r"python train\.py (--help|--cfg|--shell-completion)", helps("tests/test_cli.py asks for it")),
     (r"python train\.py .*\$balancing", trains(model__moe__balancing="bias", run_dir="balanced")),
-    (r"python train\.py .*(_gpu|trainer=gpu|=megablocks|bf16)", composes(GPU)),
-    (r"python train\.py .*(trainer=(ddp|fsdp|slurm)|trainer\.devices=|dense_7b)", composes("tests/distributed runs several")),
-    (r"torchrun ", listed("needs several machines")),
+    (r"(torchrun|srun) .*train\.py", composes("needs several machines")),
+    (r"python (train\.py|-m tools\.plan) .*(_7b|_gpu|trainer=gpu|=megablocks|bf16)", composes(GPU)),
+    (r"python train\.py .*(trainer=(ddp|fsdp|slurm)|trainer\.devices=)", composes("tests/distributed runs several")),
     (r"python train\.py", trains()),
     (r"python -m tools\.prepare inspect", calls()),
     (r"python -m tools\.prepare input=texts/ ", calls(output="data/again")),
@@ -183,6 +183,7 @@ WAYS: list[tuple[str, Way]] = [
     (r"python -m tools\.runs", calls()),
     (r"python -m tools\.signal", calls(*TINY_MODEL)),
     (r"python -m tools\.replay", helps("tests/tools/test_replay.py replays a run that went wrong")),
+    (r"python -m tools\.(generate|evaluate|export|consolidate)", helps("tests/tools runs it on a trained model")),
     (r"python -m tools\.", helps(LONG)),
     (r"python -m studies\.(run|status)", plans("tests/studies runs a study")),
     (r"python -m studies\.report", helps("tests/studies/test_report.py reports on records")),
@@ -193,7 +194,7 @@ WAYS: list[tuple[str, Way]] = [
     (r"(pip|git|source|export|tar|sed|docker) ", listed("changes the environment")),
     (r"(tensorboard|chromium) ", listed("shows a page until it is ended")),
     (r"eval ", listed("tests/test_terminal.py completes overrides")),
-    (r"for \w+ in .*; do$|done$", listed("the loop around commands that are tried")),
+    (r"for \w+ in .*; do$|done$|\w+=\S*$|\[ ", listed("the script around commands that are tried")),
 ]
 
 
