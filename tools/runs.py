@@ -57,8 +57,8 @@ def look(folder: Path, now: float) -> Row:
         state, reason = RUNNING, ""
     elif state not in STYLES or state == RUNNING:
         state, reason = FAILED, KILLED
-    values = (status.get(name) for name in ("step", "max_steps", "val_loss"))
-    return Row(folder, state, *values, now - max(written), reason)
+    step, max_steps, val_loss = status.get("step"), status.get("max_steps"), status.get("val_loss")
+    return Row(folder, state, step, max_steps, val_loss, now - max(written), reason)
 
 
 def _without_status(folder: Path, seconds: float) -> Row:
