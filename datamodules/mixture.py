@@ -10,7 +10,7 @@ import numpy.typing as npt
 from core.errors import ConfigError, require
 from datamodules.order import permute
 from datamodules.samples import Numbers, Rows, ShuffledSplit
-from datamodules.shard_corpus import ShardCorpus
+from datamodules.shard_corpus import ShardCorpus, require_room
 from datamodules.stream_datamodule import StreamDataModule
 from datamodules.token_datamodule import VALIDATION_SEED
 from datamodules.tokenizers import Tokenizer
@@ -103,6 +103,7 @@ class Mixture(StreamDataModule):
         weights: how much of the samples each gives; only their ratios matter.
         seq_len, batch_size, val_batches, num_workers, seed: see StreamDataModule.
         document_mask, shuffle_block: see TokenDataModule.
+        cache_dir, cache_gb: see ShardCorpus; for all sources together.
     """
 
     def __init__(
@@ -116,6 +117,8 @@ class Mixture(StreamDataModule):
         seed: int = 0,
         document_mask: bool = False,
         shuffle_block: int | None = None,
+        cache_dir: str = "data/cache",
+        cache_gb: float = 50.0,
     ) -> None:
         super().__init__(seq_len, batch_size, val_batches, num_workers, seed)
         require(len(paths) >= 1, "data.paths", paths, "the folders of prepared corpora")
@@ -128,8 +131,9 @@ class Mixture(StreamDataModule):
         self.weights = weights
         # Seeds of their own: with one seed, sources of the same size would be read in the same order.
         seeds = np.random.SeedSequence([seed, len(paths)]).generate_state(len(paths)).tolist()
+        reading = (document_mask, shuffle_block, cache_dir, cache_gb)
         self.corpora = [
-            ShardCorpus(path, seq_len, batch_size, val_batches, num_workers, own, document_mask, shuffle_block)
+            ShardCorpus(path, seq_len, batch_size, val_batches, num_workers, own, *reading)
             for path, own in zip(paths, seeds, strict=True)
         ]
         self.save_hyperparameters()
@@ -160,7 +164,8 @@ class Mixture(StreamDataModule):
         """Hold the corpora against the configuration, and against each other.
 
         Raises:
-            ConfigError: a split is too short, or the corpora were made with different tokenizers.
+            ConfigError: a split is too short, the corpora were made with different tokenizers, or the cache is too
+                small for them together.
             CorpusError: a corpus is damaged.
         """
         first = self.corpora[0].index
@@ -171,6 +176,7 @@ class Mixture(StreamDataModule):
             if not same:
                 valid = f"corpora of one tokenizer; {corpus.path} has {index.tokenizer}, not {first.tokenizer}"
                 raise ConfigError("data.paths", [c.path for c in self.corpora], valid)
+        require_room(self.corpora)
         most = self.num_val_samples
         valid = f"at most {most}: validation samples before a source repeats itself"
         require(self.batch_size <= most, "data.batch_size", self.batch_size, valid)

@@ -9,6 +9,7 @@ from datamodules.order import block_bounds, sample_indices
 from datamodules.shards import Split
 
 Numbers = npt.NDArray[np.int64]
+LOOK_AHEAD = 1024  # samples whose shards are fetched in the order in which they are needed
 Rows = dict[str, npt.NDArray[Any]]
 
 
@@ -48,7 +49,8 @@ class ShuffledSplit:
         return {"tokens": tokens, "positions": positions(tokens[:, :-1], self.split.index.end_of_document)}
 
     def _announce(self, number: int) -> None:
-        """At the beginning of a block, have the storage fetch this one's and the next one's shards."""
+        """At the beginning of a block, have the storage fetch this one's shards, those of the next samples first, and
+        then the next one's."""
         size = min(self.block or self.num_samples, self.num_samples)
         epoch, position = divmod(number, self.num_samples)
         here = epoch, position // size
@@ -56,8 +58,10 @@ class ShuffledSplit:
             return
         self._announced = here
         following = min((position // size + 1) * size, self.num_samples) + epoch * self.num_samples
-        ranges = [block_bounds(n, self.num_samples, self.seed, self.block) for n in (number, following)]
-        self.split.keep([span for first, count in ranges for span in self._token_ranges(first, count)])
+        blocks = [block_bounds(n, self.num_samples, self.seed, self.block) for n in (number, following)]
+        soon = np.arange(number, min(number + LOOK_AHEAD, following))
+        next_ones = [(index, 1) for index in sample_indices(soon, self.num_samples, self.seed, self.block).tolist()]
+        self.split.keep([span for first, count in next_ones + blocks for span in self._token_ranges(first, count)])
 
     def _token_ranges(self, first: int, count: int) -> list[tuple[int, int]]:
         """Samples [first, first + count), which go on at 0 after the last -> ranges of tokens [start, stop)."""

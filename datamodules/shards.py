@@ -77,7 +77,8 @@ class Split:
         size = self.index.shard_tokens
         needed = dict.fromkeys(shard for start, stop in ranges for shard in range(start // size, -(-stop // size)))
         self._shards = {shard: tokens for shard, tokens in self._shards.items() if shard in needed}
-        self.storage.keep([self._sized(self.files.shards[shard]) for shard in needed])
+        checksums = (self.files.checksums, self.files.checksums.num_bytes("uint32"))
+        self.storage.keep([checksums, *(self._sized(self.files.shards[shard]) for shard in needed)])
 
     def _copy(self, start: int, out: Tokens) -> None:
         """Fill `out` with the tokens from `start` on, over as many shards as it takes."""

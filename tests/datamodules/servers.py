@@ -1,0 +1,116 @@
+"""Servers of a folder on this machine, by HTTP (with faults, if asked for) and by S3's protocol."""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from unittest import mock
+
+import boto3
+from moto.server import ThreadedMotoServer
+
+BUCKET = "corpora"
+
+
+class Server(ThreadingHTTPServer):
+    """Serves a folder.
+
+    Attributes:
+        fetched: bytes sent of each file.
+        failing: how many more requests for the content of a file end with status 503.
+        truncating: how many more answers break off in the middle.
+        ranges: whether parts of a file can be had; otherwise each answer is the whole file.
+        seconds: that an answer takes.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder, self.address = folder, f"http://127.0.0.1:{self.server_port}"
+        self.fetched, self.failing, self.truncating = Counter[str](), Counter[str](), Counter[str]()
+        self.ranges, self.seconds = True, 0.0
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1  # header and content in one packet
+
+    def do_HEAD(self) -> None:
+        self._answer(with_content=False)
+
+    def do_GET(self) -> None:
+        self._answer(with_content=True)
+
+    def _answer(self, with_content: bool) -> None:
+        name = self.path.lstrip("/")
+        path = self.server.folder / name
+        if not path.is_file():
+            self._send(404)
+        elif with_content and self.server.failing[name] > 0:
+            self.server.failing[name] -= 1
+            self._send(503)
+        elif not with_content:
+            self._send(200, length=path.stat().st_size)
+        else:
+            time.sleep(self.server.seconds)
+            content, status = path.read_bytes(), 200
+            if self.server.ranges and (wanted := self.headers.get("Range")):
+                first, _, last = wanted.removeprefix("bytes=").partition("-")
+                content, status = content[int(first) : int(last) + 1], 206
+            length = len(content)
+            if self.server.truncating[name] > 0:
+                self.server.truncating[name] -= 1
+                content = content[: length // 2]
+                self.close_connection = True
+            self.server.fetched[name] += len(content)
+            self._send(status, content, length)
+
+    def _send(self, status: int, content: bytes = b"", length: int | None = None) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content) if length is None else length))
+        self.end_headers()
+        self.wfile.write(content)
+        self.wfile.flush()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def http_server(folder: Path) -> Iterator[Server]:
+    with Server(folder) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@contextmanager
+def s3_server(folder: Path) -> Iterator[str]:
+    """The address of a bucket that holds the folder; credentials and endpoint are in the environment meanwhile."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    _, port = server.get_host_and_port()
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "id",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    try:
+        with mock.patch.dict("os.environ", environment):
+            client = boto3.client("s3")
+            client.create_bucket(Bucket=BUCKET)
+            for path in folder.iterdir():
+                client.upload_file(str(path), BUCKET, f"{folder.name}/{path.name}")
+            yield f"s3://{BUCKET}/{folder.name}"
+    finally:
+        server.stop()
