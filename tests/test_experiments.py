@@ -15,7 +15,7 @@ from core.cli import register_schemas
 from tests.helpers_run import EXPERIMENTS, ROOT, run, scalars
 
 CHOICES = [path.relative_to(ROOT / "configs").with_suffix("") for path in sorted((ROOT / "configs").glob("*/*.yaml"))]
-CHOICES = [choice for choice in CHOICES if choice.parent.name != "study"]  # tests/studies
+CHOICES = [choice for choice in CHOICES if choice.parent.name not in ("study", "eval")]  # of other commands
 FILLED_IN = {"module": {"vocab_size"}, "trainer": {"callbacks", "logger", "default_root_dir"}}
 ON_A_CPU = ["trainer.accelerator=cpu", "model.compile=false"]
 ON_SHARDS = ("study_gpu", "study_paper")

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from core.errors import ConfigError
+from lightning_modules.layers import expert_products
 from lightning_modules.optim import make_optimizer
 from tests.conftest import make_module, tokens
 from tools.plan import compose_config, plan
@@ -41,7 +42,8 @@ def outer_flops(a: Any, b: Any, *_: Any, **__: Any) -> int:
     return 2 * a[0] * a[1] * b[1]
 
 
-FORMULAS = {torch.ops.experts.loop_matmul: experts_flops, torch.ops.experts.loop_outer: outer_flops}
+OPERATORS = getattr(torch.ops, expert_products.__name__.replace(".", "_"))
+FORMULAS = {OPERATORS.loop_matmul: experts_flops, OPERATORS.loop_outer: outer_flops}
 
 
 @pytest.mark.parametrize("name", MODELS)
