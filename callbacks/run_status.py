@@ -55,19 +55,24 @@ class RunStatus(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if completes_step(trainer, batch_idx) and time.monotonic() - self._written >= self.every_seconds:
+        due = self._lock is not None and time.monotonic() - self._written >= self.every_seconds
+        if due and completes_step(trainer, batch_idx):
+            self._note_losses(trainer)
             self._write(trainer, RUNNING)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._note_losses(trainer)
         self._write(trainer, RUNNING)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._note_losses(trainer)
         self._write(trainer, DONE)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._release()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        # With the losses noted before: Lightning may reduce a metric when it is asked for, and here one process asks.
         if isinstance(exception, TrainingInterrupted | KeyboardInterrupt):
             status = STOPPED
         else:
@@ -76,13 +81,15 @@ class RunStatus(L.Callback):
         self._write(trainer, status, lines[0] if lines else type(exception).__name__)
         self._release()
 
-    def _write(self, trainer: L.Trainer, status: str, reason: str | None = None) -> None:
-        if self._lock is None:
-            return
+    def _note_losses(self, trainer: L.Trainer) -> None:
         for name in self._losses:
             metric = trainer.callback_metrics.get(name.replace("_", "/"))
             if metric is not None:
                 self._losses[name] = float(metric) if math.isfinite(metric) else None
+
+    def _write(self, trainer: L.Trainer, status: str, reason: str | None = None) -> None:
+        if self._lock is None:
+            return
         step = {"step": trainer.global_step, "max_steps": trainer.max_steps}
         new = self.run_dir / f"{FILE}.new"
         new.write_text(json.dumps({"status": status, **step, **self._losses, "reason": reason}, indent=2) + "\n")

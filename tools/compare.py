@@ -1,7 +1,9 @@
 """Compare runs: a table of how they ended, and one picture of their curves.
 
-python -m tools.compare RUN1 RUN2 --output curves.png
-python -m tools.compare RUN1 RUN2 --tags moe/max_load moe/dead_experts --output curves.png
+    python -m tools.compare RUN1 RUN2 --output curves.png
+    python -m tools.compare RUN1 RUN2 --tags moe/max_load moe/dead_experts --output curves.png
+
+Reads summaries and TensorBoard's event files; writes the picture and nothing else.
 """
 
 import argparse
