@@ -10,6 +10,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from datamodules.samples import Rows, Samples
 
+TOGETHER = 256  # samples read at once: where they are costs the same for few numbers as for many
+
 
 class TokenStream(IterableDataset[dict[str, Tensor]]):
     """Yields {"tokens": int64 [batch_size / world_size, seq_len + 1], ...}, this rank's part of each global batch.
@@ -40,11 +42,15 @@ class TokenStream(IterableDataset[dict[str, Tensor]]):
         # The loader asks its workers in turn, so worker w of W holds batches w, w + W, ...
         start, step = (worker.id, worker.num_workers) if worker else (0, 1)
         batches = itertools.count(start, step) if self.num_batches is None else range(start, self.num_batches, step)
-        for batch in batches:
-            yield {name: torch.from_numpy(rows) for name, rows in self.read(batch).items()}
+        remaining, size, share = iter(batches), 1, self.batch_size // self.world_size
+        while group := list(itertools.islice(remaining, size)):
+            rows = self.read(*group)
+            for first in range(0, len(group) * share, share):
+                yield {name: torch.from_numpy(part[first : first + share]) for name, part in rows.items()}
+            size = min(2 * size, max(1, TOGETHER // share))  # one by one at first, so that a run begins at once
 
-    def read(self, batch: int) -> Rows:
-        """This rank's rows of the given batch, batch_size / world_size of them."""
+    def read(self, *batches: int) -> Rows:
+        """This rank's rows of the given batches, one after the other, batch_size / world_size of each."""
         share = self.batch_size // self.world_size
-        first = self.first_sample + batch * self.batch_size + self.rank * share
-        return self.samples.read(np.arange(first, first + share, dtype=np.int64))
+        firsts = self.first_sample + np.array(batches, np.int64) * self.batch_size + self.rank * share
+        return self.samples.read((firsts[:, None] + np.arange(share)).ravel())

@@ -1,0 +1,254 @@
+"""What reading and preparing a corpus costs, against the plainest way to do either.
+
+    python -m benchmarks.data                     writes docs/results/data-cpu.md
+
+Reading: a corpus of random tokens, in the page cache; a raw loop copies windows out of one memory map in an order that
+it is given, the stream computes its order, verifies, and hands out what training gets. Preparing: the standard library
+as BPE, the start of its processes counted in, against encode_batch of `tokenizers`, whose result is thrown away.
+Contenders take turns, so that the machine's drift hits all alike; a ratio is the median of those within a round.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import tokenizers
+import torch
+from hydra import compose, initialize_config_dir
+from torch import Tensor
+
+from benchmarks.moe import machine
+from core import cli
+from core.build import build
+from datamodules.order import permute
+from datamodules.preparation.bpe import train_bpe
+from datamodules.shard_corpus import ShardCorpus
+from datamodules.stdlib_documents import library_documents
+from datamodules.writer import write_corpus
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+VOCAB_SIZE, DOCUMENT = 50_000, 1 << 20
+Batches = Iterator[Tensor]
+
+
+def make_corpus(folder: Path, num_tokens: int) -> Path:
+    rng = np.random.default_rng(0)
+    sizes = [*[DOCUMENT] * (num_tokens // DOCUMENT), num_tokens % DOCUMENT]
+    tokens = ((name, rng.integers(0, VOCAB_SIZE, size, np.uint16)) for name in ("train", "val") for size in sizes[::-1])
+    few = (part for n, part in enumerate(tokens) if n <= len(sizes))  # one document to validate on
+    write_corpus(folder, ((name, b"", ids) for name, ids in few), VOCAB_SIZE, {"vocab_size": VOCAB_SIZE + 1})
+    return folder
+
+
+def data_of(folder: Path, arguments: argparse.Namespace, num_workers: int = 0) -> ShardCorpus:
+    return ShardCorpus(str(folder), arguments.seq_len, arguments.batch_size, num_workers=num_workers)
+
+
+def raw_batches(folder: Path, arguments: argparse.Namespace) -> Batches:
+    """A permutation that is held, one shard after the other as if they were one map."""
+    shards = [np.load(path, mmap_mode="r").view(np.ndarray) for path in sorted(folder.glob("train-*.npy"))]
+    seq_len = arguments.seq_len
+    windows = [(shard, start) for shard in shards for start in range(0, len(shard) - seq_len, seq_len)]
+    order = permute(np.arange(len(windows)), len(windows), 0).tolist()
+    for first in range(0, len(order) - arguments.batch_size, arguments.batch_size):
+        chosen = [windows[index] for index in order[first : first + arguments.batch_size]]
+        rows = [shard[start : start + seq_len + 1].astype(np.int64) for shard, start in chosen]
+        yield torch.from_numpy(np.stack(rows))
+
+
+def stream_batches(data: ShardCorpus) -> tuple[Batches, float]:
+    """What training gets, and the seconds that it takes to verify all of it, done here beforehand."""
+    loader = data.train_dataloader()
+    split = loader.dataset.samples.split  # type: ignore[attr-defined]
+    size = split.index.page_tokens
+    seconds = seconds_of(lambda: [split.slice(start, start + 1) for start in range(0, split.num_tokens, size)])
+    return (batch["tokens"] for batch in loader), seconds
+
+
+def seconds_of(call: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def take_turns(contenders: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """The seconds that each says it took; the first round warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds + 1):
+        for name, call in contenders.items():
+            seconds[name].append(call())
+    return {name: values[1:] for name, values in seconds.items()}
+
+
+def ratio(values: list[float], reference: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(reference, values, strict=True))
+
+
+def model_rate(arguments: argparse.Namespace) -> float:
+    """Tokens/s that the model of the overrides trains on."""
+    cli.register_schemas()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = compose("train", arguments.overrides)
+    data = build(config, "data")
+    data.prepare_data()
+    module = build(config, "module", vocab_size=data.vocab_size)
+    times: list[float] = []
+
+    class Clock(L.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            times.append(time.perf_counter())
+
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=-1,
+        max_steps=arguments.steps,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[Clock()],
+    )
+    trainer.fit(module, datamodule=data)
+    return float(data.tokens_per_batch / statistics.median(np.diff(times)))
+
+
+def first_batch(folder: Path, arguments: argparse.Namespace) -> None:
+    """What a run does between its configuration and its first batch."""
+    data = data_of(folder, arguments)
+    data.check()
+    next(iter(data.train_dataloader()))
+
+
+def reading(folder: Path, arguments: argparse.Namespace) -> Iterator[str]:
+    here, verifying = stream_batches(data_of(folder, arguments))
+    worker, _ = stream_batches(data_of(folder, arguments, num_workers=1))
+    readers = {"raw memmap loop": raw_batches(folder, arguments), "stream": here, "stream, 1 worker": worker}
+
+    def take(batches: Batches) -> Callable[[], float]:
+        return lambda: seconds_of(lambda: [next(batches) for _ in range(arguments.batches)])
+
+    rounds = take_turns({name: take(batches) for name, batches in readers.items()}, arguments.rounds)
+    consumed = model_rate(arguments)
+    tokens = arguments.batches * arguments.batch_size * arguments.seq_len
+    yield "| reader | million tokens/s | of the raw loop | times what the model consumes |"
+    yield "|---|---|---|---|"
+    for name, values in rounds.items():
+        rate = tokens / statistics.median(values)
+        yield f"| {name} | {rate / 1e6:.1f} | {ratio(values, rounds['raw memmap loop']):.2f} | {rate / consumed:,.0f} |"
+    firsts = [1e3 * seconds_of(lambda: first_batch(folder, arguments)) for _ in range(arguments.rounds + 1)][1:]
+    yield f"\nThe model (`{' '.join(arguments.overrides)}`) consumes {consumed:,.0f} tokens/s."
+    yield f"Checksums and largest ids, once in a process: {verifying:.2f} s for all of the corpus."
+    yield f"From the configuration to the first batch: {statistics.median(firsts):.1f} ms (most: {max(firsts):.1f})."
+
+
+MEMORY = """
+import json, sys
+from datamodules.shard_corpus import ShardCorpus
+batches = iter(ShardCorpus(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])).train_dataloader())
+next(batches)
+
+def resident():
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return [int(lines[name].split()[0]) / 1024 for name in ("RssAnon", "RssFile")]
+
+before = resident()
+for _ in range(int(sys.argv[4])):
+    next(batches)
+print(json.dumps([before, resident()]))
+"""
+
+
+def memory(folders: list[Path], arguments: argparse.Namespace) -> Iterator[str]:
+    """Of a process of its own for each corpus."""
+    yield "| corpus, MB | own memory after the first batch, MiB | and after all | mapped pages of files, MiB |"
+    yield "|---|---|---|---|"
+    for folder in folders:
+        sizes = (arguments.seq_len, arguments.batch_size, arguments.rounds * arguments.batches)
+        command = [sys.executable, "-c", MEMORY, str(folder), *map(str, sizes)]
+        said = subprocess.run(command, cwd=CONFIGS.parent, capture_output=True, text=True, check=True).stdout
+        (before, _), (after, mapped) = json.loads(said.splitlines()[-1])
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        yield f"| {size / 1e6:,.0f} | {before:.1f} | {after:.1f} | {mapped:.0f} |"
+
+
+FILES = ("texts.jsonl", "tokenizer.json")
+PREPARE = """
+import sys, time
+from datamodules.preparation.prepare import PrepareConfig, prepare
+started = time.perf_counter()
+prepare(PrepareConfig(input=sys.argv[1], tokenizer=sys.argv[2], output=sys.argv[3]))
+print(time.perf_counter() - started)
+"""
+
+
+def preparing(folder: Path, arguments: argparse.Namespace) -> Iterator[str]:
+    texts = [text for _, text in library_documents()][: arguments.documents]
+    content = train_bpe(texts, arguments.vocabulary)
+    (folder / FILES[1]).write_bytes(content)
+    strings = [text.decode("utf-8", "replace") for text in texts]
+    (folder / FILES[0]).write_text("".join(json.dumps({"text": text}) + "\n" for text in strings))
+    library = tokenizers.Tokenizer.from_str(content.decode())
+    outputs = (f"prepared-{n}" for n in range(arguments.prepare_rounds + 1))
+
+    def prepare_them() -> float:
+        command = [sys.executable, "-c", PREPARE, *(str(folder / name) for name in FILES), str(folder / next(outputs))]
+        return float(subprocess.run(command, cwd=CONFIGS.parent, capture_output=True, text=True, check=True).stdout)
+
+    encode = {"encode_batch": lambda: seconds_of(lambda: library.encode_batch(strings))}
+    rounds = take_turns({**encode, "tools.prepare": prepare_them}, arguments.prepare_rounds)
+    yield "| | MB/s | of encode_batch |"
+    yield "|---|---|---|"
+    size = sum(map(len, texts)) / 1e6
+    for name, values in rounds.items():
+        yield f"| {name} | {size / statistics.median(values):.2f} | {ratio(values, rounds['encode_batch']):.2f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", default=["experiment=moe_spannorm"], metavar="FIELD=VALUE")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[5_000_000, 500_000_000], help="of the corpora")
+    parser.add_argument("--seq-len", type=int, default=1024)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batches", type=int, default=300, help="in a round")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=20, help="of the model")
+    parser.add_argument("--documents", type=int, help="to prepare; default: the whole standard library")
+    parser.add_argument("--vocabulary", type=int, default=16_384)
+    parser.add_argument("--prepare-rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=Path("docs/results/data-cpu.md"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    L.seed_everything(0, verbose=False)
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    lines = [
+        "# Reading and preparing a corpus\n",
+        f"`python -m benchmarks.data`: windows of {arguments.seq_len} tokens, batches of {arguments.batch_size}; "
+        f"medians of {arguments.rounds} rounds of\n{arguments.batches} batches (preparing: of "
+        f"{arguments.prepare_rounds} rounds) in which all take turns. torch {torch.__version__}, tokenizers "
+        f"{tokenizers.__version__};\n{machine('cpu')}.",
+    ]
+    with tempfile.TemporaryDirectory() as name:
+        corpora = [make_corpus(Path(name) / str(tokens), tokens) for tokens in arguments.tokens]
+        titles = (f"Reading {max(arguments.tokens):,} tokens (uint16)", "Memory", "Preparing, on all cores")
+        tables = (reading(corpora[-1], arguments), memory(corpora, arguments), preparing(Path(name), arguments))
+        for title, table in zip(titles, tables, strict=True):
+            lines += [f"\n## {title}\n", *table]
+    print("\n".join(lines))
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""The data benchmark at sizes that cost nothing: the file holds its three tables."""
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import data
+from tests.helpers_run import tiny_job
+
+
+def test_it_runs_and_writes_its_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "DOCUMENT", 1 << 12)
+    sizes = ["--tokens", "9000", "40000", "--seq-len", "64", "--batch-size", "2", "--batches", "3", "--rounds", "2"]
+    sizes += ["--steps", "3", "--documents", "100", "--vocabulary", "300", "--prepare-rounds", "1"]
+    output = tmp_path / "data.md"
+    monkeypatch.setattr(sys, "argv", ["data", *tiny_job(), *sizes, "--output", str(output)])
+    data.main()
+    text = output.read_text()
+    for name in ("raw memmap loop", "stream", "stream, 1 worker", "encode_batch", "tools.prepare"):
+        assert re.search(rf"\| {name} \| [\d.]+ \| [\d.]+ \|", text), name
+    assert re.search(r"first batch: [\d.]+ ms", text)
+    own = re.findall(r"\| 0 \| ([\d.]+) \| ([\d.]+) \| \d+ \|", text)
+    assert np.array(own, float).shape == (2, 2)
+
+
+def test_the_raw_loop_reads_windows_of_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "DOCUMENT", 1 << 12)
+    folder = data.make_corpus(tmp_path / "corpus", 9000)
+    arguments = type("Arguments", (), {"seq_len": 64, "batch_size": 2})
+    rows = np.concatenate(list(data.raw_batches(folder, arguments)))
+    tokens = np.load(folder / "train-00000.npy")
+    windows = {tokens[start : start + 65].tobytes() for start in range(0, len(tokens) - 64, 64)}
+    assert len({row.astype(np.uint16).tobytes() for row in rows} & windows) == len(rows) > 100
