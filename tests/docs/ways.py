@@ -173,6 +173,8 @@ WAYS: list[tuple[str, Way]] = [
     (r"(torchrun|srun) .*train\.py", composes("needs several machines")),
     (r"python (train\.py|-m tools\.plan) .*(_7b|_gpu|trainer=gpu|=megablocks|bf16)", composes(GPU)),
     (r"python train\.py .*(trainer=(ddp|fsdp|slurm)|trainer\.devices=)", composes("tests/distributed runs several")),
+    (r"python train\.py .*=s3://", composes("needs a network; tests/datamodules/test_remote*.py serves shards itself")),
+    (r"python train\.py .*=my_file\.MyData", composes("tests/datamodules trains on such a file")),
     (r"python train\.py", trains()),
     (r"python -m tools\.prepare inspect", calls()),
     (r"python -m tools\.prepare input=texts/ ", calls(output="data/again")),

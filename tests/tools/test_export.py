@@ -134,7 +134,7 @@ def test_without_this_project_it_runs_too(first: Path, tmp_path: Path) -> None:
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("out", trust_remote_code=True).eval()
-tokenizer = AutoTokenizer.from_pretrained("out")
+tokenizer = AutoTokenizer.from_pretrained("out", trust_remote_code=True)
 batch = tokenizer(["def f(x):"], return_tensors="pt")
 out = model(**batch, labels=batch["input_ids"])
 tokens = model.generate(**batch, max_new_tokens=8, do_sample=False)
