@@ -4,7 +4,7 @@ import time
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from core import cli
 
@@ -24,7 +24,7 @@ def main(config: DictConfig) -> None:
     from core.steps import check_length
 
     hydra_config = HydraConfig.get()
-    overrides = list(hydra_config.overrides.task)
+    overrides = [str(override) for override in OmegaConf.to_container(hydra_config.overrides.task, resolve=False)]
     name = folder_name(time.strftime("%Y-%m-%d_%H-%M-%S"), overrides)
     run = locate(config, hydra_config.runtime.choices.get("experiment"), name)
     config.run_dir = str(run.path)

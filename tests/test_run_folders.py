@@ -158,3 +158,10 @@ def test_two_runs_of_one_second_do_not_share_a_folder(tmp_path: Path, monkeypatc
     assert second == f"{first}-2"
     resumed = train(tmp_path, *tiny_job("ckpt_path=last", "trainer.max_steps=2"))
     assert resumed.out.startswith(f"Run folder: runs/default/{second}\n"), resumed.err
+
+
+def test_an_override_that_refers_to_another_field_is_resumed_as_it_was_given(tmp_path: Path) -> None:
+    assert train(tmp_path, *tiny_job("data.seed=${seed}", "seed=3", "run_dir=run")).code == 0
+    resume = json.loads((tmp_path / "run/summary.json").read_text())["resume"]
+    assert "data.seed=${seed}" in shlex.split(resume)
+    assert train(tmp_path, *shlex.split(resume)[2:]).code == 0
