@@ -194,7 +194,10 @@ def main() -> None:
         f"`python -m benchmarks.compare --device {arguments.device} --threads {arguments.threads}`: {precision}, "
         f"medians of {arguments.rounds} rounds in which all take turns.\n{machine(arguments.device)}; {versions}.\n"
     )
-    say("Ours is the SpanNorm model. `benchmarks/compare.py` says how it is measured.\n")
+    say(
+        "Ours is the SpanNorm model, its process set up as train.py does it (core/allocator.py), which no peer does "
+        "for its user. `benchmarks/compare.py` says how it is measured.\n"
+    )
     say(f"![Tokens per second]({output.stem}.png)")
     measured: dict[str, list[Row]] = {}
     for case in cases(arguments.device):
