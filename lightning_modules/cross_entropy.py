@@ -1,5 +1,6 @@
 """Cross-entropy from the hidden states, whose logits never exist all at once."""
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ class Losses(NamedTuple):
     by_token: Tensor
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Losses:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, compiled: bool = False) -> Losses:
     """Of logits `hidden @ weight.T`, computed in autocast's precision, if it is on, and summed up in fp32.
 
     The gradients are made in the forward pass, while a chunk's logits are there, so nothing is computed twice; their
@@ -35,16 +36,32 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Los
         hidden: [tokens, dim].
         weight: [vocab_size, dim].
         targets: [tokens].
+        compiled: whether what is between the products is compiled.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    return Losses(*_LinearCrossEntropy.apply(hidden, weight, targets, torch.is_grad_enabled()))
+    return Losses(*_LinearCrossEntropy.apply(hidden, weight, targets, torch.is_grad_enabled(), compiled))
+
+
+def _softmax(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Of logits [tokens, vocab_size] and target [tokens, 1], the losses [tokens], and their gradient in the logits."""
+    log_p = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    losses = -log_p.gather(1, target).squeeze(1)
+    return losses, log_p.exp_().scatter_add_(1, target, log_p.new_full(target.shape, -1.0)).to(logits.dtype)
+
+
+@cache
+def _compiled_softmax() -> Any:
+    return torch.compile(_softmax)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, with_gradients: bool) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, with_gradients: bool, compiled: bool
+    ) -> tuple[Tensor, ...]:
+        softmax = _compiled_softmax() if compiled else _softmax
         weight = weight.to(hidden.dtype)
         losses = hidden.new_empty(len(targets), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden) if with_gradients else None
@@ -53,11 +70,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets), size):
             rows = slice(start, start + size)
             x, target = hidden[rows], targets[rows, None]
-            log_p = torch.log_softmax(x @ weight.t(), dim=-1, dtype=torch.float32)
-            losses[rows] = -log_p.gather(1, target).squeeze(1)
+            losses[rows], grad = softmax(x @ weight.t(), target)
             if grad_hidden is not None and grad_weight is not None:
-                grad = log_p.exp_().scatter_add_(1, target, log_p.new_full(target.shape, -1.0))
-                grad = grad.to(x.dtype)
                 torch.mm(grad, weight, out=grad_hidden[rows])
                 if x.dtype == torch.float32:
                     grad_weight.addmm_(grad.t(), x)
@@ -70,5 +84,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_mean: Tensor, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.gradients  # of the sum
-        factor = grad_mean / len(grad_hidden)
-        return (grad_hidden * factor).to(grad_hidden.dtype), (grad_weight * factor).to(grad_hidden.dtype), None, None
+        factor, dtype = grad_mean / len(grad_hidden), grad_hidden.dtype
+        return (grad_hidden * factor).to(dtype), (grad_weight * factor).to(dtype), None, None, None

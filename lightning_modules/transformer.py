@@ -146,7 +146,8 @@ class Transformer(nn.Module):
         if targets is None:
             return self.head(state), router_stats
         # Here, and not with the head's weight handed out: sharded, it is whole during forward only.
-        return linear_cross_entropy(state.flatten(0, 1), self.head.weight, targets.flatten()), router_stats
+        state, targets = state.flatten(0, 1), targets.flatten()
+        return linear_cross_entropy(state, self.head.weight, targets, self.config.compile), router_stats
 
     def matrices(self) -> Iterator[Matrix]:
         """Every weight matrix, with its role. Norm gains and biases are what is left."""

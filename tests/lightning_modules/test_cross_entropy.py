@@ -24,10 +24,11 @@ def problem(num_tokens: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor
     return hidden.requires_grad_(), weight.requires_grad_(), torch.randint(40, (num_tokens,))
 
 
-@pytest.mark.parametrize("num_tokens", [1, 8, 21])
-def test_it_is_the_cross_entropy_of_all_logits(num_tokens: int) -> None:
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # inductor's own
+@pytest.mark.parametrize(("num_tokens", "compiled"), [(1, False), (8, False), (21, False), (21, True)])
+def test_it_is_the_cross_entropy_of_all_logits(num_tokens: int, compiled: bool) -> None:
     hidden, weight, targets = problem(num_tokens)
-    losses = linear_cross_entropy(hidden, weight, targets)
+    losses = linear_cross_entropy(hidden, weight, targets, compiled)
     expected = F.cross_entropy(hidden @ weight.T, targets, reduction="none")
     torch.testing.assert_close(losses.by_token, expected)
     torch.testing.assert_close(losses.mean, expected.mean())
