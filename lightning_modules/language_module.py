@@ -116,7 +116,7 @@ class LanguageModule(L.LightningModule):
     ) -> tuple[Any, list[RouterStats]]:
         """See Transformer.forward."""
         assert self.model is not None, "configure_model() comes first"
-        return self.model(tokens, positions, targets)
+        return self.model(tokens, positions, targets=targets)
 
     def _loss(self, batch: dict[str, Tensor], sources: SourceLoss | None = None) -> tuple[Tensor, list[RouterStats]]:
         """The loss of one batch, and of each source in it, if there are several.
