@@ -20,7 +20,7 @@ def main(config: DictConfig) -> None:
     from core.interruption import explained
     from core.parallel import accumulate
     from core.quiet import quieten
-    from core.run_folder import check_resumable, folder_name, is_main_process, locate
+    from core.run_folder import check_resumable, folder_name, locate
     from core.steps import check_length
 
     hydra_config = HydraConfig.get()
@@ -47,12 +47,9 @@ def main(config: DictConfig) -> None:
     accumulate(trainer, datamodule, config.micro_batch_size)
     if run.ckpt_path is not None:
         check_resumable(run.ckpt_path, module, datamodule, trainer.max_steps)
-    if is_main_process():
-        run.create(config, overrides)
-        print(f"Run folder: {run.path}")
 
-    with explained(trainer, run.path):
-        trainer.fit(module, datamodule=datamodule, ckpt_path=run.ckpt_path)
+    with run.begun(trainer, config, overrides), explained(trainer, run.path):
+        trainer.fit(module, datamodule=datamodule, ckpt_path=run.ckpt_path, weights_only=True)
 
 
 if __name__ == "__main__":

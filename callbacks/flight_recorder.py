@@ -13,6 +13,7 @@ from callbacks.loss_scaling import refuse_loss_scaling
 from callbacks.samples import samples_of_step
 from callbacks.statistics import gradient_statistics
 from core.errors import require
+from core.whole_file import save
 
 FOLDER = "flight_recorder"
 
@@ -104,7 +105,6 @@ class FlightRecorder(L.Callback):
         if self.written == self.step:
             return
         self.written = self.step
-        self.folder.mkdir(parents=True, exist_ok=True)
         content = {
             "reason": reason,
             "step": self.step,
@@ -114,4 +114,4 @@ class FlightRecorder(L.Callback):
             "steps": [{**step, "losses": [float(loss) for loss in step["losses"]]} for step in self.steps],
             "groups": self.groups,
         }
-        torch.save(content, self.folder / f"step_{self.step}_rank_{trainer.global_rank}.pt")
+        save(content, self.folder / f"step_{self.step}_rank_{trainer.global_rank}.pt")

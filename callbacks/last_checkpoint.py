@@ -1,5 +1,6 @@
 """last.ckpt: every n steps, at the end, and when somebody asks the process to stop."""
 
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +11,17 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 
+from core.checkpoint import keep, remove
 from core.errors import require
 from core.interruption import TrainingInterrupted
 from core.steps import completes_step
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps one checkpoint that a run can always be resumed from.
+    """Keeps last.ckpt, which a run can always be resumed from, and previous.ckpt, the one before it.
+
+    A step is saved when its metrics are with the loggers and its validation is done, right before the next one: where
+    the process is killed, the log is never behind the checkpoint.
 
     On SIGINT (Ctrl-C), SIGTERM, or SIGUSR1 (SLURM's before the time is up) the step in progress is finished, with its
     validation where one is due, and saved before the process leaves, so that nothing is lost and the resumed curve is
@@ -27,7 +32,8 @@ class LastCheckpoint(Checkpoint):
         every_n_train_steps: optimizer steps between two saves.
 
     Attributes:
-        beside: called in every process after each save, with last.ckpt's folder; for what goes into no checkpoint.
+        beside: called in every process before each save, with a folder for what belongs to the checkpoint but goes
+            into none; it stays as long as the checkpoint does, see `folder_beside`.
     """
 
     def __init__(self, dirpath: str, every_n_train_steps: int) -> None:
@@ -39,7 +45,8 @@ class LastCheckpoint(Checkpoint):
         )
         self.path, self.every_n_train_steps = Path(dirpath) / "last.ckpt", every_n_train_steps
         self.beside: list[Callable[[Path], None]] = []
-        self._saved_step = -1
+        self._steps: list[int] = []  # of previous.ckpt and last.ckpt, as far as this run goes on from them
+        self._due = self._follows_last = False
         self._received = self._leaving = 0  # signal numbers; 0: none
         self._handlers: dict[int, Any] = {}
 
@@ -56,6 +63,18 @@ class LastCheckpoint(Checkpoint):
         except ValueError:  # not in the main thread (a notebook's executor, a test): Lightning's handling stays
             self._handlers = {}
 
+        resumed = Path(trainer.ckpt_path).absolute() if trainer.ckpt_path else None
+        here = resumed in (self.path.absolute(), self._previous.absolute())
+        self._steps = [trainer.global_step] if here else []
+        self._follows_last = resumed == self.path.absolute()
+        # The batch before which it was saved had not begun; validations are counted by those that are ready.
+        batches = trainer.fit_loop.epoch_loop.batch_progress.total
+        batches.ready = min(batches.ready, batches.started)
+
+    @property
+    def _previous(self) -> Path:
+        return self.path.with_name("previous.ckpt")
+
     def _request(self, signum: int, frame: FrameType | None) -> None:
         if self._received:
             signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
@@ -66,6 +85,9 @@ class LastCheckpoint(Checkpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         # Not at the end of the batch before: its metrics were not with the loggers yet.
+        if self._due:
+            self._due = False
+            self._save(trainer)
         if self._leaving:
             raise TrainingInterrupted(self._leaving, trainer.global_step)
         # The step that loggers write. Lightning restores it one too small or too large where the checkpoint was saved
@@ -81,17 +103,15 @@ class LastCheckpoint(Checkpoint):
             trainer.should_stop = True  # makes Lightning validate after the last step, wherever the interval falls
             return
         self._leaving = self._agreed_signal(trainer)
-        if self._leaving or trainer.global_step % self.every_n_train_steps == 0:
-            self._save(trainer)
+        self._due = bool(self._leaving) or trainer.global_step % self.every_n_train_steps == 0
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        finished = trainer.global_step >= trainer.max_steps
-        if (finished or self._saved_step == trainer.global_step) and not trainer.sanity_checking:
-            self._save(trainer)  # anew, or a resumed run would not know of this validation
+        if trainer.global_step >= trainer.max_steps and not trainer.sanity_checking:
+            self._save(trainer)  # before anything at the end of training can fail
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._restore_handlers()
-        if self._saved_step != trainer.global_step:
+        if trainer.global_step not in self._steps:
             self._save(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -105,12 +125,33 @@ class LastCheckpoint(Checkpoint):
         return int(trainer.strategy.reduce(received, reduce_op="max"))
 
     def _save(self, trainer: L.Trainer) -> None:
-        trainer.save_checkpoint(self.path)
+        for logger in trainer.loggers:
+            logger.save()
         for save in self.beside:
-            save(self.path.parent)
-        self._saved_step = trainer.global_step
+            save(folder_beside(self.path, trainer.global_step))
+        trainer.strategy.barrier("beside")
+        getattr(trainer.strategy, "finish_saving", bool)()  # of the last one, which may go on beside the training
+        if trainer.is_global_zero and self._follows_last:
+            keep(self.path, self._previous)
+        trainer.save_checkpoint(self.path)
+        if trainer.is_global_zero and not self._steps:
+            remove(self._previous)  # of another course that this run has left
+        self._steps, self._follows_last = [*self._steps[-1:], trainer.global_step], True
+        self._forget(trainer)
+
+    def _forget(self, trainer: L.Trainer) -> None:
+        """Remove what belonged to checkpoints that are gone."""
+        if trainer.local_rank == 0:
+            for folder in self.path.parent.glob("step_*/"):
+                if folder not in [folder_beside(self.path, step) for step in self._steps]:
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def _restore_handlers(self) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
+
+
+def folder_beside(checkpoint: Path, step: int) -> Path:
+    """Where the files lie that belong to the checkpoint of a step."""
+    return checkpoint.parent / f"step_{step}"

@@ -1,5 +1,6 @@
 """A checkpoint is one file, or a folder of torch.distributed.checkpoint, which any number of processes reads."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.load import _METADATA_FILENAME, _load_distributed_checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from core.whole_file import save
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -30,12 +33,44 @@ def load_beside_weights(path: Path) -> dict[str, Any]:
 
 
 class CheckpointIO(TorchCheckpointIO):
-    """Saves one file, and loads both kinds: a run of many processes goes on in one, or in those of DDP."""
+    """Saves one file, whole or not at all; loads both kinds: a run of many processes goes on in one, or in DDP's."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         if Path(path).is_dir():  # of the run that goes on here
             shutil.rmtree(path)
-        super().save_checkpoint(checkpoint, path, storage_options)
+        save(checkpoint, Path(path))
 
     def load_checkpoint(self, path: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
         return load(Path(path)) if Path(path).is_dir() else super().load_checkpoint(path, *arguments, **options)
+
+
+def keep(last: Path, previous: Path) -> None:
+    """Give the last checkpoint a second name, which it keeps when the next one takes its own."""
+    second = previous.with_suffix(".unfinished")
+    remove(second)
+    if last.is_dir():
+        shutil.copytree(last, second, copy_function=_link)
+        remove(previous)  # a folder replaces nothing
+    elif last.exists():
+        _link(last, second)
+        if previous.is_dir():
+            remove(previous)
+    else:
+        return
+    second.replace(previous)
+    remove(second)  # two names of one file: nothing was replaced
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)
+
+
+def remove(path: Path) -> None:
+    """A checkpoint of either kind, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -3,13 +3,17 @@
 import functools
 import os
 import re
+import shutil
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -81,11 +85,22 @@ def job(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
         try:
             task(config)
         except MISTAKES as error:
+            _forget_sweep()
             _leave(error)
         except RunDiverged:
             raise SystemExit(DIVERGED) from None
 
     return wrapped
+
+
+def _forget_sweep() -> None:
+    """Hydra notes a sweep before its first run: where that is refused, there was none."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return
+    folder, own = Path(HydraConfig.get().sweep.dir), Path(HydraConfig.get().runtime.output_dir)
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if "multirun.yaml" in names and names <= {"multirun.yaml", own.name} and not any(own.glob("*")):
+        shutil.rmtree(folder)
 
 
 def _leave(error: Exception) -> NoReturn:

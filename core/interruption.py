@@ -1,5 +1,6 @@
 """What becomes of a run that somebody, Lightning, or the loss of a process stops early."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -13,10 +14,11 @@ import lightning as L
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from core.errors import UserError, one_line
+from core.errors import ConfigError, UserError, one_line
 from core.run_folder import LAST, is_main_process, resume_command
 
 PEER_LOST = 4
+CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE}
 
 
 class TrainingInterrupted(Exception):
@@ -37,7 +39,8 @@ def explained(trainer: L.Trainer, run_dir: Path) -> Iterator[None]:
     """While it trains: an interruption ends in words, the way to go on, and exit code 128 + the signal's number.
 
     Raises:
-        UserError: what Lightning finds wrong with the configuration only now, as a metric that nobody logs.
+        UserError: what Lightning finds wrong with the configuration only now, as a metric that nobody logs; a folder
+            that is full, or gone; data-loader processes that the machine has killed.
     """
     try:
         yield
@@ -50,7 +53,16 @@ def explained(trainer: L.Trainer, run_dir: Path) -> Iterator[None]:
         _leave(run_dir, signal.SIGINT, "Interrupted at once")
     except MisconfigurationException as error:
         raise UserError(one_line(error)) from error
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE and run_dir.is_dir():
+            raise
+        reason = error.strerror if run_dir.is_dir() else "it is gone"
+        raise UserError(f"{run_dir} cannot be written to any more: {reason}. Checkpoints in it are whole") from error
     except RuntimeError as error:
+        if str(error).startswith("DataLoader worker"):
+            valid = "0, or more shared memory (/dev/shm) for data-loader processes: one of them was killed"
+            workers = trainer.datamodule.num_workers  # type: ignore[attr-defined]
+            raise ConfigError("data.num_workers", workers, valid) from error
         if not _lost_a_peer(error):
             raise
         # By whoever is left: it may be the first process that is gone, which alone knows the folder for sure.

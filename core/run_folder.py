@@ -3,20 +3,26 @@
 import itertools
 import re
 import shlex
+import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from core.errors import ConfigError, require, writing
+from core.errors import ConfigError, UserError, require, writing
 from core.mappings import flatten
+from core.run_lock import held
+from core.whole_file import damage, write_whole
 
 RUNS = Path("runs")
-LAST = Path("checkpoints/last.ckpt")
 NAME_LENGTH = 80  # file systems take 255 bytes; a table of runs takes less
+LAST, PREVIOUS = Path("checkpoints/last.ckpt"), Path("checkpoints/previous.ckpt")
 MAY_CHANGE = {  # in a resumed run: how it computes, and what follows from the step alone
     *("model.compile", "model.activation_checkpointing", "model.checkpoint_every"),
     *("model.moe.backend", "model.moe.expert_parallel"),
@@ -31,14 +37,38 @@ class RunFolder:
     path: Path
     ckpt_path: Path | None
 
+    @contextmanager
+    def begun(self, trainer: Any, config: DictConfig, overrides: list[str]) -> Iterator[None]:
+        """While it lasts, this process trains here and no other one. What is refused before the first step leaves no
+        new folder.
+
+        Raises:
+            ConfigError: another process trains here, or the folder cannot be written to.
+        """
+        if not is_main_process():
+            yield
+            return
+        is_new = not self.path.exists()
+        with held(self.path):
+            try:
+                self.create(config, overrides)
+                print(f"Run folder: {self.path}")
+                yield
+            except UserError:
+                if is_new and trainer.global_step == 0:
+                    shutil.rmtree(self.path, ignore_errors=True)
+                raise
+
     def create(self, config: DictConfig, overrides: list[str]) -> None:
         """Make the folder and note what was asked for. A resumed run keeps the notes of its beginning."""
         with writing("run_dir", self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             first = not (self.path / "config.yaml").exists()
             suffix = "" if first else time.strftime("-resumed-%Y-%m-%d_%H-%M-%S")
-            OmegaConf.save(config, self.path / f"config{suffix}.yaml", resolve=True)
-            OmegaConf.save(OmegaConf.create(overrides), self.path / f"overrides{suffix}.yaml")
+            # The configuration last: a folder with one is a run's, and has all that a run needs to go on.
+            for name, content, resolve in (("overrides", OmegaConf.create(overrides), False), ("config", config, True)):
+                save = partial(OmegaConf.save, content, resolve=resolve)
+                write_whole(self.path / f"{name}{suffix}.yaml", save)
 
 
 def folder_name(now: str, overrides: list[str]) -> str:
@@ -61,8 +91,8 @@ def folder_name(now: str, overrides: list[str]) -> str:
 def locate(config: DictConfig, experiment: str | None, name: str) -> RunFolder:
     """Decide on the folder from `run_dir` and `ckpt_path`; creates nothing.
 
-    `ckpt_path=last` means the run in run_dir, or else this experiment's newest; a checkpoint of a run continues in the
-    folder of that run, unless run_dir says otherwise.
+    `ckpt_path=last` means the run in run_dir, or else this experiment's newest; a run that was killed before it saved
+    anything begins again. A checkpoint of a run continues in the folder of that run, unless run_dir says otherwise.
 
     Args:
         config: the composed config.
@@ -78,25 +108,41 @@ def locate(config: DictConfig, experiment: str | None, name: str) -> RunFolder:
     siblings = RUNS / (experiment or "default")
     if config.ckpt_path is None:
         path = given or _fresh(siblings / name)
-        taken = (path / LAST).exists() or (path / "config.yaml").exists()
-        way = "ckpt_path=last beside it to resume that run"
-        if not (path / LAST).exists():
-            way = "one of another name: the run in it saved no checkpoint that could be resumed"
-        valid = f"a folder without a run in it, or {way}"
+        taken = any((path / part).exists() for part in (LAST, PREVIOUS, "config.yaml"))
+        valid = "a folder without a run in it, or ckpt_path=last beside it to resume that run"
         require(not (taken and is_main_process()), "run_dir", str(path), valid)
         return RunFolder(path, None)
     if config.ckpt_path == "last":
         runs = [given] if given else sorted(siblings.glob("*/"), key=lambda path: path.stat().st_mtime)
-        resumable = [path for path in runs if (path / LAST).exists()]
+        resumable = [path for path in runs if (path / LAST).exists() or (path / PREVIOUS).exists()]
+        if given and not resumable and (given / "config.yaml").exists():
+            if is_main_process():
+                print(f"The run in {given} has saved nothing yet: it begins again.")
+            return RunFolder(given, None)
         valid = f"a run with a {LAST} in {given or siblings}, or the path of a checkpoint"
         require(bool(resumable), "ckpt_path", "last", valid)
-        return RunFolder(resumable[-1], resumable[-1] / LAST)
+        return RunFolder(resumable[-1], newest_whole(resumable[-1]))
     checkpoint = Path(str(config.ckpt_path))
     there = checkpoint.is_file() or (checkpoint / ".metadata").is_file()
     require(there, "ckpt_path", str(checkpoint), "last, or the path of a checkpoint")
     owner = checkpoint.absolute().parent.parent
     home = owner if (owner / "config.yaml").exists() else _fresh(siblings / name)
     return RunFolder(given or home, checkpoint)
+
+
+def newest_whole(run: Path) -> Path:
+    """The run's last checkpoint, or the one before it where the last is damaged, which is said.
+
+    Raises:
+        ConfigError: neither is whole.
+    """
+    for path in (run / LAST, run / PREVIOUS):
+        wrong = damage(path) if path.is_file() else None
+        if wrong:
+            print(f"{path} is damaged and passed over: {wrong}", file=sys.stderr)
+        elif path.exists():
+            return path
+    raise ConfigError("ckpt_path", "last", f"a whole checkpoint in {run / LAST.parent}")
 
 
 def _fresh(path: Path) -> Path:
@@ -120,6 +166,10 @@ def check_resumable(checkpoint: Path, module: Any, datamodule: Any, max_steps: i
     """
     from core.checkpoint import load_beside_weights
 
+    wrong = damage(checkpoint) if checkpoint.is_file() else None
+    if wrong:
+        valid = f"a whole checkpoint of this project; this file cannot be read as one ({wrong})"
+        raise ConfigError("ckpt_path", str(checkpoint), valid)
     try:
         content = load_beside_weights(checkpoint)
         saved, step = content["hyper_parameters"], content["global_step"]

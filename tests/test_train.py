@@ -151,8 +151,11 @@ def test_ctrl_c_before_the_first_step_says_that_nothing_was_saved(tmp_path: Path
     assert finished.code == 130
     assert finished.out.endswith("Interrupted at once; there was nothing to save.\n")
     again = train(tmp_path, *tiny_job("run_dir=run"))
-    assert "run_dir='run' is not valid" in again.err
-    assert "saved no checkpoint that could be resumed" in again.err
+    assert "run_dir='run' is not valid: expected a folder without a run in it, or ckpt_path=last beside" in again.err
+    assert train(tmp_path, *tiny_job("run_dir=run", "ckpt_path=last")).out.startswith(
+        "The run in run has saved nothing"
+    )
+    assert load(tmp_path / "run/checkpoints/last.ckpt")["global_step"] == 2
 
 
 @pytest.mark.parametrize("end", [3, 4], ids=["between validations", "at a validation"])

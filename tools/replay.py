@@ -36,6 +36,7 @@ from core.checkpoint import load_beside_weights
 from core.errors import require
 from core.quiet import quieten
 from core.saved_config import add_allow_option, load_config
+from core.whole_file import damage
 
 STEERING = {"random_state", "divergence"}  # of this project's callbacks, those that the weights depend on
 COLUMNS = ("variance", "attn_ratio", "ffn_ratio", "hidden_gradient", "attn_gradient", "ffn_gradient")
@@ -81,12 +82,20 @@ def checkpoint_before(run: Path, step: int) -> tuple[Path | None, int]:
     One from between a snapshot and the rollback to it does not: a run from there cannot go back so far.
     """
     steps = {}
-    for path in (run / "checkpoints").glob("*.ckpt"):
+    for path in filter(is_whole, (run / "checkpoints").glob("*.ckpt")):
         steps[path] = load_beside_weights(path)["global_step"]
     undone = [range(snapshot + 1, at) for at, snapshot in rollbacks(run) if at < step]
     usable = {path: at for path, at in steps.items() if at < step and not any(at in span for span in undone)}
     newest = max(usable, key=lambda path: usable[path], default=None)
     return newest, usable[newest] if newest else 0
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Says so where it is not."""
+    wrong = damage(checkpoint)
+    if wrong:
+        print(f"{checkpoint} is damaged and passed over: {wrong}", file=sys.stderr)
+    return not wrong
 
 
 def rollbacks(run: Path) -> list[tuple[int, int]]:

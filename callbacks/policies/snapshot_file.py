@@ -1,4 +1,4 @@
-"""Keeps snapshots over a stop: beside last.ckpt, a file for each process."""
+"""Keeps snapshots over a stop: beside each checkpoint, a file for each process."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,15 +8,16 @@ import lightning as L
 import torch
 
 from callbacks.detectors import Detectors
-from callbacks.last_checkpoint import LastCheckpoint
+from callbacks.last_checkpoint import LastCheckpoint, folder_beside
 from callbacks.policies.snapshot import Snapshot
+from core.whole_file import damage, save
 
 
 class SnapshotFile:
-    """checkpoints/snapshots-rank-R.pt, written whenever last.ckpt is.
+    """checkpoints/step_N/snapshots-rank-R.pt, written before the checkpoint of step N.
 
     The step, the number of processes and the detectors' histories, which no two runs share, say whether it belongs to
-    the checkpoint that a run goes on from; a kill between the two files parts them.
+    the checkpoint that a run goes on from.
 
     Args:
         snapshots: what there is to save.
@@ -30,11 +31,9 @@ class SnapshotFile:
 
     def save(self, folder: Path) -> None:
         """Write this process' file, whole or not at all."""
-        path = self._path(folder)
-        unfinished = path.with_suffix(".unfinished")
         identity = self._identity(self.detectors.state_dict())
-        torch.save({**identity, "snapshots": [s.state_dict() for s in self.snapshots()]}, unfinished)
-        unfinished.replace(path)
+        content = {**identity, "snapshots": [s.state_dict() for s in self.snapshots()]}
+        save(content, self._path(folder))
 
     def load(self, detectors: dict[str, Any]) -> list[Snapshot]:
         """The snapshots that belong to the checkpoint this run goes on from, in order; none unless all processes have
@@ -45,8 +44,9 @@ class SnapshotFile:
         """
         if self.trainer.ckpt_path is None:
             return []
-        path, found = self._path(Path(self.trainer.ckpt_path).parent), {}
-        if path.exists():
+        path = self._path(folder_beside(Path(self.trainer.ckpt_path), self.trainer.global_step))
+        found: dict[str, Any] = {}
+        if path.exists() and damage(path) is None:
             found = torch.load(path, map_location="cpu", weights_only=True)
         mine = {key: found.get(key) for key in self._identity(detectors)} == self._identity(detectors)
         return [Snapshot.from_state_dict(state) for state in found["snapshots"]] if self._all(mine) else []

@@ -147,7 +147,7 @@ def test_bad_weights_in_the_checkpoint_are_recovered_from_on_two_processes(tmp_p
     assert train_on_two(tmp_path, *tiny_job(*BAD_WEIGHTS), "run_dir=whole").code == 0
     interrupt = "+callbacks.interrupt={_target_: tests.test_train.SendSignal, signum: 2, step: 18}"
     train_on_two(tmp_path, *tiny_job(*BAD_WEIGHTS), "run_dir=run", interrupt)
-    names = {path.name for path in (tmp_path / "run/checkpoints").glob("snapshots*")}
+    names = {path.name for path in (tmp_path / "run/checkpoints").glob("step_18/snapshots*")}
     assert names == {"snapshots-rank-0.pt", "snapshots-rank-1.pt"}
     assert train_on_two(tmp_path, *tiny_job(*BAD_WEIGHTS), "run_dir=run", "ckpt_path=last").code == 0
     assert_began(tmp_path / "run", 18)
@@ -157,7 +157,7 @@ def test_bad_weights_in_the_checkpoint_are_recovered_from_on_two_processes(tmp_p
 def test_without_the_saved_snapshots_it_goes_back_to_the_checkpoint(tmp_path: Path) -> None:
     interrupt = "+callbacks.interrupt={_target_: tests.test_train.SendSignal, signum: 2, step: 18}"
     interrupted = train(tmp_path, *tiny_job(*RECOVERING), "run_dir=run", interrupt)
-    (tmp_path / "run/checkpoints/snapshots-rank-0.pt").unlink()
+    (tmp_path / "run/checkpoints/step_18/snapshots-rank-0.pt").unlink()
     assert train(tmp_path, *shlex.split(interrupted.out.splitlines()[-1])[2:]).code == 0
     assert done(tmp_path / "run")[19] == "rolled back to step 18, learning rate x 0.5 to step 31"
 

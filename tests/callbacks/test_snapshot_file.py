@@ -25,9 +25,10 @@ def detectors(*losses: float) -> Detectors:
 def trainer(folder: Path, rank: int = 0, other_rank: int = 1, **changed: Any) -> Any:
     """Of two processes, at step 7; the other one has (1) or lacks (0) its file."""
     least = lambda mine, reduce_op: torch.minimum(mine, torch.tensor(other_rank))  # noqa: E731
-    strategy = SimpleNamespace(root_device="cpu", reduce=least)
+    strategy = SimpleNamespace(root_device="cpu", reduce=least, barrier=lambda name: None)
     facts = {"global_step": 7, "world_size": 2, "ckpt_path": folder / "last.ckpt", **changed}
-    return SimpleNamespace(callbacks=[], global_rank=rank, strategy=strategy, **facts)
+    ranks = {"global_rank": rank, "local_rank": rank, "is_global_zero": rank == 0}
+    return SimpleNamespace(callbacks=[], loggers=[], strategy=strategy, **ranks, **facts)
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def load(changed: Any, losses: tuple[float, ...] = (2.0, 3.0)) -> list[Snapshot]
 
 
 def test_what_was_saved_comes_back(tmp_path: Path, snapshot: Snapshot) -> None:
-    assert [path.name for path in tmp_path.iterdir()] == ["snapshots-rank-0.pt"]
+    assert [path.name for path in (tmp_path / "step_7").iterdir()] == ["snapshots-rank-0.pt"]
     (found,) = load(trainer(tmp_path))
     torch.testing.assert_close(vars(found), vars(snapshot), rtol=0, atol=0)
     assert found.restored_at == 6

@@ -1,0 +1,95 @@
+"""Files that are there whole or not at all, and how to tell one that has been damaged since."""
+
+import contextlib
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from core.errors import UserError, one_line
+
+
+class NotWritten(UserError):
+    """A file that could not be written; what was there under its name is untouched."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path} could not be written ({reason}); what was there under this name is untouched")
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Have a file written under another name, wait until it is on the disk, and give it its own.
+
+    Args:
+        write: makes the file of the name that it is given.
+
+    Raises:
+        NotWritten: a full disk, a folder that is gone or may not be written to.
+    """
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(unfinished)
+        _sync(unfinished)
+        unfinished.replace(path)
+        _sync(path.parent)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise NotWritten(path, _reason(error)) from error
+
+
+def save(content: Any, path: Path) -> None:
+    """torch.save, whole.
+
+    Raises:
+        NotWritten: see `write_whole`.
+    """
+    import torch
+
+    def write(unfinished: Path) -> None:
+        with unfinished.open("wb") as file:  # torch's own writer would not say why it failed
+            torch.save(content, file)
+
+    write_whole(path, write)
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a file of torch.save, in words; None: nothing.
+
+    It is a zip archive of uncompressed parts with a CRC-32 of each: every byte is read, and no code in it is run.
+    """
+    import torch
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                return "torch compresses nothing, this file's parts are compressed"
+            if part := archive.testzip():
+                return f"the checksum of {part} does not hold"
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # of zipfile's, torch's and pickle's many kinds
+        return _first_sentence(error)
+    return None
+
+
+def _first_sentence(error: Exception) -> str:
+    return one_line(error).partition(". ")[0]
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _reason(error: BaseException) -> str:
+    """The operating system's word; torch's writer hides it behind an error of its own."""
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError) and link.strerror:
+            return link.strerror
+        link = link.__context__
+    return one_line(error)
