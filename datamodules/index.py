@@ -32,6 +32,9 @@ class ArrayFile:
     length: int
     sha256: str
 
+    def __post_init__(self) -> None:
+        check_name(self.file)
+
     def num_bytes(self, dtype: str) -> int:
         return HEADER_BYTES + self.length * np.dtype(dtype).itemsize
 
@@ -124,7 +127,15 @@ def _split_index(content: dict[str, Any]) -> SplitIndex:
     return SplitIndex(**{**content, **arrays, "shards": [ArrayFile(**shard) for shard in content["shards"]]})
 
 
+def check_name(file: str) -> None:
+    """Raise ValueError unless it names a file in the corpus' own folder."""
+    if file in ("", ".", "..") or set(file) & set("/\\\0"):
+        raise ValueError(f"{file!r} is not the name of a file in its folder")
+
+
 def _check(index: Index) -> None:
+    if index.tokenizer_file is not None:
+        check_name(index.tokenizer_file)
     if index.dtype not in DTYPES:
         raise ValueError(f"dtype {index.dtype!r} is none of {', '.join(DTYPES)}")
     if index.vocab_size > np.iinfo(index.dtype).max + 1:

@@ -1,5 +1,6 @@
 """Where the files of a prepared corpus come from: a folder of this machine, or (remote.py) anywhere else."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
@@ -59,16 +60,22 @@ class LocalFolder:
 
     def read(self, name: str) -> bytes:
         try:
-            return (self.folder / name).read_bytes()
+            return self._inside(name).read_bytes()
         except OSError as error:
             raise CorpusError(f"{self.folder / name} cannot be read: {error.strerror}") from error
 
     def check(self, files: Iterable[tuple[ArrayFile, int]]) -> None:
         for file, num_bytes in files:
-            check_size(self.folder / file.file, num_bytes, self.remedy)
+            check_size(self._inside(file.file), num_bytes, self.remedy)
 
     def path(self, file: ArrayFile, num_bytes: int) -> Path:
-        return self.folder / file.file
+        return self._inside(file.file)
+
+    def _inside(self, name: str) -> Path:
+        path = self.folder / name
+        if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.folder)):
+            raise CorpusError(f"{path} is a link that leads out of its folder")
+        return path
 
     def keep(self, files: list[tuple[ArrayFile, int]]) -> None:
         pass

@@ -15,6 +15,7 @@ from core.errors import ConfigError, Refused, require
 from datamodules.stdlib_documents import library_documents
 
 PIECE_BYTES = 1 << 20  # longer documents come in pieces, so that no file has to fit into memory
+LINE_BYTES = 1 << 28  # of JSON, which is parsed as a whole
 STDLIB = "python_stdlib"
 HUB = "hf:"
 
@@ -87,7 +88,11 @@ class Inputs:
 
     def _from_lines(self, path: Path) -> Iterator[Piece]:
         with _open(path) as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES + 1), b""), start=1):
+                if len(line) > LINE_BYTES:
+                    raise Refused(
+                        "input", f"{path}, line {number}", f"a line of JSON is longer than {LINE_BYTES:,} bytes"
+                    )
                 if line.strip():
                     yield from cut(self._from_json(line, f"{path}, line {number}"))
 
@@ -140,14 +145,24 @@ def find_inputs(patterns: Iterable[str], text_field: str, separator: str | None)
         if pattern == STDLIB or pattern.startswith(HUB):
             names.append(pattern)
             continue
-        found = [pattern] if Path(pattern).exists() else glob.glob(pattern, recursive=True)
+        found = [pattern] if Path(pattern).exists() else _glob(pattern)
         below = itertools.chain.from_iterable(
             Path(path).rglob("*") if Path(path).is_dir() else [Path(path)] for path in found
         )
-        files = sorted(str(path) for path in below if path.exists() and not path.is_dir() and not _hidden(path, found))
+        files = sorted(str(path) for path in below if path.is_file() and not _hidden(path, found))
         require(bool(files), "input", pattern, f"a file, a folder with files, a glob, {HUB}NAME or {STDLIB}")
         names += files
     return Inputs(tuple(dict.fromkeys(names)), text_field, separator)
+
+
+def _glob(pattern: str) -> list[str]:
+    """glob.glob, but `**` follows no symbolic links, which may lead round in circles."""
+    if "**" not in Path(pattern).parts:
+        return glob.glob(pattern)
+    above, _, below = pattern.partition("**")
+    roots = [Path(root) for root in glob.glob(above)] if above else [Path()]
+    found = [path for root in roots for path in root.glob(f"**{below}") if not _hidden(path, [str(root)])]
+    return [str(path) for path in found]
 
 
 def _hidden(path: Path, roots: list[str]) -> bool:
