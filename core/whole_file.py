@@ -57,7 +57,8 @@ def save(content: Any, path: Path) -> None:
 def damage(path: Path) -> str | None:
     """What is wrong with a file of torch.save, in words; None: nothing.
 
-    It is a zip archive of uncompressed parts with a CRC-32 of each: every byte is read, and no code in it is run.
+    It is a zip archive of uncompressed parts with a CRC-32 of each: every byte is read, no code in it is
+    run. Holds all of it in memory for a moment, as resuming does.
     """
     import torch
 
@@ -67,14 +68,11 @@ def damage(path: Path) -> str | None:
                 return "torch compresses nothing, this file's parts are compressed"
             if part := archive.testzip():
                 return f"the checksum of {part} does not hold"
-        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Not mapped: torch then reads the parts' headers too, of which zipfile does not look at every field.
+        torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of zipfile's, torch's and pickle's many kinds
-        return _first_sentence(error)
+        return one_line(error).partition(". ")[0] or type(error).__name__  # zipfile's EOFError says nothing
     return None
-
-
-def _first_sentence(error: Exception) -> str:
-    return one_line(error).partition(". ")[0]
 
 
 def _sync(path: Path) -> None:

@@ -1,0 +1,123 @@
+"""Files that are written whole, and told from damaged ones; one lock a folder."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from core.checkpoint import keep
+from core.errors import ConfigError
+from core.run_lock import held
+from core.whole_file import NotWritten, damage, save
+from tests.helpers_run import ROOT, load
+
+
+class Create:
+    """What a hostile pickle does when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_every_bit_counts(tmp_path: Path) -> None:
+    """Of a small file, a flip is noticed, or what is read is what was written."""
+    path = tmp_path / "a.ckpt"
+    save({"weight": torch.arange(100)}, path)
+    whole, noticed = path.read_bytes(), 0
+    for place in range(0, len(whole), 5):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << place % 8)]) + whole[place + 1 :])
+        if damage(path):
+            noticed += 1
+        else:
+            assert torch.equal(load(path)["weight"], torch.arange(100)), place
+    assert noticed > 100
+
+
+def test_a_compressed_archive_is_not_unpacked(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "bomb.ckpt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(1 << 20))
+    assert "compressed" in str(damage(tmp_path / "bomb.ckpt"))
+
+
+def test_what_cannot_be_written_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    save({"step": 1}, path)
+    path.with_name("a.ckpt.unfinished").symlink_to("/dev/full")
+    with pytest.raises(NotWritten, match=r"could not be written \(No space left on device\); what was there under"):
+        save({"step": 2}, path)
+    assert load(path) == {"step": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+def test_a_checkpoint_in_pieces_is_kept_too(tmp_path: Path) -> None:
+    last, previous = tmp_path / "last.ckpt", tmp_path / "previous.ckpt"
+    for content in ("1", "2"):
+        last.mkdir()
+        (last / "piece").write_text(content)
+        keep(last, previous)
+        keep(last, previous)
+        shutil.rmtree(last)
+        assert (previous / "piece").read_text() == content
+    last.write_text("3")
+    keep(last, previous)
+    keep(last, previous)
+    last.unlink()
+    assert previous.read_text() == "3"
+    assert [path.name for path in tmp_path.iterdir()] == ["previous.ckpt"]
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["as torch saves it", "as it once did"])
+def test_code_in_a_pickle_is_found_and_not_run(tmp_path: Path, zipped: bool) -> None:
+    path, created = tmp_path / "a.ckpt", tmp_path / "created"
+    torch.save({"state_dict": {}, "x": Create(created)}, path, _use_new_zipfile_serialization=zipped)
+    assert damage(path)
+    assert not created.exists()
+    torch.load(path, weights_only=False)
+    assert created.exists(), "it would have"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
+def test_on_a_small_disk_what_was_there_stays(tmp_path: Path) -> None:
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("may not mount")
+    try:
+        save({"weight": torch.zeros(100)}, tmp_path / "a.ckpt")
+        with pytest.raises(NotWritten, match="No space left on device"):
+            save({"weight": torch.zeros(1_000_000)}, tmp_path / "a.ckpt")
+        assert damage(tmp_path / "a.ckpt") is None
+        assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from core.run_lock import held
+with held(Path(sys.argv[1])):
+    print("held", flush=True)
+    input()
+"""
+
+
+def test_a_folder_is_held_by_one_process_and_a_dead_one_holds_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match="a folder in which no other process trains"), held(tmp_path / "run"):
+            pass
+        first.kill()
+    with held(tmp_path / "run"):
+        pass
