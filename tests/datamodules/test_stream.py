@@ -5,10 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datamodules.order import permute
+from datamodules.order import permute, sample_indices
 from datamodules.samples import ShuffledSplit
 from datamodules.shards import Split, open_split
 from datamodules.stream import TokenStream
@@ -60,3 +62,31 @@ def test_without_num_batches_it_never_ends(split: Split) -> None:
     batches = iter(TokenStream(ShuffledSplit(split, SEQ_LEN, seed=0), BATCH_SIZE))
     num_batches = 3 * split.num_samples(SEQ_LEN) // BATCH_SIZE
     assert sum(1 for _, _ in zip(range(num_batches), batches, strict=False)) == num_batches
+
+
+@settings(deadline=None)
+@given(
+    share=st.integers(1, 3),
+    worlds=st.lists(st.sampled_from([1, 2, 3, 4, 6]), min_size=1, max_size=4),
+    batches=st.lists(st.integers(0, 9), min_size=4, max_size=4),
+    seq_len=st.integers(1, 200),
+    block=st.none() | st.integers(36, 200),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_stops_and_other_world_sizes_leave_the_stream_what_it_is(
+    split: Split, share: int, worlds: list[int], batches: list[int], seq_len: int, block: int | None, seed: int
+) -> None:
+    """A run of several parts, each in another number of ranks: 0 samples missed, 0 repeated."""
+    batch_size, first, seen = 12 * share, 0, []
+    for world_size, num_batches in zip(worlds, batches, strict=False):
+        samples = ShuffledSplit(split, seq_len, seed, block)
+        ranks = [TokenStream(samples, batch_size, first, num_batches, rank, world_size) for rank in range(world_size)]
+        for parts in zip(*ranks, strict=True):
+            seen += torch.cat([part["tokens"] for part in parts]).tolist()
+        first += num_batches * batch_size
+    size = split.num_samples(seq_len)
+    order = sample_indices(np.arange(first), size, seed, block)
+    assert seen == split.read(order, seq_len).tolist()
+    windows = split.read(np.arange(size), seq_len).tolist()
+    for epoch in range(first // size):
+        assert sorted(seen[epoch * size : (epoch + 1) * size]) == sorted(windows)
