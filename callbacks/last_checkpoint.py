@@ -68,7 +68,7 @@ class LastCheckpoint(Checkpoint):
         self._steps = [trainer.global_step] if here else []
         self._follows_last = resumed == self.path.absolute()
         # The batch before which it was saved had not begun; validations are counted by those that are ready.
-        batches = trainer.fit_loop.epoch_loop.batch_progress.total
+        batches: Any = trainer.fit_loop.epoch_loop.batch_progress.total
         batches.ready = min(batches.ready, batches.started)
 
     @property

@@ -193,9 +193,8 @@ def resume_command(run_dir: Path, max_steps: int | None = None) -> str:
         max_steps: another end than the run's own.
     """
     # As they were given, references and all.
-    overrides = [
-        str(item) for item in OmegaConf.to_container(OmegaConf.load(run_dir / "overrides.yaml"), resolve=False)
-    ]
+    given: Any = OmegaConf.to_container(OmegaConf.load(run_dir / "overrides.yaml"), resolve=False)
+    overrides = [str(override) for override in given]
     replaced = {"run_dir", "ckpt_path", *(["trainer.max_steps"] if max_steps else [])}
     kept = [item for item in overrides if item.split("=")[0] not in replaced]
     kept += [f"trainer.max_steps={max_steps}"] if max_steps else []
