@@ -9,12 +9,14 @@ import torch
 from lightning.fabric.utilities.load import _METADATA_FILENAME, _load_distributed_checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from core.pieces import refuse_foreign_code
 from core.whole_file import save
 
 
 def load(path: Path) -> dict[str, Any]:
     """All of it, on the host; of a folder, the optimizer's state goes by parameters' names, as optimizer_0."""
     if path.is_dir():
+        refuse_foreign_code(path)
         return _load_distributed_checkpoint(path)
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
@@ -29,6 +31,7 @@ def load_beside_weights(path: Path) -> dict[str, Any]:
         return load(path)  # which maps the weights, and does not read them
     if not (path / ".metadata").is_file():  # torch writes it last
         raise FileNotFoundError(path / ".metadata")
+    refuse_foreign_code(path)
     return torch.load(path / _METADATA_FILENAME, map_location="cpu", weights_only=True)
 
 
