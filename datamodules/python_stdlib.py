@@ -4,6 +4,7 @@ import platform
 from pathlib import Path
 
 from core.errors import writing
+from datamodules.index import SPLITS
 from datamodules.stdlib_documents import SOURCE, library_documents, split_of
 from datamodules.storage import LocalFolder, read_index
 from datamodules.token_datamodule import TokenDataModule
@@ -40,11 +41,18 @@ class PythonStdlib(TokenDataModule):
         return self.root / f"python_stdlib-{platform.python_version()}-{self.tokenizer.name}"
 
     def prepare_data(self) -> None:
+        """Write the corpus unless it is there.
+
+        Raises:
+            ConfigError: it would be too short for the configuration, or the folder cannot be written to.
+        """
         if (self.folder / "index.json").exists():
             read_index(LocalFolder(self.folder))
             return
         tokenizer = self.tokenizer
         description = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "source": SOURCE}
-        encoded = ((split_of(name.encode()), text, tokenizer.encode(text)) for name, text in library_documents())
+        encoded = [(split_of(name.encode()), text, tokenizer.encode(text)) for name, text in library_documents()]
+        for split in SPLITS:
+            self.check_length(split, sum(len(tokens) + 1 for name, _, tokens in encoded if name == split))
         with writing("data.root", self.root):
             write_corpus(self.folder, encoded, tokenizer.end_of_document, description)

@@ -88,15 +88,14 @@ class TokenDataModule(StreamDataModule):
             CorpusError: the corpus is damaged.
         """
         for name in ("train", "val"):
-            split = self.split(name)
-            most = split.num_tokens - 1
-            require(
-                self.seq_len <= most, "data.seq_len", self.seq_len, f"at most {most}, the {name} split's tokens - 1"
-            )
-            samples = split.num_samples(self.seq_len)
-            require(
-                self.batch_size <= samples, "data.batch_size", self.batch_size, f"at most {samples}: {name} samples"
-            )
+            self.check_length(name, self.split(name).num_tokens)
+
+    def check_length(self, name: str, num_tokens: int) -> None:
+        """Raise ConfigError unless a split of this name and length has a sequence, and a batch of them."""
+        most = num_tokens - 1
+        require(self.seq_len <= most, "data.seq_len", self.seq_len, f"at most {most}, the {name} split's tokens - 1")
+        samples = most // self.seq_len
+        require(self.batch_size <= samples, "data.batch_size", self.batch_size, f"at most {samples}: {name} samples")
 
     def bits_per_byte(self, loss: float) -> float | None:
         split = self.split("val")

@@ -128,3 +128,12 @@ def test_bytes_are_tokens() -> None:
     assert tokens.dtype == np.uint16
     assert tokens.tolist() == list(text)
     assert tokenizer.decode([*tokens.tolist(), 256, 0xFF]) == "naïve\n\f\N{REPLACEMENT CHARACTER}"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("seq_len", 0), ("seq_len", -1), ("seq_len", 10**9), ("batch_size", 10**7)]
+)
+def test_a_length_that_cannot_be_is_refused_before_anything_is_written(tmp_path: Path, name: str, value: int) -> None:
+    with pytest.raises(ConfigError, match=rf"data\.{name}={value} is not valid"):
+        PythonStdlib(str(tmp_path / "data"), **{"seq_len": 256, "batch_size": 8, name: value}).prepare_data()
+    assert not list(tmp_path.iterdir())
