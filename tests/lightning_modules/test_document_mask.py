@@ -13,7 +13,8 @@ from lightning_modules.layers.attention import Attention
 from lightning_modules.layers.document_mask import document_mask
 from lightning_modules.layers.rope import at_positions, rope_tables
 from lightning_modules.placements.registry import PLACEMENTS
-from tests.conftest import make_module, tiny_config, tokens
+from lightning_modules.transformer import Transformer
+from tests.conftest import VOCAB_SIZE, make_module, tiny_config, tokens
 
 LENGTHS = [[5, 1, 9, 3], [18]]  # of the documents in two sequences
 
@@ -92,3 +93,27 @@ def test_positions_count_from_the_last_end_of_document() -> None:
         for token in row[:-1].tolist():
             expected_row.append(0 if token == 3 else expected_row[-1] + 1)
         assert places.tolist() == expected_row
+
+
+class AsIfOnGPU(Tensor):
+    is_cuda = True
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_flex_attention_is_chosen_on_a_gpu_and_compiled_only(
+    compiled: bool, on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = []
+
+    def note(positions: Tensor, flex: bool) -> Tensor:
+        chosen.append(flex)
+        mask = document_mask(positions, flex=False)
+        assert isinstance(mask, Tensor)
+        return mask
+
+    monkeypatch.setattr("lightning_modules.transformer.document_mask", note)
+    model = Transformer(tiny_config(compile=compiled), VOCAB_SIZE)  # a module compiles it, not the model itself
+    sequences = tokens(2, 18)
+    model(sequences.as_subclass(AsIfOnGPU) if on_gpu else sequences, packed_positions(LENGTHS))
+    assert chosen == [compiled and on_gpu]
