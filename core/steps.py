@@ -1,6 +1,7 @@
 """Optimizer steps as against batches: under accumulation several batches make one step."""
 
 import math
+from typing import Any
 
 import lightning as L
 
@@ -10,6 +11,21 @@ from core.errors import require
 def completes_step(trainer: L.Trainer, batch_idx: int) -> bool:
     """Whether the batch is the last of its optimizer step."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+
+def begin_step(trainer: L.Trainer) -> None:
+    """Let a resumed run begin with a whole optimizer step, before its first batch.
+
+    Lightning counts on from the batches of the checkpoint. Where that was saved amid a step, or by a run that made its
+    steps of another number of batches, the first step would be made of too few, and data that go by steps would be off.
+    """
+    if not trainer.fit_loop.restarting:
+        return
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    shift = trainer.global_step * trainer.accumulate_grad_batches - progress.total.processed
+    for counts in (progress.total, progress.current):
+        for name in ("ready", "started", "processed", "completed"):
+            setattr(counts, name, getattr(counts, name) + shift)
 
 
 def is_logged(trainer: L.Trainer, step: int) -> bool:

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from core.errors import require
 from core.parallel import data_part, num_data_parts
+from core.steps import begin_step
 from datamodules.samples import Samples
 from datamodules.stream import TokenStream
 from datamodules.tokenizers import NumberTokenizer, Tokenizer
@@ -99,6 +100,7 @@ class StreamDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         if self.trainer:
             self._first_sample, self._first_step = self.state_dict()["samples"], self.trainer.global_step
+            begin_step(self.trainer)  # which that sample is the first of
         return self._loader("train", first_sample=self._first_sample)
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any, NamedTuple
 from unittest import mock
 
 import boto3
-from moto.server import ThreadedMotoServer
+from moto.server import MotoRequestHandler, ThreadedMotoServer
 
 BUCKET = "corpora"
 
@@ -93,24 +94,44 @@ def http_server(folder: Path) -> Iterator[Server]:
             thread.join()
 
 
+class Bucket(NamedTuple):
+    """Holds a folder.
+
+    Attributes:
+        address: of the folder in it.
+        environment: variables with credentials and endpoint.
+        fetched: requests for the content of each file.
+    """
+
+    address: str
+    environment: dict[str, str]
+    fetched: Counter[str]
+
+
 @contextmanager
-def s3_server(folder: Path) -> Iterator[str]:
-    """The address of a bucket that holds the folder; credentials and endpoint are in the environment meanwhile."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    _, port = server.get_host_and_port()
-    environment = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": "id",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    try:
-        with mock.patch.dict("os.environ", environment):
-            client = boto3.client("s3")
-            client.create_bucket(Bucket=BUCKET)
-            for path in folder.iterdir():
-                client.upload_file(str(path), BUCKET, f"{folder.name}/{path.name}")
-            yield f"s3://{BUCKET}/{folder.name}"
-    finally:
-        server.stop()
+def s3_server(folder: Path) -> Iterator[Bucket]:
+    """A bucket; its variables are in the environment meanwhile."""
+    server, fetched = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False), Counter[str]()
+
+    def count(request: MotoRequestHandler, *_: Any) -> None:
+        if request.command == "GET":
+            fetched[request.path.rpartition("/")[2]] += 1
+
+    with mock.patch.object(MotoRequestHandler, "log_request", count):
+        server.start()
+        _, port = server.get_host_and_port()
+        environment = {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+            "AWS_ACCESS_KEY_ID": "id",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        try:
+            with mock.patch.dict("os.environ", environment):
+                client = boto3.client("s3")
+                client.create_bucket(Bucket=BUCKET)
+                for path in folder.iterdir():
+                    client.upload_file(str(path), BUCKET, f"{folder.name}/{path.name}")
+                yield Bucket(f"s3://{BUCKET}/{folder.name}", environment, fetched)
+        finally:
+            server.stop()

@@ -66,7 +66,8 @@ def test_what_comes_by_http_is_what_lies_here(server: Server, corpus: Path, tmp_
 
 
 def test_what_comes_from_s3_is_what_lies_here(corpus: Path, tmp_path: Path) -> None:
-    with s3_server(corpus) as address:
+    with s3_server(corpus) as bucket:
+        address = bucket.address
         split = open_split(open_storage(address, ShardCache(tmp_path, 10**9)), "train")
         np.testing.assert_array_equal(split.tokens, open_split(corpus, "train").tokens)
         with pytest.raises(CorpusError, match=f"{address}-not/index.json cannot be read: FileNotFoundError"):

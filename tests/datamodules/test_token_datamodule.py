@@ -58,7 +58,8 @@ def test_ranks_must_share_a_batch_evenly(root: Path) -> None:
 def fake_trainer(step: int = 0, accumulate: int = 1, world_size: int = 1) -> Any:
     device = SimpleNamespace(root_device=SimpleNamespace(type="cpu"))
     sizes = {"accumulate_grad_batches": accumulate, "world_size": world_size, "global_rank": 0}
-    return SimpleNamespace(global_step=step, strategy=device, **sizes)
+    loop = SimpleNamespace(restarting=False)
+    return SimpleNamespace(global_step=step, strategy=device, fit_loop=loop, **sizes)
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
