@@ -29,7 +29,7 @@ class BlockMonitor(L.Callback):
         positions: at most so many of each sequence.
 
     Raises:
-        ConfigError: one of them is too small.
+        ConfigError: one of them is too small; before the first step, where sequences are of one position.
     """
 
     name: ClassVar[str]  # of the entry in configs/callbacks
@@ -69,6 +69,8 @@ class BlockMonitor(L.Callback):
         if monitors[0] is not self:
             return
         tokens = batch["tokens"][: self.sequences, :-1][:, : self.positions]
+        valid = f"an integer >= 2 for callbacks.{self.name}, which compares positions"
+        require(tokens.size(1) >= 2, "data.seq_len", tokens.size(1), valid)
         measured: dict[BlockMonitor, list[Tensor]] = {monitor: [] for monitor in monitors}
 
         def see(view: BlockView) -> None:
