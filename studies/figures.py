@@ -178,5 +178,5 @@ Draw = Callable[..., None]
 
 def _save(figure: Any, output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=110)
+    figure.savefig(output, dpi=80)
     _pyplot().close(figure)

@@ -142,7 +142,8 @@ def _tuned_table(study: Study, grid: dict[Point, Cell]) -> str:
         every = [grid[(*point[:at], rate, *point[at:])] for rate in rates]
         lasting = [rate for rate, cell in zip(rates, every, strict=True) if cell.mean is not None]
         if point not in best:
-            rows.append([" ".join(point), "-", "none without a failure", "-"])
+            words = "none without a failure" if any(cell.records for cell in every) else "no run yet"
+            rows.append([" ".join(point), "-", words, "-"])
             continue
         rate = best[point][at]
         edge = " (at the edge of the grid)" if rate in (rates[0], rates[-1]) else ""
