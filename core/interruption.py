@@ -15,10 +15,13 @@ import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from core.errors import ConfigError, UserError, one_line
+from core.quiet import quiet_writers
 from core.run_folder import LAST, is_main_process, resume_command
 
 PEER_LOST = 4
-CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE}
+CANNOT_WRITE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOTDIR),
+}
 
 
 class TrainingInterrupted(Exception):
@@ -43,7 +46,8 @@ def explained(trainer: L.Trainer, run_dir: Path) -> Iterator[None]:
             that is full, or gone; data-loader processes that the machine has killed.
     """
     try:
-        yield
+        with quiet_writers():
+            yield
     except TrainingInterrupted as interruption:
         _leave(run_dir, interruption.signum, f"Interrupted: {interruption}. Saved")
     except SystemExit:

@@ -1,7 +1,10 @@
 """Keeps the console to what a person training a model wants to read."""
 
 import logging
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _NOISE = (
     r".*does not have many workers.*",  # the reader is faster than worker processes are
@@ -19,3 +22,19 @@ def quieten() -> None:
         logging.getLogger(package).setLevel(logging.WARNING)
     for message in _NOISE:
         warnings.filterwarnings("ignore", message)
+
+
+@contextmanager
+def quiet_writers() -> Iterator[None]:
+    """While it lasts, TensorBoard's writing thread ends without a traceback: the next write raises the same error."""
+    before = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        if type(arguments.thread).__name__ != "_AsyncWriterThread":
+            before(arguments)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
