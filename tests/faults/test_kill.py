@@ -42,7 +42,10 @@ def kill_and_resume(processes: Processes, cwd: Path, moments: dict[str, int], pl
     assert code == -signal.SIGKILL
     resume = ["ckpt_path=last"] if (cwd / "run/config.yaml").exists() else []
     code, (finished, _) = processes.run(cwd, *JOB, *resume)
-    assert (code, finished.code) == (0, 0), f"{place} {number}: {finished.err}"
+    # Killed behind its last save, it has nothing left to train.
+    over = finished.code == 2 and "expected more than 6, the step of the checkpoint" in finished.err
+    assert code == 0
+    assert finished.code == 0 or over, f"{place} {number}: {finished.err}"
 
 
 def assert_same(ours: Path, theirs: Path) -> None:
