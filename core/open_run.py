@@ -49,7 +49,8 @@ def open_run(folder: Path, checkpoint: str = "last", allow: str = "") -> OpenRun
     named = checkpoint in ("last", "best")
     path = folder / f"checkpoints/{checkpoint}.ckpt" if named else Path(checkpoint)
     require(path.exists(), "checkpoint", checkpoint, f"last, best, or the path of a checkpoint; {path} is not there")
-    config.model.compile = config.model.activation_checkpointing = False
+    # Of the module's own copy: a saved configuration has no references.
+    config.module.model.compile = config.module.model.activation_checkpointing = False
     try:
         content = load(path)
         vocab_size, step = content["hyper_parameters"]["vocab_size"], content["global_step"]

@@ -113,7 +113,7 @@ def locate(config: DictConfig, experiment: str | None, name: str) -> RunFolder:
         require(not (taken and is_main_process()), "run_dir", str(path), valid)
         return RunFolder(path, None)
     if config.ckpt_path == "last":
-        runs = [given] if given else sorted(siblings.glob("*/"), key=lambda path: path.stat().st_mtime)
+        runs = [given] if given else sorted(siblings.glob("*/"), key=_last_trained)
         resumable = [path for path in runs if (path / LAST).exists() or (path / PREVIOUS).exists()]
         if given and not resumable and (given / "config.yaml").exists():
             if is_main_process():
@@ -143,6 +143,11 @@ def newest_whole(run: Path) -> Path:
         elif path.exists():
             return path
     raise ConfigError("ckpt_path", "last", f"a whole checkpoint in {run / LAST.parent}")
+
+
+def _last_trained(run: Path) -> float:
+    """When: what is evaluated of a run later touches its folder, but not this."""
+    return max((path.stat().st_mtime for path in (run / LAST, run / "config.yaml") if path.exists()), default=0.0)
 
 
 def _fresh(path: Path) -> Path:

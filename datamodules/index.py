@@ -1,6 +1,7 @@
 """index.json: which files a prepared corpus consists of, and how it was made."""
 
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -106,7 +107,7 @@ def parse_index(text: bytes, where: str) -> Index:
     """
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorpusError(f"{where} cannot be read: {error}") from error
     version = content.get("version") if isinstance(content, dict) else None
     if version != INDEX_VERSION:
@@ -117,7 +118,7 @@ def parse_index(text: bytes, where: str) -> Index:
         splits = {name: _split_index(content["splits"][name]) for name in SPLITS}
         index = Index(**{**content, "splits": splits})
         _check(index)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CorpusError(f"{where} is not a whole index: {type(error).__name__}: {error}") from error
     return index
 
@@ -133,7 +134,18 @@ def check_name(file: str) -> None:
         raise ValueError(f"{file!r} is not the name of a file in its folder")
 
 
+def _check_file(array: ArrayFile) -> None:
+    check_name(array.file)
+    if not re.fullmatch("[0-9a-f]{64}", str(array.sha256)):  # a cache calls its files by it
+        raise ValueError(f"{array.file} has sha256 {array.sha256!r}, which is none")
+    if type(array.length) is not int or array.length < 0:
+        raise ValueError(f"{array.file} has length {array.length!r}")
+
+
 def _check(index: Index) -> None:
+    for split in index.splits.values():
+        for array in (*split.shards, split.documents, split.checksums):
+            _check_file(array)
     if index.tokenizer_file is not None:
         check_name(index.tokenizer_file)
     if index.dtype not in DTYPES:
@@ -142,7 +154,9 @@ def _check(index: Index) -> None:
         raise ValueError(f"vocab_size {index.vocab_size} does not fit {index.dtype}")
     if index.end_of_document >= index.vocab_size:
         raise ValueError(f"end_of_document {index.end_of_document} is not below vocab_size {index.vocab_size}")
-    if index.page_tokens < 1 or index.shard_tokens % index.page_tokens:
+    if not index.end_of_document >= 0:
+        raise ValueError(f"end_of_document {index.end_of_document} is negative")
+    if index.page_tokens < 1 or index.shard_tokens < 1 or index.shard_tokens % index.page_tokens:
         raise ValueError(f"shard_tokens {index.shard_tokens} is no multiple of page_tokens {index.page_tokens}")
     for name, split in index.splits.items():
         whole, rest = divmod(split.num_tokens, index.shard_tokens)

@@ -43,11 +43,15 @@ class TokenStream(IterableDataset[dict[str, Tensor]]):
         start, step = (worker.id, worker.num_workers) if worker else (0, 1)
         batches = itertools.count(start, step) if self.num_batches is None else range(start, self.num_batches, step)
         remaining, size, share = iter(batches), 1, self.batch_size // self.world_size
+        most = max(1, TOGETHER // share)
+        block = getattr(self.samples, "block", None)
+        if block is not None:  # not beyond the next block, which is all that is fetched ahead
+            most = max(1, min(most, block // (self.batch_size * step)))
         while group := list(itertools.islice(remaining, size)):
             rows = self.read(*group)
             for first in range(0, len(group) * share, share):
                 yield {name: torch.from_numpy(part[first : first + share]) for name, part in rows.items()}
-            size = min(2 * size, max(1, TOGETHER // share))  # one by one at first, so that a run begins at once
+            size = min(2 * size, most)  # one by one at first, so that a run begins at once
 
     def read(self, *batches: int) -> Rows:
         """This rank's rows of the given batches, one after the other, batch_size / world_size of each."""

@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from lightning.fabric.utilities.load import _METADATA_FILENAME
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch.distributed.checkpoint.api import CheckpointException
 
 from core.errors import require
 
@@ -107,10 +108,18 @@ class ShardedStrategy(ModelParallelStrategy):
         saving.add_done_callback(put_in_place)
 
     def finish_saving(self) -> None:
-        """Wait for the checkpoint that is being saved, if one is; what went wrong with it is raised."""
+        """Wait for the checkpoint that is being saved, if one is; what went wrong with it is raised.
+
+        Raises:
+            RuntimeError: in the words of the processes where it failed; torch's own is no Exception.
+        """
         saving, self._saving = self._saving, None
-        if saving is not None:
-            saving.result()
+        try:
+            if saving is not None:
+                saving.result()
+        except CheckpointException as error:
+            reasons = "; ".join(f"process {rank}: {failure[0]}" for rank, failure in error.failures.items())
+            raise RuntimeError(f"the checkpoint was not saved ({reasons})") from error
 
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         self.finish_saving()

@@ -165,3 +165,12 @@ def test_an_override_that_refers_to_another_field_is_resumed_as_it_was_given(tmp
     resume = json.loads((tmp_path / "run/summary.json").read_text())["resume"]
     assert "data.seed=${seed}" in shlex.split(resume)
     assert train(tmp_path, *shlex.split(resume)[2:]).code == 0
+
+
+def test_looking_at_an_older_run_does_not_make_it_the_newest(tmp_path: Path) -> None:
+    """As tools.evaluate does, which adds a folder to it."""
+    for name in ("older", "newer"):
+        assert train(tmp_path, *tiny_job("experiment=dense_prenorm"), f"run_dir=runs/dense_prenorm/{name}").code == 0
+    (tmp_path / "runs/dense_prenorm/older/evaluation").mkdir()
+    resumed = train(tmp_path, *tiny_job("experiment=dense_prenorm", "ckpt_path=last", "trainer.max_steps=3"))
+    assert resumed.out.startswith("Run folder: runs/dense_prenorm/newer\n")

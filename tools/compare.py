@@ -124,8 +124,13 @@ def main() -> None:
             print(f"Error: none of the runs has written {tag}", file=sys.stderr)
             raise SystemExit(2)
     Console(width=None if Console().is_terminal else 160).print(make_table(runs, arguments.tags))
-    if arguments.output is not None:
+    if arguments.output is None:
+        return
+    try:
         draw(runs, arguments.tags, arguments.output)
+    except ModuleNotFoundError as error:
+        print(f"No picture: {error.name} is not installed; pip install -r requirements-studies.txt", file=sys.stderr)
+    else:
         print(f"Curves: {arguments.output}")
 
 

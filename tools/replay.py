@@ -108,7 +108,8 @@ def rollbacks(run: Path) -> list[tuple[int, int]]:
 
 def arrive(config: DictConfig, step: int, checkpoint: Path | None, scratch: Path) -> Any:
     """The LightningModule as it was before the step."""
-    config.model.compile = config.model.activation_checkpointing = False  # hooks see neither well, results are the same
+    # Hooks see neither well, and results are the same. Of the module's own copy: a saved one has no references.
+    config.module.model.compile = config.module.model.activation_checkpointing = False
     config.callbacks = {name: node for name, node in config.callbacks.items() if node and steers(name, node)}
     for node in config.callbacks.values():
         if "run_dir" in node:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datamodules.index import CorpusError
+from datamodules.index import CorpusError, parse_index
 from datamodules.shards import Split, open_split
 from datamodules.writer import write_corpus
 from tests.helpers_run import DESCRIPTION, TEXT, documents
@@ -198,3 +199,24 @@ def test_a_token_beyond_the_vocabulary_is_named(tmp_path: Path) -> None:
     split = open_split(tmp_path / "corpus", "train")
     with pytest.raises(CorpusError, match=rf"train-00000\.npy, .*: token 256 is beyond the vocabulary of {max(TEXT)}"):
         split.slice(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("sha256", "../../elsewhere"),
+        ("sha256", None),
+        ("sha256", "A" * 64),
+        ("length", -1),
+        ("length", "7"),
+        ("length", True),
+    ],
+)
+def test_a_file_of_an_index_is_what_its_fields_may_be(tmp_path: Path, field: str, value: object) -> None:
+    """A cache calls its files by their sha256, so that it must not be a path."""
+    folder = tmp_path / "corpus"
+    write_corpus(folder, documents(), 256, DESCRIPTION)
+    content = json.loads((folder / "index.json").read_text())
+    content["splits"]["val"]["shards"][0][field] = value
+    with pytest.raises(CorpusError, match=f"{field} {re.escape(repr(value))}|do not add up"):
+        parse_index(json.dumps(content), "index.json")

@@ -1,6 +1,7 @@
 """The stream of batches: the same global batches however many ranks and workers share them."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,3 +91,22 @@ def test_stops_and_other_world_sizes_leave_the_stream_what_it_is(
     windows = split.read(np.arange(size), seq_len).tolist()
     for epoch in range(first // size):
         assert sorted(seen[epoch * size : (epoch + 1) * size]) == sorted(windows)
+
+
+@pytest.mark.parametrize(("block", "most"), [(None, 32), (64, 8), (8, 1)])
+def test_what_is_read_at_once_does_not_go_beyond_the_next_block(block: int | None, most: int) -> None:
+    """Else a cache would have to hold shards of more blocks than it counts on."""
+    asked: list[np.ndarray] = []
+
+    class Kept:
+        def __init__(self) -> None:
+            self.block = block
+
+        def read(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
+            asked.append(numbers)
+            return {"tokens": np.zeros((len(numbers), 3), np.int64)}
+
+    batches: Any = TokenStream(Kept(), batch_size=8, num_batches=100)  # type: ignore[arg-type]
+    assert sum(len(batch["tokens"]) for batch in batches) == 800
+    assert max(len(numbers) for numbers in asked) == 8 * most
+    assert np.concatenate(asked).tolist() == list(range(800))

@@ -89,3 +89,14 @@ def test_a_mistake_is_said(
         compare(monkeypatch, *arguments)
     assert leaving.value.code == 2
     assert capsys.readouterr().err.strip() == message
+
+
+def test_without_matplotlib_the_table_is_there_and_the_picture_says_what_it_needs(
+    runs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(sys, "argv", ["compare", str(runs[0]), "--output", str(runs[0] / "curves.png")])
+    main()
+    out, err = capsys.readouterr()
+    assert "train loss" in out
+    assert err == "No picture: matplotlib is not installed; pip install -r requirements-studies.txt\n"
