@@ -1,6 +1,7 @@
 """A study: a question, and the grid of runs that is to answer it. Read from configs/study/NAME.yaml."""
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,7 @@ class Study:
         for seed, labels in itertools.product(self.seeds, itertools.product(*self.axes.values())):
             point = dict(zip(self.axes, labels, strict=True))
             chosen = [override for axis, label in point.items() for override in self.axes[axis][label]]
-            name = "_".join([*labels, f"seed{seed}"]).replace("/", "-")
+            name = re.sub(r"[^\w.-]+", "-", "_".join([*labels, f"seed{seed}"]))  # fit for a folder, and for a sweep
             runs.append(Planned(name, point, seed, (*self.overrides, *chosen)))
         return runs
 

@@ -62,7 +62,7 @@ CONTENT: dict[str, Any] = {
     "question": "Which?",
     "axes": {
         "model.norm": ["rmsnorm", None],
-        "size": {"small": ["model.dim=8", "model.num_heads=1"], "large": "model.dim=64"},
+        "size": {"small, or so": ["model.dim=8", "model.num_heads=1"], "large": "model.dim=64"},
     },
     "seeds": [0, 1],
     "baseline": "rmsnorm",
@@ -75,11 +75,11 @@ def test_the_grid_is_the_product_of_axes_and_seeds_seed_by_seed() -> None:
     found = read("mine", OmegaConf.create(CONTENT), "laptop")
     runs = found.runs()
     assert [run.name for run in runs[:4]] == [
-        f"{norm}_{size}_seed0" for norm in ("rmsnorm", "null") for size in ("small", "large")
+        f"{norm}_{size}_seed0" for norm in ("rmsnorm", "null") for size in ("small-or-so", "large")
     ]
     assert [run.seed for run in runs] == [0] * 4 + [1] * 4
     assert runs[2].overrides == ("model=dense", "data=synthetic", "model.norm=null", "model.dim=8", "model.num_heads=1")
-    assert runs[2].point == {"model.norm": "null", "size": "small"}
+    assert runs[2].point == {"model.norm": "null", "size": "small, or so"}
     assert [run.seed for run in read("mine", OmegaConf.create(CONTENT), "gpu").runs()] == [7] * 4
     assert [run.seed for run in read("mine", OmegaConf.create(CONTENT), "gpu", [3]).runs()] == [3] * 4
 
