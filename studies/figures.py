@@ -40,7 +40,9 @@ def draw_map(study: Study, grid: Mapping[Point, Cell], output: Path) -> None:
     rows = list(next(iter(study.axes.values())))
     columns = list(itertools.product(*list(study.axes.values())[1:]))
     figure, axes = plt.subplots(
-        figsize=(2.6 + 1.15 * len(columns), 1.4 + 0.42 * len(rows)), layout="constrained", squeeze=True
+        figsize=(2.0 + 0.08 * max(map(len, rows)) + 1.15 * len(columns), 1.4 + 0.42 * len(rows)),
+        layout="constrained",
+        squeeze=True,
     )
     values = [[grid[(row, *column)].mean for column in columns] for row in rows]
     shown = [[math.nan if value is None else value for value in row] for row in values]
@@ -77,7 +79,8 @@ def draw_trend(study: Study, grid: Mapping[Point, Cell], output: Path) -> None:
             where, mean, spread = zip(*known, strict=True)
             axes.errorbar(where, mean, spread, color=color, marker="o", capsize=3, label=row)
         shifted = [j + 0.06 * (i - len(study.axes) / 2) for j in failed]
-        axes.plot(shifted, [top] * len(failed), "x", color=color, label=None if known else row)
+        if failed:
+            axes.plot(shifted, [top] * len(failed), "x", color=color, label=None if known else row)
     axes.set_xticks(range(len(columns)), [" ".join(column) for column in columns])
     axes.set(xlabel=", ".join(list(study.axes)[1:]), ylabel="final validation loss (crosses on top: failed)")
     axes.grid(alpha=0.3)
@@ -150,7 +153,7 @@ def draw_decay(decays: Mapping[str, tuple[Sequence[float], Sequence[float] | Non
         decays: {label: (measured, predicted or None)}, by block.
     """
     plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, max(4.2, 0.2 * len(decays))), layout="constrained")
     for i, (label, (measured, predicted)) in enumerate(decays.items()):
         depth = [(block + 1) / len(measured) for block in range(len(measured))]
         axes.plot(depth, measured, color=f"C{i}", label=label)
@@ -159,7 +162,7 @@ def draw_decay(decays: Mapping[str, tuple[Sequence[float], Sequence[float] | Non
     axes.set(yscale="log", xlabel="depth (share of the blocks)", ylabel="hidden gradient over the last block's")
     axes.set_title("measured at initialization (solid) and predicted (dashed)")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     _save(figure, output)
 
 
