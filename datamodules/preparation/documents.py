@@ -149,10 +149,15 @@ def find_inputs(patterns: Iterable[str], text_field: str, separator: str | None)
         below = itertools.chain.from_iterable(
             Path(path).rglob("*") if Path(path).is_dir() else [Path(path)] for path in found
         )
-        files = sorted(str(path) for path in below if path.is_file() and not _hidden(path, found))
+        files = sorted(str(path) for path in below if _is_meant(path, pattern) and not _hidden(path, found))
         require(bool(files), "input", pattern, f"a file, a folder with files, a glob, {HUB}NAME or {STDLIB}")
         names += files
     return Inputs(tuple(dict.fromkeys(names)), text_field, separator)
+
+
+def _is_meant(path: Path, pattern: str) -> bool:
+    """Of a folder or a pattern plain files; a pipe only where it is named itself."""
+    return path.is_file() or (str(path) == pattern and path.exists() and not path.is_dir())
 
 
 def _glob(pattern: str) -> list[str]:
