@@ -17,7 +17,7 @@ from torch import Tensor
 
 MIN_ROWS = 4
 """Fewer rows go to another kernel of MKL, which adds up in another order: a token's output would depend, in its last
-bit, on how many others go to the same expert."""
+bit, on how many others go to the same expert. In inference mode they are filled up; training does not pay for it."""
 
 
 class Products(NamedTuple):
@@ -72,11 +72,11 @@ def _register(name: str, matmul: Callable[..., Tensor], outer: Callable[..., Ten
 
 def _loop_matmul(x: Tensor, w: Tensor, counts: Tensor, transpose: bool) -> Tensor:
     out = x.new_empty(x.size(0), w.size(1 if transpose else 2))
-    sizes = counts.long().tolist()
+    sizes, at_least = counts.long().tolist(), MIN_ROWS if torch.is_inference_mode_enabled() else 0
     for rows, matrix, result in zip(x.split(sizes), w.unbind(), out.split(sizes), strict=True):
         matrix = matrix.t() if transpose else matrix
-        if 0 < len(rows) < MIN_ROWS:
-            result.copy_(torch.mm(F.pad(rows, (0, 0, 0, MIN_ROWS - len(rows))), matrix)[: len(rows)])
+        if 0 < len(rows) < at_least:
+            result.copy_(torch.mm(F.pad(rows, (0, 0, 0, at_least - len(rows))), matrix)[: len(rows)])
         else:
             torch.mm(rows, matrix, out=result)
     return out
