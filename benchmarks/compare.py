@@ -23,7 +23,7 @@ import torch
 from matplotlib import pyplot
 
 from benchmarks.contenders import DENSE, MIXTURES, Sizes
-from benchmarks.measure import machine, ratio
+from benchmarks.measure import machine, ratio, take_turns
 from benchmarks.workers import RATE, Contender, Result, Worker
 
 matplotlib.use("Agg")
@@ -91,12 +91,7 @@ def measure(case: Case, arguments: argparse.Namespace, say: Callable[[str], None
             if name == OURS:
                 raise
             say(f"{name} left out: {error}\n")
-    seconds: dict[str, list[float]] = {name: [] for name in workers}
-    for turn in range(arguments.rounds + 1):
-        for name, worker in workers.items():
-            taken = worker.step()
-            if turn > 0:
-                seconds[name].append(taken)
+    seconds = take_turns({name: worker.step for name, worker in workers.items()}, arguments.rounds)
     shares = {name: worker.profile() for name, worker in workers.items() if name != RATE}
     results = {name: worker.end() for name, worker in workers.items()}
     rate = results[RATE].flops / statistics.median(seconds[RATE])

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.contenders import Sizes
-from benchmarks.measure import machine, ratio
+from benchmarks.measure import machine, ratio, take_turns
 from benchmarks.overhead import startup, trainer_overhead
 from benchmarks.workers import Contender, Result, Worker
 from lightning_modules.placements.registry import PLACEMENTS
@@ -141,12 +141,7 @@ def measure(table: Table, arguments: argparse.Namespace) -> dict[str, Measured]:
         )
         for name, cost in table.costs.items()
     }
-    seconds: dict[str, list[float]] = {name: [] for name in workers}
-    for turn in range(arguments.rounds + 1):
-        for name, worker in workers.items():
-            taken = worker.step()
-            if turn > 0:
-                seconds[name].append(taken)
+    seconds = take_turns({name: worker.step for name, worker in workers.items()}, arguments.rounds)
     first = next(iter(seconds.values()))
     return {
         name: Measured(statistics.median(seconds[name]), ratio(seconds[name], first), worker.end())

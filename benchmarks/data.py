@@ -27,7 +27,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor
 
-from benchmarks.moe import machine
+from benchmarks.measure import machine, ratio, take_turns, timed
 from core import cli
 from core.build import build
 from datamodules.order import permute
@@ -71,27 +71,8 @@ def stream_batches(data: ShardCorpus) -> tuple[Batches, float]:
     loader = data.train_dataloader()
     split = loader.dataset.samples.split  # type: ignore[attr-defined]
     size = split.index.page_tokens
-    seconds = seconds_of(lambda: [split.slice(start, start + 1) for start in range(0, split.num_tokens, size)])
+    seconds = timed(lambda: [split.slice(start, start + 1) for start in range(0, split.num_tokens, size)])()
     return (batch["tokens"] for batch in loader), seconds
-
-
-def seconds_of(call: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
-
-
-def take_turns(contenders: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """The seconds that each says it took; the first round warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds + 1):
-        for name, call in contenders.items():
-            seconds[name].append(call())
-    return {name: values[1:] for name, values in seconds.items()}
-
-
-def ratio(values: list[float], reference: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(reference, values, strict=True))
 
 
 def model_rate(arguments: argparse.Namespace) -> float:
@@ -136,7 +117,7 @@ def reading(folder: Path, arguments: argparse.Namespace) -> Iterator[str]:
     readers = {"raw memmap loop": raw_batches(folder, arguments), "stream": here, "stream, 1 worker": worker}
 
     def take(batches: Batches) -> Callable[[], float]:
-        return lambda: seconds_of(lambda: [next(batches) for _ in range(arguments.batches)])
+        return timed(lambda: [next(batches) for _ in range(arguments.batches)])
 
     rounds = take_turns({name: take(batches) for name, batches in readers.items()}, arguments.rounds)
     consumed = model_rate(arguments)
@@ -145,8 +126,8 @@ def reading(folder: Path, arguments: argparse.Namespace) -> Iterator[str]:
     yield "|---|---|---|---|"
     for name, values in rounds.items():
         rate = tokens / statistics.median(values)
-        yield f"| {name} | {rate / 1e6:.1f} | {ratio(values, rounds['raw memmap loop']):.2f} | {rate / consumed:,.0f} |"
-    firsts = [1e3 * seconds_of(lambda: first_batch(folder, arguments)) for _ in range(arguments.rounds + 1)][1:]
+        yield f"| {name} | {rate / 1e6:.1f} | {ratio(rounds['raw memmap loop'], values):.2f} | {rate / consumed:,.0f} |"
+    firsts = [1e3 * timed(lambda: first_batch(folder, arguments))() for _ in range(arguments.rounds + 1)][1:]
     yield f"\nThe model (`{' '.join(arguments.overrides)}`) consumes {consumed:,.0f} tokens/s."
     yield f"Checksums and largest ids, once in a process: {verifying:.2f} s for all of the corpus."
     yield f"From the configuration to the first batch: {statistics.median(firsts):.1f} ms (most: {max(firsts):.1f})."
@@ -205,13 +186,13 @@ def preparing(folder: Path, arguments: argparse.Namespace) -> Iterator[str]:
         command = [sys.executable, "-c", PREPARE, *(str(folder / name) for name in FILES), str(folder / next(outputs))]
         return float(subprocess.run(command, cwd=CONFIGS.parent, capture_output=True, text=True, check=True).stdout)
 
-    encode = {"encode_batch": lambda: seconds_of(lambda: library.encode_batch(strings))}
+    encode = {"encode_batch": timed(lambda: library.encode_batch(strings))}
     rounds = take_turns({**encode, "tools.prepare": prepare_them}, arguments.prepare_rounds)
     yield "| | MB/s | of encode_batch |"
     yield "|---|---|---|"
     size = sum(map(len, texts)) / 1e6
     for name, values in rounds.items():
-        yield f"| {name} | {size / statistics.median(values):.2f} | {ratio(values, rounds['encode_batch']):.2f} |"
+        yield f"| {name} | {size / statistics.median(values):.2f} | {ratio(rounds['encode_batch'], values):.2f} |"
 
 
 def main() -> None:

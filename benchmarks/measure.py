@@ -4,7 +4,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,28 @@ import torch
 Step = Callable[[], Any]
 
 
-def take_turns(steps: dict[str, Step], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds by contender and round, after one round that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds + 1):
-        for name, step in steps.items():
-            if device == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            step()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if turn > 0:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+def take_turns(contenders: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """The seconds that each says it took, by contender and round, after one round that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds + 1):
+        for name, contender in contenders.items():
+            seconds[name].append(contender())
+    return {name: values[1:] for name, values in seconds.items()}
+
+
+def timed(step: Step, device: str = "cpu") -> Callable[[], float]:
+    """The step, which then says how many seconds it took."""
+
+    def run() -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    return run
 
 
 def ratio(seconds: list[float], base: list[float]) -> float:

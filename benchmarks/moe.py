@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralSparseMoeBlock
 
-from benchmarks.measure import Step, machine, ratio, take_turns
+from benchmarks.measure import Step, machine, ratio, take_turns, timed
 from core.allocator import keep_freed_memory
 from core.errors import ConfigError
 from lightning_modules.config import ModelConfig, OptimConfig, parse
@@ -161,8 +161,8 @@ def layer_table(arguments: argparse.Namespace) -> Iterator[str]:
             sizes = (arguments.tokens, arguments.dim, arguments.hidden)
             setting = Setting(num_experts, *sizes, skewed, arguments.device)
             layers = contenders(setting)
-            steps = dict(make_steps(layers, setting))
-            seconds = take_turns(steps, arguments.rounds, arguments.device)
+            steps = {name: timed(step, arguments.device) for name, step in make_steps(layers, setting)}
+            seconds = take_turns(steps, arguments.rounds)
             load = max_over_mean(next(iter(layers.values())), setting)
             for name, values in seconds.items():
                 median = statistics.median(values)
@@ -205,8 +205,8 @@ def make_training_step(num_experts: int, arguments: argparse.Namespace) -> Step:
 
 def step_table(arguments: argparse.Namespace) -> Iterator[str]:
     few, many = min(arguments.experts), max(arguments.experts)
-    steps = {str(n): make_training_step(n, arguments) for n in (few, many)}
-    seconds = take_turns(steps, arguments.rounds, arguments.device)
+    steps = {str(n): timed(make_training_step(n, arguments), arguments.device) for n in (few, many)}
+    seconds = take_turns(steps, arguments.rounds)
     yield f"| experts | ms per training step | of {few} experts |"
     yield "|---|---|---|"
     for name, values in seconds.items():

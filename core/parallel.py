@@ -9,12 +9,18 @@ from core.errors import require
 
 def num_data_parts(trainer: L.Trainer) -> int:
     """In how many parts a batch goes to the processes; those that cut one model have the same part."""
-    return trainer.world_size // getattr(trainer.strategy, "tensor_parallel_size", 1)
+    return trainer.world_size // _cut(trainer)
 
 
 def data_part(trainer: L.Trainer) -> int:
     """The number of this process's part of a batch."""
-    return trainer.global_rank // getattr(trainer.strategy, "tensor_parallel_size", 1)
+    return trainer.global_rank // _cut(trainer)
+
+
+def _cut(trainer: L.Trainer) -> int:
+    """How many processes share one copy of the model."""
+    size: int = getattr(trainer.strategy, "tensor_parallel_size", 1)
+    return size
 
 
 def accumulate(trainer: L.Trainer, datamodule: Any, micro_batch_size: int | None) -> None:
@@ -32,7 +38,7 @@ def accumulate(trainer: L.Trainer, datamodule: Any, micro_batch_size: int | None
         ConfigError: the processes do not divide into groups that cut a model, the batch not into equal parts for them,
             or a part not into equal passes.
     """
-    world, cut = trainer.world_size, getattr(trainer.strategy, "tensor_parallel_size", 1)
+    world, cut = trainer.world_size, _cut(trainer)
     valid = f"a divisor of {world}, the number of processes"
     require(world % cut == 0, "trainer.strategy.tensor_parallel_size", cut, valid)
     if not hasattr(datamodule, "batch_size"):

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from core.errors import ConfigError, UserError, require, writing
 from core.mappings import flatten
 from core.run_lock import held
-from core.whole_file import damage, write_whole
+from core.whole_file import damage, is_whole, write_whole
 
 RUNS = Path("runs")
 NAME_LENGTH = 80  # file systems take 255 bytes; a table of runs takes less
@@ -137,10 +137,7 @@ def newest_whole(run: Path) -> Path:
         ConfigError: neither is whole.
     """
     for path in (run / LAST, run / PREVIOUS):
-        wrong = damage(path) if path.is_file() else None
-        if wrong:
-            print(f"{path} is damaged and passed over: {wrong}", file=sys.stderr)
-        elif path.exists():
+        if path.exists() and is_whole(path):
             return path
     raise ConfigError("ckpt_path", "last", f"a whole checkpoint in {run / LAST.parent}")
 

@@ -21,8 +21,13 @@ def read(run_dir: Path) -> dict[str, Any]:
 
 def is_running(run_dir: Path) -> bool:
     """Whether a process on this machine trains in the folder."""
+    return is_locked(run_dir / LOCK)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process on this machine holds flock's lock on the file; looking takes no lock away."""
     try:
-        with (run_dir / LOCK).open() as lock:
+        with path.open() as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

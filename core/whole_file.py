@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ class NotWritten(UserError):
         super().__init__(f"{path} could not be written ({reason}); what was there under this name is untouched")
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Have a file written under another name, wait until it is on the disk, and give it its own.
 
     Args:
@@ -73,6 +74,14 @@ def damage(path: Path) -> str | None:
     except Exception as error:  # of zipfile's, torch's and pickle's many kinds
         return one_line(error).partition(". ")[0] or type(error).__name__  # zipfile's EOFError says nothing
     return None
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint is undamaged; where it is not, that is said. One in pieces has no checksums to tell by."""
+    wrong = damage(checkpoint) if checkpoint.is_file() else None
+    if wrong:
+        print(f"{checkpoint} is damaged and passed over: {wrong}", file=sys.stderr)
+    return not wrong
 
 
 def _sync(path: Path) -> None:

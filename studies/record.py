@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from core.whole_file import write_whole
 from studies.grid import Planned
 from tools.compare import LATE, Run
 
@@ -66,10 +67,8 @@ class Record:
 
     def save(self, path: Path) -> None:
         """As JSON; whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(asdict(self), separators=(",", ":")) + "\n")
-        unfinished.replace(path)
+        text = json.dumps(asdict(self), separators=(",", ":")) + "\n"
+        write_whole(path, lambda unfinished: unfinished.write_text(text))
 
     @classmethod
     def load(cls, path: Path) -> "Record":

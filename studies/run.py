@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import hydra
 from hydra import compose, initialize_config_dir
@@ -32,32 +33,48 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
 
 
-def study_of(config: DictConfig) -> Study:
-    """The study that a composed configs/study.yaml names."""
-    return read(HydraConfig.get().runtime.choices["study"], config.study, config.scale, config.seeds)
+class Plan(NamedTuple):
+    """What the overrides ask for.
+
+    Attributes:
+        study: with the seeds that are asked for.
+        whole: with all of its own.
+        results: the folder of its records.
+        runs: that of its runs.
+    """
+
+    study: Study
+    whole: Study
+    results: Path
+    runs: Path
 
 
-def planned(overrides: list[str]) -> tuple[Study, Path, Path]:
-    """The study that the overrides ask for, the folder of its records, and that of its runs."""
+def plan_of(config: DictConfig) -> Plan:
+    """From a composed configs/study.yaml."""
+    name = HydraConfig.get().runtime.choices["study"]
+    study, whole = (read(name, config.study, config.scale, seeds) for seeds in (config.seeds, None))
+    results, runs = (Path(folder) / name / config.scale for folder in (config.results_dir, config.runs_dir))
+    return Plan(study, whole, results, runs)
+
+
+def planned(overrides: list[str]) -> Plan:
+    """From the overrides of the command line."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = compose("study", overrides, return_hydra_config=True)
         HydraConfig.instance().set_config(config)
-        study = study_of(config)
-    results, runs = (Path(folder) / study.name / study.scale for folder in (config.results_dir, config.runs_dir))
-    return study, results, runs
+        return plan_of(config)
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="study")
 @cli.job
 def run_one(config: DictConfig) -> None:
     """The run named `run`: as a job of the sweep."""
-    study = study_of(config)
-    runs = {run.name: run for run in study.runs()}
+    plan = plan_of(config)
+    runs = {run.name: run for run in plan.study.runs()}
     if config.run not in runs:
         raise ConfigError("run", config.run, suggest(str(config.run), runs))
     run = runs[config.run]
-    folder = Path(config.runs_dir) / study.name / study.scale / run.name
-    path = Path(config.results_dir) / study.name / study.scale / f"{run.name}.json"
+    folder, path = plan.runs / run.name, plan.results / f"{run.name}.json"
     with held(folder):
         if not is_done(path, run):
             record = train(run, folder, config.threads)
@@ -77,25 +94,14 @@ def is_done(path: Path, run: Planned) -> bool:
 def held(folder: Path) -> Iterator[None]:
     """Wait until nobody else runs in the folder. The training process inherits the lock: it outlives a killed study."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(_lock_of(folder), "w") as lock:
+    with open(lock_of(folder), "w") as lock:
         os.set_inheritable(lock.fileno(), True)
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-def is_held(folder: Path) -> bool:
-    """Whether somebody runs in the folder."""
-    try:
-        with open(_lock_of(folder)) as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
-
-
-def _lock_of(folder: Path) -> Path:
+def lock_of(folder: Path) -> Path:
+    """Beside the folder, which may have to be made anew."""
     return folder.with_name(f".{folder.name}.lock")
 
 
@@ -127,10 +133,8 @@ def train(run: Planned, folder: Path, threads: int) -> Record | None:
 def main() -> None:
     overrides = [argument for argument in sys.argv[1:] if "=" in argument]
     if "--help" not in sys.argv and len(overrides) == len(sys.argv) - 1:
-        study, results, runs = planned(overrides)
-        # Whole, whichever seeds are asked for now: a report is to say what is missing.
-        whole, *_ = planned([override for override in overrides if not override.startswith("seeds=")])
-        for folder in (results, runs):
+        study, whole, results, runs = planned(overrides)
+        for folder in (results, runs):  # whichever seeds are asked for now: a report is to say what is missing
             whole.save(folder / "study.yaml")
         todo = [run.name for run in study.runs() if not is_done(results / f"{run.name}.json", run)]
         total = len(study.runs())

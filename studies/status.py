@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from core import cli
+from core.status import is_locked
 from studies.grid import Study
 from studies.record import FINISHED, Record
-from studies.run import is_done, is_held, planned
+from studies.run import is_done, lock_of, planned
 
 
 def show(study: Study, results: Path, runs: Path) -> None:
@@ -31,7 +32,7 @@ def show(study: Study, results: Path, runs: Path) -> None:
             done.append(record)
             seconds = "" if record.seconds is None else f"{record.seconds:.0f}"
             table.add_row(run.name, record.status, "" if record.val_loss is None else f"{record.val_loss:.4f}", seconds)
-        elif is_held(folder):
+        elif is_locked(lock_of(folder)):
             waiting.append(run)
             table.add_row(
                 run.name, f"running for {time.time() - folder.stat().st_ctime:.0f} s" if folder.exists() else "starting"
@@ -53,8 +54,8 @@ def main() -> None:
     if "--help" in sys.argv[1:]:
         print(__doc__)
         return
-    study, results, runs = planned(sys.argv[1:])
-    show(study, results, runs)
+    plan = planned(sys.argv[1:])
+    show(plan.study, plan.results, plan.runs)
 
 
 if __name__ == "__main__":

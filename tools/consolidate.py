@@ -18,6 +18,7 @@ from torch import Tensor
 from core import cli
 from core.checkpoint import load
 from core.errors import UserError
+from core.whole_file import write_whole
 
 PREFIX = "model."
 
@@ -40,9 +41,7 @@ def consolidate(checkpoint: Path, output: Path) -> int:
     kept = {n.removeprefix(PREFIX): tensor.contiguous() for n, tensor in weights.items() if n.startswith(PREFIX)}
     if content["hyper_parameters"]["model"].get("tie_embeddings"):
         del kept["head.weight"]  # is the embedding's
-    unfinished = output.with_name(f"{output.name}.unfinished")
-    save_file(kept, unfinished, metadata={"format": "pt", **metadata})
-    unfinished.replace(output)
+    write_whole(output, lambda unfinished: save_file(kept, unfinished, metadata={"format": "pt", **metadata}))
     return len(kept)
 
 

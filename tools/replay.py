@@ -36,7 +36,7 @@ from core.checkpoint import load_beside_weights
 from core.errors import require
 from core.quiet import quieten
 from core.saved_config import add_allow_option, load_config
-from core.whole_file import damage
+from core.whole_file import is_whole
 
 STEERING = {"random_state", "divergence"}  # of this project's callbacks, those that the weights depend on
 COLUMNS = ("variance", "attn_ratio", "ffn_ratio", "hidden_gradient", "attn_gradient", "ffn_gradient")
@@ -88,14 +88,6 @@ def checkpoint_before(run: Path, step: int) -> tuple[Path | None, int]:
     usable = {path: at for path, at in steps.items() if at < step and not any(at in span for span in undone)}
     newest = max(usable, key=lambda path: usable[path], default=None)
     return newest, usable[newest] if newest else 0
-
-
-def is_whole(checkpoint: Path) -> bool:
-    """Says so where it is not."""
-    wrong = damage(checkpoint)
-    if wrong:
-        print(f"{checkpoint} is damaged and passed over: {wrong}", file=sys.stderr)
-    return not wrong
 
 
 def rollbacks(run: Path) -> list[tuple[int, int]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from core.checkpoint import CheckpointIO
 from datamodules.shard_corpus import ShardCorpus
 from datamodules.writer import write_corpus
+from tests.distributed.processes import QUIET
 
 SEQ_LEN, BATCH_SIZE, ACCUMULATE, STEPS, LR = 16, 4, 2, 6, 0.1
 NUM_SAMPLES = 3 * BATCH_SIZE * ACCUMULATE  # an epoch ends with step 3
@@ -106,12 +107,8 @@ def run(folder: Path, job: Job) -> None:
         limit_val_batches=0,
         callbacks=[SaveAndDie(job, folder)],
         plugins=[CheckpointIO()],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
         default_root_dir=folder,
+        **QUIET,
     )
     module, cache = Recorder(folder / f"{job.name}-{trainer.global_rank}.pt"), folder / f"cache-{job.name}"
     checkpoint = folder / f"{job.resumes}.ckpt" if job.resumes else None

@@ -16,6 +16,11 @@ from tests.helpers_run import Finished, train
 # Forked from a process that has imported these already.
 multiprocessing.set_forkserver_preload(["tests.distributed.runs", "tests.distributed.processes"])
 SECONDS = 200
+QUIET: dict[str, Any] = {
+    **{"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False},
+    "use_distributed_sampler": False,
+}
+"""Of a Trainer in one of them."""
 
 
 def together(num_processes: int, folder: Path, function: Callable[..., Any], cases: list[Any]) -> list[list[Any]]:

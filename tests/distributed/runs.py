@@ -12,6 +12,7 @@ from core.parallel import accumulate
 from lightning_modules.language_module import LanguageModule
 from lightning_modules.strategy import ShardedStrategy
 from tests.conftest import tiny_values
+from tests.distributed.processes import QUIET
 from tests.helpers_run import TinyData
 
 STEPS = 20
@@ -92,12 +93,8 @@ def train(folder: Path, run: Run) -> list[dict[str, float]]:
         log_every_n_steps=1,
         callbacks=[*saving, curve],
         plugins=[CheckpointIO()],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
         default_root_dir=folder,
+        **QUIET,
     )
     datamodule.prepare_data()
     accumulate(trainer, datamodule, run.micro_batch_size)

@@ -3,7 +3,6 @@
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ import pytest
 from core.errors import ConfigError
 from core.run_lock import held
 from core.whole_file import damage
-from tests.helpers_run import ROOT, load, tiny_job, train
+from tests.faults.holder import holder
+from tests.helpers_run import load, tiny_job, train
 
 JOB = ["trainer.max_steps=4", "callbacks.last_checkpoint.every_n_train_steps=1"]
 
@@ -90,22 +90,8 @@ def test_on_a_small_disk_the_last_good_checkpoint_stays(tmp_path: Path) -> None:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-HOLD = """
-import sys
-from pathlib import Path
-from core.run_lock import held
-with held(Path(sys.argv[1])):
-    print("held", flush=True)
-    input()
-"""
-
-
 def test_the_second_of_two_runs_in_one_folder_is_told(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
-    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=ROOT, **pipes) as first:
-        assert first.stdout is not None
-        assert first.stdout.readline() == "held\n"
+    with holder(tmp_path / "run") as first:
         second = train(tmp_path, *tiny_job(), "run_dir=run")
         with pytest.raises(ConfigError, match="a folder in which no other process trains"):
             held(tmp_path / "run").__enter__()

@@ -3,7 +3,6 @@
 import os
 import shutil
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from core.checkpoint import keep
 from core.errors import ConfigError
 from core.run_lock import held
 from core.whole_file import NotWritten, damage, save
-from tests.helpers_run import ROOT, load
+from tests.faults.holder import holder
+from tests.helpers_run import load
 
 
 class Create:
@@ -100,22 +100,8 @@ def test_on_a_small_disk_what_was_there_stays(tmp_path: Path) -> None:
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
-HOLD = """
-import sys
-from pathlib import Path
-from core.run_lock import held
-with held(Path(sys.argv[1])):
-    print("held", flush=True)
-    input()
-"""
-
-
 def test_a_folder_is_held_by_one_process_and_a_dead_one_holds_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
-    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=ROOT, **pipes) as first:
-        assert first.stdout is not None
-        assert first.stdout.readline() == "held\n"
+    with holder(tmp_path / "run") as first:
         with pytest.raises(ConfigError, match="a folder in which no other process trains"), held(tmp_path / "run"):
             pass
         first.kill()
