@@ -3,8 +3,10 @@
     python -m benchmarks.moe                     CPU, fp32; writes docs/results/moe-cpu.md
     python -m benchmarks.moe --device cuda       bf16, with MegaBlocks where it is installed; docs/results/moe-cuda.md
 
-All contenders have the same weights and inputs, and agree on outputs and gradients before anything is timed. They take
-turns (A B C A B C ...), so that the machine's drift hits all alike; a ratio is the median of those within a round.
+All contenders have the same weights and inputs, make the balance loss as training does (Hugging Face's by its own
+function), and agree on outputs and gradients before anything is timed. They take turns (A B C A B C ...), so that the
+machine's drift hits all alike; a ratio is the median of those within a round. Ours make the router's z-loss and health
+as well, which the others do not have.
 """
 
 import argparse
@@ -17,7 +19,11 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralSparseMoeBlock
+from transformers.models.mixtral.modeling_mixtral import (
+    MixtralConfig,
+    MixtralSparseMoeBlock,
+    load_balancing_loss_func,
+)
 
 from benchmarks.measure import Step, machine, ratio, take_turns, timed
 from core.allocator import keep_freed_memory
@@ -28,7 +34,7 @@ from lightning_modules.layers.moe import MoE
 from lightning_modules.optim import make_optimizer
 from lightning_modules.transformer import Transformer
 
-TOP_K, VOCAB_SIZE = 2, 512
+TOP_K, VOCAB_SIZE, BALANCE_WEIGHT = 2, 512, 0.01
 
 
 class Setting(NamedTuple):
@@ -71,6 +77,26 @@ class PaddedBMM(nn.Module):
         return torch.zeros_like(tokens).index_add_(0, order // TOP_K, out).view_as(x), stats
 
 
+class Mixtral(nn.Module):
+    """Hugging Face's block, and the balance loss that its model makes of the router's logits."""
+
+    def __init__(self, block: MixtralSparseMoeBlock) -> None:
+        super().__init__()
+        self.block = block
+        self.logits: Tensor | None = None
+        block.gate.register_forward_hook(self._keep)
+
+    def _keep(self, gate: nn.Module, inputs: Any, outputs: tuple[Tensor, ...]) -> None:
+        self.logits = outputs[0]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        out, logits = self.block(x), self.logits
+        assert logits is not None
+        loss = load_balancing_loss_func((logits,), self.block.gate.num_experts, TOP_K)
+        assert isinstance(loss, Tensor)
+        return out, loss / TOP_K
+
+
 def autocast(device: str) -> torch.autocast:
     """bf16 on a GPU, by which the backend is chosen too; nothing on a CPU."""
     return torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda")
@@ -97,7 +123,7 @@ def make_mixtral(layer: MoE, setting: Setting, implementation: str) -> nn.Module
         block.gate.weight.copy_(layer.router.layer.weight)
         block.experts.gate_up_proj.copy_(torch.cat((w1, v1), dim=1))
         block.experts.down_proj.copy_(w2.mT)
-    return block
+    return Mixtral(block)
 
 
 def contenders(setting: Setting) -> dict[str, nn.Module]:
@@ -138,9 +164,9 @@ def make_steps(layers: dict[str, nn.Module], setting: Setting) -> Iterator[tuple
         def step(layer: nn.Module = layer) -> tuple[Tensor, Tensor]:
             layer.zero_grad()
             inputs = x.detach().to(dtype).requires_grad_()
-            out = layer(inputs)
-            out = out[0] if isinstance(out, tuple) else out
-            out.backward(direction.to(dtype))
+            out, balance = layer(inputs)
+            balance = balance if isinstance(balance, Tensor) else balance.load_balancing_loss
+            torch.autograd.backward((out, BALANCE_WEIGHT * balance), (direction.to(dtype), None))
             assert inputs.grad is not None
             return out.detach(), inputs.grad
 
@@ -196,7 +222,7 @@ def make_training_step(num_experts: int, arguments: argparse.Namespace) -> Step:
         with autocast(arguments.device):
             logits, stats = model(tokens[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
-        (loss + 0.01 * sum(s.load_balancing_loss for s in stats)).backward()
+        (loss + BALANCE_WEIGHT * sum(s.load_balancing_loss for s in stats)).backward()
         optimizer.step()
         optimizer.zero_grad()
 
