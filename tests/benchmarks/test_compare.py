@@ -30,7 +30,7 @@ def test_it_steps_all_in_turn_and_writes_table_chart_and_verdict(
 
 
 def row(name: str, speed: float, memory: int) -> compare.Row:
-    return compare.Row(name, 1.0, speed, 0.5, Result(1, 1.0, 1.0, memory), {"mm": 0.75, name: 0.25})
+    return compare.Row(name, 1.0, speed, 0.5, Result(1, 1.0, 1.0, memory), {"aten::mm": 0.75, name: 0.25})
 
 
 def test_the_fastest_and_the_leanest_peer_count() -> None:
@@ -40,10 +40,12 @@ def test_the_fastest_and_the_leanest_peer_count() -> None:
     assert "(a): 1.04, **missed**" in text
     assert "(b): 1.11 times, **missed**" in text
     assert list(compare.profile(rows))[2:] == [
-        "| mm | 75.0 % | 75.0 % |",
+        "| aten::mm | 75.0 % | 75.0 % |",
         "| ours | 25.0 % | 0.0 % |",
         "| a | 0.0 % | 25.0 % |",
     ]
+    assert "75 % of a's step" in (bound := compare.bound(rows))
+    assert "1.33 times" in bound
     rows = [row("ours", 1.0, 90), row("a", 1.06, 130), row("b", 1.20, 90)]
     assert compare.verdict(case, rows).count("**met**") == 2
 
