@@ -26,7 +26,9 @@ USER_ERROR = 2
 DIVERGED = 3
 INTERRUPTED = 130
 MISTAKES = (UserError, HydraException, OmegaConfBaseException)
-DEBUGGING = os.environ.get("HYDRA_FULL_ERROR") == "1"
+OURS = "HYDRA_FULL_ERROR_IS_OURS"
+"""In the environment of the processes that a run starts: HYDRA_FULL_ERROR is not what the user asked for."""
+DEBUGGING = os.environ.get("HYDRA_FULL_ERROR") == "1" and OURS not in os.environ
 
 
 class RunDiverged(Exception):
@@ -61,7 +63,8 @@ def run(main: Callable[[], None]) -> None:
     # Before torch is imported: OpenMP threads that spin without end bring a busy machine to a halt (docs/decisions.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "100000")
     keep_freed_memory()
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, so that the message can be better
+    if not DEBUGGING:  # Hydra then raises instead of printing, so that the message can be better
+        os.environ.update({"HYDRA_FULL_ERROR": "1", OURS: "1"})
     sys.path.append(os.getcwd())  # your own classes may lie where you are
     register_schemas()
     try:

@@ -121,7 +121,12 @@ def call(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         (["model.dmi=30"], "model.dmi='30' is not valid: no such field; one of"),
     ],
 )
-def test_a_process_of_its_own_says_the_same(cwd: Path, arguments: list[str], message: str) -> None:
+def test_a_process_of_its_own_says_the_same(
+    cwd: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that a run started, which has set HYDRA_FULL_ERROR for its own sake."""
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setenv("HYDRA_FULL_ERROR_IS_OURS", "1")
     finished = call(cwd, *tiny_job(*arguments))
     assert finished.returncode == 2
     assert finished.stdout == ""
@@ -158,3 +163,11 @@ def test_a_fault_of_the_project_keeps_its_traceback(cwd: Path, monkeypatch: pyte
     monkeypatch.setattr("datamodules.token_datamodule.TokenDataModule.check", faulty)
     with pytest.raises(KeyError, match="a bug"):
         train(cwd, *tiny_job())
+
+
+def test_who_asks_for_tracebacks_gets_them(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.delenv("HYDRA_FULL_ERROR_IS_OURS", raising=False)
+    finished = call(cwd, *tiny_job("model.dim=30"))
+    assert finished.returncode == 2
+    assert "Traceback" in finished.stderr

@@ -71,14 +71,15 @@ def test_every_way_to_end_has_its_status(runs: Path) -> None:
     assert "non-finite" in diverged.reason
 
 
-def test_a_resumed_run_is_done_and_keeps_its_last_loss_until_there_is_another(runs: Path) -> None:
-    resumed = train(runs, *tiny_job("run_dir=runs/study/stopped", "ckpt_path=last", "trainer.max_steps=3"))
+def test_a_resumed_run_is_done_and_keeps_its_last_loss_until_there_is_another(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "runs/study/stopped", tmp_path / "runs/study/stopped")
+    resumed = train(tmp_path, *tiny_job("run_dir=runs/study/stopped", "ckpt_path=last", "trainer.max_steps=3"))
     assert resumed.code == 0, resumed.err
-    row = seen(runs / "runs/study/stopped")
+    row = seen(tmp_path / "runs/study/stopped")
     assert (row.status, row.step, row.max_steps, row.reason) == ("done", 3, 3, "")
     again = [*tiny_job("run_dir=runs/study/stopped", "ckpt_path=last", "trainer.max_steps=9"), NAN]
-    train(runs, *again, "+callbacks.break.how=signal")
-    assert seen(runs / "runs/study/stopped") == Row(
+    train(tmp_path, *again, "+callbacks.break.how=signal")
+    assert seen(tmp_path / "runs/study/stopped") == Row(
         row.folder, "stopped", 4, 9, row.val_loss, pytest.approx(0, abs=300), "SIGTERM after step 4"
     )
 
@@ -138,7 +139,6 @@ def listed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, 
 def test_the_table_is_sorted_and_filtered(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On a copy: the runs are shared, and another test may or may not have resumed one of them before."""
     shutil.copytree(runs / "runs", tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/study/empty").mkdir()
