@@ -164,7 +164,7 @@ def _comparisons(study: Study, grid: dict[Point, Cell]) -> str:
             continue
         found = compare(grid[ours], grid[theirs]) if theirs is not None else None
         if found is None:
-            rows.append([*point, "-", "-", "no seed that both finished"])
+            rows.append([*point, "-", "-", "failed in one of the two, or no seed in common"])
             continue
         p = "-" if found.p is None else f"{found.p:.3f}"
         sure = found.p is not None and found.p < SURE
