@@ -46,7 +46,7 @@ def main(config: DictConfig) -> None:
     datamodule.check()
     accumulate(trainer, datamodule, config.micro_batch_size)
     if run.ckpt_path is not None:
-        check_resumable(run.ckpt_path, module, datamodule, trainer.max_steps)
+        check_resumable(run, module, datamodule, trainer.max_steps)
 
     with run.begun(trainer, config, overrides), explained(trainer, run.path):
         trainer.fit(module, datamodule=datamodule, ckpt_path=run.ckpt_path, weights_only=True)

@@ -1,23 +1,22 @@
 """What a run is doing, for whoever looks at its folder: `python -m tools.runs`."""
 
-import fcntl
 import json
 import math
 import os
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import lightning as L
 
 from core.cli import RunDiverged
 from core.interruption import TrainingInterrupted
-from core.status import DIVERGED, DONE, FAILED, FILE, LOCK, RUNNING, STOPPED, read
+from core.status import DIVERGED, DONE, FAILED, FILE, RUNNING, STOPPED, read
 from core.steps import completes_step
 
 
 class RunStatus(L.Callback):
-    """Keeps RUN/status.json, and holds a lock on RUN/.running for as long as the process lives.
+    """Keeps RUN/status.json.
 
     | key | |
     |---|---|
@@ -26,7 +25,8 @@ class RunStatus(L.Callback):
     | train_loss, val_loss | nats per token, the last ones known; null where there is none that is finite |
     | reason | why it ended early, in a line; null otherwise |
 
-    The system gives the lock back however a process dies: `running` without a lock is a run that was killed.
+    `running` without the lock on the folder (core/run_lock.py) is a run that was killed: the system gives that back
+    however a process dies. Comes behind whatever else writes at the end: `done` is the last word.
 
     Args:
         run_dir: the run's folder.
@@ -35,18 +35,15 @@ class RunStatus(L.Callback):
 
     def __init__(self, run_dir: str, every_seconds: float = 5.0) -> None:
         self.run_dir, self.every_seconds = Path(run_dir), every_seconds
-        self._lock: TextIO | None = None
         self._losses: dict[str, float | None] = {"train_loss": None, "val_loss": None}
         self._written = 0.0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if not trainer.is_global_zero or self._lock is not None:
+        if not self._writes(trainer):
             return
         self.run_dir.mkdir(parents=True, exist_ok=True)
         before = read(self.run_dir)
         self._losses = {name: before.get(name) for name in self._losses}
-        self._lock = (self.run_dir / LOCK).open("w")
-        fcntl.flock(self._lock, fcntl.LOCK_SH)
         self._write(trainer, RUNNING)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -55,8 +52,8 @@ class RunStatus(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        due = self._lock is not None and time.monotonic() - self._written >= self.every_seconds
-        if due and completes_step(trainer, batch_idx):
+        due = time.monotonic() - self._written >= self.every_seconds
+        if due and self._writes(trainer) and completes_step(trainer, batch_idx):
             self._note_losses(trainer)
             self._write(trainer, RUNNING)
 
@@ -68,9 +65,6 @@ class RunStatus(L.Callback):
         self._note_losses(trainer)
         self._write(trainer, DONE)
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._release()
-
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         # With the losses noted before: Lightning may reduce a metric when it is asked for, and here one process asks.
         if isinstance(exception, TrainingInterrupted | KeyboardInterrupt):
@@ -79,7 +73,10 @@ class RunStatus(L.Callback):
             status = DIVERGED if isinstance(exception, RunDiverged) else FAILED
         lines = str(exception).strip().splitlines()
         self._write(trainer, status, lines[0] if lines else type(exception).__name__)
-        self._release()
+
+    def _writes(self, trainer: L.Trainer) -> bool:
+        """Whether this process does, and for a run that trains: a validation by itself is none."""
+        return trainer.is_global_zero and trainer.state.fn == "fit"
 
     def _note_losses(self, trainer: L.Trainer) -> None:
         for name in self._losses:
@@ -88,15 +85,10 @@ class RunStatus(L.Callback):
                 self._losses[name] = float(metric) if math.isfinite(metric) else None
 
     def _write(self, trainer: L.Trainer, status: str, reason: str | None = None) -> None:
-        if self._lock is None:
+        if not self._writes(trainer):
             return
         step = {"step": trainer.global_step, "max_steps": trainer.max_steps}
         new = self.run_dir / f"{FILE}.new"
         new.write_text(json.dumps({"status": status, **step, **self._losses, "reason": reason}, indent=2) + "\n")
         os.replace(new, self.run_dir / FILE)  # whoever reads meanwhile sees the old one or the new one
         self._written = time.monotonic()
-
-    def _release(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None

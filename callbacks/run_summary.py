@@ -14,10 +14,16 @@ from rich.table import Table
 
 from callbacks.throughput import Throughput
 from core.run_folder import resume_command
+from core.whole_file import write_whole
+
+MEASURED = "run_summary"  # in a checkpoint
 
 
 class RunSummary(L.Callback):
     """Writes RUN/summary.json when training ends, and prints the same.
+
+    What was measured is in each checkpoint too: a run that was killed behind its last save is summed up by the process
+    that resumes it, which trains nothing.
 
     | key | unit |
     |---|---|
@@ -26,8 +32,8 @@ class RunSummary(L.Callback):
     | val_bits_per_byte | bits per byte of the validation text |
     | bigram_loss | nats per token on the same validation sequences; null for large vocabularies |
     | steps, tokens | since step 0 |
-    | tokens_per_second | mean of this process |
-    | seconds | wall clock of this process' training, validation included |
+    | tokens_per_second | mean of the process that trained last |
+    | seconds | wall clock of that process' training, validation included |
     | parameters, active_parameters | count |
     | tensorboard, resume | command lines; the first is null where another logger keeps the curves |
 
@@ -37,7 +43,8 @@ class RunSummary(L.Callback):
 
     def __init__(self, run_dir: str) -> None:
         self.run_dir = Path(run_dir)
-        self._started = time.monotonic()
+        self._started: float | None = None  # in this process
+        self._before: dict[str, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._started = time.monotonic()
@@ -50,37 +57,55 @@ class RunSummary(L.Callback):
                 f"{total:,} parameters, {active:,} active"
             )
 
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint[MEASURED] = self._measure(trainer)  # by all processes together: Lightning may reduce a metric
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._before = checkpoint.get(MEASURED, {})
+
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
         summary = self._collect(trainer, pl_module)
-        path = self.run_dir / "summary.json"
-        path.write_text(json.dumps(summary, indent=2) + "\n")
+        text = json.dumps(summary, indent=2) + "\n"
+        write_whole(self.run_dir / "summary.json", lambda unfinished: unfinished.write_text(text))
         table = Table(title="Run summary", show_header=False)
         for key, value in summary.items():
             table.add_row(key.replace("_", " "), f"{value:,.4f}" if isinstance(value, float) else escape(_plain(value)))
         Console(width=None if Console().is_terminal else 160).print(table)
 
-    def _collect(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+    def _measure(self, trainer: L.Trainer) -> dict[str, Any]:
+        """What only the process knows that trains."""
         values = {key: float(value) for key, value in trainer.callback_metrics.items()}
         metrics = {key: value for key, value in values.items() if math.isfinite(value)}  # JSON has no NaN
+        throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore[attr-defined]
+        return {
+            "train_loss": metrics.get("train/loss"),
+            "val_loss": metrics.get("val/loss"),
+            "val_perplexity": metrics.get("val/perplexity"),
+            "tokens": throughput.total_tokens if throughput else None,
+            "tokens_per_second": throughput.tokens_per_second if throughput else None,
+            "seconds": time.monotonic() - self._started if self._started is not None else None,
+        }
+
+    def _collect(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        measured = self._measure(trainer) if self._started is not None else self._before
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         module: Any = pl_module
         total, active = module.num_parameters
-        val_loss = metrics.get("val/loss")
-        throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore[attr-defined]
+        val_loss = measured.get("val_loss")
         best, last = (self.run_dir / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
         curves = self.run_dir / "tensorboard"
         return {
-            "train_loss": metrics.get("train/loss"),
+            "train_loss": measured.get("train_loss"),
             "val_loss": val_loss,
-            "val_perplexity": metrics.get("val/perplexity"),
+            "val_perplexity": measured.get("val_perplexity"),
             "val_bits_per_byte": datamodule.bits_per_byte(val_loss) if val_loss is not None else None,
             "bigram_loss": datamodule.baseline_loss(),
             "steps": trainer.global_step,
-            "tokens": throughput.total_tokens if throughput else None,
-            "tokens_per_second": throughput.tokens_per_second if throughput else None,
-            "seconds": time.monotonic() - self._started,
+            "tokens": measured.get("tokens"),
+            "tokens_per_second": measured.get("tokens_per_second"),
+            "seconds": measured.get("seconds"),
             "parameters": total,
             "active_parameters": active,
             "best_checkpoint": str(best) if best.exists() else None,

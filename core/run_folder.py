@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from core.errors import ConfigError, UserError, require, writing
 from core.mappings import flatten
 from core.run_lock import held
+from core.status import is_done
 from core.whole_file import damage, is_whole, write_whole
 
 RUNS = Path("runs")
@@ -100,7 +101,7 @@ def locate(config: DictConfig, experiment: str | None, name: str) -> RunFolder:
         name: of a new folder.
 
     Raises:
-        ConfigError: a checkpoint that is not there, or a folder that holds a run already.
+        ConfigError: a checkpoint that is not there, or damaged, or a folder that holds a run already.
     """
     plain = config.run_dir is None or isinstance(config.run_dir, str | int | float)
     require(plain, "run_dir", config.run_dir, "the name of a folder, or null")
@@ -125,6 +126,9 @@ def locate(config: DictConfig, experiment: str | None, name: str) -> RunFolder:
     checkpoint = Path(str(config.ckpt_path))
     there = checkpoint.is_file() or (checkpoint / ".metadata").is_file()
     require(there, "ckpt_path", str(checkpoint), "last, or the path of a checkpoint")
+    wrong = damage(checkpoint) if checkpoint.is_file() else None
+    valid = f"a whole checkpoint of this project; this file cannot be read as one ({wrong})"
+    require(not wrong, "ckpt_path", str(checkpoint), valid)
     owner = checkpoint.absolute().parent.parent
     home = owner if (owner / "config.yaml").exists() else _fresh(siblings / name)
     return RunFolder(given or home, checkpoint)
@@ -153,11 +157,13 @@ def _fresh(path: Path) -> Path:
     return next(fresh for name in names if not (fresh := path.with_name(name)).exists())
 
 
-def check_resumable(checkpoint: Path, module: Any, datamodule: Any, max_steps: int) -> None:
+def check_resumable(run: RunFolder, module: Any, datamodule: Any, max_steps: int) -> None:
     """Hold the checkpoint against what is asked for: nothing may be resumed as something else, or silently ignored.
 
+    At its last step only a run goes on that was killed before all else was written: nothing is trained any more.
+
     Args:
-        checkpoint: a file, or a folder of several processes'.
+        run: with a checkpoint, whole, of one file or a folder of several processes'.
         module: the LightningModule; its hyperparameters must be those of the checkpoint.
         datamodule: the DataModule; where it has a `stream_identity`, that must be the checkpoint's.
         max_steps: where the run is to end.
@@ -168,14 +174,12 @@ def check_resumable(checkpoint: Path, module: Any, datamodule: Any, max_steps: i
     """
     from core.checkpoint import load_beside_weights
 
-    wrong = damage(checkpoint) if checkpoint.is_file() else None
-    if wrong:
-        valid = f"a whole checkpoint of this project; this file cannot be read as one ({wrong})"
-        raise ConfigError("ckpt_path", str(checkpoint), valid)
+    checkpoint = run.ckpt_path
+    assert checkpoint is not None
     try:
         content = load_beside_weights(checkpoint)
         saved, step = content["hyper_parameters"], content["global_step"]
-    except Exception as error:  # truncated, no checkpoint at all, or one with code in it
+    except Exception as error:  # whole, but something else, or in pieces of which one is missing
         valid = "a whole checkpoint of this project; this file cannot be read as one"
         raise ConfigError("ckpt_path", str(checkpoint), valid) from error
     position = content.get(type(datamodule).__qualname__, {})
@@ -184,6 +188,10 @@ def check_resumable(checkpoint: Path, module: Any, datamodule: Any, max_steps: i
     for field in sorted((old.keys() | new.keys()) - MAY_CHANGE):
         if old.get(field) != new.get(field):
             raise ConfigError(field, new.get(field), f"{old.get(field)!r}, as in the checkpoint that is resumed")
+    if step == max_steps and checkpoint.absolute() == (run.path / LAST).absolute() and not is_done(run.path, step):
+        if is_main_process():
+            print(f"The run in {run.path} is trained to its last step, {step}; what it lacks is written now.")
+        return
     require(step < max_steps, "trainer.max_steps", max_steps, f"more than {step}, the step of the checkpoint")
 
 

@@ -1,13 +1,16 @@
-"""One process at a time trains in a run's folder."""
+"""One process at a time trains in a run's folder, and whoever looks at the folder sees that one does."""
 
 import fcntl
+import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from core.errors import ConfigError, writing
+from core.status import LOCK
 
-LOCK = "lock"
+LOOK_SECONDS = 0.2  # a look at the lock takes far less
 
 
 @contextmanager
@@ -21,10 +24,19 @@ def held(run_dir: Path) -> Iterator[None]:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = (run_dir / LOCK).open("w")
     with lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # data-loader workers do not inherit this kind
-        except BlockingIOError as error:
-            raise ConfigError("run_dir", str(run_dir), "a folder in which no other process trains") from error
-        except OSError:
-            pass  # a file system without locks
+        if not _taken(lock.fileno()):
+            time.sleep(LOOK_SECONDS)  # it may have been no run, but a look
+            if not _taken(lock.fileno()):
+                raise ConfigError("run_dir", str(run_dir), "a folder in which no other process trains")
+        os.register_at_fork(after_in_child=lock.close)  # a data-loader process may outlive a killed run by seconds
         yield
+
+
+def _taken(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system without locks
+    return True

@@ -25,6 +25,9 @@ PLACES = {  # a moment is a call, of Python or of C, from within one of these
     "shards": ("datamodules/writer.py", "write_corpus"),
     "log": ("tensorboard/summary/writer/event_file_writer.py", "flush"),
     "notes": ("core/run_folder.py", "create"),
+    "end": ("lightning/pytorch/loops/fit_loop.py", "on_run_end"),
+    "summary": ("callbacks/run_summary.py", "on_fit_end"),
+    "status": ("callbacks/run_status.py", "on_fit_end"),
 }
 
 
