@@ -43,7 +43,7 @@ def explained(trainer: L.Trainer, run_dir: Path) -> Iterator[None]:
 
     Raises:
         UserError: what Lightning finds wrong with the configuration only now, as a metric that nobody logs; a folder
-            that is full, or gone; data-loader processes that the machine has killed.
+            that is full, or gone; data-loader processes that the machine has killed, or given no shared memory.
     """
     try:
         with quiet_writers():
@@ -63,8 +63,8 @@ def explained(trainer: L.Trainer, run_dir: Path) -> Iterator[None]:
         reason = error.strerror if run_dir.is_dir() else "it is gone"
         raise UserError(f"{run_dir} cannot be written to any more: {reason}. Checkpoints in it are whole") from error
     except RuntimeError as error:
-        if str(error).startswith("DataLoader worker"):
-            valid = "0, or more shared memory (/dev/shm) for data-loader processes: one of them was killed"
+        if str(error).startswith("DataLoader worker") or "shared memory(shm)" in str(error):
+            valid = "0, or more shared memory (/dev/shm) for data-loader processes: it was full, or one was killed"
             workers = trainer.datamodule.num_workers  # type: ignore[attr-defined]
             raise ConfigError("data.num_workers", workers, valid) from error
         if not _lost_a_peer(error):

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from datamodules.samples import Rows, Samples
+from datamodules.shared_memory import shared
 
 TOGETHER = 256  # samples read at once: where they are costs the same for few numbers as for many
 
@@ -50,7 +51,7 @@ class TokenStream(IterableDataset[dict[str, Tensor]]):
         while group := list(itertools.islice(remaining, size)):
             rows = self.read(*group)
             for first in range(0, len(group) * share, share):
-                yield {name: torch.from_numpy(part[first : first + share]) for name, part in rows.items()}
+                yield {name: shared(torch.from_numpy(part[first : first + share])) for name, part in rows.items()}
             size = min(2 * size, most)  # one by one at first, so that a run begins at once
 
     def read(self, *batches: int) -> Rows:

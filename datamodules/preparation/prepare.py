@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -89,9 +89,10 @@ def prepare(config: PrepareConfig, report: Report = lambda *_: None) -> Index:
             for name, split in writer.splits.items():
                 valid = f"a share that gives {name} documents too (separator=... cuts text files into documents)"
                 require(split.num_tokens > 0, "validation", config.validation, valid)
-            for name in (SETTINGS, LOCK):
-                (scratch / name).unlink()
-            return writer.finish(output)
+            (scratch / SETTINGS).unlink()
+            index = writer.finish(output)
+            (output / LOCK).unlink(missing_ok=True)  # not before: whoever came meanwhile would take it, and clean up
+            return index
         finally:
             writer.abandon()
 
@@ -104,8 +105,10 @@ def _scratch(output: Path, made: dict[str, Any]) -> Iterator[Path]:
     with (scratch / LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError("output", str(output), "a folder that no other process is preparing") from error
+            ours = _is_at(scratch / LOCK, lock)  # or it has gone with the folder, which has become a corpus meanwhile
+        except OSError:
+            ours = False
+        require(ours, "output", str(output), "a folder that no other process is preparing")
         path = scratch / SETTINGS
         if path.exists() and json.loads(path.read_text()) != made:
             valid = f"the settings and input of the unfinished preparation in {scratch}, or that folder deleted"
@@ -120,8 +123,15 @@ def _scratch(output: Path, made: dict[str, Any]) -> Iterator[Path]:
         except UserError:  # it would end there again
             shutil.rmtree(scratch)
             raise
-    if output.exists() and scratch.exists():  # another process was first
-        shutil.rmtree(scratch)
+        if output.exists() and _is_at(scratch / LOCK, lock):  # another process was first
+            shutil.rmtree(scratch)
+
+
+def _is_at(path: Path, file: TextIO) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def _tokenizer(

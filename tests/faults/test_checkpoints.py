@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,15 @@ def test_a_damaged_one_is_passed_over_for_the_one_before(cwd: Path, spoil: Any, 
     assert resumed.err.startswith(f"{LAST} is damaged and passed over: ")
     assert_began(cwd / "run", 2)
     assert [load(cwd / path)["global_step"] for path in (PREVIOUS, LAST)] == [3, 4]
+
+
+@pytest.mark.parametrize("path", ["last", LAST])
+def test_its_checksums_are_read_once(cwd: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    testzip, read = zipfile.ZipFile.testzip, []
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda file: read.append(file.filename) or testzip(file))
+    resumed = train(cwd, *tiny_job(*JOB), "run_dir=run", f"ckpt_path={path}", "trainer.max_steps=4")
+    assert resumed.code == 0, resumed.err
+    assert read == [LAST]
 
 
 def test_with_both_damaged_nothing_trains(cwd: Path) -> None:

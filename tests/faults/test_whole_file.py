@@ -1,5 +1,6 @@
 """Files that are written whole, and told from damaged ones; one lock a folder."""
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -10,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from core import run_lock
 from core.checkpoint import keep
 from core.errors import ConfigError
 from core.run_lock import held
+from core.status import LOCK, is_running
 from core.whole_file import NotWritten, damage, save
 from tests.faults.holder import holder
 from tests.helpers_run import load
@@ -104,6 +107,17 @@ def test_a_folder_is_held_by_one_process_and_a_dead_one_holds_nothing(tmp_path: 
     with holder(tmp_path / "run") as first:
         with pytest.raises(ConfigError, match="a folder in which no other process trains"), held(tmp_path / "run"):
             pass
+        assert is_running(tmp_path / "run")
         first.kill()
-    with held(tmp_path / "run"):
-        pass
+        first.wait()
+        assert not is_running(tmp_path / "run"), "although its child lives"
+        with held(tmp_path / "run"):
+            assert is_running(tmp_path / "run")
+
+
+def test_a_look_at_the_lock_keeps_no_run_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (tmp_path / LOCK).open("w") as look:
+        fcntl.flock(look, fcntl.LOCK_SH)
+        monkeypatch.setattr(run_lock.time, "sleep", lambda _: look.close())
+        with held(tmp_path):
+            assert look.closed
