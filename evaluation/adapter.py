@@ -58,9 +58,10 @@ class Adapter(TemplateLM):
     def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
         """(text, context, continuation) each -> (log-likelihood in nats, whether the continuation is the likeliest)."""
         contexts: dict[Context, list[int]] = {}
+        longest = max((len(continuation) for _, _, continuation in requests), default=0)
+        fits = f"at least {longest}, the tokens of the longest continuation"
+        require(longest <= self.window, "window", self.window, fits)
         for number, (_, context, continuation) in enumerate(requests):
-            fits = f"at least {len(continuation)}, the tokens of the longest continuation"
-            require(len(continuation) <= self.window, "window", self.window, fits)
             room = self.window + 1 - len(continuation)  # the last token is never read
             contexts.setdefault(tuple(context[-room:]), []).append(number)
         results = [(0.0, True)] * len(requests)
@@ -110,28 +111,37 @@ class Adapter(TemplateLM):
         return logits
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continuations of contexts, up to the first of the strings that end them, or the end of the document."""
+        """Continuations of contexts, up to the first of the strings that end them, or the end of the document.
+
+        Neither the batch size nor the other contexts of a batch change them: each has a seed of its own, its number.
+        """
         results = [""] * len(requests)
         waiting: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             waiting.setdefault(repr(request.args[1]), []).append(number)
         for numbers in waiting.values():
-            numbers.sort(key=lambda number: -len(requests[number].args[0]))
             options = normalize_gen_kwargs(requests[numbers[0]].args[1])
+            prompts = {number: self._prompt(requests[number].args[0], options["max_gen_toks"]) for number in numbers}
+            length = min(self.window, max(map(len, prompts.values())) + options["max_gen_toks"])
+            numbers.sort(key=lambda number: -len(prompts[number]))
             for start in tqdm(range(0, len(numbers), self.batch_size), desc="texts", disable=None):
-                batch = numbers[start : start + self.batch_size]
-                texts = self._continue([requests[number].args[0] for number in batch], options)
-                for number, text in zip(batch, texts, strict=True):
+                batch = {number: prompts[number] for number in numbers[start : start + self.batch_size]}
+                for number, text in zip(batch, self._continue(batch, options, length), strict=True):
                     results[number] = text
         return results
 
-    def _continue(self, contexts: list[str], options: Any) -> list[str]:
-        most, until = options["max_gen_toks"], options["until"]
-        room = max(self.window - most, self.window // 2, 1)
-        prompts = [(self.tok_encode(context) or [self.eot_token_id])[-room:] for context in contexts]
-        new: list[list[int]] = [[] for _ in contexts]
-        open_rows = set(range(len(contexts)))
-        for tokens in stream(self.model, prompts, most, options.get("temperature", 0.0), seed=0, window=self.window):
+    def _prompt(self, context: str, num_tokens: int) -> list[int]:
+        """The last tokens of a context, with room in the window for so many more, or for half of it."""
+        room = max(self.window - num_tokens, self.window // 2, 1)
+        return (self.tok_encode(context) or [self.eot_token_id])[-room:]
+
+    def _continue(self, prompts: dict[int, list[int]], options: Any, length: int) -> list[str]:
+        most, until, temperature = options["max_gen_toks"], options["until"], options.get("temperature", 0.0)
+        shape = {"top_k": options.get("top_k") or None, "top_p": options.get("top_p", 1.0), "length": length}
+        new: list[list[int]] = [[] for _ in prompts]
+        open_rows = set(range(len(prompts)))
+        texts, seeds = list(prompts.values()), list(prompts)
+        for tokens in stream(self.model, texts, most, temperature, seeds, self.window, **shape):
             for row in list(open_rows):
                 new[row].append(tokens[row])
                 ends = tokens[row] == self.eot_token_id

@@ -38,7 +38,9 @@ def _rounded_up(number: int) -> int:
     return -(-number // ROWS) * ROWS
 
 
-def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float, generator: torch.Generator) -> Tensor:
+def choose(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float, generators: Sequence[torch.Generator]
+) -> Tensor:
     """The next token of each row.
 
     Args:
@@ -46,7 +48,7 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float, 
         temperature: they are divided by it; 0 takes the likeliest token.
         top_k: only so many of the likeliest tokens are drawn from; None: all.
         top_p: of those, only the fewest likeliest ones whose probabilities reach this sum (nucleus, 1904.09751).
-        generator: of the random numbers.
+        generators: of each row's random numbers.
 
     Returns:
         Token ids [batch].
@@ -63,8 +65,9 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float, 
         ordered, tokens = ordered[:, :top_k], tokens[:, :top_k]
     probabilities = ordered.softmax(-1)
     before = probabilities.cumsum(-1) - probabilities  # the sum of the likelier ones: 0 of the likeliest
-    drawn = torch.multinomial(probabilities.masked_fill(before >= top_p, 0.0), 1, generator=generator)
-    return tokens.gather(-1, drawn)[:, 0]
+    rows = probabilities.masked_fill(before >= top_p, 0.0)
+    drawn = [torch.multinomial(row, 1, generator=own) for row, own in zip(rows, generators, strict=True)]
+    return tokens.gather(-1, torch.stack(drawn))[:, 0]
 
 
 def stream(
@@ -72,23 +75,25 @@ def stream(
     prompts: Sequence[Sequence[int]],
     num_tokens: int,
     temperature: float,
-    seed: int,
+    seeds: Sequence[int],
     window: int,
     top_k: int | None = None,
     top_p: float = 1.0,
+    length: int | None = None,
 ) -> Iterator[list[int]]:
     """Continue prompts side by side, token by token.
 
-    A prompt is read from its last `window` tokens on. When a text has filled the window, all begin anew with the last
-    half of it.
+    A prompt is read from its last `window` tokens on. A text that has filled the window begins anew with the last half
+    of it. What becomes of a prompt does not depend on those beside it, given `length`.
 
     Args:
         model: left in the mode (train or eval) it came in.
         prompts: token ids, at least one each.
         num_tokens: how many to add.
         temperature, top_k, top_p: see choose.
-        seed: of this call's own generator; torch's global one is not touched.
+        seeds: of each prompt's own generator; torch's global one is not touched.
         window: at most so many tokens are looked back at.
+        length: of the cache, which decides about the logits' last bits; None: as short as these prompts allow.
 
     Yields:
         The next token of each.
@@ -97,30 +102,29 @@ def stream(
         ValueError: see choose.
     """
     device = model.embedding.weight.device
-    generator = torch.Generator(device).manual_seed(seed)
+    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     texts = [list(prompt[-window:]) for prompt in prompts]
-    length = _rounded_up(min(window, max(map(len, texts)) + num_tokens))
-    pieces, starts, cache = texts, [0] * len(texts), None
+    cache = KVCache(model.config.num_layers, _rounded_up(length or min(window, max(map(len, texts)) + num_tokens)))
+    pieces, starts = texts, [0] * len(texts)
     was_training = model.training
     for _ in range(num_tokens):
         model.eval()
         try:
             with torch.inference_mode():
-                if cache is None:
-                    cache = KVCache(model.config.num_layers, length)
                 logits = feed(model, cache, pieces, starts)[:, -1].float()
-                new = choose(logits, temperature, top_k, top_p, generator).tolist()
+                new = choose(logits, temperature, top_k, top_p, generators).tolist()
         finally:
             model.train(was_training)
         yield new
         texts = [[*text, token] for text, token in zip(texts, new, strict=True)]
         pieces, starts = [[token] for token in new], [len(text) - 1 for text in texts]
-        if max(map(len, texts)) > window:
-            texts = [text[-max(1, window // 2) :] for text in texts]
-            pieces, starts, cache = texts, [0] * len(texts), None
+        for row, text in enumerate(texts):
+            if len(text) > window:  # written over from the cache's beginning; what is behind is masked
+                texts[row] = pieces[row] = text[-max(1, window // 2) :]
+                starts[row] = 0
 
 
 def generate(model: Transformer, prompt: Tensor, num_tokens: int, temperature: float, seed: int, window: int) -> Tensor:
     """Token ids [seq] of a prompt -> [seq + num_tokens]; see stream."""
-    new = [token for (token,) in stream(model, [prompt.tolist()], num_tokens, temperature, seed, window)]
+    new = [token for (token,) in stream(model, [prompt.tolist()], num_tokens, temperature, [seed], window)]
     return torch.cat((prompt, prompt.new_tensor(new)))

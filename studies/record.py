@@ -10,6 +10,7 @@ from typing import Any
 from core.whole_file import write_whole
 from studies.grid import Planned
 from tools.compare import LATE, Run
+from tools.curves import has_curves
 
 FINISHED, NO_NUMBER, ROSE, UNLEARNED, BROKEN = "finished", "no number", "rose", "unlearned", "broken"
 FAILURES = {
@@ -89,7 +90,7 @@ def collect(planned: Planned, folder: Path, broken: str | None = None) -> Record
         **{"name": planned.name, "point": dict(planned.point), "seed": planned.seed},
         **{"overrides": list(planned.overrides), "folder": str(folder)},
     }
-    if not (folder / "tensorboard").is_dir():
+    if not has_curves(folder):
         return Record(**identity, status=BROKEN, reason=broken or "it wrote nothing")
     run = Run(folder)
     steps, losses = run.curve("train/loss")

@@ -1,26 +1,27 @@
 """Compare runs: a table of how they ended, and one picture of their curves.
 
-    python -m tools.compare RUN1 RUN2 --output curves.png
-    python -m tools.compare RUN1 RUN2 --tags moe/max_load moe/dead_experts --output curves.png
+    python -m tools.compare RUN1 RUN2                                            # draws runs/compare.png
+    python -m tools.compare RUN1 RUN2 --tags moe/max_load moe/dead_experts --output experts.png
 
-Reads summaries and TensorBoard's event files; writes the picture and nothing else.
+Reads summaries, TensorBoard's event files and CSV tables; writes the picture and nothing else.
 """
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-Curve = tuple[list[int], list[float]]
-"""Optimizer steps, and the value at each."""
+from core import cli
+from core.errors import require, writing
+from tools.curves import Curve, has_curves, read_curves
 
 COLUMNS = ("train_loss", "val_loss", "val_bits_per_byte", "bigram_loss", "tokens", "tokens_per_second")
+PICTURE, ENDINGS = Path("runs/compare.png"), (".png", ".svg", ".pdf")
 LATE = 0.1
 """The last part of a run, over which a tag's mean is shown: one logged step alone is noise."""
 
@@ -37,14 +38,11 @@ class Run:
         self.folder = folder
         path = folder / "summary.json"
         self.summary: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-        self._events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+        self._curves = read_curves(folder)
 
     def curve(self, tag: str) -> Curve:
         """One scalar; empty where the run has not written it."""
-        if tag not in self._events.Tags()["scalars"]:
-            return [], []
-        scalars = self._events.Scalars(tag)
-        return [scalar.step for scalar in scalars], [scalar.value for scalar in scalars]
+        return self._curves.get(tag, ([], []))
 
     def late(self, tag: str) -> list[float]:
         """The scalar's values in the last part of the run."""
@@ -103,36 +101,32 @@ def draw(runs: Sequence[Run], tags: Sequence[str], output: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     grid[-1, 0].set_xlabel("optimizer step")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=120)
+    with writing("--output", output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(output, dpi=120)
     plt.close(figure)
 
 
-def main() -> None:
+def main(arguments: argparse.Namespace) -> None:
+    for folder in arguments.runs:
+        require(has_curves(folder), "RUN", str(folder), "the folder of a run, with tensorboard/ or csv/ in it")
+    output: Path = arguments.output
+    require(output.suffix in ENDINGS, "--output", str(output), f"a name that ends in one of {', '.join(ENDINGS)}")
+    runs = [Run(folder) for folder in arguments.runs]
+    for tag in arguments.tags:
+        require(any(run.curve(tag)[0] for run in runs), "--tags", tag, "a scalar that one of the runs has written")
+    Console(width=None if Console().is_terminal else 160).print(make_table(runs, arguments.tags))
+    draw(runs, arguments.tags, output)
+    print(f"Curves: {output}")
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tools.compare", description="Compare runs.")
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, such as runs/moe_spannorm/TIME")
     parser.add_argument("--tags", nargs="+", default=[], help="scalars to compare instead of the losses")
-    parser.add_argument("--output", type=Path, help="where to draw the curves (PNG); needs matplotlib")
-    arguments = parser.parse_args()
-    for folder in arguments.runs:
-        if not (folder / "tensorboard").is_dir():
-            print(f"Error: {folder} is no run folder: it holds no tensorboard/", file=sys.stderr)
-            raise SystemExit(2)
-    runs = [Run(folder) for folder in arguments.runs]
-    for tag in arguments.tags:
-        if not any(run.curve(tag)[0] for run in runs):
-            print(f"Error: none of the runs has written {tag}", file=sys.stderr)
-            raise SystemExit(2)
-    Console(width=None if Console().is_terminal else 160).print(make_table(runs, arguments.tags))
-    if arguments.output is None:
-        return
-    try:
-        draw(runs, arguments.tags, arguments.output)
-    except ModuleNotFoundError as error:
-        print(f"No picture: {error.name} is not installed; pip install -r requirements-studies.txt", file=sys.stderr)
-    else:
-        print(f"Curves: {arguments.output}")
+    parser.add_argument("--output", type=Path, default=PICTURE, help=f"the picture ({PICTURE})")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(partial(main, parse_arguments()))

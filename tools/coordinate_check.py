@@ -136,7 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.coordinate_check", description=__doc__)
     parser.add_argument("--ffn", choices=("dense", "moe"), default="dense")
     parser.add_argument("--lr", type=float, default=3e-3, help="learning rate at the smallest width")
-    parser.add_argument("--output", type=Path, help="where to draw it (PNG); needs matplotlib")
+    parser.add_argument("--output", type=Path, help="where to draw it (PNG)")
     arguments = parser.parse_args()
     sizes = check(arguments.ffn, lr=arguments.lr)
     print_table(sizes)

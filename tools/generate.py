@@ -51,7 +51,7 @@ def continuation(run: Any, prompt: list[int], config: GenerateConfig, window: in
     """Token ids, up to and without the one that ends the document."""
     from lightning_modules.generation import stream
 
-    options = (config.num_tokens, config.temperature, config.seed, window, config.top_k, config.top_p)
+    options = (config.num_tokens, config.temperature, [config.seed], window, config.top_k, config.top_p)
     for (token,) in stream(run.module.model, [prompt], *options):
         if token == run.datamodule.tokenizer.end_of_document:
             return

@@ -12,7 +12,6 @@ was measured. Writes the picture and nothing else.
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -196,12 +195,8 @@ def main(arguments: argparse.Namespace) -> None:
     config = result.config
     name = f"{config.placement}-{config.ffn}-{result.init}-{config.num_layers}x{config.dim}.png"
     output = arguments.output or PICTURES / name
-    try:
-        draw(result, output)
-    except ModuleNotFoundError as error:
-        print(f"No picture: {error.name} is not installed; pip install -r requirements-dev.txt", file=sys.stderr)
-    else:
-        print(f"Picture: {output}")
+    draw(result, output)
+    print(f"Picture: {output}")
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from core.errors import ConfigError
 from datamodules.tokenizers import ByteTokenizer
 from evaluation.adapter import Adapter
 from lightning_modules.transformer import Transformer
@@ -99,3 +100,36 @@ def test_texts_go_on_to_what_ends_them() -> None:
     (shorter,) = adapter.generate_until([request(contexts[number], {**options, "until": [stop]})])
     assert shorter == found[number].split(stop)[0]
     assert len(shorter) < len(found[number])
+
+
+@pytest.mark.parametrize("drawn", [{}, {"do_sample": True, "temperature": 1.0, "top_k": 50, "top_p": 0.95}])
+def test_the_batch_size_does_not_change_a_text(drawn: dict[str, Any]) -> None:
+    """Most of these overflow the window, each at a step of its own: no prompt may be longer than half of it."""
+    long = "a context that is much longer than what the model can read"
+    contexts = [long, "def f(x):", "", "a", "def f(x):", "medium one"]
+    requests = [request(context, {"max_gen_toks": 60, **drawn}) for context in contexts]
+    adapter = make_adapter()
+    results = []
+    for adapter.batch_size in (1, 4, 64):
+        results.append(adapter.generate_until(requests))
+    one, four, all_of_them = results
+    assert one == four == all_of_them
+    assert max(len(text.encode()) for text in one) > WINDOW, "it overflows"
+    assert (one[1] == one[4]) is not bool(drawn), "of one context, each has its own"
+
+
+def test_it_draws_as_a_task_says() -> None:
+    adapter, options = make_adapter(), {"max_gen_toks": 20, "do_sample": True, "temperature": 1.0}
+    likeliest, *drawn = (
+        adapter.generate_until([request("def f(x):", {"max_gen_toks": 20, **more})])[0]
+        for more in ({}, {**options, "top_k": 1}, {**options, "top_p": 1e-6}, {**options, "top_k": 0}, options)
+    )
+    assert drawn[0] == drawn[1] == likeliest
+    assert drawn[2] == drawn[3] != likeliest
+
+
+def test_of_continuations_that_do_not_fit_the_longest_is_named() -> None:
+    pairs = [request("", text) for text in ("x" * (WINDOW + 1), "y" * (WINDOW + 9), "z" * (WINDOW + 5))]
+    message = f"window={WINDOW} is not valid: expected at least {WINDOW + 9}, the tokens of the longest continuation"
+    with pytest.raises(ConfigError, match=message):
+        make_adapter().loglikelihood(pairs, disable_tqdm=True)

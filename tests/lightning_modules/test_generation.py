@@ -66,10 +66,25 @@ def test_greedy_is_argmax_over_the_window(window: int) -> None:
     assert len(set(expected)) > 1
 
 
-def test_side_by_side_is_one_by_one() -> None:
-    model, prompts = make_model(ffn="moe"), [tokens(n).tolist() for n in (9, 1, 4)]
-    together = [list(row) for row in zip(*stream(model, prompts, 12, temperature=0, seed=0, window=64), strict=True)]
-    assert together == [without_cache(model, prompt, 12, 64) for prompt in prompts]
+def side_by_side(model: Transformer, prompts: list[list[int]], **options: Any) -> list[list[int]]:
+    return [list(row) for row in zip(*stream(model, prompts, 24, **options), strict=True)]
+
+
+@pytest.mark.parametrize("window", [64, 12])
+def test_side_by_side_is_one_by_one(window: int) -> None:
+    """Also where each text fills the window at a step of its own."""
+    model, prompts = make_model(ffn="moe"), [tokens(n).tolist() for n in (9, 1, 4, 20)]
+    together = side_by_side(model, prompts, temperature=0, seeds=[0] * 4, window=window)
+    assert together == [without_cache(model, prompt, 24, window) for prompt in prompts]
+
+
+def test_what_is_drawn_for_one_does_not_depend_on_those_beside_it() -> None:
+    model, prompts = make_model(), [tokens(n).tolist() for n in (9, 1, 9, 4)]
+    options: dict[str, Any] = {"temperature": 1.0, "top_k": 20, "top_p": 0.9, "window": 12, "length": 12}
+    together = side_by_side(model, prompts, seeds=[3, 4, 5, 6], **options)
+    alone = [side_by_side(model, [prompt], seeds=[3 + n], **options)[0] for n, prompt in enumerate(prompts)]
+    assert together == alone
+    assert side_by_side(model, prompts[:1], seeds=[5], **options) != [together[0]], "the seed decides"
 
 
 def test_the_seed_decides_and_the_global_generator_is_left_alone() -> None:
@@ -87,7 +102,8 @@ def test_the_seed_decides_and_the_global_generator_is_left_alone() -> None:
 def drawn(logits: list[float], temperature: float, top_k: int | None = None, top_p: float = 1.0) -> Tensor:
     """How often each token comes, as a fraction."""
     rows = torch.tensor(logits).expand(3000, -1)
-    return choose(rows, temperature, top_k, top_p, torch.Generator().manual_seed(0)).bincount(minlength=3) / 3000
+    generators = [torch.Generator().manual_seed(0)] * len(rows)
+    return choose(rows, temperature, top_k, top_p, generators).bincount(minlength=3) / 3000
 
 
 @pytest.mark.parametrize(

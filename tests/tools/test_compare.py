@@ -9,7 +9,9 @@ import pytest
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
-from tools.compare import main
+from core import cli
+from tests.helpers_run import run
+from tools.compare import Run, main, parse_arguments
 
 
 @pytest.fixture
@@ -28,7 +30,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 def compare(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     monkeypatch.setattr(sys, "argv", ["compare", *map(str, arguments)])
-    main()
+    cli.run(lambda: main(parse_arguments()))
 
 
 @pytest.fixture
@@ -47,11 +49,12 @@ def row_of(out: str, run: Path) -> list[str]:
 def test_the_table_holds_the_summaries(
     runs: list[Path], drawn: list[Figure], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    compare(monkeypatch, *runs, "--output", "curves.png")
+    compare(monkeypatch, *runs)
     out = capsys.readouterr().out
+    assert out.splitlines()[-1] == "Curves: runs/compare.png"
     assert row_of(out, runs[0]) == ["-", "1.234", "-", "2.5", "1,000", "-"]
     assert row_of(out, runs[1]) == ["-"] * 6
-    assert Path("curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert Path("runs/compare.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     (axes,) = drawn[0].axes
     curves = {str(line.get_label()): list(line.get_ydata()) for line in axes.lines}
     assert curves["study/a, training"][-1] == pytest.approx(4.05)
@@ -74,8 +77,10 @@ def test_tags_are_averaged_over_the_last_tenth(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "Error: nowhere is no run folder: it holds no tensorboard/"),
-        (["study/a", "--tags", "moe/max_laod"], "Error: none of the runs has written moe/max_laod"),
+        (["nowhere"], "RUN='nowhere' is not valid: expected the folder of a run, with tensorboard/ or csv/ in it"),
+        (["study/a", "--tags", "moe/max_laod"], "--tags='moe/max_laod' is not valid: expected a scalar that one of"),
+        (["study/a", "--output", "a.gpg"], "--output='a.gpg' is not valid: expected a name that ends in one of .png,"),
+        (["study/a", "--output", "file/a.png"], "--output='file/a.png' is not valid: expected a folder that can be"),
     ],
 )
 def test_a_mistake_is_said(
@@ -85,18 +90,42 @@ def test_a_mistake_is_said(
     arguments: list[str],
     message: str,
 ) -> None:
-    with pytest.raises(SystemExit) as leaving:
+    Path("file").touch()
+    with pytest.raises(SystemExit, match="2"):
         compare(monkeypatch, *arguments)
-    assert leaving.value.code == 2
-    assert capsys.readouterr().err.strip() == message
+    err = capsys.readouterr().err
+    assert err.startswith(f"Error: {message}")
+    assert err.count("\n") == 1
+    assert not list(Path().rglob("*.png"))
 
 
-def test_without_matplotlib_the_table_is_there_and_the_picture_says_what_it_needs(
-    runs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_run_that_keeps_its_curves_as_csv_is_one_too(
+    tmp_path: Path, drawn: list[Figure], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(sys, "argv", ["compare", str(runs[0]), "--output", str(runs[0] / "curves.png")])
-    main()
-    out, err = capsys.readouterr()
-    assert "train loss" in out
-    assert err == "No picture: matplotlib is not installed; pip install -r requirements-studies.txt\n"
+    """Logged as CSV only, and gone on with: the same curve as that of the run that TensorBoard has whole."""
+    steady = "optim.schedule=constant"
+    run(tmp_path, "csv", steady, "logger=csv", "trainer.max_steps=2")
+    run(tmp_path, "csv", steady, "logger=csv", "trainer.max_steps=4", "ckpt_path=last")
+    run(tmp_path, "whole", steady, "trainer.max_steps=4")
+    monkeypatch.chdir(tmp_path)
+    compare(monkeypatch, "csv", "whole", "--tags", "train/loss")
+    ours, theirs = (dict(line.get_xydata().tolist()) for line in drawn[0].axes[0].lines)
+    assert ours == pytest.approx(theirs)
+    assert list(ours) == [0, 1, 2, 3]
+    out = capsys.readouterr().out
+    assert row_of(out, Path("csv")) == row_of(out, Path("whole")) == [f"{ours[3]:,.4g} ({ours[3]:,.4g})"]
+
+
+def test_of_a_step_that_was_gone_over_again_the_later_value_counts(tmp_path: Path) -> None:
+    """Ten beginnings, and TensorBoard for the last step: 2 comes before 10, and no step is there twice."""
+    for number in range(11):
+        folder = tmp_path / f"csv/version_{number}"
+        folder.mkdir(parents=True)
+        (folder / "metrics.csv").write_text(
+            f"epoch,step,val/loss,train/loss\n0,{number},,{number}\n0,11,nan,{number}\n"
+        )
+    with SummaryWriter(tmp_path / "tensorboard") as writer:
+        writer.add_scalar("train/loss", 12.0, 12)
+    steps, values = Run(tmp_path).curve("train/loss")
+    assert (steps, values) == (list(range(13)), [*map(float, range(11)), 10.0, 12.0])
+    assert Run(tmp_path).curve("val/loss")[0] == [11]

@@ -51,18 +51,6 @@ def test_all_rows_and_no_theory_for_moe(
     assert (tmp_path / "a.png").exists()
 
 
-def test_without_matplotlib_the_table_still_comes(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    run(monkeypatch, "model.num_layers=1", *SMALL, "--output", str(tmp_path / "a.png"))
-    out, err = capsys.readouterr()
-    assert "variance" in out
-    assert "Picture" not in out
-    assert "matplotlib is not installed" in err
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
