@@ -50,18 +50,21 @@ def losses_of(run: OpenRun, paths: list[str], batches: int | None) -> list[Loss]
         batches: at most so many of data.batch_size sequences each.
 
     Raises:
-        ConfigError: a corpus that another tokenizer made, or one too short for a single sequence.
+        ConfigError: a corpus that another tokenizer made, one too short for a single sequence, or two of one name.
         CorpusError: it cannot be read.
     """
     if not paths:
         own = run.datamodule
         own.prepare_data()
         return measure(run.module, own, "val", min(own.num_val_batches, batches or own.num_val_batches))
+    names = [Path(path).absolute().name for path in paths]
+    differ = len(set(names)) == len(names)
+    require(differ, "data", ",".join(paths), f"corpora whose folders' names differ, not {', '.join(names)}")
     found = []
-    for path in paths:
+    for path, name in zip(paths, names, strict=True):
         corpus = _prepared(run, path)
         every = -(-corpus.num_val_samples // corpus.batch_size)
-        found += measure(run.module, corpus, Path(path).name, min(every, batches or every))
+        found += measure(run.module, corpus, name, min(every, batches or every))
     return found
 
 

@@ -1,9 +1,11 @@
 """How each command of the documentation is tried out; the first pattern of WAYS that matches decides.
 
 A new command of a kind that is here already is run as it is. One of another kind needs a line in WAYS: a pattern, and
-`trains`, `calls`, `composes`, `helps`, `plans` or `listed`, of which the last four say why the command is not run.
+`trains`, `calls`, `composes`, `parses`, `reads`, `helps`, `plans` or `listed`, of which all but the first two say why
+the command is not run.
 """
 
+import argparse
 import contextlib
 import io
 import itertools
@@ -19,8 +21,10 @@ from unittest import mock
 from hydra import compose, initialize_config_dir
 
 from core import cli
+from core.fields import parse_fields
 from tests.docs.commands import Command
 from tests.helpers_run import ROOT, run, tiny_job, train
+from tools.evaluate import EvaluateConfig, names
 
 Way = Callable[[Command, Path], None]
 """Tries a command in a working folder, and raises where it is wrong."""
@@ -76,6 +80,41 @@ def calls(*more: str, **replaced: str) -> Way:
         arguments = [RUN if re.match(r"RUN\d?$|runs/", word) else word for word in command.arguments]
         code, out = _call(command, cwd, [*_replace(arguments, replaced), *more])
         assert code in (0, None), out
+
+    return way
+
+
+class Parsed(Exception):
+    """A command took its arguments."""
+
+
+def parses(reason: str) -> Way:
+    """Only the arguments, by the command's own parser: it is left when it has taken them."""
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse(parser: argparse.ArgumentParser) -> None:
+        parse_args(parser)
+        raise Parsed
+
+    def way(command: Command, cwd: Path) -> None:
+        assert reason
+        with mock.patch.object(argparse.ArgumentParser, "parse_args", parse):
+            try:
+                _, out = _call(command, cwd, command.arguments)
+            except Parsed:
+                return
+        raise AssertionError(out)
+
+    return way
+
+
+def reads(reason: str) -> Way:
+    """Only the fields of tools.evaluate; its tasks must be among those of configs/eval."""
+
+    def way(command: Command, cwd: Path) -> None:
+        assert reason
+        config = parse_fields(EvaluateConfig, command.arguments[1:])
+        assert set(names(config.tasks)) <= {path.stem for path in (ROOT / "configs/eval").rglob("*.yaml")}, config.tasks
 
     return way
 
@@ -180,16 +219,17 @@ WAYS: list[tuple[str, Way]] = [
     (r"python -m tools\.prepare input=texts/ ", calls(output="data/again")),
     (r"python -m tools\.prepare input=python_stdlib", calls(input="texts/", tokenizer="bpe:300", output="data/bpe")),
     (r"python -m tools\.prepare input='?(hf:|logs)", listed("needs a network; tests/datamodules prepares such input")),
-    (r"python -m tools\.compare .*\{", helps("its runs took hours")),
+    (r"python -m tools\.compare .*\{", parses("its runs took hours")),
     (r"python -m tools\.compare", calls()),
     (r"python -m tools\.runs", calls()),
     (r"python -m tools\.signal", calls(*TINY_MODEL)),
-    (r"python -m tools\.replay", helps("tests/tools/test_replay.py replays a run that went wrong")),
-    (r"python -m tools\.(generate|evaluate|export|consolidate)", helps("tests/tools runs it on a trained model")),
-    (r"python -m tools\.", helps(LONG)),
+    (r"python -m tools\.replay", parses("tests/tools/test_replay.py replays a run that went wrong")),
+    (r"python -m tools\.evaluate .*tasks=(?!offline)", reads("their data needs a network")),
+    (r"python -m tools\.(generate|evaluate|export|consolidate)", calls()),
+    (r"python -m tools\.", parses(LONG)),
     (r"python -m studies\.(run|status)", plans("tests/studies runs a study")),
-    (r"python -m studies\.report", helps("tests/studies/test_report.py reports on records")),
-    (r"python -m benchmarks\.", helps(LONG)),
+    (r"python -m studies\.report", parses("tests/studies/test_report.py reports on records")),
+    (r"python -m benchmarks\.", parses(LONG)),
     (r"python -m pytest", listed("we are in it")),
     (r"python -c ", listed("asks whether a package that is built for CUDA is there")),
     (r"make ", makes),

@@ -122,6 +122,7 @@ def test_the_papers_tasks_are_the_harness_own() -> None:
             "tasks='helaswag' is not valid: expected tasks of the harness or of configs/eval (did you",
         ),
         (["tasks=a", "data=b"], "tasks='a' is not valid: expected none where data is given"),
+        (["data=a/x,b/x"], "data='a/x,b/x' is not valid: expected corpora whose folders' names differ, not x, x"),
         (["batches=0"], "batches=0 is not valid: expected an integer >= 1"),
         (["tasks=offline_choice", "window=5"], "window=5 is not valid: expected at least"),
     ],
