@@ -6,16 +6,22 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from core.errors import UserError
 from datamodules.samples import Rows, Samples
 from datamodules.shared_memory import shared
+
+Batch = dict[str, Tensor]
 
 TOGETHER = 256  # samples read at once: where they are costs the same for few numbers as for many
 
 
-class TokenStream(IterableDataset[dict[str, Tensor]]):
+class TokenStream(IterableDataset[Batch | UserError]):
     """Yields {"tokens": int64 [batch_size / world_size, seq_len + 1], ...}, this rank's part of each global batch.
+
+    In a data-loader process it yields, last of all, what the user can mend, for StreamLoader to raise: raised there, it
+    would come out of the loader as that process' traceback.
 
     Args:
         samples: says which tokens a sample number stands for.
@@ -38,7 +44,15 @@ class TokenStream(IterableDataset[dict[str, Tensor]]):
         self.samples, self.batch_size = samples, batch_size
         self.first_sample, self.num_batches, self.rank, self.world_size = first_sample, num_batches, rank, world_size
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[Batch | UserError]:
+        try:
+            yield from self._batches()
+        except UserError as error:
+            if get_worker_info() is None:
+                raise
+            yield error
+
+    def _batches(self) -> Iterator[Batch]:
         worker = get_worker_info()
         # The loader asks its workers in turn, so worker w of W holds batches w, w + W, ...
         start, step = (worker.id, worker.num_workers) if worker else (0, 1)
@@ -59,3 +73,13 @@ class TokenStream(IterableDataset[dict[str, Tensor]]):
         share = self.batch_size // self.world_size
         firsts = self.first_sample + np.array(batches, np.int64) * self.batch_size + self.rank * share
         return self.samples.read((firsts[:, None] + np.arange(share)).ravel())
+
+
+class StreamLoader(DataLoader[Batch | UserError]):
+    """Hands out the batches of a TokenStream; what stops a process of its own is raised here, in the batch's place."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        for batch in super().__iter__():
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch

@@ -5,14 +5,12 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
 
 from core.errors import require
 from core.parallel import data_part, num_data_parts
 from core.steps import begin_step
 from datamodules.samples import Samples
-from datamodules.stream import TokenStream
+from datamodules.stream import StreamLoader, TokenStream
 from datamodules.tokenizers import NumberTokenizer, Tokenizer
 
 
@@ -87,7 +85,7 @@ class StreamDataModule(L.LightningDataModule):
     def num_val_batches(self) -> int:
         return min(self.val_batches, self.num_val_samples // self.batch_size)
 
-    def _loader(self, split: str, **position: Any) -> DataLoader[dict[str, Tensor]]:
+    def _loader(self, split: str, **position: Any) -> StreamLoader:
         part, parts = (data_part(self.trainer), num_data_parts(self.trainer)) if self.trainer else (0, 1)
         valid = f"a multiple of the number of data-parallel processes, {parts}"
         require(self.batch_size % parts == 0, "data.batch_size", self.batch_size, valid)
@@ -95,15 +93,16 @@ class StreamDataModule(L.LightningDataModule):
         pinned = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         # A generator of its own: a loader draws a seed for its workers, and one more validation must not shift torch's.
         generator = torch.Generator().manual_seed(self.seed)
-        return DataLoader(stream, batch_size=None, num_workers=self.num_workers, pin_memory=pinned, generator=generator)
+        workers = self.num_workers
+        return StreamLoader(stream, batch_size=None, num_workers=workers, pin_memory=pinned, generator=generator)
 
-    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+    def train_dataloader(self) -> StreamLoader:
         if self.trainer:
             self._first_sample, self._first_step = self.state_dict()["samples"], self.trainer.global_step
             begin_step(self.trainer)  # which that sample is the first of
         return self._loader("train", first_sample=self._first_sample)
 
-    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+    def val_dataloader(self) -> StreamLoader:
         return self._loader("val", num_batches=self.num_val_batches)
 
     @property
