@@ -15,6 +15,7 @@ from core.checkpoint import keep, remove
 from core.errors import require
 from core.interruption import TrainingInterrupted
 from core.steps import completes_step
+from core.together import failing_together
 
 
 class LastCheckpoint(Checkpoint):
@@ -25,7 +26,8 @@ class LastCheckpoint(Checkpoint):
 
     On SIGINT (Ctrl-C), SIGTERM, or SIGUSR1 (SLURM's before the time is up) the step in progress is finished, with its
     validation where one is due, and saved before the process leaves, so that nothing is lost and the resumed curve is
-    the uninterrupted one. A second signal leaves at once.
+    the uninterrupted one. A second Ctrl-C leaves at once; the other signals may come several times, and one after
+    another: torchrun and SLURM each send theirs to all processes.
 
     Args:
         dirpath: where last.ckpt is written.
@@ -76,10 +78,10 @@ class LastCheckpoint(Checkpoint):
         return self.path.with_name("previous.ckpt")
 
     def _request(self, signum: int, frame: FrameType | None) -> None:
-        if self._received:
-            signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+        if self._received and signum == signal.SIGINT:
+            signal.signal(signum, signal.default_int_handler)
             signal.raise_signal(signum)
-        self._received = signum
+        self._received = self._received or signum
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -89,6 +91,7 @@ class LastCheckpoint(Checkpoint):
             self._due = False
             self._save(trainer)
         if self._leaving:
+            self._finish_saving(trainer)  # by all: who leaves while another one is at it has that one killed
             raise TrainingInterrupted(self._leaving, trainer.global_step)
         # The step that loggers write. Lightning restores it one too small or too large where the checkpoint was saved
         # around a validation, and the curve of a resumed run would be shifted.
@@ -125,19 +128,25 @@ class LastCheckpoint(Checkpoint):
         return int(trainer.strategy.reduce(received, reduce_op="max"))
 
     def _save(self, trainer: L.Trainer) -> None:
-        for logger in trainer.loggers:
-            logger.save()
-        for save in self.beside:
-            save(folder_beside(self.path, trainer.global_step))
-        trainer.strategy.barrier("beside")
-        getattr(trainer.strategy, "finish_saving", bool)()  # of the last one, which may go on beside the training
-        if trainer.is_global_zero and self._follows_last:
-            keep(self.path, self._previous)
+        with failing_together():
+            for logger in trainer.loggers:
+                logger.save()
+            for save in self.beside:
+                save(folder_beside(self.path, trainer.global_step))
+        self._finish_saving(trainer)
+        with failing_together():
+            if trainer.is_global_zero and self._follows_last:
+                keep(self.path, self._previous)
         trainer.save_checkpoint(self.path)
-        if trainer.is_global_zero and not self._steps:
-            remove(self._previous)  # of another course that this run has left
+        with failing_together():
+            if trainer.is_global_zero and not self._steps:
+                remove(self._previous)  # of another course that this run has left
         self._steps, self._follows_last = [*self._steps[-1:], trainer.global_step], True
         self._forget(trainer)
+
+    def _finish_saving(self, trainer: L.Trainer) -> None:
+        """Of the last checkpoint, which may go on beside the training."""
+        getattr(trainer.strategy, "finish_saving", bool)()
 
     def _forget(self, trainer: L.Trainer) -> None:
         """Remove what belonged to checkpoints that are gone."""

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import NoReturn
 
 import lightning as L
-import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from core.errors import ConfigError, UserError, one_line
 from core.quiet import quiet_writers
 from core.run_folder import LAST, is_main_process, resume_command
+from core.together import leave_together, lost_a_peer
 
 PEER_LOST = 4
 CANNOT_WRITE = {
@@ -67,7 +67,7 @@ def explained(trainer: L.Trainer, run_dir: Path) -> Iterator[None]:
             valid = "0, or more shared memory (/dev/shm) for data-loader processes: it was full, or one was killed"
             workers = trainer.datamodule.num_workers  # type: ignore[attr-defined]
             raise ConfigError("data.num_workers", workers, valid) from error
-        if not _lost_a_peer(error):
+        if not lost_a_peer(error):
             raise
         # By whoever is left: it may be the first process that is gone, which alone knows the folder for sure.
         message = f"Process {trainer.global_rank} stops: another one is gone, or did not answer ({one_line(error)})"
@@ -76,16 +76,12 @@ def explained(trainer: L.Trainer, run_dir: Path) -> Iterator[None]:
         sys.exit(PEER_LOST)
 
 
-def _lost_a_peer(error: RuntimeError) -> bool:
-    """gloo has no exception of its own, but names its source file."""
-    return isinstance(error, dist.DistError) or "gloo/" in str(error)
-
-
 def _leave(run_dir: Path, signum: int, message: str) -> NoReturn:
     if is_main_process():
         print(f"\n{message}; {_way_on(run_dir)}", flush=True)
         if signum == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ:
             _requeue()
+    leave_together()
     sys.exit(128 + signum)
 
 

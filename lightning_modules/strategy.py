@@ -4,7 +4,10 @@ FSDP2, tensor and expert parallelism are its ModelParallelStrategy, with checkpo
 """
 
 import shutil
+import sys
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,8 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
-from core.errors import require
+from core.errors import one_line, require
+from core.together import failing_together
 
 
 class DataParallelStrategy(DDPStrategy):
@@ -30,6 +34,10 @@ class DataParallelStrategy(DDPStrategy):
 
     def __init__(self, timeout_minutes: float = 10.0, process_group_backend: str | None = None) -> None:
         super().__init__(process_group_backend=process_group_backend, timeout=_timeout(timeout_minutes))
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None) -> None:
+        with failing_together():  # the first process alone writes
+            super().save_checkpoint(checkpoint, filepath, storage_options)
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -80,15 +88,15 @@ class ShardedStrategy(ModelParallelStrategy):
         state = {"state_dict": checkpoint.pop("state_dict")}
         for number, optimizer in enumerate(checkpoint.pop("optimizer_states", [])):
             state[f"optimizer_{number}"] = optimizer
-        if self.is_global_zero:
-            _remove(unfinished)
-            unfinished.mkdir(parents=True)
-            torch.save(checkpoint, unfinished / _METADATA_FILENAME)
-        self.barrier()
+        with failing_together():
+            if self.is_global_zero:
+                _remove(unfinished)
+                unfinished.mkdir(parents=True)
+                torch.save(checkpoint, unfinished / _METADATA_FILENAME)
         if not self.asynchronous:
-            dcp.save(state, checkpoint_id=unfinished, process_group=self._saving_group)
-            self._put_in_place(unfinished, path)
-            self.barrier()
+            with failing_together(), _in_words():
+                dcp.save(state, checkpoint_id=unfinished, process_group=self._saving_group)
+                self._put_in_place(unfinished, path)
             return
         saving = dcp.async_save(state, checkpoint_id=unfinished, process_group=self._saving_group)
         assert isinstance(saving, Future)
@@ -108,26 +116,40 @@ class ShardedStrategy(ModelParallelStrategy):
         saving.add_done_callback(put_in_place)
 
     def finish_saving(self) -> None:
-        """Wait for the checkpoint that is being saved, if one is; what went wrong with it is raised.
+        """Wait for the checkpoint that is being saved, if one is; what went wrong in any process is raised in all.
+
+        All come here at the same point of the training.
 
         Raises:
-            RuntimeError: in the words of the processes where it failed; torch's own is no Exception.
+            OSError: a process cannot write.
+            RuntimeError: another reason, in the words of the processes where it failed.
         """
         saving, self._saving = self._saving, None
-        try:
-            if saving is not None:
+        if saving is not None:
+            with failing_together(), _in_words():
                 saving.result()
-        except CheckpointException as error:
-            reasons = "; ".join(f"process {rank}: {failure[0]}" for rank, failure in error.failures.items())
-            raise RuntimeError(f"the checkpoint was not saved ({reasons})") from error
 
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         self.finish_saving()
         return super().load_checkpoint(checkpoint_path, weights_only)
 
-    def teardown(self) -> None:
+    def on_train_end(self) -> None:
         self.finish_saving()
-        super().teardown()
+        super().on_train_end()
+
+    def teardown(self) -> None:
+        """Where an error has brought it here, that one is raised, and not what it has made of the checkpoint."""
+        first, saving, self._saving = sys.exception(), self._saving, None
+        try:
+            if saving is not None:  # alone: the others may be elsewhere
+                with _in_words():
+                    saving.result()
+        except Exception as error:
+            if first is None:
+                raise
+            print(f"The checkpoint that was being written is lost: {one_line(error)}", file=sys.stderr, flush=True)
+        finally:
+            super().teardown()
 
     def _put_in_place(self, unfinished: Path, path: Path) -> None:
         """Give a whole checkpoint its name; a folder cannot replace another one, so the old one steps aside."""
@@ -139,6 +161,20 @@ class ShardedStrategy(ModelParallelStrategy):
             path.rename(old)
         unfinished.rename(path)
         _remove(old)
+
+
+@contextmanager
+def _in_words() -> Iterator[None]:
+    """torch's own error, which is no Exception, becomes one that says what failed, and where."""
+    try:
+        yield
+    except CheckpointException as error:
+        failures = {rank: failure for rank, (failure, _) in error.failures.items()}
+        for failure in failures.values():
+            if isinstance(failure, OSError) and failure.errno is not None:
+                raise OSError(failure.errno, failure.strerror) from error
+        reasons = "; ".join(f"process {rank}: {one_line(failure)}" for rank, failure in failures.items())
+        raise RuntimeError(f"the checkpoint was not saved ({reasons})") from error
 
 
 def _timeout(minutes: float) -> timedelta:

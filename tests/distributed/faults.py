@@ -1,11 +1,17 @@
 """What one process of several does: `+callbacks.fault._target_=...`."""
 
+import errno
 import os
+import resource
 import signal
+import time
 from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
+
+from core.errors import UserError
 
 
 class SignalLast(L.Callback):
@@ -24,6 +30,74 @@ class KillLast(SignalLast):
 
     def __init__(self, step: int) -> None:
         super().__init__(signal.SIGKILL, step)
+
+
+class SignalAll(L.Callback):
+    """The last process has every process get signals amid a step, as SLURM and torchrun have it."""
+
+    def __init__(self, signals: list[int], step: int) -> None:
+        self.signals, self.step = signals, step
+        self.processes: list[int] = []
+
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self.processes = [0] * trainer.world_size
+        dist.all_gather_object(self.processes, os.getpid())
+
+    def on_before_zero_grad(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step - 1 and trainer.global_rank == trainer.world_size - 1:
+            for signum in self.signals:
+                for process in self.processes:
+                    os.kill(process, signum)
+
+
+class SmallFiles(L.Callback):
+    """One process cannot write files of more than so many bytes."""
+
+    def __init__(self, rank: int, num_bytes: int) -> None:
+        self.rank, self.num_bytes = rank, num_bytes
+        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_rank == self.rank:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.num_bytes, self.before[1]))
+
+    def on_exception(self, *_: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
+
+
+class NoRename(L.Callback):
+    """The first process cannot give a checkpoint in pieces its name."""
+
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+        def refuse(*_: Any) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        if trainer.is_global_zero:
+            trainer.strategy._put_in_place = refuse
+
+
+class SlowRename(L.Callback):
+    """The first process takes its time over it."""
+
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+        strategy, put_in_place = trainer.strategy, trainer.strategy._put_in_place
+
+        def slow(*arguments: Any) -> None:
+            time.sleep(1)
+            put_in_place(*arguments)
+
+        strategy._put_in_place = slow
+
+
+class FailAll(L.Callback):
+    """All fail amid a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_before_zero_grad(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step - 1:
+            raise UserError("the first error")
 
 
 class OwnNumbers(L.Callback):

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -63,3 +64,18 @@ def _results(folder: Path, size: int, rank: int) -> Path:
 def command_line(folder: Path, arguments: list[str]) -> Finished:
     """`python train.py ARGUMENTS` in a process of a group."""
     return train(folder, *arguments)
+
+
+def under_slurm(folder: Path, arguments: list[str]) -> tuple[Finished, bool]:
+    """The same in one of two processes with srun's variables; the commands in the folder are found first.
+
+    Returns:
+        How it ended, and whether the job had been requeued by then.
+    """
+    rank = os.environ["LOCAL_RANK"]
+    own = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NODEID": "0", "SLURM_NNODES": "1"}
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "big", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
+    with mock.patch.dict(os.environ, {**own, **job, "PATH": f"{folder}:{os.environ['PATH']}"}):
+        del os.environ["LOCAL_RANK"], os.environ["NODE_RANK"]
+        finished = command_line(folder, arguments)
+    return finished, (folder / "requeued").exists()
