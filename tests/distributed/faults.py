@@ -11,6 +11,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 
+from callbacks.last_checkpoint import LastCheckpoint
 from core.errors import UserError
 
 
@@ -30,6 +31,26 @@ class KillLast(SignalLast):
 
     def __init__(self, step: int) -> None:
         super().__init__(signal.SIGKILL, step)
+
+
+class SignalGroup(SignalLast):
+    """The whole group of processes gets it, as from a terminal."""
+
+    def on_before_zero_grad(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step - 1 and trainer.global_rank == trainer.world_size - 1:
+            os.killpg(os.getpgrp(), self.signum)
+
+
+class SignalLauncher(SignalLast):
+    """The launcher gets it, and has handed it on before the step goes on."""
+
+    def on_before_zero_grad(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step - 1:
+            if trainer.global_rank == trainer.world_size - 1:
+                os.kill(os.getppid(), self.signum)
+            (last,) = (callback for callback in trainer.callbacks if isinstance(callback, LastCheckpoint))
+            while not last._received:
+                time.sleep(0.01)
 
 
 class SignalAll(L.Callback):

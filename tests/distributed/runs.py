@@ -26,6 +26,7 @@ class Run(NamedTuple):
         num_processes: which there must be.
         load: name of a checkpoint in the folder.
         save: likewise; it is written after step `save_at`, while the run goes on.
+        double: in fp64.
     """
 
     strategy: str = "one"
@@ -39,6 +40,7 @@ class Run(NamedTuple):
     save: str | None = None
     save_at: int = 0
     options: tuple[tuple[str, Any], ...] = ()  # more fields of ModelConfig
+    double: bool = False
 
     def make_strategy(self) -> Any:
         if self.strategy == "one":
@@ -98,5 +100,12 @@ def train(folder: Path, run: Run) -> list[dict[str, float]]:
     )
     datamodule.prepare_data()
     accumulate(trainer, datamodule, run.micro_batch_size)
-    trainer.fit(module, datamodule=datamodule, ckpt_path=folder / run.load if run.load else None, weights_only=True)
+    ckpt_path = folder / run.load if run.load else None
+    try:
+        torch.set_default_dtype(
+            torch.float64 if run.double else torch.float32
+        )  # ModelParallelStrategy takes no "64-true"
+        trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
     return curve.values

@@ -29,10 +29,23 @@ def test_two_processes_have_the_curve_of_one(tmp_path: Path, cases: list[Run]) -
         wanted = expected[in_one_process(case)]
         assert len(wanted) == STEPS
         assert first == second, f"{case}: to the bit, on both ranks"
-        for name, tolerance in (("train/loss", 1e-5), ("optim/grad_norm", 1e-4)):
+        # The norm is before clipping, where rounding shows most: see below.
+        for name, tolerance in (("train/loss", 1e-5), ("optim/grad_norm", 1e-3)):
             curve = [metrics[name] for metrics in first]
             assert curve == pytest.approx([metrics[name] for metrics in wanted], rel=tolerance), f"{case}: {name}"
         assert first[-1]["val/loss"] == pytest.approx(wanted[-1]["val/loss"], rel=1e-5), case
+
+
+@pytest.mark.slow
+def test_rounding_alone_tells_them_apart(tmp_path: Path) -> None:
+    cases = [case._replace(double=True) for case in CASES + MORE]
+    expected = {alone: train(tmp_path, alone) for alone in map(in_one_process, cases)}
+    found, _ = together(2, tmp_path, train, cases)
+    for case, curve in zip(cases, found, strict=True):
+        ours, theirs = (
+            [step["optim/grad_norm"] for step in steps] for steps in (curve, expected[in_one_process(case)])
+        )
+        assert ours == pytest.approx(theirs, rel=1e-9), case
 
 
 def in_one_process(run: Run) -> Run:

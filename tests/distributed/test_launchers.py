@@ -1,0 +1,77 @@
+"""torchrun, and no launcher at all: real commands, whose processes find each other by themselves."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers_run import TRAIN, Finished, assert_began, run, scalars, tiny_job
+
+STEPS = ["experiment=dense_spannorm", "optim.schedule=constant", "trainer.max_steps=4"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+DDP = ["trainer=ddp", "trainer.accelerator=cpu", "run_dir=run"]
+TERMINATED = 128 + signal.SIGTERM
+
+
+def python(cwd: Path, *command: str) -> Finished:
+    """In a session of its own, so that signals to its group stay in it."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, *command],
+        cwd=cwd,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=250)
+        finally:
+            process.kill()
+    return Finished(process.returncode, out, err)
+
+
+def fault(name: str) -> str:
+    return f"+callbacks.fault={{_target_: tests.distributed.faults.{name}, signum: {int(signal.SIGTERM)}, step: 2}}"
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """The curve of one process."""
+    return scalars(run(tmp_path_factory.mktemp("alone"), "run", *STEPS), "train/loss")
+
+
+def assert_same(folder: Path, alone: dict[int, float]) -> None:
+    assert len(alone) == 4
+    assert scalars(folder, "train/loss") == pytest.approx(alone, rel=1e-5)
+
+
+def test_torchrun_has_the_curve_of_one_process(tmp_path: Path, alone: dict[int, float]) -> None:
+    finished = python(tmp_path, *TORCHRUN, str(TRAIN), *tiny_job(*STEPS, *DDP))
+    assert finished.code == 0, finished.err
+    assert finished.out.count("Run folder: run") == 1
+    assert_same(tmp_path / "run", alone)
+
+
+def test_without_a_launcher_all_save_when_their_group_is_terminated(tmp_path: Path, alone: dict[int, float]) -> None:
+    arguments = [str(TRAIN), *tiny_job(*STEPS, *DDP, "trainer.devices=2", fault("SignalGroup"))]
+    finished = python(tmp_path, *arguments)
+    assert finished.code == TERMINATED, finished.err
+    assert "Interrupted: SIGTERM after step 2. Saved; go on with" in finished.out
+    run(tmp_path, "run", *STEPS, "ckpt_path=last")
+    assert_began(tmp_path / "run", 2)
+    assert_same(tmp_path / "run", alone)
+
+
+@pytest.mark.slow
+def test_when_torchrun_is_terminated_all_save(tmp_path: Path, alone: dict[int, float]) -> None:
+    finished = python(tmp_path, *TORCHRUN, str(TRAIN), *tiny_job(*STEPS, *DDP, fault("SignalLauncher")))
+    assert finished.code, "torchrun's own"
+    assert "Interrupted: SIGTERM after step 2. Saved; go on with" in finished.out
+    run(tmp_path, "run", *STEPS, "ckpt_path=last")
+    assert_began(tmp_path / "run", 2)
+    assert_same(tmp_path / "run", alone)
