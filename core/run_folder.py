@@ -19,7 +19,7 @@ from core.errors import ConfigError, UserError, require, writing
 from core.mappings import flatten
 from core.run_lock import held
 from core.status import is_done
-from core.whole_file import damage, is_whole, write_whole
+from core.whole_file import damage_of, is_whole, write_whole
 
 RUNS = Path("runs")
 NAME_LENGTH = 80  # file systems take 255 bytes; a table of runs takes less
@@ -126,9 +126,8 @@ def locate(config: DictConfig, experiment: str | None, name: str) -> RunFolder:
     checkpoint = Path(str(config.ckpt_path))
     there = checkpoint.is_file() or (checkpoint / ".metadata").is_file()
     require(there, "ckpt_path", str(checkpoint), "last, or the path of a checkpoint")
-    wrong = damage(checkpoint) if checkpoint.is_file() else None
-    valid = f"a whole checkpoint of this project; this file cannot be read as one ({wrong})"
-    require(not wrong, "ckpt_path", str(checkpoint), valid)
+    wrong = damage_of(checkpoint, thorough=is_main_process())
+    require(not wrong, "ckpt_path", str(checkpoint), f"a whole checkpoint of this project ({wrong})")
     owner = checkpoint.absolute().parent.parent
     home = owner if (owner / "config.yaml").exists() else _fresh(siblings / name)
     return RunFolder(given or home, checkpoint)
@@ -141,7 +140,7 @@ def newest_whole(run: Path) -> Path:
         ConfigError: neither is whole.
     """
     for path in (run / LAST, run / PREVIOUS):
-        if path.exists() and is_whole(path):
+        if path.exists() and is_whole(path, thorough=is_main_process()):
             return path
     raise ConfigError("ckpt_path", "last", f"a whole checkpoint in {run / LAST.parent}")
 

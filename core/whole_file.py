@@ -5,6 +5,7 @@ import os
 import sys
 import zipfile
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,8 @@ def save(content: Any, path: Path) -> None:
     write_whole(path, write)
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with a file of torch.save, in words; None: nothing.
+def damage(path: Path | BytesIO) -> str | None:
+    """What is wrong with a file of torch.save, or its content, in words; None: nothing.
 
     It is a zip archive of uncompressed parts with a CRC-32 of each: every byte is read, no code in it is
     run. Holds all of it in memory for a moment, as resuming does.
@@ -69,6 +70,8 @@ def damage(path: Path) -> str | None:
                 return "torch compresses nothing, this file's parts are compressed"
             if part := archive.testzip():
                 return f"the checksum of {part} does not hold"
+        if isinstance(path, BytesIO):
+            path.seek(0)
         # Not mapped: torch then reads the parts' headers too, of which zipfile does not look at every field.
         torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of zipfile's, torch's and pickle's many kinds
@@ -76,12 +79,23 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint is undamaged; where it is not, that is said. One in pieces has no checksums to tell by."""
-    wrong = damage(checkpoint) if checkpoint.is_file() else None
+def is_whole(checkpoint: Path, thorough: bool = True) -> bool:
+    """Whether a checkpoint is undamaged; where it is not, that is said.
+
+    Args:
+        thorough: read all of one in pieces; one process is enough for that, and tells the others.
+    """
+    wrong = damage_of(checkpoint, thorough)
     if wrong:
         print(f"{checkpoint} is damaged and passed over: {wrong}", file=sys.stderr)
     return not wrong
+
+
+def damage_of(checkpoint: Path, thorough: bool) -> str | None:
+    """What is wrong with a checkpoint of either kind; None: nothing."""
+    from core import pieces
+
+    return pieces.damage(checkpoint, thorough) if checkpoint.is_dir() else damage(checkpoint)
 
 
 def _sync(path: Path) -> None:

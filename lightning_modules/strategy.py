@@ -21,6 +21,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
 from core.errors import one_line, require
+from core.pieces import seal
 from core.together import failing_together
 
 
@@ -38,6 +39,10 @@ class DataParallelStrategy(DDPStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None) -> None:
         with failing_together():  # the first process alone writes
             super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        # The first process alone has looked at every byte. Lightning's ModelParallelStrategy does this itself.
+        return super().load_checkpoint(self.broadcast(checkpoint_path), weights_only)
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -155,6 +160,7 @@ class ShardedStrategy(ModelParallelStrategy):
         """Give a whole checkpoint its name; a folder cannot replace another one, so the old one steps aside."""
         if not self.is_global_zero:
             return
+        seal(unfinished)
         old = path.with_name(f"{path.name}.old")
         _remove(old)
         if path.exists():
