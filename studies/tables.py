@@ -106,7 +106,7 @@ class Comparison(NamedTuple):
 
 
 def compare(ours: Cell, baseline: Cell) -> Comparison | None:
-    """Paired by seed, which draws weights and the order of the data alike. None: a seed of either failed, or none is shared."""
+    """Paired by seed, which draws weights and data alike. None: a seed of either failed, or they share none."""
     mine, theirs = ours.losses, baseline.losses
     shared = [seed for seed in mine if seed in theirs]
     if not shared or ours.failed or baseline.failed:
