@@ -9,7 +9,7 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from core.errors import require
+from core.errors import UserError, require
 from lightning_modules.generation import feed, stream
 from lightning_modules.layers.kv_cache import KVCache
 from lightning_modules.transformer import Transformer
@@ -114,6 +114,9 @@ class Adapter(TemplateLM):
         """Continuations of contexts, up to the first of the strings that end them, or the end of the document.
 
         Neither the batch size nor the other contexts of a batch change them: each has a seed of its own, its number.
+
+        Raises:
+            UserError: the model diverged; its logits are not finite.
         """
         results = [""] * len(requests)
         waiting: dict[str, list[int]] = {}
@@ -126,7 +129,11 @@ class Adapter(TemplateLM):
             numbers.sort(key=lambda number: -len(prompts[number]))
             for start in tqdm(range(0, len(numbers), self.batch_size), desc="texts", disable=None):
                 batch = {number: prompts[number] for number in numbers[start : start + self.batch_size]}
-                for number, text in zip(batch, self._continue(batch, options, length), strict=True):
+                try:
+                    texts = self._continue(batch, options, length)
+                except ValueError as error:
+                    raise UserError(f"no text: {error}") from error
+                for number, text in zip(batch, texts, strict=True):
                     results[number] = text
         return results
 

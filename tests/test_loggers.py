@@ -75,7 +75,7 @@ def test_wandb_offline_beside_tensorboard(tmp_path: Path, monkeypatch: pytest.Mo
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
     folder = run(tmp_path, "run", "logger=[tensorboard,wandb]", "logger.wandb.offline=true", *EVERYTHING)
-    wandb.finish()
+    wandb.teardown()  # waits for its server, which writes the last records after `finish` has returned
     (record,) = folder.glob("wandb/offline-run-*/*.wandb")
     content = record.read_bytes()
     for tag in ("train/loss", "val/loss", "optim/grad_norm"):

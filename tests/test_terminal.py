@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers_run import ROOT, TRAIN, tiny_job
+from tests.helpers_run import ROOT, TRAIN, tiny_job, train
 
 COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-7]|9[0-7]|38)[;\d]*m")
 
@@ -58,6 +58,13 @@ def test_runs_are_coloured_on_a_terminal_only(folder: Path) -> None:
 def test_listing_does_not_wait_for_torch() -> None:
     code = "import sys, tools.runs; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=200).returncode == 0
+
+
+def test_training_that_is_not_on_a_terminal_is_plain_lines(tmp_path: Path) -> None:
+    finished = train(tmp_path, *tiny_job("run_dir=run"))
+    assert finished.code == 0, finished.err
+    assert "step 2/2" in finished.out
+    assert not set("\x1b\r") & set(finished.out + finished.err)
 
 
 @pytest.mark.slow

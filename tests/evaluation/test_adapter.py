@@ -1,5 +1,6 @@
 """The adapter's answers against a plain forward pass."""
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from core.errors import ConfigError
+from core.errors import ConfigError, UserError
 from datamodules.tokenizers import ByteTokenizer
 from evaluation.adapter import Adapter
 from lightning_modules.transformer import Transformer
@@ -133,3 +134,10 @@ def test_of_continuations_that_do_not_fit_the_longest_is_named() -> None:
     message = f"window={WINDOW} is not valid: expected at least {WINDOW + 9}, the tokens of the longest continuation"
     with pytest.raises(ConfigError, match=message):
         make_adapter().loglikelihood(pairs, disable_tqdm=True)
+
+
+def test_a_model_that_diverged_has_nothing_to_say() -> None:
+    adapter = make_adapter()
+    nn.init.constant_(adapter.model.head.weight, math.nan)
+    with pytest.raises(UserError, match="no text: the model's output is not finite"):
+        adapter.generate_until([request("a", {})])
