@@ -140,7 +140,8 @@ def test_help_explains_the_groups_and_the_usual_overrides(cwd: Path) -> None:
     assert finished.returncode == 0
     for group in ("model", "data", "optim", "trainer", "callbacks", "logger", "experiment"):
         names = sorted(path.stem for path in (ROOT / "configs" / group).glob("*.yaml"))
-        assert f"{group}: {', '.join(names)}" in finished.stdout
+        assert f"\n{group}: {', '.join(names)}\n" in finished.stdout
+    assert "\neval" not in finished.stdout, "nor what else lies in configs/, which train.py does not take"
     for field in (
         *("model.placement", "model.init", "model.norm", "model.num_layers", "model.dim", "model.num_heads"),
         *("model.num_kv_heads", "model.ffn", "model.moe.num_experts", "model.moe.top_k", "model.moe.backend"),
