@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from core.build import build
 from core.errors import ConfigError, require
@@ -51,6 +51,8 @@ def open_run(folder: Path, checkpoint: str = "last", allow: str = "") -> OpenRun
     require(path.exists(), "checkpoint", checkpoint, f"last, best, or the path of a checkpoint; {path} is not there")
     # Of the module's own copy: a saved configuration has no references.
     config.module.model.compile = config.module.model.activation_checkpointing = False
+    # The one it was trained with may not compute in fp32, or not be had here; all compute the same.
+    OmegaConf.update(config, "module.model.moe.backend", "auto")
     try:
         content = load(path)
         vocab_size, step = content["hyper_parameters"]["vocab_size"], content["global_step"]
