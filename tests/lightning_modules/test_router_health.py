@@ -1,16 +1,21 @@
 """Router health in numbers done by hand, and through the Trainer: one value a step, whatever its number of batches."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_modules.layers.router import RouterStats
 from lightning_modules.router_health import router_health, tally
 from tests.conftest import make_module, tokens
 from tests.lightning_modules.test_language_module import Recorder, fit
+
+aten = torch.ops.aten
 
 
 def stats(load: list[float], *scalars: float) -> RouterStats:
@@ -44,6 +49,37 @@ def test_no_value_is_looked_at_on_the_way() -> None:
     on_meta = stats([4, 0, 2, 2], 1.0, 10.0, 0.5, 0.1, 2.0)
     layer = RouterStats(*(value.to("meta") for value in on_meta))  # which has no values
     assert all(value.is_meta for value in router_health(tally([layer, layer]), [1, 2]).values())
+
+
+class Looks(TorchDispatchMode):
+    """Counts what would make a GPU's host wait: a value taken out of a tensor, a shape that depends on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket in (aten._local_scalar_dense, aten.nonzero, aten.masked_select)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("balancing", ["loss", "bias"])
+def test_a_logged_step_of_a_mixture_looks_at_no_more_values_than_a_dense_one(balancing: str, tmp_path: Path) -> None:
+    def looks(ffn: str) -> int:
+        module = make_module(ffn=ffn, moe={"backend": "grouped", "balancing": balancing})
+        mode, recorder = Looks(), Recorder()
+
+        def watched(hook: Callable[..., Any], *arguments: Any) -> Any:
+            with mode:
+                return hook(*arguments)
+
+        for name in ("training_step", "on_before_optimizer_step"):
+            setattr(module, name, partial(watched, getattr(module, name)))
+        fit(tmp_path, module, *[tokens(2, 9)] * 2, max_steps=2, logger=recorder)
+        assert len(recorder.series("moe/max_load")) == (2 if ffn == "moe" else 0)
+        return mode.count
+
+    assert looks("moe") == looks("dense")
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

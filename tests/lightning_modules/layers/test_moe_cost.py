@@ -50,3 +50,27 @@ def test_each_token_is_multiplied_with_its_own_experts_alone(backend: str) -> No
     for num_experts in (4, 32):
         router = 3 * 64 * 32 * num_experts
         assert multiplications(num_experts) == products + router
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_buffer_of_a_forced_router_grows_with_experts_times_tokens(backend: str) -> None:
+    def largest(num_experts: int) -> int:
+        layer, x = make_moe(num_experts=num_experts, top_k=1, backend=backend), inputs(1, 2048)
+        send_all_to(layer, num_experts - 1)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+            layer(x)[0].sum().backward()
+        return max(event.self_cpu_memory_usage for event in run.events())
+
+    tokens = 4 * 2048 * 32  # in fp32: as large as the router's logits, and the weights are smaller
+    assert largest(4) == largest(32) == tokens, "not even for a moment, forward or backward"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_forced_router_drops_nothing(backend: str) -> None:
+    layer, x, computed = make_moe(num_experts=8, top_k=1, backend=backend), inputs(2, 150), []
+    send_all_to(layer, 5)
+    layer.experts.mlp.register_forward_hook(lambda _, arguments, out: computed.append((*arguments, out)))
+    out, _ = layer(x)
+    ((rows, load, results),) = computed
+    assert load.tolist() == [0, 0, 0, 0, 0, 300, 0, 0]
+    assert len(rows.unique(dim=0)) == len(results.unique(dim=0)) == len(out.flatten(0, 1).unique(dim=0)) == 300

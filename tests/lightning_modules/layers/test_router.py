@@ -77,6 +77,17 @@ def test_sigmoid_scores_of_zero_stay_finite() -> None:
     assert router.layer.weight.grad.isfinite().all()
 
 
+def test_jitter_multiplies_each_feature_by_a_uniform_number_around_one() -> None:
+    router = make_router(num_experts=32, top_k=32, score="sigmoid", normalize_weights=False, jitter=0.25)
+    torch.nn.init.eye_(router.layer.weight)  # logits are features, and weights their sigmoids
+    weights, experts, _ = router(torch.full((400, 32), 2.0))
+    noise = torch.empty(400, 32).scatter(1, experts, weights.detach().logit() / 2)
+    assert (noise.min().item(), noise.max().item()) == pytest.approx((0.75, 1.25), abs=1e-3)
+    for dim in (0, 1):  # of its own for each token, and for each of its features
+        assert noise.mean(dim).sub(1).abs().max() < 0.15
+        assert noise.std(dim).mean().item() == pytest.approx(0.5 / 12**0.5, rel=0.02)
+
+
 def test_the_bias_moves_by_the_sign_of_the_load_error_and_is_saved() -> None:
     router = make_router(balancing="bias", bias_update_rate=0.5)
     router.update_bias(torch.tensor([8.0, 1.0, 4.0, 3.0]))  # the mean is 4
