@@ -30,21 +30,29 @@ class Saved(NamedTuple):
     states: list[int]
     outside: int
 
-    def total(self, recomputed: bool) -> int:
-        """At the beginning of the backward pass; or the most during it, where blocks keep their inputs only."""
-        if recomputed:
-            return self.outside + sum(self.states) + max(self.blocks)
-        return self.outside + sum(self.blocks)
+    def total(self, recompute_every: int | None) -> int:
+        """At the beginning of the backward pass; or the most during it, where every so manieth block keeps its input
+        only."""
+        inside = 0
+        recomputed = []
+        for number, (block, state) in enumerate(zip(self.blocks, self.states, strict=True), start=1):
+            if recompute_every and number % recompute_every == 0:
+                inside += state
+                recomputed.append(block)
+            else:
+                inside += block
+        return self.outside + inside + max(recomputed, default=0)
 
 
 def saved_activations(
-    build: Any, batch_size: int, seq_len: int, cut: int = 1, dtype: torch.dtype | None = None
+    build: Any, batch_size: int, seq_len: int, chunked: bool, cut: int = 1, dtype: torch.dtype | None = None
 ) -> Saved:
     """Of a model's forward pass and its loss.
 
     Args:
         build: makes the model, which has `blocks` with `attn` and `ffn`; it must not recompute its blocks.
         batch_size: sequences that a device takes at once.
+        chunked: whether the model takes the loss itself, of a part of the logits at a time.
         cut: processes that tensor parallelism cuts attention and dense FFN over.
         dtype: of autocast; None: there is none.
     """
@@ -86,6 +94,9 @@ def saved_activations(
         tokens = torch.zeros(batch_size, seq_len + 1, dtype=torch.long)
         autocast = nullcontext() if dtype is None else torch.autocast("cpu", dtype)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
-            logits, _ = model(tokens[:, :-1])
-            F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+            if chunked:
+                model(tokens[:, :-1], targets=tokens[:, 1:])
+            else:
+                logits, _ = model(tokens[:, :-1])
+                F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
     return Saved([kept[number + 1] for number in range(len(model.blocks))], states, kept[0])

@@ -35,29 +35,45 @@ def accumulate(trainer: L.Trainer, datamodule: Any, micro_batch_size: int | None
         micro_batch_size: sequences that a device takes at once; None: its whole part of data.batch_size.
 
     Raises:
-        ConfigError: the processes do not divide into groups that cut a model, the batch not into equal parts for them,
-            or a part not into equal passes.
+        ConfigError: see `num_passes`.
     """
-    world, cut = trainer.world_size, _cut(trainer)
-    valid = f"a divisor of {world}, the number of processes"
-    require(world % cut == 0, "trainer.strategy.tensor_parallel_size", cut, valid)
-    if not hasattr(datamodule, "batch_size"):
+    passes = num_passes(trainer.world_size, _cut(trainer), getattr(datamodule, "batch_size", None), micro_batch_size)
+    if passes == 1:
         return
-    size, parts = datamodule.batch_size, num_data_parts(trainer)
-    valid = f"a multiple of {parts}, the number of data-parallel processes: {_multiples_near(size, parts)}"
-    require(size % parts == 0, "data.batch_size", size, valid)
-    if micro_batch_size is None:
-        return
-    share = size // parts
-    divisors = [n for n in range(1, share + 1) if share % n == 0]
-    valid = f"null, or one of {divisors}: {parts} data-parallel processes take {share} each of data.batch_size={size}"
-    require(micro_batch_size in divisors, "micro_batch_size", micro_batch_size, valid)
-    passes = share // micro_batch_size
     datamodule.val_batches = datamodule.num_val_batches * passes
-    datamodule.batch_size = size // passes
+    datamodule.batch_size //= passes
     trainer.accumulate_grad_batches *= passes
     assert isinstance(trainer.val_check_interval, int), "check_length comes first"
     trainer.val_check_interval *= passes
+
+
+def num_passes(world: int, cut: int, batch_size: int | None, micro_batch_size: int | None) -> int:
+    """Into how many forward passes one of the configuration's is split.
+
+    Args:
+        world: number of processes.
+        cut: how many of them share one copy of the model.
+        batch_size: data.batch_size; None: data of one's own, which know no such thing.
+        micro_batch_size: see `accumulate`.
+
+    Raises:
+        ConfigError: the processes do not divide into groups that cut a model, the batch not into equal parts for them,
+            or a part not into equal passes.
+    """
+    valid = f"a divisor of {world}, the number of processes"
+    require(world % cut == 0, "trainer.strategy.tensor_parallel_size", cut, valid)
+    if batch_size is None:
+        return 1
+    parts = world // cut
+    valid = f"a multiple of {parts}, the number of data-parallel processes: {_multiples_near(batch_size, parts)}"
+    require(batch_size % parts == 0, "data.batch_size", batch_size, valid)
+    share = batch_size // parts
+    divisors = [n for n in range(1, share + 1) if share % n == 0]
+    valid = (
+        f"null, or one of {divisors}: {parts} data-parallel processes take {share} each of data.batch_size={batch_size}"
+    )
+    require(micro_batch_size in (None, *divisors), "micro_batch_size", micro_batch_size, valid)
+    return 1 if micro_batch_size is None else share // micro_batch_size
 
 
 def _multiples_near(size: int, parts: int) -> str:

@@ -77,12 +77,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_weight.addmm_(grad.t(), x)
                 else:
                     grad_weight += grad.t() @ x
-        ctx.gradients = grad_hidden, grad_weight
+        ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(losses)
         return losses.mean(), losses
 
     @staticmethod
     def backward(ctx: Any, grad_mean: Tensor, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.gradients  # of the sum
+        grad_hidden, grad_weight = ctx.saved_tensors  # of the sum
         factor, dtype = grad_mean / len(grad_hidden), grad_hidden.dtype
         return (grad_hidden * factor).to(dtype), (grad_weight * factor).to(dtype), None, None, None

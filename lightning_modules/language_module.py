@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from core.errors import require
 from core.steps import completes_step, is_logged
 from lightning_modules.config import ModelConfig, OptimConfig, parse
 from lightning_modules.cross_entropy import LARGE_VOCABULARY
@@ -21,7 +20,14 @@ from lightning_modules.initialization import initialize
 from lightning_modules.layers.router import RouterStats
 from lightning_modules.optim import make_optimizer, make_schedule, number_by_parameters, number_names
 from lightning_modules.router_health import router_health, tally, tokens_per_expert
-from lightning_modules.sharding import check_mesh, clip_gradients, gradient_norm, shard_block, shard_rest
+from lightning_modules.sharding import (
+    check_mesh,
+    check_unsharded,
+    clip_gradients,
+    gradient_norm,
+    shard_block,
+    shard_rest,
+)
 from lightning_modules.source_loss import SourceLoss
 from lightning_modules.transformer import Transformer
 from lightning_modules.width_scaling import width_scaling
@@ -87,7 +93,7 @@ class LanguageModule(L.LightningModule):
         device = torch.get_default_device() if self._trainer is None else self.trainer.strategy.root_device
         mesh, built = self.device_mesh, partial(Transformer, self.model_config, self.vocab_size)
         if mesh is not None:
-            check_mesh(self.model_config, mesh)
+            check_mesh(self.model_config, mesh["data_parallel"].size(), mesh["tensor_parallel"].size())
             built = partial(built, built=partial(shard_block, mesh=mesh))
         with device, self._precision():
             self.model = built(output_multiplier=self.width_scaling.output_multiplier)
@@ -104,8 +110,7 @@ class LanguageModule(L.LightningModule):
             for block in self.model.blocks:
                 block.compile()
         if mesh is None and self._trainer is not None and self.trainer.state.fn == "fit":
-            experts = self.model_config.moe.expert_parallel  # elsewhere one process may have them all
-            require(experts == 1, "model.moe.expert_parallel", experts, "1 unless trainer=fsdp: docs/scaling.md")
+            check_unsharded(self.model_config)  # elsewhere one process may have all experts
 
     def _precision(self) -> AbstractContextManager[Any]:
         """That of the forward pass in training, by which the backend of the experts is chosen."""

@@ -17,17 +17,16 @@ from lightning_modules.tensor_parallel import cut
 from lightning_modules.transformer import Block, Transformer
 
 
-def check_mesh(config: ModelConfig, mesh: DeviceMesh) -> None:
+def check_mesh(config: ModelConfig, data: int, tensor: int) -> None:
     """Hold the model against the processes that are to share it.
 
     Args:
         config: the model's.
-        mesh: of the dimensions data_parallel and tensor_parallel.
+        data, tensor: numbers of data- and tensor-parallel processes.
 
     Raises:
         ConfigError: something cannot be divided by the number of those who are to divide it.
     """
-    data, tensor = (mesh[name].size() for name in ("data_parallel", "tensor_parallel"))
     experts = config.moe.expert_parallel
     valid = f"1 or all {data} data-parallel processes"
     require(experts in (1, data), "model.moe.expert_parallel", experts, valid)
@@ -39,6 +38,16 @@ def check_mesh(config: ModelConfig, mesh: DeviceMesh) -> None:
         require(width % tensor == 0, "trainer.strategy.tensor_parallel_size", tensor, valid)
 
 
+def check_unsharded(config: ModelConfig) -> None:
+    """Likewise, against processes of which each has all of it.
+
+    Raises:
+        ConfigError: its experts are to be shared out.
+    """
+    experts = config.moe.expert_parallel
+    require(experts == 1, "model.moe.expert_parallel", experts, "1 unless trainer=fsdp: docs/scaling.md")
+
+
 def shard_block(block: Block, mesh: DeviceMesh) -> None:
     """In place; all processes hold the same weights before, and their part of each after.
 
@@ -46,7 +55,7 @@ def shard_block(block: Block, mesh: DeviceMesh) -> None:
     data-parallel ones if the configuration says so, and all else sharded over the latter.
 
     Args:
-        mesh: as check_mesh has approved it.
+        mesh: of the dimensions data_parallel and tensor_parallel, as check_mesh has approved it.
     """
     data, tensor = mesh["data_parallel"], mesh["tensor_parallel"]
     if tensor.size() > 1:

@@ -27,8 +27,12 @@ from analysis.memory import saved_activations
 from core import cli
 from core.build import build
 from core.errors import require
+from core.parallel import num_passes
 from lightning_modules.config import ModelConfig
+from lightning_modules.cross_entropy import LARGE_VOCABULARY
 from lightning_modules.layers.moe import MoE
+from lightning_modules.sharding import check_mesh, check_unsharded
+from lightning_modules.strategy import ShardedStrategy
 from lightning_modules.transformer import Block, Transformer
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -41,17 +45,20 @@ class Mesh(NamedTuple):
     Attributes:
         data, tensor: numbers of data- and tensor-parallel processes.
         sharded: by FSDP2; else each process has all of it.
+        reduced: by DDP, which copies the gradients into buckets.
     """
 
     data: int
     tensor: int
     sharded: bool
+    reduced: bool
 
 
 class Plan(NamedTuple):
     """Memory is in bytes, of one process; FLOPs are of training.
 
     Attributes:
+        buckets: DDP's copies of the gradients.
         gathered: what FSDP has in full at a time: embedding and head, two blocks, and the gradients of one.
     """
 
@@ -59,6 +66,7 @@ class Plan(NamedTuple):
     active_parameters: int
     weights: int
     gradients: int
+    buckets: int
     optimizer: int
     activations: int
     gathered: int
@@ -68,7 +76,7 @@ class Plan(NamedTuple):
 
     @property
     def memory(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.gathered
+        return self.weights + self.gradients + self.buckets + self.optimizer + self.activations + self.gathered
 
     def hours(self, mfu: float, peak_flops: float) -> float:
         """At this share of the devices' peak, which is in FLOP/s of one."""
@@ -79,52 +87,64 @@ def plan(config: DictConfig) -> Plan:
     """Of a composed configuration.
 
     Raises:
-        ConfigError: the model cannot be built, or its processes or batch not be shared out.
+        ConfigError: the model cannot be built, or training would refuse how it or the batch is shared out.
     """
     datamodule: Any = build(config, "data")
     module: Any = build(config, "module", vocab_size=datamodule.vocab_size)
     model: ModelConfig = module.model_config
     mesh, precision = find_mesh(config), str(config.trainer.precision)
-    share, accumulated = datamodule.batch_size // mesh.data, config.trainer.accumulate_grad_batches
-    valid = f"a multiple of {mesh.data}, the number of data-parallel processes"
-    require(datamodule.batch_size % mesh.data == 0, "data.batch_size", datamodule.batch_size, valid)
+    passes = num_passes(mesh.data * mesh.tensor, mesh.tensor, datamodule.batch_size, config.micro_batch_size)
+    if mesh.sharded:
+        check_mesh(model, mesh.data, mesh.tensor)
+    else:
+        check_unsharded(model)
     with torch.device("meta"):
         weightless = Transformer(model, datamodule.vocab_size)
 
     size = 2 if precision in ("bf16-true", "16-true") else 4
     held = num_held(weightless, mesh) * size
-    recomputed = bool(model.activation_checkpointing)
     saved = saved_activations(
         partial(Transformer, replace(model, activation_checkpointing=False, compile=False), datamodule.vocab_size),
-        config.micro_batch_size or share,
+        datamodule.batch_size // mesh.data // passes,
         datamodule.seq_len,
+        datamodule.vocab_size >= LARGE_VOCABULARY,
         mesh.tensor,
         torch.bfloat16 if precision.endswith("-mixed") else None,
     )
     total, active = module.num_parameters
+    sequences = config.trainer.accumulate_grad_batches * datamodule.batch_size
     return Plan(
         parameters=total,
         active_parameters=active,
         weights=held,
         gradients=held,
+        buckets=held if mesh.reduced else 0,
         optimizer=2 * held,  # AdamW's two moments
-        activations=saved.total(recomputed),
+        activations=saved.total(model.checkpoint_every if model.activation_checkpointing else None),
         gathered=num_gathered(weightless, mesh) * size,
         flops_per_token=weightless.flops_per_token(datamodule.seq_len),
-        tokens=config.trainer.max_steps * accumulated * datamodule.batch_size * datamodule.seq_len,
+        tokens=config.trainer.max_steps * sequences * datamodule.seq_len,
         mesh=mesh,
     )
 
 
 def find_mesh(config: DictConfig) -> Mesh:
-    """That of the configured trainer, on the devices that it names."""
+    """That of the configured trainer, on the devices that it names.
+
+    Raises:
+        ConfigError: it names none, or its strategy cannot be.
+    """
     trainer = config.trainer
-    require(isinstance(trainer.devices, int), "trainer.devices", trainer.devices, "a number: plans have no devices")
-    world, strategy = trainer.devices * trainer.get("num_nodes", 1), trainer.get("strategy") or {}
-    tensor = strategy.get("tensor_parallel_size", 1)
+    valid = "an integer >= 1: plans have no devices"
+    for name, number in (("devices", trainer.devices), ("num_nodes", trainer.get("num_nodes", 1))):
+        require(isinstance(number, int) and number >= 1, f"trainer.{name}", number, valid)
+    world = trainer.devices * trainer.get("num_nodes", 1)
+    strategy = build(config, "trainer.strategy") if isinstance(trainer.get("strategy"), DictConfig) else None
+    tensor = strategy.tensor_parallel_size if isinstance(strategy, ShardedStrategy) else 1
     valid = f"a divisor of {world}, the number of processes"
     require(world % tensor == 0, "trainer.strategy.tensor_parallel_size", tensor, valid)
-    return Mesh(world // tensor, tensor, sharded="tensor_parallel_size" in strategy)
+    sharded = isinstance(strategy, ShardedStrategy)
+    return Mesh(world // tensor, tensor, sharded, reduced=not sharded and (strategy is not None or world > 1))
 
 
 def num_held(model: Transformer, mesh: Mesh) -> int:
@@ -174,7 +194,7 @@ def make_table(planned: Plan, mfu: float, peak_flops: float) -> Table:
         "processes": f"{mesh.data} data parallel x {mesh.tensor} tensor parallel, model {kind}",
         "parameters": f"{planned.parameters:,} ({planned.active_parameters:,} active)",
     }
-    parts = ("weights", "gradients", "optimizer", "activations", "gathered", "memory")
+    parts = ("weights", "gradients", "buckets", "optimizer", "activations", "gathered", "memory")
     for name in parts:
         label = "memory of a process" if name == "memory" else f"  {name}"
         rows[label] = f"{getattr(planned, name) / GIB:,.2f} GiB"

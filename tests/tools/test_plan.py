@@ -4,15 +4,18 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from core.errors import ConfigError
+from lightning_modules.cross_entropy import LARGE_VOCABULARY
+from lightning_modules.language_module import LanguageModule
 from lightning_modules.layers import expert_products
 from lightning_modules.optim import make_optimizer
-from tests.conftest import make_module, tokens
+from tests.conftest import make_module, tiny_values, tokens
 from tools.plan import compose_config, plan
 
 BATCH, SEQ_LEN = 4, 32
@@ -21,15 +24,23 @@ MODELS: dict[str, dict[str, Any]] = {
     "dense": WIDE,
     "two streams, grouped queries": {**WIDE, "placement": "siamesenorm", "num_kv_heads": 2},
     "moe": {**WIDE, "ffn": "moe", "moe": {"expert_dim": 64, "num_shared_experts": 1}},
+    "large vocabulary": WIDE,
 }
 
 
-def planned(model: dict[str, Any]) -> Any:
+def vocab_size(name: str) -> int:
+    """From LARGE_VOCABULARY on the logits never exist all at once."""
+    return 2 * LARGE_VOCABULARY if name == "large vocabulary" else 50
+
+
+def planned(name: str) -> Any:
+    model = MODELS[name]
     flat = {**{k: v for k, v in model.items() if k != "moe"}, "num_heads": 4}
     moe = {"num_experts": 4, "top_k": 2, "expert_dim": 24, **model.get("moe", {})}
     overrides = [f"model.{name}={value}" for name, value in flat.items()]
     overrides += [f"model.moe.{name}={value}" for name, value in moe.items()] if "moe" in model else []
-    sizes = ["data=synthetic", "data.vocab_size=50", f"data.seq_len={SEQ_LEN}", f"data.batch_size={BATCH}"]
+    sizes = ["data=synthetic", "data.task=copy", f"data.vocab_size={vocab_size(name)}"]
+    sizes += [f"data.seq_len={SEQ_LEN}", f"data.batch_size={BATCH}"]
     return plan(compose_config([*overrides, *sizes]))
 
 
@@ -43,20 +54,24 @@ def outer_flops(a: Any, b: Any, *_: Any, **__: Any) -> int:
 
 
 OPERATORS = getattr(torch.ops, expert_products.__name__.replace(".", "_"))
-FORMULAS = {OPERATORS.loop_matmul: experts_flops, OPERATORS.loop_outer: outer_flops}
+FORMULAS = {
+    OPERATORS.loop_matmul: experts_flops,
+    OPERATORS.loop_outer: outer_flops,
+    torch.ops.aten.addmm_: lambda _, a, b, **__: outer_flops(a, b),
+}
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_memory_and_flops_are_those_of_a_real_step(name: str) -> None:
-    expected = planned(MODELS[name])
-    module = make_module(**MODELS[name])
+    expected = planned(name)
+    module = LanguageModule(tiny_values(**MODELS[name]), {"warmup_steps": 0}, vocab_size(name))
+    module.configure_model()
     model: Any = module.model
     optimizer = make_optimizer(model, module.optim_config)
-    batch = tokens(BATCH, SEQ_LEN + 1)
+    batch = {"tokens": torch.randint(vocab_size(name), (BATCH, SEQ_LEN + 1))}
 
     def loss() -> torch.Tensor:
-        logits, _ = model(batch[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        return module._loss(batch)[0]
 
     # The counter knows no attention kernel of a CPU; products it counts.
     with FlopCounterMode(display=False, custom_mapping=FORMULAS) as flops, sdpa_kernel(SDPBackend.MATH):
@@ -99,11 +114,62 @@ def test_a_7b_run_is_planned_without_its_weights() -> None:
     assert sharded.activations < cut.activations < 2 * sharded.activations, "twice the sequences, half of the inside"
 
 
+def test_buckets_are_those_of_ddp() -> None:
+    module, found = make_module(**WIDE), []
+
+    def note(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        found.append((bucket.buffer().nbytes, bucket.buffer().data_ptr()))
+        reduced: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        reduced.set_result(bucket.buffer())
+        return reduced
+
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        model = DistributedDataParallel(module.model)
+        model.register_comm_hook(None, note)
+        model(tokens(BATCH, SEQ_LEN))[0].mean().backward()
+    finally:
+        dist.destroy_process_group()
+    gradients = {p.grad.data_ptr() for p in model.parameters()}
+    assert not gradients & {pointer for _, pointer in found}, "beside them"
+    sizes = ["model.num_layers=3", "model.dim=64", "model.num_heads=4", "model.ffn_dim=176", "data=synthetic"]
+    sizes += ["data.vocab_size=50", "data.batch_size=4", "data.seq_len=32"]
+    one, ddp, fsdp = (
+        plan(compose_config([*sizes, *trainer]))
+        for trainer in ([], ["trainer=ddp", "trainer.devices=2"], ["trainer=fsdp", "trainer.devices=2"])
+    )
+    assert (one.buckets, ddp.buckets, fsdp.buckets) == (0, sum(size for size, _ in found), 0)
+    assert ddp.memory == ddp.weights + 2 * ddp.gradients + ddp.optimizer + ddp.activations
+
+
+def test_blocks_that_are_not_recomputed_keep_all() -> None:
+    model = ["model.num_layers=4", "data=synthetic", "model.activation_checkpointing=true"]
+    none, every, second = (
+        plan(compose_config([*model, override])).activations
+        for override in ("model.activation_checkpointing=false", "model.checkpoint_every=1", "model.checkpoint_every=2")
+    )
+    assert every < second < none
+
+
+MOE = ["experiment=moe_spannorm", "model.moe.num_experts=4"]
+
+
 @pytest.mark.parametrize(
-    ("override", "field"),
-    [("trainer.devices=auto", "trainer.devices"), ("data.batch_size=3", "data.batch_size")],
+    ("overrides", "field"),
+    [
+        (["trainer.devices=auto"], "trainer.devices"),
+        (["trainer.devices=0"], "trainer.devices"),
+        (["data.batch_size=3"], "data.batch_size"),
+        (["data.batch_size=4", "micro_batch_size=3"], "micro_batch_size"),
+        (["trainer.strategy.tensor_parallel_size=0"], "trainer.strategy.tensor_parallel_size"),
+        (["trainer.strategy.tensor_parallel_size=3"], "trainer.strategy.tensor_parallel_size"),
+        (["trainer.strategy.tensor_parallel_size=2", "model.num_kv_heads=1"], "trainer.strategy.tensor_parallel_size"),
+        ([*MOE, "model.moe.expert_parallel=4"], "model.moe.expert_parallel"),
+        ([*MOE, "model.moe.expert_parallel=2", "trainer=ddp"], "model.moe.expert_parallel"),
+    ],
 )
-def test_what_cannot_be_planned_is_refused(override: str, field: str) -> None:
+def test_what_training_would_refuse_is_not_planned(overrides: list[str], field: str) -> None:
+    base = [] if "trainer=ddp" in overrides else ["trainer=fsdp"]
     with pytest.raises(ConfigError) as error:
-        plan(compose_config(["trainer=fsdp", "trainer.devices=2", override]))
+        plan(compose_config([*base, "trainer.devices=2", *overrides]))
     assert error.value.field == field
