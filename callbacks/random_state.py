@@ -6,18 +6,24 @@ import lightning as L
 import torch
 import torch.distributed as dist
 
+from core.parallel import data_part, num_data_parts
+
 
 class RandomState(L.Callback):
-    """Saves the torch generators of every process with each checkpoint, and restores them at the first step.
+    """Saves the torch generators with each checkpoint, and restores them at the first step.
 
-    A process gets back those of its own rank. One that had no such rank before, because the run goes on in more
-    processes, keeps those that it has.
+    They go by parts of the batch: processes that cut one model have the same part, and must draw the same numbers. A
+    part that was not there before, because the run goes on in more processes, keeps the generators that it has.
 
     Only what draws while it trains depends on them, as the router's jitter does; the order of the data is stateless.
     """
 
     def __init__(self) -> None:
         self._saved: list[dict[str, Any]] = []
+        self._num_parts = 1
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._num_parts = num_data_parts(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """By all processes together, as Lightning does it."""
@@ -28,14 +34,14 @@ class RandomState(L.Callback):
         if dist.is_initialized():
             ranks = [own] * dist.get_world_size()
             dist.all_gather_object(ranks, own)
-        return {"ranks": ranks}
+        return {"parts": ranks[:: len(ranks) // self._num_parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._saved = state_dict["ranks"]
+        self._saved = state_dict["parts"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        own = self._saved[rank] if rank < len(self._saved) else {}
+        part = data_part(trainer)
+        own = self._saved[part] if part < len(self._saved) else {}
         if "cpu" in own:
             torch.set_rng_state(own["cpu"].cpu())
         if "cuda" in own and torch.cuda.is_available():

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.distributed.processes import together
+from tests.distributed.processes import command_line, together
 from tests.distributed.runs import Run, train
+from tests.helpers_run import tiny_job
 
 SAVED_AT, STEPS = 8, 14
 SAVED = [
@@ -50,3 +52,16 @@ def test_it_goes_on_in_ddp_and_cut_another_way(tmp_path: Path) -> None:
     found, _ = together(2, tmp_path, train, cases)
     for run, curve in zip(cases, found, strict=True):
         assert_goes_on(tmp_path, run, curve)
+
+
+def test_those_who_cut_one_model_draw_the_same_numbers_after_two_shared_the_data(tmp_path: Path) -> None:
+    own, noted = (f"+callbacks.{n}._target_=tests.distributed.faults.{n}" for n in ("OwnNumbers", "NoteNumbers"))
+    base = ["experiment=moe_spannorm", "model.moe.jitter=0.1", "trainer=fsdp", "run_dir=run", noted]
+    together(2, tmp_path, command_line, [tiny_job(*base, own, "trainer.devices=2")])
+    cut = ["trainer.devices=4", "trainer.strategy.tensor_parallel_size=2", "trainer.max_steps=4", "ckpt_path=last"]
+    for ((finished,),) in zip(together(4, tmp_path, command_line, [tiny_job(*base, *cut)]), strict=True):
+        assert finished.code == 0, finished.err
+    first, same, second, likewise = (torch.load(tmp_path / f"numbers-{rank}-of-4") for rank in range(4))
+    assert torch.equal(first, same)
+    assert torch.equal(second, likewise)
+    assert not torch.equal(first, second), "as the two had them"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from core.checkpoint import load
+from core.checkpoint import load, load_beside_weights
 from core.cli import DIVERGED, USER_ERROR
 from core.interruption import PEER_LOST
 from tests.callbacks.test_recovery import RECOVERING, done
@@ -32,7 +32,7 @@ def assert_same(ours: Path, theirs: Path, at: int) -> None:
     for part in ("state_dict", "optimizer_0", "lr_schedulers", "PythonStdlib"):
         assert_equal(mine[part], others[part], part)
     assert_equal(mine["callbacks"]["RandomState"], others["callbacks"]["RandomState"], "RandomState")
-    first, second = mine["callbacks"]["RandomState"]["ranks"]
+    first, second = mine["callbacks"]["RandomState"]["parts"]
     assert not first["cpu"].equal(second["cpu"])
 
 
@@ -73,18 +73,21 @@ def test_a_sharded_run_is_taken_back_as_one_process_is(tmp_path: Path) -> None:
     assert ours == pytest.approx(theirs, rel=1e-3)
 
 
-def test_when_one_is_killed_the_other_says_so_and_the_run_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_when_one_is_killed_the_other_says_so_and_the_run_goes_on(tmp_path: Path, asynchronous: bool) -> None:
     options = ["experiment=dense_spannorm", "optim.schedule=constant", "trainer.max_steps=6"]
-    options += ["callbacks.last_checkpoint.every_n_train_steps=2", "trainer.strategy.asynchronous=false"]
-    kill = "+callbacks.kill={_target_: tests.distributed.faults.KillLast, step: 4}"
+    options += ["callbacks.last_checkpoint.every_n_train_steps=2", f"trainer.strategy.asynchronous={asynchronous}"]
+    kill = "+callbacks.kill={_target_: tests.distributed.faults.KillLast, step: 6}"
     ((finished,), gone) = together(2, tmp_path, command_line, [job("run", *options, kill)])
     assert gone == []
     assert finished.code == PEER_LOST
     assert "Process 0 stops: another one is gone" in finished.err
     assert finished.err.splitlines()[-1].endswith("run_dir=run ckpt_path=last")
 
+    saved = load_beside_weights(tmp_path / "run/checkpoints/last.ckpt")["global_step"]
+    assert saved in ((2, 4) if asynchronous else (4,)), "the last one, or the one before if it was still being written"
     alone = ["experiment=dense_spannorm", "optim.schedule=constant", "trainer.max_steps=6"]
     run(tmp_path, "run", *alone, "ckpt_path=last")
-    assert_began(tmp_path / "run", 2)
+    assert_began(tmp_path / "run", saved)
     whole = scalars(run(tmp_path, "whole", *alone), "train/loss")
     assert scalars(tmp_path / "run", "train/loss") == pytest.approx(whole, rel=1e-5)
