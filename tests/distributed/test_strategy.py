@@ -1,0 +1,31 @@
+"""What a failed save is called, and that the first error is not lost over it."""
+
+from concurrent.futures import Future
+
+import pytest
+from torch.distributed.checkpoint.api import CheckpointException
+
+from lightning_modules.strategy import ShardedStrategy
+
+
+def failing(*failures: BaseException) -> ShardedStrategy:
+    """One whose save has failed in processes 0, 1, ..."""
+    strategy = ShardedStrategy()
+    strategy._saving = Future()
+    by_rank = {rank: (failure, None) for rank, failure in enumerate(failures)}
+    strategy._saving.set_exception(CheckpointException("write", by_rank))  # type: ignore[arg-type]
+    return strategy
+
+
+def test_torchs_error_becomes_one_that_says_where_and_why() -> None:
+    strategy = failing(ValueError("no such\nplanner"), KeyError("weight"))
+    with pytest.raises(RuntimeError, match=r"not saved \(process 0: no such planner; process 1: 'weight'\)") as error:
+        strategy.finish_saving()
+    assert isinstance(error.value.__cause__, CheckpointException)
+    strategy.finish_saving()  # is said once
+
+
+def test_what_the_system_refuses_stays_its_own_error() -> None:
+    with pytest.raises(OSError, match="No space left on device") as error:
+        failing(OSError(28, "No space left on device")).finish_saving()
+    assert error.value.errno == 28
