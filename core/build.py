@@ -68,7 +68,7 @@ def _culprit(arguments: Mapping[str, Any], message: str) -> str:
     found = [
         (match.start(), name)
         for name, value in arguments.items()
-        for word in (name, value)
+        for word in (name, *(value if isinstance(value, dict) else [value]))
         if isinstance(word, str) and (match := re.search(rf"\b{re.escape(word)}\b", message))
     ]
     return min(found)[1] if found else "_target_"

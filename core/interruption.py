@@ -63,7 +63,7 @@ def explained(trainer: L.Trainer, run_dir: Path) -> Iterator[None]:
         reason = error.strerror if run_dir.is_dir() else "it is gone"
         raise UserError(f"{run_dir} cannot be written to any more: {reason}. Checkpoints in it are whole") from error
     except RuntimeError as error:
-        if str(error).startswith("DataLoader worker") or "shared memory(shm)" in str(error):
+        if str(error).startswith("DataLoader worker") or _cannot_share(error):
             valid = "0, or more shared memory (/dev/shm) for data-loader processes: it was full, or one was killed"
             workers = trainer.datamodule.num_workers  # type: ignore[attr-defined]
             raise ConfigError("data.num_workers", workers, valid) from error
@@ -74,6 +74,13 @@ def explained(trainer: L.Trainer, run_dir: Path) -> Iterator[None]:
         way_on = _way_on(run_dir) if (run_dir / LAST).exists() else "ckpt_path=last goes on from there"
         print(f"\n{message}. What was saved stays; {way_on}", file=sys.stderr, flush=True)
         sys.exit(PEER_LOST)
+
+
+def _cannot_share(error: RuntimeError) -> bool:
+    """torch's words for a batch without room in /dev/shm; or there was none even for a loader's first lock, and
+    Lightning stumbles over the loader that was not made."""
+    first = error.__context__
+    return "shared memory(shm)" in str(error) or (isinstance(first, OSError) and first.errno == errno.ENOSPC)
 
 
 def _leave(run_dir: Path, signum: int, message: str) -> NoReturn:

@@ -46,9 +46,11 @@ class Row:
     reason: str
 
 
-def look(folder: Path, now: float) -> Row:
-    """What the folder says; a run without status.json is judged by what else it has left."""
-    written = [path.stat().st_mtime for name in WRITTEN if (path := folder / name).exists()]
+def look(folder: Path, now: float) -> Row | None:
+    """What the folder says; a run without status.json is judged by what else it has left. None: it is gone by now."""
+    written = [seconds for name in WRITTEN if (seconds := _modified(folder / name)) is not None]
+    if not written:
+        return None
     status = read(folder)
     if not status:
         return _without_status(folder, now - max(written))
@@ -59,6 +61,13 @@ def look(folder: Path, now: float) -> Row:
         state, reason = FAILED, KILLED
     step, max_steps, val_loss = status.get("step"), status.get("max_steps"), status.get("val_loss")
     return Row(folder, state, step, max_steps, val_loss, now - max(written), reason)
+
+
+def _modified(path: Path) -> float | None:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # not there, or not any more
+        return None
 
 
 def _without_status(folder: Path, seconds: float) -> Row:
@@ -121,7 +130,8 @@ def main() -> None:
         print(f"Error: {arguments.folder} is no folder", file=sys.stderr)
         raise SystemExit(2)
     now = time.time()
-    rows = [look(folder, now) for folder in find(arguments.folder)]
+    seen = [look(folder, now) for folder in find(arguments.folder)]
+    rows = [row for row in seen if row is not None]
     rows = [row for row in rows if arguments.status is None or row.status in arguments.status]
     if arguments.sort == "loss":
         rows.sort(key=lambda row: math.inf if row.val_loss is None else row.val_loss)

@@ -94,15 +94,3 @@ def test_a_line_of_json_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "a.jsonl").write_text('{"text": "' + "a" * 100 + '"}\n')
     with pytest.raises(Refused, match=r"a\.jsonl, line 1' is not valid: a line of JSON is longer than 100 bytes"):
         list(find_inputs([str(tmp_path / "a.jsonl")], "text", None).pieces())
-
-
-@pytest.mark.slow
-def test_two_gigabytes_in_one_line(tmp_path: Path) -> None:
-    """As text it is cut in pieces; as JSON it is refused, not read."""
-    for name in ("a.txt", "a.jsonl"):
-        with (tmp_path / name).open("wb") as file:
-            file.truncate(2 << 30)  # zeros, without the disk they would take
-    pieces = find_inputs([str(tmp_path / "a.txt")], "text", None).pieces()
-    assert sum(len(piece.text) for piece in pieces) == 2 << 30
-    with pytest.raises(Refused, match="is longer than"):
-        next(find_inputs([str(tmp_path / "a.jsonl")], "text", None).pieces())
