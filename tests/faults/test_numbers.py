@@ -45,6 +45,7 @@ def test_it_is_finite_or_refused(tmp_path: Path, edge: str, precision: str) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_two_hundred_and_fifty_six_blocks(tmp_path: Path, precision: str) -> None:
     assert_finite_or_refused(tmp_path, "model.num_layers=256", f"trainer.precision={precision}")
