@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,15 +59,15 @@ def explained(trainer: L.Trainer, run_dir: Path) -> Iterator[None]:
     except MisconfigurationException as error:
         raise UserError(one_line(error)) from error
     except OSError as error:
+        if _cannot_share(error):
+            raise _no_shared_memory(trainer) from error
         if error.errno not in CANNOT_WRITE and run_dir.is_dir():
             raise
         reason = error.strerror if run_dir.is_dir() else "it is gone"
         raise UserError(f"{run_dir} cannot be written to any more: {reason}. Checkpoints in it are whole") from error
     except RuntimeError as error:
         if str(error).startswith("DataLoader worker") or _cannot_share(error):
-            valid = "0, or more shared memory (/dev/shm) for data-loader processes: it was full, or one was killed"
-            workers = trainer.datamodule.num_workers  # type: ignore[attr-defined]
-            raise ConfigError("data.num_workers", workers, valid) from error
+            raise _no_shared_memory(trainer) from error
         if not lost_a_peer(error):
             raise
         # By whoever is left: it may be the first process that is gone, which alone knows the folder for sure.
@@ -76,11 +77,16 @@ def explained(trainer: L.Trainer, run_dir: Path) -> Iterator[None]:
         sys.exit(PEER_LOST)
 
 
-def _cannot_share(error: RuntimeError) -> bool:
-    """torch's words for a batch without room in /dev/shm; or there was none even for a loader's first lock, and
-    Lightning stumbles over the loader that was not made."""
-    first = error.__context__
-    return "shared memory(shm)" in str(error) or (isinstance(first, OSError) and first.errno == errno.ENOSPC)
+def _cannot_share(error: OSError | RuntimeError) -> bool:
+    """torch's words for a batch without room in /dev/shm; or there was none even for a loader's first lock."""
+    places = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    no_lock = isinstance(error, OSError) and places[-1].endswith("multiprocessing/synchronize.py")
+    return no_lock or "shared memory(shm)" in str(error)
+
+
+def _no_shared_memory(trainer: L.Trainer) -> ConfigError:
+    valid = "0, or more shared memory (/dev/shm) for data-loader processes: it was full, or one was killed"
+    return ConfigError("data.num_workers", trainer.datamodule.num_workers, valid)  # type: ignore[attr-defined]
 
 
 def _leave(run_dir: Path, signum: int, message: str) -> NoReturn:
