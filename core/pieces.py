@@ -22,6 +22,7 @@ _OF = {
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.serialization": {"_get_layout"},
     "pathlib": {"Path", "PosixPath", "PurePosixPath", "WindowsPath"},
+    "pathlib._local": {"Path", "PosixPath", "PurePosixPath", "WindowsPath"},  # where Python 3.13 has them
     "collections": {"OrderedDict"},
 }
 """By module, all that torch itself writes into .metadata, beside torch.Size and dtypes."""

@@ -167,7 +167,7 @@ def _glob(pattern: str) -> list[str]:
     above, _, below = pattern.partition("**")
     roots = [Path(root) for root in glob.glob(above)] if above else [Path()]
     found = [path for root in roots for path in root.glob(f"**{below}") if not _hidden(path, [str(root)])]
-    return [str(path) for path in found]
+    return [str(path) for path in found if not (path.is_symlink() and path.is_dir())]  # which Python 3.13 gives too
 
 
 def _hidden(path: Path, roots: list[str]) -> bool:
