@@ -29,6 +29,7 @@ MAY_CHANGE = {  # in a resumed run: how it computes, and what follows from the s
     *("model.moe.backend", "model.moe.expert_parallel"),
     *("optim.schedule", "optim.warmup_steps", "optim.min_lr_ratio", "optim.decay_fraction"),
 }
+ADDED = {"data.corpus", "data.task"}  # of which older checkpoints say nothing; they are resumed all the same
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ def check_resumable(run: RunFolder, module: Any, datamodule: Any, max_steps: int
     position = content.get(type(datamodule).__qualname__, {})
     old = flatten({**saved, "data": position.get("stream_identity", {})}, ".")
     new = flatten({**module.hparams, "data": getattr(datamodule, "stream_identity", {})}, ".")
-    for field in sorted((old.keys() | new.keys()) - MAY_CHANGE):
+    for field in sorted((old.keys() | new.keys()) - MAY_CHANGE - (ADDED - old.keys())):
         if old.get(field) != new.get(field):
             raise ConfigError(field, new.get(field), f"{old.get(field)!r}, as in the checkpoint that is resumed")
     if step == max_steps and checkpoint.absolute() == (run.path / LAST).absolute() and not is_done(run.path, step):

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -90,6 +91,12 @@ class Index:
     source: str = ""
     made: dict[str, Any] = field(default_factory=dict)
     version: int = INDEX_VERSION
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits that another corpus, in either split, does not have."""
+        shards = [shard.sha256 for name in SPLITS for shard in self.splits[name].shards]
+        return sha256(" ".join(shards).encode()).hexdigest()[:16]
 
     def to_json(self) -> str:
         return json.dumps({"version": self.version, **asdict(self)}, indent=2) + "\n"

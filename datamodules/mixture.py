@@ -141,7 +141,8 @@ class Mixture(StreamDataModule):
     @property
     def stream_identity(self) -> dict[str, Any]:
         sources = {"sources": list(self.source_names), "weights": self.weights}
-        return {**super().stream_identity, **sources, "shuffle_block": self.corpora[0].shuffle_block}
+        corpora = {"corpus": [corpus.index.digest for corpus in self.corpora]}
+        return {**super().stream_identity, **sources, "shuffle_block": self.corpora[0].shuffle_block, **corpora}
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -1,6 +1,7 @@
 """A corpus that lies elsewhere (s3://, gs://, hf://, https://): whole shards, fetched ahead into a ShardCache."""
 
 import hashlib
+import logging
 import os
 import threading
 import time
@@ -11,9 +12,10 @@ from contextlib import suppress
 from functools import partial
 from io import FileIO
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
+from fsspec.config import conf
 from fsspec.core import url_to_fs
 
 from core.errors import Refused, UserError, one_line
@@ -22,7 +24,10 @@ from datamodules.shard_cache import ShardCache
 from datamodules.storage import LocalFolder, Storage
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
+TIMEOUT = 10.0  # seconds after which a request to which nothing (more) comes has failed
 WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds after a failure, before the next attempt
+RETRY = 1.0  # seconds after which a fetch ahead for which there was no room is tried again
 CHUNK = 1 << 24  # bytes asked for at a time; what an interrupted fetch loses at most
 FETCHES = 2  # of a file whose checksum is wrong
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "http": "aiohttp", "https": "aiohttp"}
@@ -52,6 +57,7 @@ class RemoteFolder:
     def _begin(self) -> None:
         self._process = os.getpid()
         self._wanted: deque[tuple[ArrayFile, int]] = deque()
+        self._refused: list[tuple[ArrayFile, int]] = []
         self._signal: SimpleQueue[bool] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -65,8 +71,8 @@ class RemoteFolder:
     def read(self, name: str) -> bytes:
         return self._ask(name, lambda system, path: bytes(system.cat_file(path)))
 
-    def check(self, files: Iterable[tuple[ArrayFile, int]]) -> None:
-        expected = {file.file: num_bytes for file, num_bytes in files}
+    def check(self, files: Iterable[tuple[ArrayFile, str]]) -> None:
+        expected = {file.file: file.num_bytes(dtype) for file, dtype in files}
         unknown = [name for name in expected if name not in self._sizes]
         if len(unknown) > 1:  # all at once, where the file system can; what is wrong shows below
             system, folder = self._file_system()
@@ -88,7 +94,7 @@ class RemoteFolder:
         if self._process != os.getpid():  # forked, and threads are not
             self._begin()
         self.cache.hold(file.sha256 for file, _ in files)
-        self._wanted = deque(files)
+        self._wanted, self._refused = deque(files), []
         if self._signal is None:
             self._signal = SimpleQueue()
             weakref.finalize(self, self._signal.put, False)
@@ -96,26 +102,40 @@ class RemoteFolder:
         self._signal.put(True)
 
     def fetch_next(self) -> bool:
-        """Fetch the next file that is wanted, unless somebody does or there is no room; False: none is left."""
-        try:
-            file, num_bytes = self._wanted.popleft()
-        except IndexError:
+        """Fetch the next file that is wanted, unless somebody does or there is no room; False: each has been tried."""
+        wanted, refused = self._wanted, self._refused  # which `keep` replaces
+        if not wanted:
+            wanted.extend(refused)
+            refused.clear()
             return False
-        with suppress(UserError):  # whoever reads the file will try again, and say so
-            self.cache.get(file.sha256, num_bytes, partial(self._fetch, file, num_bytes), urgent=False)
+        file, num_bytes = wanted.popleft()
+        try:
+            if self.cache.get(file.sha256, num_bytes, partial(self._fetch, file, num_bytes), urgent=False) is None:
+                refused.append((file, num_bytes))
+        except UserError:
+            pass  # whoever reads the file will try again, and say so
+        except Exception:  # a fault of ours, which may not show then
+            log.exception("%s/%s was not fetched ahead", self.address, file.file)
         return True
+
+    @property
+    def seconds_to_retry(self) -> float | None:
+        """After which what was refused is to be tried again; None: nothing was."""
+        return RETRY if self._wanted else None
 
     def _file_system(self) -> tuple[Any, str]:
         """(fsspec's file system, which it caches for each process and thread; the folder's path in it)."""
         protocol = self.address.partition("://")[0]
         try:
-            system, path = url_to_fs(self.address)
+            system, path = url_to_fs(self.address, **_options(protocol))
         except ImportError as error:
             package = PACKAGES.get(protocol, protocol)
             raise Refused("data.path", self.address, f"{package} is not installed: pip install {package}") from error
         except ValueError as error:
             known = ", ".join(f"{name}://" for name in PACKAGES)
             raise Refused("data.path", self.address, f"{one_line(error)}; known are {known}") from error
+        if protocol == "s3":
+            system.retries = 1  # of its own; WAITS are ours
         return system, path.rstrip("/")
 
     def _fetch(self, file: ArrayFile, num_bytes: int, part: FileIO) -> None:
@@ -139,7 +159,7 @@ class RemoteFolder:
         Raises:
             CorpusError: it never is; names the address and the reason.
         """
-        for wait in (*WAITS, None):
+        for attempt, wait in enumerate((*WAITS, None), start=1):
             try:
                 system, folder = self._file_system()
                 return question(system, f"{folder}/{name}")
@@ -147,11 +167,26 @@ class RemoteFolder:
                 raise
             except Exception as error:  # file systems raise whatever their libraries do
                 if wait is None or _is_final(error):
-                    tried = "" if _is_final(error) else f" ({len(WAITS) + 1} attempts)"
-                    reason = f"{type(error).__name__}: {one_line(error)}"
+                    tried = "" if _is_final(error) else f" ({attempt} attempt{'s' * (attempt > 1)})"
+                    reason = f"{type(error).__name__}: {one_line(error) or one_line(error.__cause__)}"
                     raise CorpusError(f"{self.address}/{name} cannot be read: {reason}{tried}") from error
             time.sleep(wait)
         raise AssertionError
+
+
+def _options(protocol: str) -> dict[str, dict[str, Any]]:
+    """Of fsspec's file system: no request waits forever. The user's own (fsspec's configuration) come first."""
+    if protocol == "s3":
+        ours = {"connect_timeout": TIMEOUT, "read_timeout": TIMEOUT, "retries": {"total_max_attempts": 1}}
+        name = "config_kwargs"
+    elif protocol in ("http", "https", "gs", "gcs"):
+        from aiohttp import ClientTimeout
+
+        ours = {"timeout": ClientTimeout(total=None, sock_connect=TIMEOUT, sock_read=TIMEOUT)}
+        name = "client_kwargs" if protocol.startswith("http") else "session_kwargs"
+    else:
+        return {}
+    return {name: {**ours, **conf.get(protocol, {}).get(name, {})}}
 
 
 def _range(start: int, num_bytes: int, system: Any, path: str) -> bytes:
@@ -166,6 +201,7 @@ def _range(start: int, num_bytes: int, system: Any, path: str) -> bytes:
 def _is_final(error: Exception) -> bool:
     """Whether asking again is of no use. fsspec calls all that HTTP servers say a missing file."""
     status = getattr(error, "status", getattr(error.__cause__, "status", None))
+    status = getattr(getattr(error, "response", None), "status_code", status)  # huggingface_hub's
     if status is not None:
         return 400 <= status < 500 and status not in TRY_AGAIN
     connection = type(error.__cause__).__module__.startswith("aiohttp")
@@ -174,10 +210,20 @@ def _is_final(error: Exception) -> bool:
 
 def _fetch_ahead(storage: "weakref.ref[RemoteFolder]", signal: "SimpleQueue[bool]") -> None:
     """A thread's work: whenever there is a signal, all that is wanted, as long as the storage is there."""
-    while signal.get():
+    seconds: float | None = None
+    while _next_signal(signal, seconds):
         while (folder := storage()) is not None and folder.fetch_next():
             del folder
+        seconds = folder.seconds_to_retry if folder is not None else None
         del folder
+
+
+def _next_signal(signal: "SimpleQueue[bool]", seconds: float | None) -> bool:
+    """True also where none comes for so many seconds."""
+    try:
+        return signal.get(timeout=seconds)
+    except Empty:
+        return True
 
 
 def open_storage(path: str, cache: ShardCache) -> Storage:

@@ -6,11 +6,10 @@ from functools import cached_property
 from pathlib import Path
 
 from core.errors import require
-from datamodules.index import Index
 from datamodules.remote import open_storage
 from datamodules.shard_cache import ShardCache
 from datamodules.shards import Split
-from datamodules.storage import LocalFolder, Storage, read_index
+from datamodules.storage import LocalFolder, Storage
 from datamodules.token_datamodule import TokenDataModule
 from datamodules.tokenizers import Tokenizer, read_tokenizer
 
@@ -53,10 +52,6 @@ class ShardCorpus(TokenDataModule):
         return open_storage(self.path, self.cache)
 
     @cached_property
-    def index(self) -> Index:
-        return read_index(self.storage)
-
-    @cached_property
     def tokenizer(self) -> Tokenizer:
         return read_tokenizer(self.storage, self.index)
 
@@ -68,20 +63,19 @@ class ShardCorpus(TokenDataModule):
         return Split(copy(self.storage), self.index, name)  # each keeps shards of its own
 
     def bytes_in_use(self) -> int:
-        """Of shards in the cache at the same time; 0: they need none.
+        """In the cache at the same time; 0: nothing.
 
-        Those are the validation split, and of the training split the block that is read, the one that is fetched ahead,
-        and one more for ranks and workers that are a block ahead of others.
+        That is the validation split, the checksums, and of the training split the block that is read, the one that is
+        fetched ahead, one more for ranks and workers that are a block ahead of others, and a shard for the baseline.
         """
         if isinstance(self.storage, LocalFolder):
             return 0
-        train, val = (
-            [shard.num_bytes(self.index.dtype) for shard in self.index.splits[name].shards] for name in ("train", "val")
-        )
+        splits = [self.index.splits[name] for name in ("train", "val")]
+        train, val = ([shard.num_bytes(self.index.dtype) for shard in split.shards] for split in splits)
         num_shards = len(train)
         if self.shuffle_block is not None:
-            num_shards = 3 * (-(-self.shuffle_block * self.seq_len // self.index.shard_tokens) + 1)
-        return sum(val) + sum(train[:num_shards])
+            num_shards = 3 * (-(-self.shuffle_block * self.seq_len // self.index.shard_tokens) + 1) + 1
+        return sum(val) + sum(train[:num_shards]) + sum(split.checksums.num_bytes("uint32") for split in splits)
 
     def check(self) -> None:
         """As TokenDataModule's.

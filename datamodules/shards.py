@@ -9,16 +9,15 @@ import numpy as np
 import numpy.typing as npt
 
 from datamodules.index import ArrayFile, CorpusError, Index
-from datamodules.storage import LocalFolder, Storage, read_index
-
-Tokens = npt.NDArray[Any]
+from datamodules.storage import LocalFolder, Storage, Tokens, load, read_index
 
 
 class Split:
     """One split's tokens; shards are mapped on first use. Picklable: data-loader workers map their own.
 
-    What cannot be trusted is never handed out: sizes are compared here, a shard's header when it is mapped, and each
-    page of Index.page_tokens tokens against its checksum and the vocabulary when it is read for the first time.
+    What cannot be trusted is never handed out. Compared are here sizes, and the headers of files on this machine; a
+    shard's header when it is mapped; and each page of Index.page_tokens tokens, with its checksum and the vocabulary,
+    when it is read for the first time.
 
     Args:
         storage: where the files are.
@@ -33,8 +32,7 @@ class Split:
         self.storage, self.index, self.name = storage, index, name
         self.files = index.splits[name]
         self.num_tokens, self.num_bytes = self.files.num_tokens, self.files.num_bytes
-        storage.check([self._sized(shard) for shard in self.files.shards])
-        storage.check([(self.files.checksums, self.files.checksums.num_bytes("uint32"))])
+        storage.check([*((shard, index.dtype) for shard in self.files.shards), (self.files.checksums, "uint32")])
         self._forget()
 
     def _forget(self) -> None:
@@ -66,6 +64,15 @@ class Split:
         out = np.empty(max(0, min(stop, self.num_tokens) - start), self.index.dtype)
         self._copy(start, out)
         return out
+
+    def head(self, num_tokens: int) -> Tokens:
+        """The first ones, in memory; of shards that have to be fetched, one is needed at a time."""
+        size, stop = self.index.shard_tokens, min(num_tokens, self.num_tokens)
+        pieces = []
+        for start in range(0, stop, size):
+            self.keep([(start, min(start + size, stop))])
+            pieces.append(self.slice(start, min(start + size, stop)))
+        return np.concatenate(pieces)
 
     @property
     def tokens(self) -> Tokens:
@@ -122,22 +129,6 @@ class Split:
 
     def _sized(self, shard: ArrayFile) -> tuple[ArrayFile, int]:
         return shard, shard.num_bytes(self.index.dtype)
-
-
-def load(path: Path, file: ArrayFile, dtype: str, remedy: str) -> Tokens:
-    """The array in a .npy file, memory-mapped and read-only.
-
-    Raises:
-        CorpusError: its header says something else than the index.
-    """
-    try:
-        array = np.load(path, mmap_mode="r").view(np.ndarray)  # slices of a memmap cost several times as much
-    except (OSError, ValueError, EOFError) as error:
-        raise CorpusError(f"{path} cannot be read: {error}; {remedy}") from error
-    if array.dtype != dtype or array.shape != (file.length,):
-        found = f"{array.dtype} of shape {array.shape}"
-        raise CorpusError(f"{path} holds {found}, its index says {dtype} of shape ({file.length},); {remedy}")
-    return array
 
 
 def sha256_of(path: Path) -> str:

@@ -3,9 +3,14 @@
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from datamodules.index import ArrayFile, CorpusError, Index, parse_index
+
+Tokens = npt.NDArray[Any]
 
 
 class Storage(Protocol):
@@ -27,11 +32,11 @@ class Storage(Protocol):
         """
         ...
 
-    def check(self, files: Iterable[tuple[ArrayFile, int]]) -> None:
-        """Refuse files that can be seen, at no cost, to be missing or not as long as the index says.
+    def check(self, files: Iterable[tuple[ArrayFile, str]]) -> None:
+        """Refuse files that can be seen, at no cost, to be missing or not what the index says.
 
         Args:
-            files: each with its expected size in bytes.
+            files: each with its expected dtype.
 
         Raises:
             CorpusError: names the first one.
@@ -64,9 +69,11 @@ class LocalFolder:
         except OSError as error:
             raise CorpusError(f"{self.folder / name} cannot be read: {error.strerror}") from error
 
-    def check(self, files: Iterable[tuple[ArrayFile, int]]) -> None:
-        for file, num_bytes in files:
-            check_size(self._inside(file.file), num_bytes, self.remedy)
+    def check(self, files: Iterable[tuple[ArrayFile, str]]) -> None:
+        for file, dtype in files:
+            path = self._inside(file.file)
+            check_size(path, file.num_bytes(dtype), self.remedy)
+            load(path, file, dtype, self.remedy)  # for its header: nothing else of it is read
 
     def path(self, file: ArrayFile, num_bytes: int) -> Path:
         return self._inside(file.file)
@@ -87,6 +94,22 @@ def check_size(path: Path, num_bytes: int, remedy: str) -> None:
     if actual != num_bytes:
         found = "is missing" if actual is None else f"has {actual} bytes"
         raise CorpusError(f"{path} {found}, its index says {num_bytes}; {remedy}")
+
+
+def load(path: Path, file: ArrayFile, dtype: str, remedy: str) -> Tokens:
+    """The array in a .npy file, memory-mapped and read-only.
+
+    Raises:
+        CorpusError: its header says something else than the index.
+    """
+    try:
+        array = np.load(path, mmap_mode="r").view(np.ndarray)  # slices of a memmap cost several times as much
+    except (OSError, ValueError, EOFError) as error:
+        raise CorpusError(f"{path} cannot be read: {error}; {remedy}") from error
+    if array.dtype != dtype or array.shape != (file.length,):
+        found = f"{array.dtype} of shape {array.shape}"
+        raise CorpusError(f"{path} holds {found}, its index says {dtype} of shape ({file.length},); {remedy}")
+    return array
 
 
 def read_index(storage: Storage) -> Index:

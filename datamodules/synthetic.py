@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -148,7 +149,7 @@ class Synthetic(StreamDataModule):
         require(vocab_size >= 4, "data.vocab_size", vocab_size, "an integer >= 4")
         valid = "at most 128 for data.task=ngram: the table of the chain grows with its cube"
         require(task != "ngram" or vocab_size <= 128, "data.vocab_size", vocab_size, valid)
-        self.task = lookup("data.task", task, TASKS)(seq_len, vocab_size)
+        self.task_name, self.task = task, lookup("data.task", task, TASKS)(seq_len, vocab_size)
         self.save_hyperparameters()
 
     @property
@@ -158,6 +159,10 @@ class Synthetic(StreamDataModule):
     @property
     def num_val_samples(self) -> int:
         return NUM_VAL_SAMPLES
+
+    @property
+    def stream_identity(self) -> dict[str, Any]:
+        return {**super().stream_identity, "task": self.task_name}
 
     def samples(self, split: str) -> TaskSamples:
         return TaskSamples(self.task, self.seed, 0) if split == "train" else TaskSamples(self.task, 0, VALIDATION_KEY)

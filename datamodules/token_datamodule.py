@@ -1,6 +1,7 @@
 """The DataModule of one prepared corpus: shuffled training stream, fixed validation sample."""
 
 from abc import abstractmethod
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy.typing as npt
 
 from core.errors import require
 from datamodules.bigram import MAX_VOCABULARY, bigram_loss
+from datamodules.index import Index
 from datamodules.samples import ShuffledSplit
 from datamodules.shards import Split
 from datamodules.storage import LocalFolder, Storage, read_index
@@ -56,6 +58,10 @@ class TokenDataModule(StreamDataModule):
         """What the corpus is read through."""
         return LocalFolder(self.folder)
 
+    @cached_property
+    def index(self) -> Index:
+        return read_index(self.storage)
+
     @property
     def tokenizer(self) -> Tokenizer:
         return ByteTokenizer()
@@ -65,8 +71,7 @@ class TokenDataModule(StreamDataModule):
         return self.tokenizer.vocab_size
 
     def split(self, name: str) -> Split:
-        storage = self.storage
-        return Split(storage, read_index(storage), name)
+        return Split(self.storage, self.index, name)
 
     def samples(self, split: str) -> ShuffledSplit:
         seed, block = (self.seed, self.shuffle_block) if split == "train" else (VALIDATION_SEED, None)
@@ -74,7 +79,7 @@ class TokenDataModule(StreamDataModule):
 
     @property
     def stream_identity(self) -> dict[str, Any]:
-        return {**super().stream_identity, "shuffle_block": self.shuffle_block}
+        return {**super().stream_identity, "shuffle_block": self.shuffle_block, "corpus": self.index.digest}
 
     @property
     def num_val_samples(self) -> int:
@@ -107,4 +112,4 @@ class TokenDataModule(StreamDataModule):
             return None
         stream = TokenStream(self.samples("val"), self.batch_size)
         samples: npt.NDArray[np.int64] = np.concatenate([stream.read(n)["tokens"] for n in range(self.num_val_batches)])
-        return bigram_loss(self.split("train").slice(0, BASELINE_TOKENS), samples, self.vocab_size)
+        return bigram_loss(self.split("train").head(BASELINE_TOKENS), samples, self.vocab_size)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from datamodules.index import ArrayFile, CorpusError, Index
-from datamodules.shards import Split, load, sha256_of
-from datamodules.storage import Storage, read_index
+from datamodules.shards import Split, sha256_of
+from datamodules.storage import Storage, load, read_index
 from datamodules.tokenizers import read_tokenizer
 
 SAMPLE_TOKENS = 64
@@ -41,7 +41,7 @@ def verify(storage: Storage, index: Index) -> Iterator[tuple[str, int]]:
         files += [(split.documents, "int64"), (split.checksums, "uint32")]
         for file, dtype in files:
             size = file.num_bytes(dtype)
-            storage.check([(file, size)])
+            storage.check([(file, dtype)])
             path = storage.path(file, size)
             if sha256_of(path) != file.sha256:
                 raise CorpusError(f"{path} is damaged: its sha256 is not the index's; {storage.remedy}")

@@ -1,10 +1,12 @@
-"""Servers of a folder on this machine, by HTTP (with faults, if asked for) and by S3's protocol."""
+"""Servers of a folder on this machine: by HTTP (with faults, if asked for), as S3, as a hub; and one that hangs."""
 
+import json
+import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +16,7 @@ import boto3
 from moto.server import MotoRequestHandler, ThreadedMotoServer
 
 BUCKET = "corpora"
+REPOSITORY = "datasets/owner/name"
 
 
 class Server(ThreadingHTTPServer):
@@ -25,15 +28,17 @@ class Server(ThreadingHTTPServer):
         truncating: how many more answers break off in the middle.
         ranges: whether parts of a file can be had; otherwise each answer is the whole file.
         seconds: that an answer takes.
+        hanging: files that are asked for in vain.
+        asked: files whose content was asked for.
     """
 
     daemon_threads = True
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, folder: Path, handler: type[BaseHTTPRequestHandler]) -> None:
+        super().__init__(("127.0.0.1", 0), handler)
         self.folder, self.address = folder, f"http://127.0.0.1:{self.server_port}"
         self.fetched, self.failing, self.truncating = Counter[str](), Counter[str](), Counter[str]()
-        self.ranges, self.seconds = True, 0.0
+        self.ranges, self.seconds, self.hanging, self.asked = True, 0.0, set[str](), set[str]()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -48,8 +53,13 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(with_content=True)
 
     def _answer(self, with_content: bool) -> None:
-        name = self.path.lstrip("/")
+        name = self.path.partition("?")[0].lstrip("/")
         path = self.server.folder / name
+        if with_content:
+            self.server.asked.add(name)
+            if name in self.server.hanging:
+                self.connection.recv(1)  # until the other side has gone
+                return
         if not path.is_file():
             self._send(404)
         elif with_content and self.server.failing[name] > 0:
@@ -82,9 +92,25 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+class HubHandler(Handler):
+    """What Hugging Face's client asks for: whether there is such a data set, what is in a folder of it, and files."""
+
+    def do_GET(self) -> None:
+        folder = self.server.folder
+        if self.path in (f"/api/{REPOSITORY}", f"/api/{REPOSITORY}/revision/main"):
+            self._send(200, json.dumps({"id": REPOSITORY.partition("/")[2], "sha": "0" * 40}).encode())
+        elif self.path.startswith(f"/api/{REPOSITORY}/tree/main/{folder.name}?"):
+            files = ((f"{folder.name}/{path.name}", path.stat().st_size) for path in folder.iterdir())
+            entries = [{"type": "file", "oid": "0" * 40, "path": path, "size": size} for path, size in files]
+            self._send(200, json.dumps(entries).encode())
+        else:
+            self.path = self.path.removeprefix(f"/{REPOSITORY}/resolve/main/{folder.name}")
+            super().do_GET()
+
+
 @contextmanager
-def http_server(folder: Path) -> Iterator[Server]:
-    with Server(folder) as server:
+def http_server(folder: Path, handler: type[Handler] = Handler) -> Iterator[Server]:
+    with Server(folder, handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:
@@ -135,3 +161,34 @@ def s3_server(folder: Path) -> Iterator[Bucket]:
                 yield Bucket(f"s3://{BUCKET}/{folder.name}", environment, fetched)
         finally:
             server.stop()
+
+
+class Hanging(NamedTuple):
+    """Takes connections, and never says anything.
+
+    Attributes:
+        address: for HTTP.
+        connections: which it has taken.
+    """
+
+    address: str
+    connections: list[socket.socket]
+
+
+@contextmanager
+def hanging_server() -> Iterator[Hanging]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        hanging = Hanging(f"http://127.0.0.1:{server.getsockname()[1]}", [])
+
+        def accept() -> None:
+            with suppress(OSError):  # it is closed
+                while True:
+                    hanging.connections.append(server.accept()[0])
+
+        thread = threading.Thread(target=accept, daemon=True)
+        thread.start()
+        yield hanging
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join()
+        for connection in hanging.connections:
+            connection.close()

@@ -81,6 +81,23 @@ def remove_checksums(folder: Path) -> None:
     (folder / "train.checksums.npy").unlink()
 
 
+def retype(folder: Path) -> None:
+    """As long as before, but the header says that these are signed."""
+    path = folder / "train-00003.npy"
+    path.write_bytes(path.read_bytes().replace(b"<u2", b"<i2", 1))
+
+
+def overwrite_header(folder: Path) -> None:
+    path = folder / "train-00003.npy"
+    path.write_bytes(bytes(128) + path.read_bytes()[128:])
+
+
+def shorten_checksums(folder: Path) -> None:
+    """As many bytes as before, of which the header says that they are fewer numbers."""
+    path = folder / "train.checksums.npy"
+    path.write_bytes(re.sub(rb"\(\d\d,\)", b"(11,)", path.read_bytes(), count=1))
+
+
 def widen(folder: Path) -> None:
     edit_index(folder, dtype="uint32")
 
@@ -121,6 +138,9 @@ def empty(folder: Path) -> None:
         (truncate, "train-00003.npy", r"has 8318 bytes, its index says 8320; delete .* prepare the corpus again"),
         (remove, "train-00003.npy", "is missing, its index says 8320"),
         (remove_checksums, "train.checksums.npy", "is missing"),
+        (retype, "train-00003.npy", r"holds int16 of shape \(4096,\), its index says uint16"),
+        (overwrite_header, "train-00003.npy", "cannot be read"),
+        (shorten_checksums, "train.checksums.npy", r"holds uint32 of shape \(11,\), its index says uint32 of shape"),
         (widen, "train-00000.npy", "has 8320 bytes, its index says 16512"),
         (misname, "index.json", "dtype 'float16' is none of uint16, uint32"),
         (make_newer, "index.json", "has version 3; this code reads version 2: use a newer checkout"),
@@ -131,7 +151,7 @@ def empty(folder: Path) -> None:
         (empty, "index.json", "cannot be read: No such file"),
     ],
 )
-def test_what_the_index_shows_is_found_at_start(
+def test_what_index_sizes_and_headers_show_is_found_at_start(
     folder: Path, damage: Callable[[Path], None], file: str, reason: str
 ) -> None:
     damage(folder)
@@ -147,17 +167,6 @@ def flip_a_bit(folder: Path, shard: int = 3) -> None:
     path.write_bytes(content)
 
 
-def retype(folder: Path) -> None:
-    """As long as before, but the header says that these are signed."""
-    path = folder / "train-00003.npy"
-    path.write_bytes(path.read_bytes().replace(b"<u2", b"<i2", 1))
-
-
-def overwrite_header(folder: Path) -> None:
-    path = folder / "train-00003.npy"
-    path.write_bytes(bytes(128) + path.read_bytes()[128:])
-
-
 def flip_a_checksum(folder: Path) -> None:
     path = folder / "train.checksums.npy"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
@@ -167,8 +176,6 @@ def flip_a_checksum(folder: Path) -> None:
     ("damage", "reason"),
     [
         (flip_a_bit, r"train-00003\.npy, tokens 0 to 4095: damaged, the checksum is not the index's; delete"),
-        (retype, r"train-00003\.npy holds int16 of shape \(4096,\), its index says uint16"),
-        (overwrite_header, r"train-00003\.npy cannot be read"),
         (flip_a_checksum, r"train\.checksums\.npy is damaged"),
     ],
 )
