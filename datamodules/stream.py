@@ -14,8 +14,6 @@ from datamodules.shared_memory import shared
 
 Batch = dict[str, Tensor]
 
-Batch = dict[str, Tensor]
-
 TOGETHER = 256  # samples read at once: where they are costs the same for few numbers as for many
 
 
