@@ -37,7 +37,8 @@ class RandomState(L.Callback):
         return {"parts": ranks[:: len(ranks) // self._num_parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._saved = state_dict["parts"]
+        # Version 0.1 saved them by process, which is the same unless processes cut one model.
+        self._saved = state_dict["parts"] if "parts" in state_dict else state_dict["ranks"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         part = data_part(trainer)

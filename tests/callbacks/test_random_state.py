@@ -30,6 +30,16 @@ def test_what_is_drawn_after_a_resume_is_what_would_have_been_drawn() -> None:
     assert not torch.equal(torch.rand(3), expected)
 
 
+def test_a_checkpoint_of_before_is_resumed() -> None:
+    """Its generators were saved by process."""
+    state = RandomState().state_dict()
+    expected = torch.rand(3)
+    resumed = RandomState()
+    resumed.load_state_dict({"ranks": state["parts"]})
+    resumed.on_train_start(ALONE, NOTHING)
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_a_new_run_leaves_the_generator_alone() -> None:
     before = torch.get_rng_state()
     RandomState().on_train_start(ALONE, NOTHING)
