@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
@@ -34,7 +35,7 @@ def test_a_new_run_goes_below_its_experiment() -> None:
 def test_a_checkpoint_from_elsewhere_starts_a_new_folder_and_one_of_a_run_goes_on_there() -> None:
     for folder in (Path("somewhere/checkpoints"), Path("run/checkpoints")):
         folder.mkdir(parents=True)
-        (folder / "x.ckpt").touch()
+        torch.save({}, folder / "x.ckpt")
     Path("run/config.yaml").touch()
     path = "somewhere/checkpoints/x.ckpt"
     assert locate(asked(ckpt_path=path), "moe", "now") == RunFolder(Path("runs/moe/now"), Path(path))
