@@ -47,6 +47,17 @@ def accumulate(trainer: L.Trainer, datamodule: Any, micro_batch_size: int | None
     trainer.val_check_interval *= passes
 
 
+def num_models(world: int, cut: int) -> int:
+    """How many copies of the model there are among so many processes, each of which `cut` of them share.
+
+    Raises:
+        ConfigError: they do not divide into such groups.
+    """
+    valid = f"a divisor of {world}, the number of processes"
+    require(world % cut == 0, "trainer.strategy.tensor_parallel_size", cut, valid)
+    return world // cut
+
+
 def num_passes(world: int, cut: int, batch_size: int | None, micro_batch_size: int | None) -> int:
     """Into how many forward passes one of the configuration's is split.
 
@@ -60,11 +71,9 @@ def num_passes(world: int, cut: int, batch_size: int | None, micro_batch_size: i
         ConfigError: the processes do not divide into groups that cut a model, the batch not into equal parts for them,
             or a part not into equal passes.
     """
-    valid = f"a divisor of {world}, the number of processes"
-    require(world % cut == 0, "trainer.strategy.tensor_parallel_size", cut, valid)
+    parts = num_models(world, cut)
     if batch_size is None:
         return 1
-    parts = world // cut
     valid = f"a multiple of {parts}, the number of data-parallel processes: {_multiples_near(batch_size, parts)}"
     require(batch_size % parts == 0, "data.batch_size", batch_size, valid)
     share = batch_size // parts

@@ -27,7 +27,7 @@ from analysis.memory import saved_activations
 from core import cli
 from core.build import build
 from core.errors import require
-from core.parallel import num_passes
+from core.parallel import num_models, num_passes
 from lightning_modules.config import ModelConfig
 from lightning_modules.cross_entropy import LARGE_VOCABULARY
 from lightning_modules.layers.moe import MoE
@@ -140,11 +140,10 @@ def find_mesh(config: DictConfig) -> Mesh:
         require(isinstance(number, int) and number >= 1, f"trainer.{name}", number, valid)
     world = trainer.devices * trainer.get("num_nodes", 1)
     strategy = build(config, "trainer.strategy") if isinstance(trainer.get("strategy"), DictConfig) else None
-    tensor = strategy.tensor_parallel_size if isinstance(strategy, ShardedStrategy) else 1
-    valid = f"a divisor of {world}, the number of processes"
-    require(world % tensor == 0, "trainer.strategy.tensor_parallel_size", tensor, valid)
-    sharded = isinstance(strategy, ShardedStrategy)
-    return Mesh(world // tensor, tensor, sharded, reduced=not sharded and (strategy is not None or world > 1))
+    if isinstance(strategy, ShardedStrategy):
+        tensor = strategy.tensor_parallel_size
+        return Mesh(num_models(world, tensor), tensor, sharded=True, reduced=False)
+    return Mesh(world, 1, sharded=False, reduced=strategy is not None or world > 1)
 
 
 def num_held(model: Transformer, mesh: Mesh) -> int:
