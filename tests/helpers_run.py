@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "train.py"
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs/experiment").glob("*.yaml"))
 TEXT = Path(argparse.__file__).read_bytes()
+SHARD = 4096  # tokens in a shard of the corpus that tests of reading share
 DESCRIPTION = {"tokenizer": "byte", "vocab_size": 257, "source": "a test"}
 
 

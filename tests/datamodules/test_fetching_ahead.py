@@ -18,20 +18,11 @@ from datamodules.remote import RemoteFolder
 from datamodules.shard_cache import ShardCache, _size
 from datamodules.shard_corpus import ShardCorpus
 from datamodules.shards import Split, open_split
-from datamodules.writer import write_corpus
 from tests.datamodules.servers import Server, http_server
 from tests.datamodules.test_remote import wait_for
-from tests.helpers_run import DESCRIPTION, ROOT, documents
+from tests.helpers_run import ROOT, SHARD
 
-SHARD = 4096
 BYTES = 128 + 2 * SHARD
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ahead") / "tiny"
-    write_corpus(folder, documents(), 256, DESCRIPTION, SHARD)
-    return folder
 
 
 @pytest.fixture

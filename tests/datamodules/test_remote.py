@@ -20,21 +20,12 @@ from datamodules.shard_corpus import ShardCorpus
 from datamodules.shards import Split, open_split
 from datamodules.storage import read_index
 from datamodules.stream import TokenStream
-from datamodules.writer import write_corpus
 from tests.datamodules.servers import Server, http_server, s3_server
-from tests.helpers_run import DESCRIPTION, documents
+from tests.helpers_run import SHARD
 
-SHARD, SHARD_BYTES = 4096, 128 + 2 * 4096
+SHARD_BYTES = 128 + 2 * SHARD
 FILE = "train-00003.npy"
 CHUNK = 3000  # so that a shard takes three requests
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny corpus in shards of 4096 tokens."""
-    folder = tmp_path_factory.mktemp("remote") / "tiny"
-    write_corpus(folder, documents(), 256, DESCRIPTION, SHARD)
-    return folder
 
 
 @pytest.fixture

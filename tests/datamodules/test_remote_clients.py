@@ -17,16 +17,7 @@ from datamodules.remote import RemoteFolder
 from datamodules.shard_cache import ShardCache
 from datamodules.shards import open_split
 from datamodules.storage import read_index
-from datamodules.writer import write_corpus
 from tests.datamodules.servers import BUCKET, REPOSITORY, Hanging, HubHandler, hanging_server, http_server
-from tests.helpers_run import DESCRIPTION, documents
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("clients") / "tiny"
-    write_corpus(folder, documents(), 256, DESCRIPTION, 4096)
-    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -16,30 +16,21 @@ from hypothesis import strategies as st
 from datamodules.index import CorpusError, parse_index
 from datamodules.shards import Split, open_split
 from datamodules.writer import write_corpus
-from tests.helpers_run import DESCRIPTION, TEXT, documents
+from tests.helpers_run import DESCRIPTION, SHARD, TEXT, documents
 
-SHARD = 4096
 TRAIN = [token for split, text, _ in documents() if split == "train" for token in [*text, 256]]
 
 
-@pytest.fixture(scope="module")
-def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny corpus in shards of 4096 tokens, a page each."""
-    folder = tmp_path_factory.mktemp("corpus") / "tiny"
-    write_corpus(folder, documents(), 256, DESCRIPTION, SHARD)
-    return folder
-
-
 @pytest.fixture
-def folder(intact: Path, tmp_path: Path) -> Path:
+def folder(corpus: Path, tmp_path: Path) -> Path:
     """A copy of the corpus, to be damaged."""
-    return shutil.copytree(intact, tmp_path / "corpus")
+    return shutil.copytree(corpus, tmp_path / "corpus")
 
 
 @settings(deadline=None)
 @given(seq_len=st.integers(1, 3 * SHARD), data=st.data())
-def test_windows_overlap_by_one_token_and_do_not_end_with_a_shard(intact: Path, seq_len: int, data: Any) -> None:
-    split = open_split(intact, "train")
+def test_windows_overlap_by_one_token_and_do_not_end_with_a_shard(corpus: Path, seq_len: int, data: Any) -> None:
+    split = open_split(corpus, "train")
     assert split.num_samples(seq_len) == (len(TRAIN) - 1) // seq_len
     samples = data.draw(st.lists(st.integers(0, split.num_samples(seq_len) - 1), min_size=1, max_size=4))
     windows = split.read(np.array(samples), seq_len)
@@ -47,16 +38,16 @@ def test_windows_overlap_by_one_token_and_do_not_end_with_a_shard(intact: Path, 
     assert windows.tolist() == [TRAIN[n * seq_len : (n + 1) * seq_len + 1] for n in samples]
 
 
-def test_a_stretch_of_the_stream_ends_where_the_stream_does(intact: Path) -> None:
-    split = open_split(intact, "train")
+def test_a_stretch_of_the_stream_ends_where_the_stream_does(corpus: Path) -> None:
+    split = open_split(corpus, "train")
     assert split.tokens.tolist() == TRAIN
     assert split.slice(SHARD - 1, SHARD + 2).tolist() == TRAIN[SHARD - 1 : SHARD + 2]
     assert split.slice(len(TRAIN) - 2, len(TRAIN) + 9).tolist() == TRAIN[-2:]
     assert split.num_samples(len(TRAIN)) == 0
 
 
-def test_tokens_are_not_pickled(intact: Path) -> None:
-    split = open_split(intact, "train")
+def test_tokens_are_not_pickled(corpus: Path) -> None:
+    split = open_split(corpus, "train")
     first = split.slice(0, 5).tolist()
     pickled = pickle.dumps(split)
     assert len(pickled) < 5000 < split.num_tokens

@@ -1,6 +1,5 @@
 """A checkpoint in pieces of which one is damaged is passed over for the one before, as a single file is."""
 
-import os
 import random
 import shutil
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 
 from core.checkpoint import load, load_beside_weights
 from core.pieces import damage
+from tests.damage import flip, flip_bit, truncate
 from tests.distributed.processes import command_line, together
 from tests.helpers_run import Finished, assert_began, tiny_job, train
 from tests.test_train import assert_equal
@@ -35,20 +35,6 @@ def folder(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "copy"))
 
 
-def flip(path: Path, bit: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(content)
-
-
-def flip_in_the_middle(path: Path) -> None:
-    flip(path, path.stat().st_size * 4)
-
-
-def truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
 def assert_passed_over(run: Path, ended: Finished) -> None:
     assert ended.code == 0, ended.err
     assert ended.err.startswith(f"{run.name}/{LAST} is damaged and passed over: ")
@@ -59,9 +45,9 @@ def assert_passed_over(run: Path, ended: Finished) -> None:
     ("spoil", "name"),
     [
         (truncate, PIECES),
-        (flip_in_the_middle, PIECES),
-        (flip_in_the_middle, ".metadata"),
-        (flip_in_the_middle, "meta.pt"),
+        (flip, PIECES),
+        (flip, ".metadata"),
+        (flip, "meta.pt"),
         (Path.unlink, PIECES),
     ],
 )
@@ -75,7 +61,7 @@ def test_two_take_the_same_one_though_only_the_first_has_read_all(folder: Path) 
     shutil.copytree(folder / "run", folder / "under_ddp")
     jobs = []
     for name, strategy in (("run", "fsdp"), ("under_ddp", "ddp")):
-        flip_in_the_middle(folder / name / LAST / PIECES)
+        flip(folder / name / LAST / PIECES)
         jobs.append([*GOING_ON, f"trainer={strategy}", "trainer.devices=2", f"run_dir={name}"])
     first, second = together(2, folder, command_line, jobs)
     for name, ended, other in zip(("run", "under_ddp"), first, second, strict=True):
@@ -84,7 +70,7 @@ def test_two_take_the_same_one_though_only_the_first_has_read_all(folder: Path) 
 
 
 def test_one_that_is_named_itself_is_refused(folder: Path) -> None:
-    flip_in_the_middle(folder / "run" / LAST / PIECES)
+    flip(folder / "run" / LAST / PIECES)
     ended = train(folder, *tiny_job(*STEPS, "trainer.max_steps=4"), f"ckpt_path=run/{LAST}")
     assert ended.code == 2
     assert f"ckpt_path='run/{LAST}' is not valid: expected a whole checkpoint of this project ({PIECES}: " in ended.err
@@ -98,10 +84,10 @@ def test_any_flipped_bit_is_found_or_changes_nothing(folder: Path) -> None:
     for path in sorted(checkpoint.iterdir()):
         for _ in range(12):
             bit = draw.randrange(8 * path.stat().st_size)
-            flip(path, bit)
+            flip_bit(path, bit)
             if damage(checkpoint, thorough=True):
                 found += 1
             else:
                 assert_equal(load(checkpoint), whole, f"{path.name}, bit {bit}")
-            flip(path, bit)
+            flip_bit(path, bit)
     assert found > 30

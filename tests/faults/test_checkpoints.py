@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.damage import flip, truncate
 from tests.helpers_run import assert_began, load, run, tiny_job, train
 
 JOB = ["trainer.max_steps=3", "callbacks.last_checkpoint.every_n_train_steps=1"]
@@ -36,17 +37,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cwd(finished: Path, tmp_path: Path) -> Path:
     """A folder of its own with a run of 3 steps."""
     return Path(shutil.copytree(finished, tmp_path / "copy"))
-
-
-def flip(path: Path, place: float) -> None:
-    """One bit, at this fraction of the file."""
-    content = bytearray(path.read_bytes())
-    content[int(place * len(content))] ^= 1
-    path.write_bytes(content)
-
-
-def truncate(path: Path, place: float) -> None:
-    os.truncate(path, int(place * path.stat().st_size))
 
 
 def test_the_last_two_are_kept(finished: Path) -> None:
