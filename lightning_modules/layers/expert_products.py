@@ -2,9 +2,10 @@
 
     matmul(x, w, counts, transpose)   y_t = x_t w_e, or x_t w_e^T, with e the expert of row t
     outer(a, b, counts)               g_e = sum_t a_t^T b_t over the rows of expert e
+    swiglu(x, w, v, counts)           h_t = silu(x_t w_e^T) * x_t v_e^T (2002.05202)
 
-The gradient of each is made of the two, so both have gradients of every order. They are operators of their own, opaque
-to torch.compile: the sizes of the groups are data, and a graph must not break over them.
+The gradient of each is made of the first two, so all have gradients of every order. These two are operators of their
+own, opaque to torch.compile: the sizes of the groups are data, and a graph must not break over them.
 """
 
 import re
@@ -26,15 +27,22 @@ class Products(NamedTuple):
     Attributes:
         matmul: (x [rows, p or q], w [experts, p, q], rows per expert [experts], transpose) -> [rows, q or p].
         outer: (a [rows, p], b [rows, q], rows per expert [experts]) -> [experts, p, q].
+        swiglu: (x [rows, dim], w and v [experts, hidden, dim], rows per expert [experts]) -> [rows, hidden].
     """
 
     matmul: Callable[[Tensor, Tensor, Tensor, bool], Tensor]
     outer: Callable[[Tensor, Tensor, Tensor], Tensor]
+    swiglu: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def namespace(module: str) -> str:
+    """Of a module's operators, by its name: an exported model brings copies of them, whose operators are its own."""
+    return re.sub(r"\W", "_", module)
 
 
 def _register(name: str, matmul: Callable[..., Tensor], outer: Callable[..., Tensor]) -> Products:
-    """The two as operators of this module, NAME_matmul and NAME_outer, with shapes and gradients."""
-    ours = re.sub(r"\W", "_", __name__)  # an exported model brings a copy of this module, whose operators are its own
+    """The two as operators of this module, NAME_matmul and NAME_outer, with shapes and gradients; swiglu of them."""
+    ours = namespace(__name__)
     matmul_op = torch.library.custom_op(f"{ours}::{name}_matmul", matmul, mutates_args=())
     outer_op = torch.library.custom_op(f"{ours}::{name}_outer", outer, mutates_args=())
 
@@ -67,7 +75,11 @@ def _register(name: str, matmul: Callable[..., Tensor], outer: Callable[..., Ten
     matmul_op.register_autograd(matmul_gradient, setup_context=matmul_save)
     outer_op.register_fake(outer_shape)
     outer_op.register_autograd(outer_gradient, setup_context=outer_save)
-    return Products(matmul_op, outer_op)
+
+    def swiglu(x: Tensor, w: Tensor, v: Tensor, counts: Tensor) -> Tensor:
+        return F.silu(matmul_op(x, w, counts, True)) * matmul_op(x, v, counts, True)
+
+    return Products(matmul_op, outer_op, swiglu)
 
 
 def _loop_matmul(x: Tensor, w: Tensor, counts: Tensor, transpose: bool) -> Tensor:
@@ -105,7 +117,7 @@ def _ends(counts: Tensor) -> Tensor:
 
 
 LOOP = _register("loop", _loop_matmul, _loop_outer)
-"""One matrix product per expert over its contiguous rows. The fastest on a CPU; copies the counts to the host."""
+"""One matrix product per expert over its contiguous rows; copies the counts to the host."""
 
 GROUPED = _register("grouped", _grouped_matmul, _grouped_outer)
 """One `F.grouped_mm` for all experts; no host synchronization. Widths must be multiples of 16 bytes; no float64."""

@@ -10,17 +10,17 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from core.errors import ConfigError, suggest
 from lightning_modules.config import ModelConfig
 from lightning_modules.layers import expert_parallel, megablocks
-from lightning_modules.layers.expert_products import GROUPED, LOOP, Products
+from lightning_modules.layers.expert_products import GROUPED, Products
+from lightning_modules.layers.expert_swiglu import FUSED_LOOP
 from lightning_modules.layers.norms import make_norm
 
-PRODUCTS: dict[str, Products] = {"loop": LOOP, "grouped": GROUPED}
+PRODUCTS: dict[str, Products] = {"loop": FUSED_LOOP, "grouped": GROUPED}
 
 
 class Backend(NamedTuple):
@@ -60,10 +60,9 @@ class ExpertMLP(nn.Module):
     def _run(self, x: Tensor, tokens_per_expert: Tensor) -> Tensor:
         weights = (expert_parallel.local(weight) for weight in (self.w1, self.v1, self.w2))
         w1, v1, w2 = (weight.to(x.dtype).unflatten(0, (-1, self.hidden_dim)) for weight in weights)
-        matmul = self.products.matmul
-        gate, up = matmul(x, w1, tokens_per_expert, True), matmul(x, v1, tokens_per_expert, True)
-        hidden = self.inner_norm(F.silu(gate) * up).to(x.dtype)  # some norms give fp32 under autocast
-        return matmul(hidden, w2, tokens_per_expert, False)
+        hidden = self.inner_norm(self.products.swiglu(x, w1, v1, tokens_per_expert))
+        # Some norms give fp32 under autocast.
+        return self.products.matmul(hidden.to(x.dtype), w2, tokens_per_expert, False)
 
 
 class Experts(nn.Module):

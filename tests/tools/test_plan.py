@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from core.errors import ConfigError
 from lightning_modules.cross_entropy import LARGE_VOCABULARY
 from lightning_modules.language_module import LanguageModule
-from lightning_modules.layers import expert_products
+from lightning_modules.layers import expert_products, expert_swiglu
 from lightning_modules.optim import make_optimizer
 from tests.conftest import make_module, tiny_values, tokens
 from tools.plan import compose_config, plan
@@ -49,14 +49,26 @@ def experts_flops(x: Any, w: Any, *_: Any, **__: Any) -> int:
     return 2 * x[0] * w[1] * w[2]
 
 
+def swiglu_flops(x: Any, w: Any, *_: Any, **__: Any) -> int:
+    """Two products forward."""
+    return 2 * experts_flops(x, w)
+
+
+def swiglu_gradient_flops(grad: Any, *operands: Any, **__: Any) -> int:
+    """Two for the gradient of each operand, of which two are matrices."""
+    return 2 * swiglu_flops(*operands)
+
+
 def outer_flops(a: Any, b: Any, *_: Any, **__: Any) -> int:
     return 2 * a[0] * a[1] * b[1]
 
 
-OPERATORS = getattr(torch.ops, expert_products.__name__.replace(".", "_"))
+PRODUCTS, SWIGLU = (getattr(torch.ops, m.__name__.replace(".", "_")) for m in (expert_products, expert_swiglu))
 FORMULAS = {
-    OPERATORS.loop_matmul: experts_flops,
-    OPERATORS.loop_outer: outer_flops,
+    PRODUCTS.loop_matmul: experts_flops,
+    PRODUCTS.loop_outer: outer_flops,
+    SWIGLU.forward: swiglu_flops,
+    SWIGLU.backward: swiglu_gradient_flops,
     torch.ops.aten.addmm_: lambda _, a, b, **__: outer_flops(a, b),
 }
 
