@@ -88,7 +88,7 @@ def measure(case: Case, arguments: argparse.Namespace, say: Callable[[str], None
     for name in (OURS, *case.peers, RATE):
         try:
             contender = Contender(name, case.sizes, case.compiled, arguments.device, arguments.threads)
-            workers[name] = Worker(contender)
+            workers[name] = Worker(contender).wait()  # one after another: their first steps are timed
         except RuntimeError as error:
             if name == OURS:
                 raise

@@ -141,6 +141,8 @@ def measure(table: Table, arguments: argparse.Namespace) -> dict[str, Measured]:
         )
         for name, cost in table.costs.items()
     }
+    for worker in workers.values():
+        worker.wait()
     seconds = take_turns({name: worker.step for name, worker in workers.items()}, arguments.rounds)
     first = next(iter(seconds.values()))
     return {

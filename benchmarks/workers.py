@@ -48,11 +48,7 @@ class Result(NamedTuple):
 
 
 class Worker:
-    """A process with a contender; ready after one step.
-
-    Raises:
-        RuntimeError: it could not take that step; the message is its last line.
-    """
+    """A process with a contender, which it starts to build at once."""
 
     def __init__(self, contender: Contender) -> None:
         # Set before the child imports torch, as train.py has it: docs/decisions.md.
@@ -62,10 +58,18 @@ class Worker:
         self._process = context.Process(target=_serve, args=(theirs, contender), daemon=True)
         self._process.start()
         theirs.close()
+
+    def wait(self) -> "Worker":
+        """Until it has taken its first steps.
+
+        Raises:
+            RuntimeError: it could not; the message is its last line.
+        """
         answer = self._ask(None)
         if isinstance(answer, str):
             self._process.join()
             raise RuntimeError(answer)
+        return self
 
     def _ask(self, question: str | None) -> Any:
         try:

@@ -127,6 +127,7 @@ class Router(nn.Module):
         shared = _mean_over_processes(counts) if self.training else counts
         balance = self.moe.num_experts / experts.numel() * (shared * probabilities.mean(dim=0)).sum()
         z_loss = logits.logsumexp(dim=-1).square().mean()
+        tiny = torch.finfo(probabilities.dtype).tiny
         with torch.no_grad():
             if self.expert_bias is None and self.moe.top_k > 1:  # the first two are known, and in order
                 top = probabilities.gather(-1, experts[:, :2])
@@ -136,7 +137,7 @@ class Router(nn.Module):
                 counts,
                 balance,
                 z_loss,
-                entropy=torch.special.entr(probabilities).sum(dim=-1).mean(),
+                entropy=-(probabilities * probabilities.clamp_min(tiny).log()).sum(dim=-1).mean(),
                 top1_margin=(top[:, 0] - top[:, 1:].sum(dim=-1)).mean(),
                 logits_norm=logits.norm(dim=-1).mean(),
             )

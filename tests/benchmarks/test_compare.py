@@ -52,7 +52,7 @@ def test_the_fastest_and_the_leanest_peer_count() -> None:
 
 def test_a_contender_that_fails_says_why() -> None:
     with pytest.raises(RuntimeError, match="KeyError: 'nobody'"):
-        compare.Worker(compare.Contender("nobody", TINY, False, "cpu", 1))
+        compare.Worker(compare.Contender("nobody", TINY, False, "cpu", 1)).wait()
 
 
 def measured(**of_first: float) -> dict[str, costs.Measured]:
