@@ -127,10 +127,17 @@ def _prepare(contender: Contender) -> tuple[Any, Result]:
         from core.allocator import keep_freed_memory
 
         keep_freed_memory()
+
+    def build(sizes: Sizes, compiled: bool) -> tuple[Any, Any]:
+        with torch.device(device), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            if of_project:
+                return ours(sizes, compiled, **(contender.overrides or {}))
+            return peer(contender.name, sizes, compiled)
+
+    build(sizes._replace(num_layers=1, num_experts=min(sizes.num_experts, sizes.top_k)), False)  # imports its packages
+    _forget_peak(device)
     before = _memory(device)
-    with torch.device(device), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-        build = ours(sizes, contender.compiled, **(contender.overrides or {})) if of_project else None
-        model, loss = build or peer(contender.name, sizes, contender.compiled)
+    model, loss = build(sizes, contender.compiled)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     generator = torch.Generator().manual_seed(1)
