@@ -19,6 +19,7 @@ MIXTURE = ["experiment=moe_spannorm", "model.moe.jitter=0.3"]
 BFLOAT16 = ["experiment=dense_prenorm", "trainer.precision=bf16-mixed"]
 APART = ["experiment=dense_prenorm", "data.document_mask=true"]
 SKIP = "callbacks.divergence.policy=skip"
+SENSITIVE = "callbacks.divergence.loss_threshold=4"
 
 
 class LeaveAfter(L.Callback):
@@ -57,7 +58,9 @@ def test_a_bad_batch_comes_out_again(
     interrupt = "+callbacks.interrupt={_target_: tests.tools.test_replay.LeaveAfter, step: 47}"
     folder = tmp_path / "run"
     with pytest.raises(RuntimeError, match="left"):
-        run(tmp_path, "run", *model, *STEPS, SKIP, fault("NaNGradient", 40), fault("BadBatch", 45), interrupt)
+        run(
+            tmp_path, "run", *model, *STEPS, SKIP, SENSITIVE, fault("NaNGradient", 40), fault("BadBatch", 45), interrupt
+        )
     before = sorted(path for path in folder.rglob("*"))
     out, _ = call(monkeypatch, capsys, str(folder), "--step", "45")
     assert f"Step 45 of {folder}, samples {44 * 8} to {45 * 8 - 1}." in out
