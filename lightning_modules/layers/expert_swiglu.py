@@ -77,9 +77,11 @@ def _gradient(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
     x, w, v, counts, gate, up = ctx.saved_tensors
     if not torch.is_grad_enabled():
         return *_backward(grad, x, w, v, counts, gate, up), None
-    # To be differentiated again: made of what has gradients of every order.
-    operands, needed = (x, w, v), ctx.needs_input_grad
-    wanted = [operand for operand, need in zip(operands, needed, strict=False) if need]
+    # To be differentiated again: made of what has gradients of every order. Of views, as an operand may depend on
+    # another one, whose gradient would then be in its own already.
+    x, w, v = (operand.view_as(operand) for operand in (x, w, v))
+    needed = ctx.needs_input_grad
+    wanted = [operand for operand, need in zip((x, w, v), needed, strict=False) if need]
     gradients = iter(torch.autograd.grad(LOOP.swiglu(x, w, v, counts), wanted, grad, create_graph=True))
     return *(next(gradients) if need else None for need in needed[:3]), None
 

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.functional import silu
+from torch.profiler import ProfilerActivity, profile
 
 from lightning_modules.layers import expert_swiglu
 from lightning_modules.layers.expert_products import LOOP, Products
@@ -55,6 +56,28 @@ def test_gradients_in_float64_to_second_order(wanted: tuple[int, ...]) -> None:
     tensors = [torch.randn(*s, dtype=torch.float64, requires_grad=i in wanted) for i, s in enumerate(shapes)]
     for check in (gradcheck, gradgradcheck):
         assert check(lambda *tensors: FUSED_LOOP.swiglu(*tensors, FEW), tensors)
+
+
+def test_gradients_to_be_differentiated_again_are_those_that_are_not() -> None:
+    x, matrices, _ = operands(torch.float64)
+    out = FUSED_LOOP.swiglu(x * matrices.sum(), matrices, matrices, COUNTS)  # each operand depends on another
+    once, twice = (
+        torch.autograd.grad(out.sum(), (x, matrices), retain_graph=True, create_graph=again) for again in (False, True)
+    )
+    torch.testing.assert_close(twice, once)
+
+
+def test_the_backward_pass_makes_hidden_layers_for_one_expert_at_a_time() -> None:
+    x, gate, up = (torch.randn(*shape, requires_grad=True) for shape in ((64, 4), (4, 32, 4), (4, 32, 4)))
+
+    def largest(products: Products) -> int:
+        out = products.swiglu(x, gate, up, torch.full((4,), 16.0))
+        direction = torch.ones_like(out)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+            torch.autograd.grad(out, (x, gate, up), direction)
+        return max(event.self_cpu_memory_usage for event in run.events())
+
+    assert (largest(FUSED_LOOP), largest(LOOP)) == (4 * 16 * 32, 4 * 64 * 32)  # bytes in fp32
 
 
 def test_the_operators_keep_torchs_rules() -> None:

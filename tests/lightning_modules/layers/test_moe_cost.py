@@ -9,7 +9,7 @@ from lightning_modules.layers.moe import MoE
 from tests.lightning_modules.layers.test_moe import BACKENDS, inputs, make_moe, send_all_to
 
 
-def stored_bytes(layer: MoE, x: Tensor) -> int:
+def stored(layer: MoE, x: Tensor) -> list[Tensor]:
     """What the forward pass keeps for the backward pass, each storage once, without parameters."""
     kept: dict[int, Tensor] = {}
     parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
@@ -20,22 +20,28 @@ def stored_bytes(layer: MoE, x: Tensor) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         layer(x)
-    return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in parameters)
+    return [tensor for address, tensor in kept.items() if address not in parameters]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_memory_grows_with_tokens_and_not_with_experts_nor_skew(backend: str) -> None:
-    def stored(num_experts: int, num_tokens: int, skewed: bool) -> int:
+    def stored_bytes(num_experts: int, num_tokens: int, skewed: bool) -> int:
         layer = make_moe(num_experts=num_experts, top_k=1, backend=backend)
         if skewed:
             send_all_to(layer, num_experts - 1)
-        return stored_bytes(layer, inputs(1, num_tokens))
+        return sum(tensor.untyped_storage().nbytes() for tensor in stored(layer, inputs(1, num_tokens)))
 
-    few = stored(4, 64, skewed=False)
-    assert stored(4, 64, skewed=True) == few, "one expert with all tokens: no padding"
-    assert stored(4, 256, skewed=False) == pytest.approx(4 * few, rel=0.01)
+    few = stored_bytes(4, 64, skewed=False)
+    assert stored_bytes(4, 64, skewed=True) == few, "one expert with all tokens: no padding"
+    assert stored_bytes(4, 256, skewed=False) == pytest.approx(4 * few, rel=0.01)
     router = 5 * 4 * 64 * (32 - 4)  # the router's few [tokens, experts] in fp32, and nothing wider
-    assert stored(32, 64, skewed=True) < few + router
+    assert stored_bytes(32, 64, skewed=True) < few + router
+
+
+@pytest.mark.parametrize(("backend", "hidden"), [("loop", 3), ("grouped", 4)])
+def test_the_loop_keeps_gate_up_and_their_product_and_not_the_activation(backend: str, hidden: int) -> None:
+    kept = stored(make_moe(top_k=2, backend=backend), inputs(1, 64))
+    assert [tensor.shape for tensor in kept].count(torch.Size([128, 24])) == hidden
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
