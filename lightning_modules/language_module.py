@@ -166,17 +166,21 @@ class LanguageModule(L.LightningModule):
         """Whether the optimizer step in progress is one that the loggers will write."""
         return is_logged(self.trainer, self.trainer.global_step + 1)
 
-    def _settle_routers(self) -> None:
-        """Balance and report by what all batches and processes of the step have routed; in one reduction."""
+    def _balance_routers(self) -> None:
+        """By what all batches and processes of the step have routed; in one reduction."""
         if self._router_tally is None:
             return
         assert self.model is not None
-        tallied = self.trainer.strategy.reduce(self._router_tally, reduce_op="sum")
-        self._router_tally, mixtures = None, self.model.mixtures()
-        for mixture, load in zip(mixtures.values(), tokens_per_expert(tallied), strict=True):
+        self._router_tally = self.trainer.strategy.reduce(self._router_tally, reduce_op="sum")
+        load_by_layer = tokens_per_expert(self._router_tally)
+        for mixture, load in zip(self.model.mixtures().values(), load_by_layer, strict=True):
             mixture.router.update_bias(load)
-        if self._logs_this_step:
-            self.log_dict(router_health(tallied, list(mixtures)))
+
+    def _report_routers(self) -> None:
+        """What the whole step has routed, in one transfer: loggers would fetch each scalar by itself."""
+        if self._router_tally is not None:
+            assert self.model is not None
+            self.log_dict(router_health(self._router_tally.cpu(), list(self.model.mixtures())))
 
     def on_after_backward(self) -> None:
         """Not later: callbacks may clip the gradient before the optimizer's own hook comes to it."""
@@ -186,7 +190,7 @@ class LanguageModule(L.LightningModule):
             self.log("optim/grad_norm", gradient_norm(self.parameters()) / scale)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self._settle_routers()
+        self._balance_routers()
         if self._logs_this_step:
             self.log("optim/lr", optimizer.param_groups[0]["lr"])
 
@@ -209,6 +213,8 @@ class LanguageModule(L.LightningModule):
             self.log("train/loss", self.train_loss.compute())
             if self.train_sources is not None:
                 self.log_dict(self.train_sources.compute())
+            self._report_routers()
+        self._router_tally = None
         self.train_loss.reset()
         if self.train_sources is not None:
             self.train_sources.reset()

@@ -1,5 +1,6 @@
 """Router health in numbers done by hand, and through the Trainer: one value a step, whatever its number of batches."""
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,10 +11,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_modules import language_module
 from lightning_modules.layers.router import RouterStats
 from lightning_modules.router_health import router_health, tally
 from tests.conftest import make_module, tokens
-from tests.lightning_modules.test_language_module import Recorder, fit
+from tests.lightning_modules.test_language_module import Recorder, fit, loader, make_trainer
 
 aten = torch.ops.aten
 
@@ -73,7 +75,7 @@ def test_a_logged_step_of_a_mixture_looks_at_no_more_values_than_a_dense_one(bal
             with mode:
                 return hook(*arguments)
 
-        for name in ("training_step", "on_before_optimizer_step"):
+        for name in ("training_step", "on_before_optimizer_step", "on_train_batch_end"):
             setattr(module, name, partial(watched, getattr(module, name)))
         fit(tmp_path, module, *[tokens(2, 9)] * 2, max_steps=2, logger=recorder)
         assert len(recorder.series("moe/max_load")) == (2 if ffn == "moe" else 0)
@@ -82,28 +84,68 @@ def test_a_logged_step_of_a_mixture_looks_at_no_more_values_than_a_dense_one(bal
     assert looks("moe") == looks("dense")
 
 
+def test_one_transfer_brings_all_to_the_host_before_loggers_take_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, recorder, transferred = make_module(ffn="moe"), Recorder(), []
+
+    def to_another_host(tensor: torch.Tensor) -> torch.Tensor:
+        transferred.append(tensor.shape)
+        return torch.zeros_like(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", to_another_host)
+    fit(tmp_path, module, *[tokens(2, 9)] * 2, max_steps=2, logger=recorder)
+    assert transferred[:3] == [(2, 1 + 5 + 4), (2, 1 + 5 + 4), ()], "the last is Lightning's, at the end of the run"
+    assert recorder.series("moe/dead_experts") == [2 * 4] * 2, "as no token came over"
+    assert all(torch.tensor(recorder.series("moe/z_loss")).isnan())
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_step_of_two_batches_moves_each_bias_once_by_the_load_of_both(checkpointing: bool, tmp_path: Path) -> None:
     moe = {"balancing": "bias", "bias_update_rate": 2**-6, "first_dense_layers": 1}
-    options: dict[str, Any] = {"ffn": "moe", "moe": moe, "activation_checkpointing": checkpointing}
+    options: dict[str, Any] = {"ffn": "moe", "moe": moe, "num_layers": 3, "activation_checkpointing": checkpointing}
     module, recorder, batches = make_module({"lr": 0.0}, **options), Recorder(), [tokens(n, 9) for n in (4, 2, 5, 3)]
     assert module.model is not None
-    (router,) = (mixture.router for mixture in module.model.mixtures().values())
-    torch.nn.init.normal_(router.layer.weight, std=0.5)
+    routers = [mixture.router for mixture in module.model.mixtures().values()]
+    for router in routers:
+        torch.nn.init.normal_(router.layer.weight, std=0.5)
 
-    expected, loads = torch.zeros(4), []
+    expected, loads = torch.zeros(2, 4), []  # of layers 2 and 3
     for pair in (batches[:2], batches[2:]):
-        router.expert_bias = expected.clone()
-        load = sum(module(batch[:, :-1])[1][0].tokens_per_expert for batch in pair)
-        assert isinstance(load, torch.Tensor)
-        expected = expected + 2**-6 * (load.mean() - load).sign()
+        for router, bias in zip(routers, expected, strict=True):
+            router.expert_bias = bias.clone()
+        by_batch = [[stats.tokens_per_expert for stats in module(batch[:, :-1])[1]] for batch in pair]
+        load = torch.stack([torch.stack(by_layer) for by_layer in by_batch]).sum(0)
+        expected = expected + 2**-6 * (load.mean(1, keepdim=True) - load).sign()
         loads.append(load)
-    router.expert_bias = torch.zeros(4)
+    assert not torch.equal(*expected)
+    for router in routers:
+        router.expert_bias = torch.zeros(4)
 
     fit(tmp_path, module, *batches, max_steps=2, accumulate_grad_batches=2, log_every_n_steps=2, logger=recorder)
-    assert router.expert_bias.tolist() == expected.tolist()
-    assert recorder.series("moe/layer_2/max_load") == pytest.approx([(loads[1].max() / loads[1].mean()).item()])
+    make_trainer(tmp_path, logger=False).validate(module, loader(batches[0]), verbose=False)  # moves nothing
+    assert [router.expert_bias.tolist() for router in routers if router.expert_bias is not None] == expected.tolist()
+    for layer, load in enumerate(loads[1], start=2):
+        (logged,) = recorder.series(f"moe/layer_{layer}/max_load")
+        assert logged == pytest.approx((load.max() / load.mean()).item())
     assert not recorder.series("moe/layer_1/max_load")
+
+
+@pytest.mark.parametrize(("balancing", "tallied"), [("loss", 2), ("bias", 4)])
+def test_steps_that_are_not_logged_count_only_what_moves_the_bias(
+    balancing: str, tallied: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: Counter[str] = Counter()
+    for function in (tally, router_health):
+
+        def counted(*arguments: Any, function: Callable[..., Any] = function) -> Any:
+            calls[function.__name__] += 1
+            return function(*arguments)
+
+        monkeypatch.setattr(language_module, function.__name__, counted)
+    module = make_module(ffn="moe", moe={"balancing": balancing})
+    fit(tmp_path, module, *[tokens(2, 9)] * 4, max_steps=4, log_every_n_steps=2, logger=Recorder())
+    assert calls == {"tally": tallied, "router_health": 2}
 
 
 def test_with_the_bias_no_loss_balances(tmp_path: Path) -> None:
