@@ -108,6 +108,9 @@ def test_a_checkpoint_changes_backend(trained_with: str, into: str) -> None:
     source, target, x = make_ours(trained_with), make_ours(into), torch.randn(2, 9, 32)
     target.load_state_dict(source.state_dict())
     torch.testing.assert_close(target(x)[0], source(x)[0], atol=1e-5, rtol=1e-5)
+    shapes = {f"experts.mlp.{name}": (NUM_EXPERTS * HIDDEN, 32) for name in ("w1", "v1", "w2")}
+    expected = list({"router.layer.weight": (NUM_EXPERTS, 32), **shapes}.items())  # optimizer states go by number
+    assert [(name, weight.shape) for name, weight in target.named_parameters()] == expected
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")  # one batch, again

@@ -146,6 +146,20 @@ def test_under_bf16_autocast_the_router_stays_in_fp32(backend: str) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in layer.parameters())
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_experts_outputs_in_bf16_are_weighted_in_fp32(autocast: bool) -> None:
+    layer, x, computed = make_moe(top_k=1, normalize_weights=False), inputs(2, 9), []
+    if not autocast:
+        layer, x = layer.bfloat16(), x.bfloat16()
+    layer.experts.mlp.register_forward_hook(lambda *arguments: computed.append(arguments[-1]))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = layer(x)[0].flatten(0, 1)
+        weights, experts, _ = layer.router(x.flatten(0, 1))
+    (rows,), order = computed, experts.flatten().argsort(stable=True)
+    assert rows.dtype == torch.bfloat16
+    torch.testing.assert_close(out[order], (rows.float() * weights[order]).to(x.dtype), atol=0, rtol=0)
+
+
 class FP32Norm(nn.Module):
     """Gives fp32 whatever it takes, as torch's own layer norm does under autocast on a GPU."""
 

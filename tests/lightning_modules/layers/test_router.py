@@ -67,6 +67,21 @@ def test_a_lone_expert_is_certain() -> None:
     assert (stats.entropy.item(), stats.top1_margin.item()) == (0.0, 1.0)
 
 
+def test_of_no_doubt_at_all_the_entropy_is_none() -> None:
+    router = make_router()
+    torch.nn.init.eye_(router.layer.weight)
+    _, _, stats = router(1000 * torch.eye(4, 32))  # all other probabilities are 0 in fp32
+    assert stats.entropy.item() == 0.0
+
+
+def test_a_double_one_computes_in_double() -> None:
+    router, x = make_router().double(), torch.randn(NUM_TOKENS, 32, dtype=torch.float64)
+    weights, experts, stats = router(x)
+    scores = (x @ router.layer.weight.T).softmax(dim=-1).gather(-1, experts)
+    torch.testing.assert_close(weights, scores / scores.sum(dim=-1, keepdim=True), atol=0, rtol=1e-12)
+    assert {value.dtype for value in stats} == {torch.float64}
+
+
 def test_sigmoid_scores_of_zero_stay_finite() -> None:
     router = make_router(score="sigmoid")
     torch.nn.init.constant_(router.layer.weight, -100.0)
