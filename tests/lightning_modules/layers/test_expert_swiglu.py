@@ -73,7 +73,8 @@ def test_the_backward_pass_makes_hidden_layers_for_one_expert_at_a_time() -> Non
     def largest(products: Products) -> int:
         out = products.swiglu(x, gate, up, torch.full((4,), 16.0))
         direction = torch.ones_like(out)
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+        # Without acc_events torch 2.11 warns.
+        with profile(activities=[ProfilerActivity.CPU], acc_events=True, profile_memory=True) as run:
             torch.autograd.grad(out, (x, gate, up), direction)
         return max(event.self_cpu_memory_usage for event in run.events())
 

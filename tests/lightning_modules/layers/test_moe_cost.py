@@ -48,7 +48,8 @@ def test_the_loop_keeps_gate_up_and_their_product_and_not_the_activation(backend
 def test_each_token_is_multiplied_with_its_own_experts_alone(backend: str) -> None:
     def multiplications(num_experts: int) -> int:
         layer, x = make_moe(num_experts=num_experts, top_k=2, backend=backend), inputs(1, 64)
-        with profile(activities=[ProfilerActivity.CPU], with_flops=True, record_shapes=True) as run:
+        # Without acc_events torch 2.11 warns.
+        with profile(activities=[ProfilerActivity.CPU], acc_events=True, with_flops=True, record_shapes=True) as run:
             layer(x)[0].sum().backward()
         return sum(event.flops or 0 for event in run.events() if "mm" in event.name) // 2
 
@@ -63,7 +64,7 @@ def test_no_buffer_of_a_forced_router_grows_with_experts_times_tokens(backend: s
     def largest(num_experts: int) -> int:
         layer, x = make_moe(num_experts=num_experts, top_k=1, backend=backend), inputs(1, 2048)
         send_all_to(layer, num_experts - 1)
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+        with profile(activities=[ProfilerActivity.CPU], acc_events=True, profile_memory=True) as run:
             layer(x)[0].sum().backward()
         return max(event.self_cpu_memory_usage for event in run.events())
 
