@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from core.errors import require
@@ -84,7 +83,7 @@ def measure(module: Any, data: Any, name: str, num_batches: int) -> list[Loss]:
     """Over the first `num_batches` of a DataModule's validation sample.
 
     Args:
-        module: a LightningModule whose call gives (logits, ...).
+        module: a LightningModule whose call gives (Losses of the targets, ...), never all logits at once.
         data: a StreamDataModule.
         name: of the whole; sources have names of their own.
         num_batches: the last may be smaller.
@@ -114,8 +113,10 @@ def _batches(data: Any, num_batches: int) -> Iterator[dict[str, Tensor]]:
 def token_losses(module: Any, batch: dict[str, Tensor]) -> Tensor:
     """Cross-entropy of each predicted token, in nats, [batch, seq]."""
     batch = {key: rows.to(module.device) for key, rows in batch.items()}
-    logits, *_ = module(batch["tokens"][:, :-1], batch.get("positions"))
-    return F.cross_entropy(logits.transpose(1, 2).float(), batch["tokens"][:, 1:], reduction="none")
+    inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
+    losses, *_ = module(inputs, batch.get("positions"), targets)
+    by_token: Tensor = losses.by_token.view_as(targets)
+    return by_token
 
 
 def _loss(name: str, sums: Tensor, count: Tensor, data: Any) -> Loss:
