@@ -1,8 +1,10 @@
 """The same language model as the project and its peers build it; each returns a loss to differentiate.
 
-All have RMSNorm, rotary positions, SwiGLU of one width, no biases, no weight tying and torch's fused attention. The
-loss of a peer is cross-entropy alone: its router losses, which cost it much and differ between projects, are left out,
-while ours are in. torchtitan has no mixture here: its experts compute in bf16 whatever the model is in.
+All have RMSNorm, rotary positions, SwiGLU of one width, no biases, no weight tying and torch's fused attention; OLMoE
+norms queries and keys besides. The loss of a peer is cross-entropy alone: its router losses, which cost it much and
+differ between projects, are left out, while ours are in. torchtitan is there twice: with the loss of all logits at
+once, as the others have it, and with its own in chunks, which its configurations take. It has no mixture here: its
+experts compute in bf16 whatever the model is in.
 """
 
 from collections.abc import Callable
@@ -134,6 +136,7 @@ def x_transformers(sizes: Sizes) -> nn.Module:
         attn_dim_head=sizes.head_dim,
         attn_flash=True,
         rotary_pos_emb=True,
+        rotary_emb_dim=sizes.head_dim,  # all of it as elsewhere, not half
         use_rmsnorm=True,
         ff_glu=True,
         ff_swish=True,
@@ -189,25 +192,48 @@ class _Logits(nn.Module):
         return logits
 
 
+CHUNKED = "torchtitan, loss in chunks"
 PEERS: dict[str, Callable[[Sizes], nn.Module]] = {
     "litgpt": litgpt,
     "transformers Llama": llama,
     "x-transformers": x_transformers,
     "torchtitan Llama 3": torchtitan,
+    CHUNKED: torchtitan,
     "litgpt MoE": litgpt,
     "transformers Mixtral": mixtral,
     "transformers OLMoE": olmoe,
 }
-DENSE = ("litgpt", "transformers Llama", "x-transformers", "torchtitan Llama 3")
+DENSE = ("litgpt", "transformers Llama", "x-transformers", "torchtitan Llama 3", CHUNKED)
 MIXTURES = ("litgpt MoE", "transformers Mixtral", "transformers OLMoE")
 
 
 def peer(name: str, sizes: Sizes, compiled: bool) -> tuple[nn.Module, Loss]:
     """The peer of that name, compiled as a whole together with its loss, which is more than most of them do."""
     model = PEERS[name](sizes)
+    if name == CHUNKED:
+        return model, _in_chunks(model, sizes, compiled)
 
     def loss(tokens: Tensor) -> Tensor:
         logits = model(tokens[:, :-1])
         return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
     return model, torch.compile(loss) if compiled else loss
+
+
+def _in_chunks(model: Any, sizes: Sizes, compiled: bool) -> Loss:
+    """torchtitan's own loss, set up as its trainer does; it leaves the head between the two uncompiled."""
+    from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
+    from torchtitan.config import CompileConfig
+
+    inner = CrossEntropyLoss.Config(global_vocab_size=sizes.vocab_size)
+    chunks = ChunkedLossWrapper.Config(loss_fn=inner).build(compile_config=CompileConfig(enable=compiled))
+    chunks.set_lm_head(model.lm_head)
+    model._skip_lm_head = True
+    decoder = torch.compile(model) if compiled else model
+    count = torch.tensor(float(sizes.batch_size * sizes.seq_len))
+
+    def loss(tokens: Tensor) -> Tensor:
+        value: Tensor = chunks(decoder(tokens[:, :-1]), tokens[:, 1:], count)[0]
+        return value
+
+    return loss

@@ -44,7 +44,7 @@ def ratio(seconds: list[float], base: list[float]) -> float:
 
 def machine(device: str) -> str:
     if device == "cuda":
-        return torch.cuda.get_device_name()
+        return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
     models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     name = models[0].partition(":")[2].strip() if models else platform.processor()
     load = ", ".join(f"{value:.2f}" for value in os.getloadavg())

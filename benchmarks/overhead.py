@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -21,11 +21,24 @@ TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 FIRST_STEP = "first step after"
 
 
-class _Tokens(Dataset[dict[str, torch.Tensor]]):
-    """One batch [16, 257], again and again: a step of about 200 ms on one core."""
+class Job(NamedTuple):
+    """What is trained: a step should take about 200 ms."""
 
-    def __init__(self) -> None:
-        self.batch = {"tokens": torch.randint(257, (16, 257), generator=torch.Generator().manual_seed(0))}
+    num_layers: int
+    dim: int
+    num_heads: int
+    seq_len: int
+
+
+JOBS = {"cpu": Job(4, 128, 4, 256), "cuda": Job(16, 1024, 16, 2048)}
+
+
+class _Tokens(Dataset[dict[str, torch.Tensor]]):
+    """One batch [16, seq_len + 1], again and again."""
+
+    def __init__(self, seq_len: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.batch = {"tokens": torch.randint(257, (16, seq_len + 1), generator=generator)}
 
     def __len__(self) -> int:
         return 1 << 20
@@ -37,7 +50,8 @@ class _Tokens(Dataset[dict[str, torch.Tensor]]):
 class _BareLoop(L.Callback):
     """After each window of the Trainer's steps, as many without it: same module, optimizer, clipping, and data."""
 
-    def __init__(self) -> None:
+    def __init__(self, data: _Tokens) -> None:
+        self.data = data
         self.trainer_seconds: list[float] = []
         self.bare_seconds: list[float] = []
         self._began = 0.0
@@ -45,17 +59,17 @@ class _BareLoop(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step % WINDOW:
             return
-        now = time.perf_counter()
+        now = _now()
         if self._began:
             self.trainer_seconds.append(now - self._began)
         self.bare(trainer, pl_module)
-        self._began = time.perf_counter()
+        self._began = _now()
         self.bare_seconds.append(self._began - now)
 
     def bare(self, trainer: L.Trainer, module: Any) -> None:
         optimizer = trainer.optimizers[0]
         schedule: Any = trainer.lr_scheduler_configs[0].scheduler
-        batches = iter(DataLoader(_Tokens(), batch_size=None))
+        batches = iter(DataLoader(self.data, batch_size=None))
         for _ in range(WINDOW):
             batch = {name: tensor.to(module.device) for name, tensor in next(batches).items()}
             with trainer.precision_plugin.forward_context():
@@ -67,10 +81,20 @@ class _BareLoop(L.Callback):
             schedule.step()
 
 
+def _now() -> float:
+    """Seconds, when all that was asked of the device is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def trainer_overhead(title: str, arguments: argparse.Namespace) -> Iterator[str]:
     """Its loop, hooks and this project's own logging, without callbacks and loggers."""
-    module = LanguageModule({"num_layers": 4, "dim": 128, "num_heads": 4}, {}, 257)
-    loop = _BareLoop()
+    job = JOBS[arguments.device]
+    sizes = {name: value for name, value in job._asdict().items() if name != "seq_len"}
+    module = LanguageModule(sizes, {}, 257)
+    data = _Tokens(job.seq_len)
+    loop = _BareLoop(data)
     trainer = L.Trainer(
         accelerator=arguments.device.replace("cuda", "gpu"),
         devices=1,
@@ -84,7 +108,7 @@ def trainer_overhead(title: str, arguments: argparse.Namespace) -> Iterator[str]
         enable_model_summary=False,
         callbacks=[loop],
     )
-    trainer.fit(module, DataLoader(_Tokens(), batch_size=None))
+    trainer.fit(module, DataLoader(data, batch_size=None))
     bare = loop.bare_seconds[:-1]  # each with the Trainer's window that comes after it
     differences = [a / b for a, b in zip(loop.trainer_seconds, bare, strict=True)]
     low, middle, high = statistics.quantiles(differences, n=4)

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import compare, costs
 from benchmarks.contenders import Sizes
-from benchmarks.workers import Result
+from benchmarks.workers import PLAIN, Result
 
 TINY = Sizes(vocab_size=64, num_layers=2, dim=32, num_heads=2, hidden=48, seq_len=16, batch_size=2)
 MIXTURE = TINY._replace(hidden=24, num_experts=4)
@@ -22,9 +22,9 @@ def test_it_steps_all_in_turn_and_writes_table_chart_and_verdict(
     monkeypatch.setattr(sys, "argv", command)
     compare.main()
     text = (tmp_path / "benchmark.md").read_text()
-    for name in ("ours", "transformers Mixtral"):
+    for name in ("ours", "ours, malloc as it is", "transformers Mixtral"):
         assert f"| {name} |" in text
-    assert "| aten::mm |" in text, "where the time goes"
+    assert "| `aten::mm` |" in text, "where the time goes"
     assert "Goal 1e-09 times the fastest peer (transformers Mixtral)" in text
     assert (tmp_path / "benchmark.png").stat().st_size > 1000
 
@@ -35,19 +35,44 @@ def row(name: str, speed: float, memory: int) -> compare.Row:
 
 def test_the_fastest_and_the_leanest_peer_count() -> None:
     case = compare.Case("Dense", TINY, ("a", "b"), False, goal=1.05)
-    rows = [row("ours", 1.0, 100), row("a", 1.04, 130), row("b", 1.20, 90)]
+    rows = [row("ours", 1.0, 100), row(PLAIN, 1.01, 10), row("a", 1.04, 130), row("b", 1.20, 90)]
     text = compare.verdict(case, rows)
     assert "(a): 1.04, **missed**" in text
     assert "(b): 1.11 times, **missed**" in text
     assert list(compare.profile(rows))[2:] == [
-        "| aten::mm | 75.0 % | 75.0 % |",
-        "| ours | 25.0 % | 0.0 % |",
-        "| a | 0.0 % | 25.0 % |",
+        "| `aten::mm` | 75.0 % | 75.0 % |",
+        "| `ours` | 25.0 % | 0.0 % |",
+        "| `a` | 0.0 % | 25.0 % |",
     ]
     assert "75 % of a's step" in (bound := compare.bound(rows))
     assert "1.33 times" in bound
     rows = [row("ours", 1.0, 90), row("a", 1.06, 130), row("b", 1.20, 90)]
     assert compare.verdict(case, rows).count("**met**") == 2
+
+
+@pytest.mark.parametrize(
+    ("device", "dense", "mixture", "first", "last"),
+    [
+        ("NVIDIA H200", 500e12, 290e12, "51 % of the data sheet (989). Goal 50 %: **met**", "0.58, **missed"),
+        ("NVIDIA H200", 490e12, 300e12, "50 % of the data sheet (989). Goal 50 %: **missed**", "0.61, **met"),
+        ("another", 60e12, 60e12, "60 % of large products (100). Goal 50 %: **met**", "1.00, **met"),
+    ],
+)
+def test_goals_of_a_gpu(device: str, dense: float, mixture: float, first: str, last: str) -> None:
+    rates = {compare.DENSE_1B: dense, compare.MIXTURE_1B: mixture}
+    ours = {n: compare.Row("ours", 1.0, 1.0, r / 100e12, Result(1, r, 1.0, 1), {}) for n, r in rates.items()}
+    text = " ".join(compare.goals_of_gpu(ours, device))
+    assert f"{dense / 1e12:.0f} TFLOP/s, {first}" in text
+    assert last in text
+    assert [case.title for case in compare.cases("cuda")] == list(rates)
+
+
+def test_memory_is_that_of_a_step_without_what_is_imported() -> None:
+    sizes = TINY._replace(vocab_size=4096, seq_len=512, batch_size=4)
+    worker = compare.Worker(compare.Contender(compare.OURS, sizes, False, "cpu", 1)).wait()
+    worker.step()
+    logits = 4 * 4096 * 512 * 4  # bytes
+    assert 0 < worker.end().memory < 6 * logits, "Lightning alone takes more"
 
 
 def test_a_contender_that_fails_says_why() -> None:

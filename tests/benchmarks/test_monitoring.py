@@ -1,0 +1,38 @@
+"""The monitors' benchmark on a tiny job: its figures, and that it measures what a run has by default."""
+
+import re
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import yaml
+from hydra.utils import get_class
+
+from benchmarks import monitoring
+from tests.helpers_run import ROOT, tiny_job
+
+DEFAULT = yaml.safe_load((ROOT / "configs/callbacks/default.yaml").read_text())
+NO_MONITORS = {"StepProgress", "RunStatus", "LastCheckpoint", "ModelCheckpoint", "RandomState"}
+
+
+def test_it_runs_and_writes_its_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "monitoring.md"
+    monkeypatch.setattr(monitoring, "RUN", str(tmp_path / "run"))
+    monkeypatch.setattr(sys, "argv", ["monitoring", *tiny_job(), "--rounds", "3", "--output", str(output)])
+    monitoring.main()
+    text = output.read_text()
+    for name in ("a step without monitors", "inside of the monitors", "for one sample", "estimate of the curvature"):
+        (figure,) = re.findall(rf"\| .*{name}.* \| ([\d.]+) \|", text)
+        assert float(figure) > 0, name
+    share, with_curvature = map(float, re.findall(r"\*\*([\d.]+) %\*\*", text))
+    assert 0 < share < with_curvature
+
+
+def test_it_measures_what_a_run_has_by_default() -> None:
+    measured = {type(monitor).__name__ for monitor in monitoring.Turns().monitors}
+    classes = [get_class(fields["_target_"]) for fields in DEFAULT.values()]
+    hooked = {c.__name__ for c in classes if any(getattr(c, h) is not getattr(L.Callback, h) for h in monitoring.HOOKS)}
+    assert hooked - NO_MONITORS == measured - {"Curvature"}
+    sampled = {fields["every_n_steps"] for fields in DEFAULT.values() if "every_n_steps" in fields}
+    assert sampled == {monitoring.SAMPLED_EVERY}
