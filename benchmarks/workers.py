@@ -128,13 +128,18 @@ def _serve(connection: Connection, contender: Contender) -> None:
         traceback.print_exc()
         connection.send(f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error) else ''}")
         return
+    memory = _memory(contender.device)
     while (question := connection.recv()) != "end":
         if contender.device == "cuda":
             step()  # takes the memory again that it gave back, which is not timed
-        answer = step() if question == "step" else _profile(step, contender.device)
+        if question == "step":
+            answer: Any = step()
+            memory = _memory(contender.device)  # of steps alone: the profiler takes some for itself
+        else:
+            answer = _profile(step, contender.device)
         _rest(contender.device)
         connection.send(answer)
-    connection.send(result._replace(memory=_memory(contender.device) - result.memory))
+    connection.send(result._replace(memory=memory - result.memory))
 
 
 def _prepare(contender: Contender) -> tuple[Any, Result]:
