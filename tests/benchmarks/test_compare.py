@@ -67,13 +67,13 @@ def test_goals_of_a_gpu(device: str, dense: float, mixture: float, first: str, l
     assert [case.title for case in compare.cases("cuda")] == list(rates)
 
 
-def test_memory_is_that_of_a_step_alone() -> None:
+def test_memory_is_that_of_a_step_without_what_is_imported() -> None:
     sizes = TINY._replace(vocab_size=4096, seq_len=512, batch_size=4)
     worker = compare.Worker(compare.Contender(compare.OURS, sizes, False, "cpu", 1)).wait()
     worker.step()
     assert worker.profile()["aten::mm"] > 0.1
     logits = 4 * 4096 * 512 * 4  # bytes
-    assert 0 < worker.end().memory < 0.1 * logits, "Lightning takes more, and so does the profiler"
+    assert 0 < worker.end().memory < 4 * logits, "Lightning takes twice as much"
 
 
 def test_a_contender_that_fails_says_why() -> None:
