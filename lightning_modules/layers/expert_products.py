@@ -22,7 +22,7 @@ bit, on how many others go to the same expert. In inference mode they are filled
 
 
 class Products(NamedTuple):
-    """One way to compute the two.
+    """One way to compute them.
 
     Attributes:
         matmul: (x [rows, p or q], w [experts, p, q], rows per expert [experts], transpose) -> [rows, q or p].
