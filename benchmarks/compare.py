@@ -25,7 +25,7 @@ import torch
 from matplotlib import pyplot
 
 from benchmarks.contenders import DENSE, MIXTURES, Sizes
-from benchmarks.measure import machine, ratio, take_turns
+from benchmarks.measure import judged, machine, ratio, take_turns
 from benchmarks.workers import PLAIN, RATE, Contender, Result, Worker
 
 matplotlib.use("Agg")
@@ -144,11 +144,11 @@ def verdict(case: Case, rows: list[Row]) -> str:
     if not peers:
         return "No peer does this at all."
     fastest, leanest = min(peers, key=lambda row: row.speed), min(peers, key=lambda row: row.result.memory)
-    met = "met" if fastest.speed >= case.goal else "missed"
     lean = rows[0].result.memory / leanest.result.memory
     return (
-        f"Goal {case.goal} times the fastest peer ({fastest.name}): {fastest.speed:.2f}, **{met}**. "
-        f"Goal memory of the leanest peer ({leanest.name}): {lean:.2f} times, **{'met' if lean <= 1 else 'missed'}**."
+        f"Goal {case.goal} times the fastest peer ({fastest.name}): {fastest.speed:.2f}, "
+        f"{judged(fastest.speed >= case.goal)}. "
+        f"Goal memory of the leanest peer ({leanest.name}): {lean:.2f} times, {judged(lean <= 1)}."
     )
 
 
@@ -188,11 +188,11 @@ def goals_of_gpu(ours: dict[str, Row], device: str) -> Iterator[str]:
         part = done[title] / peak
         yield f"{title}: {done[title] / 1e12:.0f} TFLOP/s, {100 * part:.0f} % of {of} ({peak / 1e12:.0f})."
         if title == DENSE_1B:
-            yield f"Goal 50 %: **{'met' if part >= 0.5 else 'missed'}**.\n"
+            yield f"Goal 50 %: {judged(part >= 0.5)}.\n"
     if DENSE_1B in done and MIXTURE_1B in done:
         part = done[MIXTURE_1B] / done[DENSE_1B]
-        met = "met" if part >= MIXTURE_OF_DENSE else "missed"
-        yield f"Goal the mixture at {MIXTURE_OF_DENSE} of the dense model's TFLOP/s: {part:.2f}, **{met}**."
+        met = judged(part >= MIXTURE_OF_DENSE)
+        yield f"Goal the mixture at {MIXTURE_OF_DENSE} of the dense model's TFLOP/s: {part:.2f}, {met}."
 
 
 def draw(measured: dict[str, list[Row]], path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.contenders import Sizes
-from benchmarks.measure import machine, ratio, take_turns
+from benchmarks.measure import judged, machine, ratio, take_turns
 from benchmarks.overhead import startup, trainer_overhead
 from benchmarks.workers import Contender, Result, Worker
 from lightning_modules.placements.registry import PLACEMENTS
@@ -169,7 +169,7 @@ def lines_of(table: Table, measured: dict[str, Measured]) -> Iterator[str]:
         )
     for goal in table.goals:
         text, met = goal(measured)
-        yield f"\nGoal: {text}, **{'met' if met else 'missed'}**."
+        yield f"\nGoal: {text}, {judged(met)}."
 
 
 def main() -> None:

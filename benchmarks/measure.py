@@ -42,6 +42,11 @@ def ratio(seconds: list[float], base: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(seconds, base, strict=True))
 
 
+def judged(met: bool) -> str:
+    """How a goal came out, for a report."""
+    return "**met**" if met else "**missed**"
+
+
 def machine(device: str) -> str:
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"

@@ -14,6 +14,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.measure import judged
 from lightning_modules.language_module import LanguageModule
 
 WINDOW = 10  # steps
@@ -24,13 +25,14 @@ FIRST_STEP = "first step after"
 class Job(NamedTuple):
     """What is trained: a step should take about 200 ms."""
 
-    num_layers: int
-    dim: int
-    num_heads: int
+    model: dict[str, int]
     seq_len: int
 
 
-JOBS = {"cpu": Job(4, 128, 4, 256), "cuda": Job(16, 1024, 16, 2048)}
+JOBS = {
+    "cpu": Job({"num_layers": 4, "dim": 128, "num_heads": 4}, 256),
+    "cuda": Job({"num_layers": 16, "dim": 1024, "num_heads": 16}, 2048),
+}
 
 
 class _Tokens(Dataset[dict[str, torch.Tensor]]):
@@ -91,8 +93,7 @@ def _now() -> float:
 def trainer_overhead(title: str, arguments: argparse.Namespace) -> Iterator[str]:
     """Its loop, hooks and this project's own logging, without callbacks and loggers."""
     job = JOBS[arguments.device]
-    sizes = {name: value for name, value in job._asdict().items() if name != "seq_len"}
-    module = LanguageModule(sizes, {}, 257)
+    module = LanguageModule(job.model, {}, 257)
     data = _Tokens(job.seq_len)
     loop = _BareLoop(data)
     trainer = L.Trainer(
@@ -116,7 +117,7 @@ def trainer_overhead(title: str, arguments: argparse.Namespace) -> Iterator[str]
     yield f"Windows of {WINDOW} steps in turn, with and without it; a step takes "
     yield f"{1e3 * statistics.median(bare) / WINDOW:.0f} ms without.\n"
     yield f"Goal: at most 1.03 times the bare loop: {middle:.3f} (quartiles {low:.3f}, {high:.3f}), "
-    yield f"**{'met' if middle <= 1.03 else 'missed'}**."
+    yield f"{judged(middle <= 1.03)}."
 
 
 class FirstStep(L.Callback):
@@ -150,4 +151,4 @@ def startup(title: str, arguments: argparse.Namespace) -> Iterator[str]:
         ("first training step of the default job, its corpus made anew", 12.0, [job() for _ in range(3)]),
     ):
         value = statistics.median(measured)
-        yield f"Goal: {what} under {limit:g} s: {value:.1f} s, **{'met' if value < limit else 'missed'}**.\n"
+        yield f"Goal: {what} under {limit:g} s: {value:.1f} s, {judged(value < limit)}.\n"
