@@ -16,10 +16,19 @@ from lightning_modules.layers.expert_products import LOOP, namespace
 OURS = namespace(__name__)
 
 
+def _empty_products(x: Tensor, w: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    shape = x.size(0), w.size(1)
+    return x.new_empty(shape), x.new_empty(shape), x.new_empty(shape)
+
+
+def _empty_gradients(grad: Tensor, x: Tensor, w: Tensor, v: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(w), torch.empty_like(v)
+
+
 @torch.library.custom_op(f"{OURS}::forward", mutates_args=())
 def _forward(x: Tensor, w: Tensor, v: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(silu(gate) * up, gate = x w^T, up = x v^T), each [rows, hidden]."""
-    hidden, gate, up = _shapes(x, w)
+    hidden, gate, up = _empty_products(x, w)
     sizes = counts.long().tolist()
     by_rows = (tensor.split(sizes) for tensor in (x, hidden, gate, up))
     for rows, product, left, right, matrix, other in zip(*by_rows, w.mT.unbind(), v.mT.unbind(), strict=True):
@@ -34,7 +43,7 @@ def _backward(
     grad: Tensor, x: Tensor, w: Tensor, v: Tensor, counts: Tensor, gate: Tensor, up: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients in x, w and v."""
-    results = grad_x, grad_w, grad_v = torch.empty_like(x), torch.empty_like(w), torch.empty_like(v)
+    results = grad_x, grad_w, grad_v = _empty_gradients(grad, x, w, v)
     sizes = counts.long().tolist()
     by_rows = (tensor.split(sizes) for tensor in (grad, x, gate, up, grad_x))
     by_expert = (tensor.unbind() for tensor in (w, v, grad_w, grad_v))
@@ -47,22 +56,6 @@ def _backward(
         torch.mm(of_left.t(), rows, out=of_matrix)
         torch.mm(of_right.t(), rows, out=of_other)
     return results
-
-
-@_forward.register_fake
-def _shapes_of_forward(x: Tensor, w: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _shapes(x, w)
-
-
-@_backward.register_fake
-def _shapes_of_backward(grad: Tensor, *operands: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    x, w, v, *_ = operands
-    return torch.empty_like(x), torch.empty_like(w), torch.empty_like(v)
-
-
-def _shapes(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    shape = x.size(0), w.size(1)
-    return x.new_empty(shape), x.new_empty(shape), x.new_empty(shape)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
@@ -86,6 +79,8 @@ def _gradient(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
     return *(next(gradients) if need else None for need in needed[:3]), None
 
 
+_forward.register_fake(_empty_products)
+_backward.register_fake(_empty_gradients)
 _forward.register_autograd(_gradient, setup_context=_save)
 
 

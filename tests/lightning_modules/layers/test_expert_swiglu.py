@@ -10,9 +10,8 @@ from torch.profiler import ProfilerActivity, profile
 from lightning_modules.layers import expert_swiglu
 from lightning_modules.layers.expert_products import LOOP, Products
 from lightning_modules.layers.expert_swiglu import FUSED_LOOP
+from tests.lightning_modules.layers.test_expert_products import COUNTS, EXPERT, FEW
 
-COUNTS, FEW = torch.tensor([3.0, 0.0, 6.0, 1.0]), torch.tensor([2.0, 0.0, 1.0])
-EXPERT = torch.tensor([0, 0, 0, 2, 2, 2, 2, 2, 2, 3])
 ALL = (0, 1, 2)
 
 
