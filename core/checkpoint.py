@@ -39,12 +39,29 @@ class CheckpointIO(TorchCheckpointIO):
     """Saves one file, whole or not at all; loads both kinds: a run of many processes goes on in one, or in DDP's."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        if Path(path).is_dir():  # of the run that goes on here
-            shutil.rmtree(path)
-        save(checkpoint, Path(path))
+        path = Path(path)
+        unfinished = path.with_name(f"{path.name}.unfinished")
+        if unfinished.is_dir():  # of processes that were killed at it
+            shutil.rmtree(unfinished)
+        if not path.is_dir():
+            save(checkpoint, path)
+            return
+        whole = path.with_suffix(".whole")
+        save(checkpoint, whole)
+        put_in_place(whole, path)
 
     def load_checkpoint(self, path: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
         return load(Path(path)) if Path(path).is_dir() else super().load_checkpoint(path, *arguments, **options)
+
+
+def put_in_place(whole: Path, path: Path) -> None:
+    """Give a whole checkpoint its name. A folder replaces nothing, and nothing replaces one: it steps aside first."""
+    old = path.with_name(f"{path.name}.old")
+    remove(old)
+    if path.exists():
+        path.rename(old)
+    whole.rename(path)
+    remove(old)
 
 
 def keep(last: Path, previous: Path) -> None:

@@ -3,7 +3,6 @@
 FSDP2, tensor and expert parallelism are its ModelParallelStrategy, with checkpoints written beside the training.
 """
 
-import shutil
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -20,6 +19,7 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
+from core.checkpoint import put_in_place, remove
 from core.errors import one_line, require
 from core.pieces import seal
 from core.together import failing_together
@@ -95,7 +95,7 @@ class ShardedStrategy(ModelParallelStrategy):
             state[f"optimizer_{number}"] = optimizer
         with failing_together():
             if self.is_global_zero:
-                _remove(unfinished)
+                remove(unfinished)
                 unfinished.mkdir(parents=True)
                 torch.save(checkpoint, unfinished / _METADATA_FILENAME)
         if not self.asynchronous:
@@ -157,16 +157,9 @@ class ShardedStrategy(ModelParallelStrategy):
             super().teardown()
 
     def _put_in_place(self, unfinished: Path, path: Path) -> None:
-        """Give a whole checkpoint its name; a folder cannot replace another one, so the old one steps aside."""
-        if not self.is_global_zero:
-            return
-        seal(unfinished)
-        old = path.with_name(f"{path.name}.old")
-        _remove(old)
-        if path.exists():
-            path.rename(old)
-        unfinished.rename(path)
-        _remove(old)
+        if self.is_global_zero:
+            seal(unfinished)
+            put_in_place(unfinished, path)
 
 
 @contextmanager
@@ -186,10 +179,3 @@ def _in_words() -> Iterator[None]:
 def _timeout(minutes: float) -> timedelta:
     require(minutes > 0, "trainer.strategy.timeout_minutes", minutes, "a number > 0")
     return timedelta(minutes=minutes)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -1,0 +1,42 @@
+"""A run of many processes that goes on in one: its checkpoints are folders, where one process writes a file."""
+
+from pathlib import Path
+
+import pytest
+
+from core.checkpoint import CheckpointIO
+from core.whole_file import NotWritten
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "last.ckpt"
+    path.mkdir()
+    (path / "piece").write_text("of step 4")
+    return path
+
+
+def test_a_file_takes_the_name_of_a_folder(folder: Path) -> None:
+    CheckpointIO().save_checkpoint({"step": 6}, folder)
+    assert CheckpointIO().load_checkpoint(folder) == {"step": 6}
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_what_was_being_saved_when_all_were_killed_is_not_in_the_way(folder: Path, there: bool) -> None:
+    half = folder.with_name("last.ckpt.unfinished")
+    if there:
+        half.mkdir()
+    else:
+        folder.rename(half)
+    CheckpointIO().save_checkpoint({"step": 6}, folder)
+    assert CheckpointIO().load_checkpoint(folder) == {"step": 6}
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_folder_stays_where_the_file_cannot_be_written(folder: Path) -> None:
+    folder.with_name("last.whole.unfinished").symlink_to("/dev/full")
+    with pytest.raises(NotWritten, match="No space left on device"):
+        CheckpointIO().save_checkpoint({"step": 6}, folder)
+    assert (folder / "piece").read_text() == "of step 4"
+    assert list(folder.parent.iterdir()) == [folder]
