@@ -26,7 +26,7 @@ from matplotlib import pyplot
 
 from benchmarks.contenders import DENSE, MIXTURES, Sizes
 from benchmarks.measure import judged, machine, ratio, take_turns
-from benchmarks.workers import PLAIN, RATE, Contender, Result, Worker
+from benchmarks.workers import PLAIN, RATE, Contender, Result, start
 
 matplotlib.use("Agg")
 
@@ -44,15 +44,16 @@ PACKAGES = ("torch", "litgpt", "transformers", "x-transformers", "torchtitan")
 
 
 class Case(NamedTuple):
-    """A table: one setting, computed by ours and its peers.
+    """A table: one setting, computed by ours and by others.
 
     Attributes:
+        others: peers, and ours in other ways.
         goal: tokens/s of the fastest peer that ours should reach, as a factor.
     """
 
     title: str
     sizes: Sizes
-    peers: tuple[str, ...]
+    others: tuple[str, ...]
     compiled: bool
     goal: float
 
@@ -82,7 +83,7 @@ def cases(device: str) -> Iterator[Case]:
         return
     dense = Sizes(4096, 4, 256, 4, 688, 256, 8)
     mixture = dense._replace(hidden=344, num_experts=8)
-    yield Case("Dense, eager", dense, DENSE, False, 1.05)
+    yield Case("Dense, eager", dense, (PLAIN, *DENSE), False, 1.05)
     yield Case("8 experts, eager", mixture, MIXTURES, False, 1.10)
     yield Case("64 experts, eager", mixture._replace(num_experts=64), MIXTURES, False, 1.10)
     yield Case("Dense, compiled", dense, DENSE, True, 1.05)
@@ -91,21 +92,20 @@ def cases(device: str) -> Iterator[Case]:
 
 def measure(case: Case, arguments: argparse.Namespace, say: Callable[[str], None]) -> list[Row]:
     """Ours first. A peer that fails is named with its message, and left out."""
-    workers: dict[str, Worker] = {}
-    plain = () if case.compiled else (PLAIN,)
-    for name in (OURS, *plain, *case.peers, RATE):
-        try:
-            contender = Contender(name, case.sizes, case.compiled, arguments.device, arguments.threads)
-            workers[name] = Worker(contender).wait()  # one after another: their first steps are timed
-        except RuntimeError as error:
-            if name.startswith(OURS):
-                raise
-            say(f"{name} left out: {error}\n")
+    contenders = {
+        name: Contender(name, case.sizes, case.compiled, arguments.device, arguments.threads)
+        for name in (OURS, *case.others, RATE)
+    }
+    workers, failures = start(contenders, in_turn=True)
+    for name, failure in failures.items():
+        if name.startswith(OURS):
+            raise RuntimeError(failure)
+        say(f"{name} left out: {failure}\n")
     seconds = take_turns({name: worker.step for name, worker in workers.items()}, arguments.rounds)
     shares = {name: worker.profile() for name, worker in workers.items() if name != RATE}
     results = {name: worker.end() for name, worker in workers.items()}
     rate = results[RATE].flops / statistics.median(seconds[RATE])
-    for name in case.peers:
+    for name in case.others:
         if name in results:
             off = abs(results[name].parameters / results[OURS].parameters - 1)
             assert off <= TOLERANCE, f"{name}: {results[name].parameters} parameters, ours {results[OURS].parameters}"
@@ -238,7 +238,7 @@ def main() -> None:
     )
     say(
         "Ours is the SpanNorm model, its process set up as train.py does it (core/allocator.py), which no peer does "
-        f"for its user; where it is eager, the row `{PLAIN}` is without. `benchmarks/compare.py` says how it is "
+        f"for its user; the row `{PLAIN}` is without. `benchmarks/compare.py` says how it is "
         "measured.\n"
     )
     say(f"![Tokens per second]({output.stem}.png)")

@@ -19,7 +19,7 @@ import torch
 from benchmarks.contenders import Sizes
 from benchmarks.measure import judged, machine, ratio, take_turns
 from benchmarks.overhead import startup, trainer_overhead
-from benchmarks.workers import Contender, Result, Worker
+from benchmarks.workers import Contender, Result, start
 from lightning_modules.placements.registry import PLACEMENTS
 
 TWO_STREAMS = ("residual", "siamesenorm")
@@ -135,18 +135,12 @@ def tables(device: str) -> Iterator[Table]:
 
 
 def measure(table: Table, arguments: argparse.Namespace) -> dict[str, Measured]:
-    workers: dict[str, Worker] = {}
-    together = arguments.device == "cpu"  # on a GPU the first steps of all at once do not fit
-    for name, cost in table.costs.items():
-        overrides = dict(cost.overrides)
-        workers[name] = Worker(
-            Contender("ours", cost.sizes, cost.compiled, arguments.device, arguments.threads, overrides)
-        )
-        if not together:
-            workers[name].wait()
-    if together:
-        for worker in workers.values():
-            worker.wait()
+    contenders = {
+        name: Contender("ours", cost.sizes, cost.compiled, arguments.device, arguments.threads, dict(cost.overrides))
+        for name, cost in table.costs.items()
+    }
+    workers, failures = start(contenders, in_turn=arguments.device != "cpu")  # a GPU has no room for all at once
+    assert not failures, failures
     seconds = take_turns({name: worker.step for name, worker in workers.items()}, arguments.rounds)
     first = next(iter(seconds.values()))
     return {

@@ -30,7 +30,7 @@ class Job(NamedTuple):
 
 
 JOBS = {
-    "cpu": Job({"num_layers": 4, "dim": 128, "num_heads": 4}, 256),
+    "cpu": Job({"num_layers": 4, "dim": 128, "num_heads": 4}, 112),
     "cuda": Job({"num_layers": 16, "dim": 1024, "num_heads": 16}, 2048),
 }
 

@@ -62,7 +62,7 @@ class Result(NamedTuple):
 
 
 class Worker:
-    """A process with a contender, which it starts to build at once."""
+    """A process with a contender, for which it imports at once."""
 
     def __init__(self, contender: Contender) -> None:
         # Set before the child imports torch, as train.py has it: docs/decisions.md.
@@ -74,24 +74,27 @@ class Worker:
         self._process.start()
         theirs.close()
 
-    def wait(self) -> "Worker":
-        """Until it has taken its first steps.
+    def begin(self) -> None:
+        """Let it build the model and take its first steps."""
+        self._connection.send("begin")
 
-        Raises:
-            RuntimeError: it could not; the message is its last line.
-        """
-        answer = self._ask(None)
+    def failure(self) -> str | None:
+        """Wait until it has imported, and again until it has begun: what went wrong in it, if anything did."""
+        answer = self._answer()
         if isinstance(answer, str):
             self._process.join()
-            raise RuntimeError(answer)
-        return self
+            return answer
+        return None
 
-    def _ask(self, question: str | None) -> Any:
+    def _ask(self, question: str) -> Any:
+        self._connection.send(question)
+        return self._answer()
+
+    def _answer(self) -> Any:
         try:
-            if question is not None:
-                self._connection.send(question)
             return self._connection.recv()
         except EOFError:
+            self._process.join()
             return f"ended with exit code {self._process.exitcode}"
 
     def step(self) -> float:
@@ -113,6 +116,34 @@ class Worker:
         return result
 
 
+def start(contenders: dict[str, Contender], in_turn: bool) -> tuple[dict[str, Worker], dict[str, str]]:
+    """A process for each; all import side by side, and none begins before all have.
+
+    Args:
+        contenders: by name.
+        in_turn: whether they begin one after another, as they must where their first steps are timed, or all at once.
+
+    Returns:
+        (those that have begun, what went wrong in the others).
+    """
+    workers, failures = {name: Worker(contender) for name, contender in contenders.items()}, dict[str, str]()
+
+    def wait(name: str) -> None:
+        if (failure := workers[name].failure()) is not None:
+            failures[name] = failure
+            del workers[name]
+
+    for name in contenders:
+        wait(name)
+    begun = list(workers)
+    for names in [[name] for name in begun] if in_turn else [begun]:
+        for name in names:
+            workers[name].begin()
+        for name in names:
+            wait(name)
+    return workers, failures
+
+
 @cache
 def _compile_cache() -> "tempfile.TemporaryDirectory[str]":
     """Empty when a benchmark begins, or its second run would find its first one's kernels."""
@@ -121,9 +152,12 @@ def _compile_cache() -> "tempfile.TemporaryDirectory[str]":
 
 def _serve(connection: Connection, contender: Contender) -> None:
     try:
-        step, result = _prepare(contender)
+        build = _import(contender)
+        connection.send(None)
+        connection.recv()
+        step, result = _prepare(contender, build)
         _rest(contender.device)
-        connection.send(result)
+        connection.send(None)
     except Exception as error:
         traceback.print_exc()
         connection.send(f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error) else ''}")
@@ -142,17 +176,14 @@ def _serve(connection: Connection, contender: Contender) -> None:
     connection.send(result._replace(memory=memory - result.memory))
 
 
-def _prepare(contender: Contender) -> tuple[Any, Result]:
-    """(a function that takes a step and returns its seconds, Result whose memory is that before the model)."""
+def _import(contender: Contender) -> Any:
+    """What builds its model and loss: (sizes, whether it is compiled) -> (module, loss)."""
     import torch
 
     from benchmarks.contenders import ours, peer
 
     device, sizes = contender.device, contender.sizes
     torch.set_num_threads(contender.threads)
-    torch.manual_seed(0)
-    if contender.name == RATE:
-        return _gemm(device)
     of_project = contender.name.startswith("ours")
     if of_project and contender.name != PLAIN:  # what its command line does
         from core.allocator import keep_freed_memory
@@ -165,9 +196,21 @@ def _prepare(contender: Contender) -> tuple[Any, Result]:
                 return ours(sizes, compiled, **(contender.overrides or {}))
             return peer(contender.name, sizes, compiled)
 
-    build(sizes._replace(**SMALL, num_experts=min(sizes.num_experts, 4)), False)  # imports what it needs
+    if contender.name != RATE:
+        build(sizes._replace(**SMALL, num_experts=min(sizes.num_experts, 4)), False)  # imports what it needs
     if contender.compiled:  # what the first compilation on a machine makes once, and a process imports
         torch.compile(torch.sin)(torch.ones(8, device=device))
+    return build
+
+
+def _prepare(contender: Contender, build: Any) -> tuple[Any, Result]:
+    """(a function that takes a step and returns its seconds, Result whose memory is that before the model)."""
+    import torch
+
+    device, sizes = contender.device, contender.sizes
+    torch.manual_seed(0)
+    if contender.name == RATE:
+        return _gemm(device)
     _forget_peak(device)
     before = _memory(device)
     model, loss = build(sizes, contender.compiled)

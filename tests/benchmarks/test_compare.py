@@ -16,7 +16,7 @@ MIXTURE = TINY._replace(hidden=24, num_experts=4)
 def test_it_steps_all_in_turn_and_writes_table_chart_and_verdict(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = compare.Case("Mixture", MIXTURE, ("transformers Mixtral",), False, goal=1e-9)
+    case = compare.Case("Mixture", MIXTURE, (PLAIN, "transformers Mixtral"), False, goal=1e-9)
     monkeypatch.setattr(compare, "cases", lambda device: [case])
     command = ["compare", "--rounds", "1", "--threads", "1", "--output", str(tmp_path / "benchmark.md")]
     monkeypatch.setattr(sys, "argv", command)
@@ -69,7 +69,8 @@ def test_goals_of_a_gpu(device: str, dense: float, mixture: float, first: str, l
 
 def test_memory_is_that_of_a_step_without_what_is_imported() -> None:
     sizes = TINY._replace(vocab_size=4096, seq_len=512, batch_size=4)
-    worker = compare.Worker(compare.Contender(compare.OURS, sizes, False, "cpu", 1)).wait()
+    workers, _ = compare.start({"one": compare.Contender(compare.OURS, sizes, False, "cpu", 1)}, in_turn=True)
+    worker = workers["one"]
     worker.step()
     assert worker.profile()["aten::mm"] > 0.1
     logits = 4 * 4096 * 512 * 4  # bytes
@@ -77,8 +78,13 @@ def test_memory_is_that_of_a_step_without_what_is_imported() -> None:
 
 
 def test_a_contender_that_fails_says_why() -> None:
-    with pytest.raises(RuntimeError, match="KeyError: 'nobody'"):
-        compare.Worker(compare.Contender("nobody", TINY, False, "cpu", 1)).wait()
+    names = {"nobody": TINY, "ours": TINY, "ours, cut in three": TINY._replace(num_heads=3)}
+    contenders = {n: compare.Contender(n, sizes, False, "cpu", 1) for n, sizes in names.items()}
+    workers, failures = compare.start(contenders, in_turn=False)
+    assert list(workers) == ["ours"]
+    assert failures["nobody"] == "KeyError: 'nobody'"
+    assert "num_heads" in failures["ours, cut in three"]
+    workers["ours"].end()
 
 
 def measured(**of_first: float) -> dict[str, costs.Measured]:
