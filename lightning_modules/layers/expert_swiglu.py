@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_modules.layers import by_hand
 from lightning_modules.layers.expert_products import LOOP, namespace
 
 OURS = namespace(__name__)
@@ -70,13 +71,8 @@ def _gradient(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
     x, w, v, counts, gate, up = ctx.saved_tensors
     if not torch.is_grad_enabled():
         return *_backward(grad, x, w, v, counts, gate, up), None
-    # To be differentiated again: made of what has gradients of every order. Of views, as an operand may depend on
-    # another one, whose gradient would then be in its own already.
-    x, w, v = (operand.view_as(operand) for operand in (x, w, v))
-    needed = ctx.needs_input_grad
-    wanted = [operand for operand, need in zip((x, w, v), needed, strict=False) if need]
-    gradients = iter(torch.autograd.grad(LOOP.swiglu(x, w, v, counts), wanted, grad, create_graph=True))
-    return *(next(gradients) if need else None for need in needed[:3]), None
+    needed = ctx.needs_input_grad[:3]
+    return *by_hand.gradients(lambda x, w, v: LOOP.swiglu(x, w, v, counts), (x, w, v), needed, grad), None
 
 
 _forward.register_fake(_empty_products)

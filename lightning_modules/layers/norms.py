@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from core.errors import lookup
 from lightning_modules.config import ModelConfig
+from lightning_modules.layers.rms_norm import rms_norm
 
 
 class DyT(nn.Module):
@@ -26,8 +27,10 @@ class DyT(nn.Module):
 class RMSNorm(nn.RMSNorm):
     """Computed in the gain's precision, whatever x has: torch's own warns under autocast, and is not fused there."""
 
+    eps: float
+
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+        return rms_norm(x.to(self.weight.dtype), self.weight, self.eps).to(x.dtype)
 
 
 def _rms_norm(dim: int, eps: float) -> nn.Module:
