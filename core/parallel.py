@@ -42,9 +42,10 @@ def accumulate(trainer: L.Trainer, datamodule: Any, micro_batch_size: int | None
         return
     datamodule.val_batches = datamodule.num_val_batches * passes
     datamodule.batch_size //= passes
-    trainer.accumulate_grad_batches *= passes
-    assert isinstance(trainer.val_check_interval, int), "check_length comes first"
-    trainer.val_check_interval *= passes
+    for name in ("accumulate_grad_batches", "val_check_interval", "limit_train_batches", "limit_val_batches"):
+        batches = getattr(trainer, name)
+        if isinstance(batches, int):  # and no share of what there is
+            setattr(trainer, name, batches * passes)
 
 
 def num_models(world: int, cut: int) -> int:

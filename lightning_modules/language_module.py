@@ -201,7 +201,7 @@ class LanguageModule(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Lightning's clipping, but by the norm over all parts of all parameters where these are distributed."""
-        if self.device_mesh is None or gradient_clip_val is None or gradient_clip_algorithm == "value":
+        if self.device_mesh is None or not gradient_clip_val or gradient_clip_algorithm == "value":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
         clip_gradients(self.parameters(), gradient_clip_val)

@@ -11,6 +11,7 @@ PLACEMENTS = ("spannorm", "prenorm", "siamesenorm")
 CASES = [Run(strategy, "dense", placement, 2) for placement in PLACEMENTS for strategy in ("ddp", "fsdp")]
 CASES += [Run(strategy, "moe", "spannorm", 2) for strategy in ("ddp", "fsdp")]
 CASES += [Run("tp", num_processes=2), Run("ddp", micro_batch_size=1, num_processes=2)]
+CASES += [Run("fsdp", num_processes=2, clip=0.0)]  # not clipped at all
 # Norms inside attention and FFN, of which tensor parallelism leaves each process a part; a gate; tied weights.
 INSIDE = ("hybridnorm", "outputnorm", "subln", "rezero")
 MORE = [Run("tp", "dense", placement, 2) for placement in (*PLACEMENTS[1:], *INSIDE)]
