@@ -61,5 +61,5 @@ def exchange(
     experts = torch.arange(received.size(1), device=x.device).repeat(group.size())
     order = experts.repeat_interleave(received.flatten(), output_size=len(rows)).argsort(stable=True)
     out = run(rows.index_select(0, order), received.sum(dim=0))
-    out = torch.empty_like(out).index_copy(0, order, out)
+    out = out.index_select(0, order.argsort())  # index_copy would keep it for the backward pass
     return wait_tensor(all_to_all_single_autograd(out, sent_sizes, received_sizes, group))

@@ -119,10 +119,15 @@ def test_a_7b_run_is_planned_without_its_weights() -> None:
     assert whole.weights == 4 * whole.parameters
     assert sharded.weights == 4 * (whole.parameters // 8)
     assert cut.weights == blocks // 2 + norms + embeddings, "4 bytes, of 4 processes"
+    # In a block are two norms, in the last one a third; of two blocks all is there, and the gradients of one.
+    for planned, inside in ((sharded, blocks // 32), (cut, blocks // 64)):
+        assert planned.gathered == 4 * (embeddings + 3 * (inside + 3 * 4096))
+    assert whole.gathered == 0
     assert sharded.flops_per_token == 6 * (whole.parameters - embeddings // 2) + 12 * 32 * 4096 * 2048
     assert sharded.tokens == 100_000 * 512 * 2048
     seconds = sharded.flops_per_token * sharded.tokens / (0.4 * 8 * 989e12)
     assert sharded.hours(0.4, 989e12) == pytest.approx(seconds / 3600)
+    assert cut.hours(0.4, 989e12) == sharded.hours(0.4, 989e12)
     assert sharded.activations < cut.activations < 2 * sharded.activations, "twice the sequences, half of the inside"
 
 
