@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from core.checkpoint import CheckpointIO
 from core.parallel import accumulate
+from datamodules.samples import Numbers, Rows, Samples
 from lightning_modules.language_module import LanguageModule
 from lightning_modules.strategy import ShardedStrategy
 from tests.conftest import tiny_values
@@ -22,11 +23,13 @@ class Run(NamedTuple):
     """What is trained, and how.
 
     Attributes:
-        strategy: one, ddp, fsdp, tp (tensor parallel over all processes), or ep (experts shared out).
+        strategy: one, ddp, fsdp, tp (tensor parallel over all processes), ep (experts shared out), or mesh (pairs cut
+            a model, its experts are shared out over the pairs).
         num_processes: which there must be.
         load: name of a checkpoint in the folder.
         save: likewise; it is written after step `save_at`, while the run goes on.
         double: in fp64.
+        sources: every other sequence is of another source.
     """
 
     strategy: str = "one"
@@ -41,18 +44,39 @@ class Run(NamedTuple):
     save_at: int = 0
     options: tuple[tuple[str, Any], ...] = ()  # more fields of ModelConfig
     double: bool = False
+    sources: bool = False
 
     def make_strategy(self) -> Any:
         if self.strategy == "one":
             return "auto"
         if self.strategy == "ddp":
             return DDPStrategy(process_group_backend="gloo")
-        return ShardedStrategy(tensor_parallel_size=self.num_processes if self.strategy == "tp" else 1)
+        return ShardedStrategy(tensor_parallel_size={"tp": self.num_processes, "mesh": 2}.get(self.strategy, 1))
 
     def make_module(self) -> LanguageModule:
-        moe = {"expert_parallel": self.num_processes} if self.strategy == "ep" else {}
+        shares = {"ep": self.num_processes, "mesh": self.num_processes // 2}
+        moe = {"expert_parallel": shares.get(self.strategy, 1)}
         values = tiny_values(ffn=self.ffn, placement=self.placement, moe=moe, **dict(self.options))
         return LanguageModule(values, {"warmup_steps": 2, "schedule": "constant", "lr": 1e-2}, vocab_size=257)
+
+
+class Sources:
+    """Samples of two sources in turn."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+
+    def read(self, numbers: Numbers) -> Rows:
+        return {**self.samples.read(numbers), "source": numbers % 2}
+
+
+class TwoSources(TinyData):
+    """As a mixture's."""
+
+    source_names = ("even", "odd")
+
+    def samples(self, split: str) -> Any:
+        return Sources(super().samples(split))
 
 
 class Curve(L.Callback):
@@ -82,7 +106,8 @@ def train(folder: Path, run: Run) -> list[dict[str, float]]:
     """The metrics of every step."""
     torch.manual_seed(0)
     saving = [SaveAt(folder / run.save, run.save_at)] if run.save else []
-    module, datamodule, curve = run.make_module(), TinyData(folder, seq_len=16), Curve()
+    data = TwoSources if run.sources else TinyData
+    module, datamodule, curve = run.make_module(), data(folder, seq_len=16), Curve()
     trainer = L.Trainer(
         accelerator="cpu",
         devices=run.num_processes,

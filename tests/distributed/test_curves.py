@@ -1,5 +1,6 @@
-"""Two gloo processes have the curve of one with the same global batch, however the model is shared."""
+"""Two gloo processes, or four, have the curve of one with the same global batch, however the model is shared."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from tests.distributed.runs import STEPS, Run, train
 PLACEMENTS = ("spannorm", "prenorm", "siamesenorm")
 CASES = [Run(strategy, "dense", placement, 2) for placement in PLACEMENTS for strategy in ("ddp", "fsdp")]
 CASES += [Run(strategy, "moe", "spannorm", 2) for strategy in ("ddp", "fsdp")]
-CASES += [Run("tp", num_processes=2), Run("ddp", micro_batch_size=1, num_processes=2)]
+CASES += [Run("tp", num_processes=2), Run("ddp", micro_batch_size=1, num_processes=2, sources=True)]
 CASES += [Run("fsdp", num_processes=2, clip=0.0)]  # not clipped at all
 # Norms inside attention and FFN, of which tensor parallelism leaves each process a part; a gate; tied weights.
 INSIDE = ("hybridnorm", "outputnorm", "subln", "rezero")
@@ -20,21 +21,28 @@ MORE += [Run("tp", "moe", placement, 2) for placement in PLACEMENTS]
 MORE += [Run("tp", "moe", "subln", 2, options=(("tie_embeddings", True), ("num_kv_heads", 2)))]
 MORE += [Run("ep", "moe", placement, 2) for placement in PLACEMENTS]
 MORE += [Run("fsdp", micro_batch_size=1, num_processes=2)]
+FOUR = [Run("mesh", ffn, placement, 4) for ffn, placement in (("dense", "subln"), ("moe", "spannorm"))]
 
 
-@pytest.mark.parametrize("cases", [CASES, pytest.param(MORE, marks=pytest.mark.slow)], ids=["data", "model"])
-def test_two_processes_have_the_curve_of_one(tmp_path: Path, cases: list[Run]) -> None:
+@pytest.mark.parametrize(
+    "cases", [CASES, pytest.param(MORE, marks=pytest.mark.slow), FOUR], ids=["data", "model", "both"]
+)
+def test_several_processes_have_the_curve_of_one(tmp_path: Path, cases: list[Run]) -> None:
     expected = {alone: train(tmp_path, alone) for alone in map(in_one_process, cases)}
-    found = together(2, tmp_path, train, cases)
-    for case, first, second in zip(cases, *found, strict=True):
+    found = together(cases[0].num_processes, tmp_path, train, cases)
+    for case, first, *others in zip(cases, *found, strict=True):
         wanted = expected[in_one_process(case)]
         assert len(wanted) == STEPS
-        assert first == second, f"{case}: to the bit, on both ranks"
+        assert all(other == first for other in others), f"{case}: to the bit, on all ranks"
+        sources = ("/even", "/odd") if case.sources else ()
+        of_train, of_val = ([f"{split}/loss{source}" for source in ("", *sources)] for split in ("train", "val"))
         # The norm is before clipping, where rounding shows most: see below.
-        for name, tolerance in (("train/loss", 1e-5), ("optim/grad_norm", 1e-3)):
+        for name, tolerance in (*((name, 1e-5) for name in of_train), ("optim/grad_norm", 1e-3)):
             curve = [metrics[name] for metrics in first]
             assert curve == pytest.approx([metrics[name] for metrics in wanted], rel=tolerance), f"{case}: {name}"
-        assert first[-1]["val/loss"] == pytest.approx(wanted[-1]["val/loss"], rel=1e-5), case
+        for name in of_val:
+            assert first[-1][name] == pytest.approx(wanted[-1][name], rel=1e-5), f"{case}: {name}"
+        assert first[-1]["val/perplexity"] == pytest.approx(math.exp(first[-1]["val/loss"]), rel=1e-5), case
 
 
 @pytest.mark.slow
