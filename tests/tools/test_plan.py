@@ -16,7 +16,7 @@ from lightning_modules.language_module import LanguageModule
 from lightning_modules.layers import expert_products, expert_swiglu
 from lightning_modules.optim import make_optimizer
 from tests.conftest import make_module, tiny_values, tokens
-from tools.plan import compose_config, plan
+from tools.plan import Plan, compose_config, plan
 
 BATCH, SEQ_LEN = 4, 32
 WIDE: dict[str, Any] = {"num_layers": 3, "dim": 64, "ffn_dim": 176}
@@ -25,6 +25,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "two streams, grouped queries": {**WIDE, "placement": "siamesenorm", "num_kv_heads": 2},
     "moe": {**WIDE, "ffn": "moe", "moe": {"expert_dim": 64, "num_shared_experts": 1}},
     "large vocabulary": WIDE,
+    "bf16-mixed": WIDE,
 }
 
 
@@ -41,6 +42,7 @@ def planned(name: str) -> Any:
     overrides += [f"model.moe.{name}={value}" for name, value in moe.items()] if "moe" in model else []
     sizes = ["data=synthetic", "data.task=copy", f"data.vocab_size={vocab_size(name)}"]
     sizes += [f"data.seq_len={SEQ_LEN}", f"data.batch_size={BATCH}"]
+    sizes += [f"trainer.precision={name}"] if name == "bf16-mixed" else []
     return plan(compose_config([*overrides, *sizes]))
 
 
@@ -83,7 +85,8 @@ def test_memory_and_flops_are_those_of_a_real_step(name: str) -> None:
     batch = {"tokens": torch.randint(vocab_size(name), (BATCH, SEQ_LEN + 1))}
 
     def loss() -> torch.Tensor:
-        return module._loss(batch)[0]
+        with torch.autocast("cpu", torch.bfloat16, enabled=name == "bf16-mixed"):
+            return module._loss(batch)[0]
 
     # The counter knows no attention kernel of a CPU; products it counts.
     with FlopCounterMode(display=False, custom_mapping=FORMULAS) as flops, sdpa_kernel(SDPBackend.MATH):
@@ -92,6 +95,8 @@ def test_memory_and_flops_are_those_of_a_real_step(name: str) -> None:
     per_token = flops.get_total_flops() / (BATCH * SEQ_LEN)
     assert expected.flops_per_token == pytest.approx(per_token, rel=0.05)
     parameters = list(model.parameters())
+    idle = 3 * (4 - 2) * 3 * 64 * 64 if name == "moe" else 0  # 3 layers, 2 of 4 experts, 3 matrices
+    assert expected.active_parameters == expected.parameters - idle == sum(p.numel() for p in parameters) - idle
     assert expected.weights == sum(p.nbytes for p in parameters)
     assert expected.gradients == sum(p.grad.nbytes for p in parameters)
     moments = sum(state[key].nbytes for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq"))
@@ -129,6 +134,20 @@ def test_a_7b_run_is_planned_without_its_weights() -> None:
     assert sharded.hours(0.4, 989e12) == pytest.approx(seconds / 3600)
     assert cut.hours(0.4, 989e12) == sharded.hours(0.4, 989e12)
     assert sharded.activations < cut.activations < 2 * sharded.activations, "twice the sequences, half of the inside"
+
+
+def test_what_a_setting_changes() -> None:
+    def of(*overrides: str) -> Plan:
+        return plan(compose_config(["data=synthetic", "data.batch_size=4", "model.num_layers=2", *overrides]))
+
+    plain, half = of(), of("trainer.precision=bf16-true")
+    assert of("micro_batch_size=1") == of("data.batch_size=1")._replace(tokens=plain.tokens)
+    assert of("trainer.accumulate_grad_batches=3") == plain._replace(tokens=3 * plain.tokens)
+    assert [2 * size for size in half[2:6]] == list(plain[2:6]), "weights, gradients, buckets, optimizer"
+    two = of("trainer=fsdp", "trainer.devices=2")
+    assert of("trainer=fsdp", "trainer.devices=1", "trainer.num_nodes=2") == two
+    assert plain.hours(0.4, 1e12) == pytest.approx(2 * two.hours(0.4, 1e12))
+    assert two.memory == two.weights + two.gradients + two.optimizer + two.activations + two.gathered
 
 
 def test_buckets_are_those_of_ddp() -> None:
