@@ -1,11 +1,13 @@
-"""What a failed save is called, and that the first error is not lost over it."""
+"""What a failed save is called, that the first error is not lost over it, and how long processes wait."""
 
 from concurrent.futures import Future
+from datetime import timedelta
+from typing import Any
 
 import pytest
 from torch.distributed.checkpoint.api import CheckpointException
 
-from lightning_modules.strategy import ShardedStrategy
+from lightning_modules.strategy import DataParallelStrategy, ShardedStrategy
 
 
 def failing(*failures: BaseException) -> ShardedStrategy:
@@ -29,3 +31,9 @@ def test_what_the_system_refuses_stays_its_own_error() -> None:
     with pytest.raises(OSError, match="No space left on device") as error:
         failing(OSError(28, "No space left on device")).finish_saving()
     assert error.value.errno == 28
+
+
+@pytest.mark.parametrize("strategy", [DataParallelStrategy, ShardedStrategy])
+def test_lightning_is_told_how_long_to_wait(strategy: Any) -> None:
+    assert strategy(timeout_minutes=0.5)._timeout == timedelta(seconds=30)
+    assert strategy()._timeout == timedelta(minutes=10)

@@ -16,9 +16,9 @@ from tests.conftest import make_module, tokens
 from tools.consolidate import consolidate, main
 
 
-def save(run: Path, folder: bool, **overrides: Any) -> LanguageModule:
+def save(path: Path, folder: bool, dtype: torch.dtype, **overrides: Any) -> LanguageModule:
     """As a run of one process does, or one of several."""
-    module, path = make_module(**overrides), run / "checkpoints/last.ckpt"
+    module = make_module(**overrides).to(dtype)
     beside = {"global_step": 7, "hyper_parameters": dict(module.hparams)}
     if folder:
         dcp.save({"state_dict": module.state_dict()}, checkpoint_id=path, no_dist=True)
@@ -30,16 +30,21 @@ def save(run: Path, folder: bool, **overrides: Any) -> LanguageModule:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.distributed is disabled.*")
-@pytest.mark.parametrize("folder", [False, True])
-def test_the_file_gives_the_model_back(tmp_path: Path, folder: bool) -> None:
-    trained = save(tmp_path, folder, ffn="moe", tie_embeddings=True)
-    main(Namespace(run=tmp_path, checkpoint="last", output=None))
-    (output,) = (path for path in (tmp_path / "checkpoints").iterdir() if path.suffix == ".safetensors")
-    with safe_open(output, framework="pt") as file:
+@pytest.mark.parametrize(
+    ("name", "folder", "dtype"),
+    [("last", False, torch.float32), ("last", True, torch.float32), ("best", True, torch.bfloat16)],
+)
+def test_the_file_gives_the_model_back(tmp_path: Path, name: str, folder: bool, dtype: torch.dtype) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    trained = save(checkpoints / f"{name}.ckpt", folder, dtype, ffn="moe", tie_embeddings=True)
+    main(Namespace(run=tmp_path, checkpoint=name, output=None))
+    with safe_open(checkpoints / f"{name}.safetensors", framework="pt") as file:
         assert file.metadata()["step"] == "7"
         module = LanguageModule(**json.loads(file.metadata()["hyper_parameters"]))
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert {weight.dtype for weight in weights.values()} == {dtype}, "what the run trained in"
     module.configure_model()
+    module.to(dtype)
     assert module.model is not None
     assert trained.model is not None
     missing, unexpected = module.model.load_state_dict(weights, strict=False)

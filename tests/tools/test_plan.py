@@ -188,6 +188,7 @@ def test_blocks_that_are_not_recomputed_keep_all() -> None:
 
 
 MOE = ["experiment=moe_spannorm", "model.moe.num_experts=4"]
+SHARED = ["model.moe.num_shared_experts=1", "model.moe.shared_expert_dim=25"]
 
 
 @pytest.mark.parametrize(
@@ -200,6 +201,8 @@ MOE = ["experiment=moe_spannorm", "model.moe.num_experts=4"]
         (["trainer.strategy.tensor_parallel_size=0"], "trainer.strategy.tensor_parallel_size"),
         (["trainer.strategy.tensor_parallel_size=3"], "trainer.strategy.tensor_parallel_size"),
         (["trainer.strategy.tensor_parallel_size=2", "model.num_kv_heads=1"], "trainer.strategy.tensor_parallel_size"),
+        (["trainer.strategy.tensor_parallel_size=2", "model.ffn_dim=97"], "trainer.strategy.tensor_parallel_size"),
+        ([*MOE, *SHARED, "trainer.strategy.tensor_parallel_size=2"], "trainer.strategy.tensor_parallel_size"),
         ([*MOE, "model.moe.expert_parallel=4"], "model.moe.expert_parallel"),
         ([*MOE, "model.moe.expert_parallel=2", "trainer=ddp"], "model.moe.expert_parallel"),
     ],
