@@ -7,6 +7,7 @@ from tests.distributed.processes import command_line, together
 from tests.helpers_run import tiny_job
 
 EVERY = ["trainer.max_steps=4", "callbacks.last_checkpoint.every_n_train_steps=1", "trainer.devices=2"]
+AT_THE_END = "callbacks.last_checkpoint.every_n_train_steps=200"
 NO_RENAME = "+callbacks.fault._target_=tests.distributed.faults.NoRename"
 FAIL_ALL = "+callbacks.fail={_target_: tests.distributed.faults.FailAll, step: 2}"
 
@@ -17,6 +18,7 @@ def small_files(rank: int, num_bytes: int) -> str:
 
 CASES = {
     "renamed beside training": ["trainer=fsdp", NO_RENAME],
+    "renamed at the end": ["trainer=fsdp", NO_RENAME, "callbacks.best_checkpoint=null", AT_THE_END],
     "renamed": ["trainer=fsdp", NO_RENAME, "trainer.strategy.asynchronous=false"],
     "piece beside training": ["trainer=fsdp", small_files(1, 10_000)],
     "piece": ["trainer=fsdp", small_files(1, 10_000), "trainer.strategy.asynchronous=false"],

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers_run import TRAIN, Finished, assert_began, run, scalars, tiny_job
+from tools.plan import compose_config
 
 STEPS = ["experiment=dense_spannorm", "optim.schedule=constant", "trainer.max_steps=4"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -48,6 +49,14 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
 def assert_same(folder: Path, alone: dict[int, float]) -> None:
     assert len(alone) == 4
     assert scalars(folder, "train/loss") == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
+def test_torchrun_says_how_many_there_are(trainer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "3")
+    composed = compose_config([f"trainer={trainer}"]).trainer
+    assert (composed.devices, composed.num_nodes) == (4, 3)
 
 
 def test_torchrun_has_the_curve_of_one_process(tmp_path: Path, alone: dict[int, float]) -> None:

@@ -2,6 +2,7 @@
 
 from concurrent.futures import Future
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,6 +32,12 @@ def test_what_the_system_refuses_stays_its_own_error() -> None:
     with pytest.raises(OSError, match="No space left on device") as error:
         failing(OSError(28, "No space left on device")).finish_saving()
     assert error.value.errno == 28
+
+
+def test_a_checkpoint_waits_for_the_one_before(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left on device"):
+        failing(OSError(28, "No space left on device")).save_checkpoint({"state_dict": {}}, tmp_path / "last.ckpt")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("strategy", [DataParallelStrategy, ShardedStrategy])

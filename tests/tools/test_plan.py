@@ -185,6 +185,11 @@ def test_blocks_that_are_not_recomputed_keep_all() -> None:
         for override in ("model.activation_checkpointing=false", "model.checkpoint_every=1", "model.checkpoint_every=2")
     )
     assert every < second < none
+    model[0] = "model.num_layers=1"
+    one = compose_config([*model, "data.batch_size=4"])
+    whole = compose_config([*model, "data.batch_size=4", "model.activation_checkpointing=false"])
+    block_input = 4 * 4 * one.data.seq_len * one.model.dim
+    assert plan(one).activations == plan(whole).activations + block_input, "the block is whole while it is redone"
 
 
 MOE = ["experiment=moe_spannorm", "model.moe.num_experts=4"]
