@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from core.errors import ConfigError
 from lightning_modules.layers.router import Router
@@ -165,3 +167,15 @@ def test_the_bias_alone_balances_a_skewed_router(score: str) -> None:
 def test_an_unknown_kind_is_refused(name: str, valid: str) -> None:
     with pytest.raises(ConfigError, match=rf"model\.moe\.{name}='lss' is not valid: expected one of {valid}"):
         make_router(**{name: "lss"})
+
+
+def test_in_evaluation_no_other_process_is_asked() -> None:
+    """It may be alone at it. torch's fake group sums over one process, so that the mean over two is half of its own."""
+    router, x = make_router(), torch.randn(NUM_TOKENS, 32)
+    alone = router(x)[2].load_balancing_loss
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        torch.testing.assert_close(router(x)[2].load_balancing_loss, alone / 2)
+        torch.testing.assert_close(router.eval()(x)[2].load_balancing_loss, alone)
+    finally:
+        dist.destroy_process_group()
