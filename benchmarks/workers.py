@@ -18,7 +18,6 @@ RATE, SIDE = "GEMM", {"cpu": 1024, "cuda": 8192}
 """The contender that only multiplies square matrices of that side: what the machine can do."""
 
 PROFILED_STEPS = 3
-
 SMALL = {"vocab_size": 64, "num_layers": 2, "dim": 32, "num_heads": 2, "hidden": 48, "seq_len": 64}
 
 PLAIN = "ours, malloc as it is"
