@@ -238,7 +238,7 @@ def main() -> None:
     )
     say(
         "Ours is the SpanNorm model, its process set up as train.py does it (core/allocator.py), which no peer does "
-        f"for its user; the row `{PLAIN}` is without. `benchmarks/compare.py` says how it is "
+        f"for its user; a row `{PLAIN}`, where there is one, is without. `benchmarks/compare.py` says how it is "
         "measured.\n"
     )
     say(f"![Tokens per second]({output.stem}.png)")

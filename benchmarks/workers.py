@@ -197,8 +197,8 @@ def _import(contender: Contender) -> Any:
 
     if contender.name != RATE:
         build(sizes._replace(**SMALL, num_experts=min(sizes.num_experts, 4)), False)  # imports what it needs
-    if contender.compiled:  # what the first compilation on a machine makes once, and a process imports
-        torch.compile(torch.sin)(torch.ones(8, device=device))
+        if contender.compiled:  # what the first compilation on a machine makes once, and a process imports
+            torch.compile(torch.sin)(torch.ones(8, device=device))
     return build
 
 

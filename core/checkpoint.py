@@ -10,7 +10,7 @@ from lightning.fabric.utilities.load import _METADATA_FILENAME, _load_distribute
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from core.pieces import refuse_foreign_code
-from core.whole_file import save
+from core.whole_file import save, unfinished_of
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -40,7 +40,7 @@ class CheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
-        unfinished = path.with_name(f"{path.name}.unfinished")
+        unfinished = unfinished_of(path)
         if unfinished.is_dir():  # of processes that were killed at it
             shutil.rmtree(unfinished)
         if not path.is_dir():

@@ -19,6 +19,11 @@ class NotWritten(UserError):
         super().__init__(f"{path} could not be written ({reason}); what was there under this name is untouched")
 
 
+def unfinished_of(path: Path) -> Path:
+    """The name under which a file or folder is written before it is whole."""
+    return path.with_name(f"{path.name}.unfinished")
+
+
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Have a file written under another name, wait until it is on the disk, and give it its own.
 
@@ -28,7 +33,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         NotWritten: a full disk, a folder that is gone or may not be written to.
     """
-    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished = unfinished_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(unfinished)

@@ -23,6 +23,7 @@ from core.checkpoint import put_in_place, remove
 from core.errors import one_line, require
 from core.pieces import seal
 from core.together import failing_together
+from core.whole_file import unfinished_of
 
 
 class DataParallelStrategy(DDPStrategy):
@@ -89,7 +90,7 @@ class ShardedStrategy(ModelParallelStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None) -> None:
         path = Path(self.broadcast(filepath))
         self.finish_saving()
-        unfinished = path.with_name(f"{path.name}.unfinished")
+        unfinished = unfinished_of(path)
         state = {"state_dict": checkpoint.pop("state_dict")}
         for number, optimizer in enumerate(checkpoint.pop("optimizer_states", [])):
             state[f"optimizer_{number}"] = optimizer

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_modules.layers import by_hand
 from lightning_modules.layers.expert_products import LOOP, namespace
+from lightning_modules.layers.swiglu import gradients
 
 OURS = namespace(__name__)
 
@@ -49,8 +50,7 @@ def _backward(
     by_rows = (tensor.split(sizes) for tensor in (grad, x, gate, up, grad_x))
     by_expert = (tensor.unbind() for tensor in (w, v, grad_w, grad_v))
     for grads, rows, left, right, of_rows, matrix, other, of_matrix, of_other in zip(*by_rows, *by_expert, strict=True):
-        of_right = F.silu(left).mul_(grads)
-        of_left = torch.ops.aten.silu_backward(grads * right, left)
+        of_left, of_right = gradients(left, right, grads)
         torch.mm(of_left, matrix, out=of_rows)
         torch.addmm(of_rows, of_right, other, out=of_rows)
         # Experts without rows get zeros, not None: under sharding all ranks must take part in the same gradients.

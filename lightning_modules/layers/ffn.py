@@ -1,16 +1,13 @@
 """Dense SwiGLU feed-forward layer (2002.05202)."""
 
 from collections.abc import Iterator
-from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_modules.config import ModelConfig
-from lightning_modules.layers import by_hand
 from lightning_modules.layers.matrices import Matrix
 from lightning_modules.layers.norms import make_norm
+from lightning_modules.layers.swiglu import swiglu
 
 
 class FeedForward(nn.Module):
@@ -38,27 +35,3 @@ class FeedForward(nn.Module):
         yield Matrix("ffn_up", self.gate_proj.weight, dim, hidden, self.pinned)
         yield Matrix("ffn_up", self.up_proj.weight, dim, hidden, self.pinned)
         yield Matrix("ffn_down", self.down_proj.weight, hidden, dim, self.pinned)
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, elementwise."""
-    if by_hand.pays(gate):
-        product: Tensor = _SwiGLU.apply(gate, up)
-        return product
-    return F.silu(gate) * up
-
-
-class _SwiGLU(torch.autograd.Function):
-    """Keeps what it is given; autograd keeps silu(gate) besides."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return by_hand.gradients(lambda g, u: F.silu(g) * u, (gate, up), ctx.needs_input_grad, grad)
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
 
-from lightning_modules.layers.ffn import swiglu
 from lightning_modules.layers.rms_norm import rms_norm
 from lightning_modules.layers.rope import rope_tables, rotate
+from lightning_modules.layers.swiglu import swiglu
 from tests.lightning_modules import reference
 
 EPS, THETA = 1e-3, 100.0
