@@ -33,7 +33,7 @@ matplotlib.use("Agg")
 OURS = "ours"
 DENSE_1B, MIXTURE_1B = "1B dense, compiled", "1B mixture of 8 experts, compiled"
 KERNELS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_grouped_mm", "aten::_scaled_dot_product")
-"""Operators that all contenders call alike, by the beginning of their names."""
+"""Operators that all peers call alike, by the beginning of their names."""
 PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
 """FLOP/s of dense products in bf16, by their data sheets (SXM)."""
 MIXTURE_OF_DENSE = 0.6
@@ -153,12 +153,12 @@ def verdict(case: Case, rows: list[Row]) -> str:
 
 
 def bound(rows: list[Row]) -> str:
-    """About how far ahead a model could be that computes as the fastest peer does."""
+    """About how far ahead a model could be whose products are those of the fastest peer."""
     peer = min(peers_of(rows), key=lambda row: row.speed)
     share = sum(value for name, value in peer.shares.items() if name.startswith(KERNELS))
     return (
-        f"Matrix products and attention's kernels, the same for all, are {100 * share:.0f} % of {peer.name}'s step: "
-        f"with nothing else to do, ours would be about {1 / share:.2f} times as fast. (Own time of operators. The "
+        f"Matrix products and attention's kernels are {100 * share:.0f} % of {peer.name}'s step: by the same ones, and "
+        f"with nothing else to do, a model would be about {1 / share:.2f} times as fast. (Own time of operators. The "
         "profiler makes small ones slower, which raises the bound; fetching fresh memory for results counts as theirs, "
         "which lowers it.)"
     )

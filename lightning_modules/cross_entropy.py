@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_modules.layers.linear import product
+
 LARGE_VOCABULARY = 4096
 """From here on the logits of a batch are what needs the most memory."""
 
@@ -70,9 +72,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets), size):
             rows = slice(start, start + size)
             x, target = hidden[rows], targets[rows, None]
-            losses[rows], grad = softmax(x @ weight.t(), target)
+            losses[rows], grad = softmax(product(x, weight), target)
             if grad_hidden is not None and grad_weight is not None:
-                torch.mm(grad, weight, out=grad_hidden[rows])
+                grad_hidden[rows] = product(grad, weight.t())
                 if x.dtype == torch.float32:
                     grad_weight.addmm_(grad.t(), x)
                 else:

@@ -16,6 +16,7 @@ from lightning_modules.layers.attention import Attention
 from lightning_modules.layers.document_mask import Mask, document_mask
 from lightning_modules.layers.ffn import FeedForward
 from lightning_modules.layers.kv_cache import KVCache, Slots
+from lightning_modules.layers.linear import Linear
 from lightning_modules.layers.matrices import Matrix, Role
 from lightning_modules.layers.moe import MoE
 from lightning_modules.layers.norms import NormFactory
@@ -102,7 +103,7 @@ class Transformer(nn.Module):
         first = config.moe.first_dense_layers + config.moe.every
         valid = f"at least one mixture: first_dense_layers + every <= model.num_layers={config.num_layers}"
         require(config.ffn != "moe" or first <= config.num_layers, "model.moe.every", config.moe.every, valid)
-        self.head = nn.Linear(config.dim, vocab_size, bias=False)
+        self.head = Linear(config.dim, vocab_size)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
 

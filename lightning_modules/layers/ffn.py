@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from lightning_modules.config import ModelConfig
+from lightning_modules.layers.linear import Linear
 from lightning_modules.layers.matrices import Matrix
 from lightning_modules.layers.norms import make_norm
 from lightning_modules.layers.swiglu import swiglu
@@ -21,9 +22,9 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig, inner_norm: bool = False) -> None:
         super().__init__()
         self.pinned = config.ffn_dim is not None
-        self.gate_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
-        self.up_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
-        self.down_proj = nn.Linear(config.hidden_dim, config.dim, bias=False)
+        self.gate_proj = Linear(config.dim, config.hidden_dim)
+        self.up_proj = Linear(config.dim, config.hidden_dim)
+        self.down_proj = Linear(config.hidden_dim, config.dim)
         self.inner_norm = make_norm(config, config.hidden_dim) if inner_norm else nn.Identity()
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:

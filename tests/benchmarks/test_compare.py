@@ -72,7 +72,8 @@ def test_memory_is_that_of_a_step_without_what_is_imported() -> None:
     workers, _ = compare.start({"one": compare.Contender(compare.OURS, sizes, False, "cpu", 1)}, in_turn=True)
     worker = workers["one"]
     worker.step()
-    assert worker.profile()["aten::mm"] > 0.1
+    shares = worker.profile()
+    assert shares["aten::mm"] + shares.get("mkldnn::_linear_pointwise", 0) > 0.1
     logits = 4 * 4096 * 512 * 4  # bytes
     assert 0 < worker.end().memory < 4 * logits, "Lightning takes twice as much"
 

@@ -1,0 +1,78 @@
+"""Linear layers without biases, in a training step on an AMD processor by oneDNN.
+
+torch takes MKL, which is made for another maker's processors: there oneDNN computes large fp32 products with a weight
+matrix in 0.83 to 0.9 of the time, and products of two transposed activations, as the weights' gradients are, in more.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_modules.layers.expert_products import namespace
+
+LEAST = 100_000_000
+"""Multiplications of a product from which on it is worth an operator of Python's."""
+
+
+def _on_amd() -> bool:
+    try:
+        with Path("/proc/cpuinfo").open() as file:
+            return "AuthenticAMD" in file.read(1000)
+    except OSError:  # not Linux
+        return False
+
+
+FASTER = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available() and _on_amd()
+
+
+class Linear(nn.Linear):
+    """x W^T."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features]."""
+        # Inference is torch's: there a token's result must not depend on how many others come with it.
+        return product(x, self.weight) if torch.is_grad_enabled() else F.linear(x, self.weight)
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., in] W^T of weight [out, in] -> [..., out], by the faster library; it has gradients of every order."""
+    if (
+        FASTER
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.numel() * weight.size(0) >= LEAST
+        and not torch.is_autocast_enabled("cpu")
+        and not isinstance(weight, DTensor)
+    ):
+        out: Tensor = _by_onednn(x, weight)
+        return out
+    return F.linear(x, weight)
+
+
+# An operator of our own around oneDNN's, which inductor takes with constant weights only, and autograd not at all.
+@torch.library.custom_op(f"{namespace(__name__)}::product", mutates_args=())
+def _by_onednn(x: Tensor, weight: Tensor) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return out
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    of_x, of_weight = ctx.needs_input_grad
+    grad_x = product(grad, weight.t()) if of_x else None
+    return grad_x, grad.flatten(0, -2).t() @ x.flatten(0, -2) if of_weight else None
+
+
+_by_onednn.register_fake(lambda x, weight: x.new_empty(*x.shape[:-1], weight.size(0)))
+_by_onednn.register_autograd(_gradient, setup_context=_save)
