@@ -63,6 +63,7 @@ class Row(NamedTuple):
 
     Attributes:
         speed: tokens/s of ours, as a factor on this one's, and so above 1 where ours is faster.
+        shares: of a step's time by operator; of ours and of the fastest peer alone.
     """
 
     name: str
@@ -102,7 +103,10 @@ def measure(case: Case, arguments: argparse.Namespace, say: Callable[[str], None
             raise RuntimeError(failure)
         say(f"{name} left out: {failure}\n")
     seconds = take_turns({name: worker.step for name, worker in workers.items()}, arguments.rounds)
-    shares = {name: worker.profile() for name, worker in workers.items() if name != RATE}
+    speeds = {name: ratio(seconds[name], seconds[OURS]) for name in workers if name != RATE}
+    peers = [name for name in speeds if not name.startswith(OURS)]
+    profiled = [OURS, *sorted(peers, key=speeds.__getitem__)[:1]]
+    shares = {name: workers[name].profile() for name in profiled}
     results = {name: worker.end() for name, worker in workers.items()}
     rate = results[RATE].flops / statistics.median(seconds[RATE])
     for name in case.others:
@@ -113,13 +117,12 @@ def measure(case: Case, arguments: argparse.Namespace, say: Callable[[str], None
         Row(
             name,
             statistics.median(seconds[name]),
-            ratio(seconds[name], seconds[OURS]),
+            speeds[name],
             results[name].flops / statistics.median(seconds[name]) / rate,
             results[name],
-            shares[name],
+            shares.get(name, {}),
         )
-        for name in workers
-        if name != RATE
+        for name in speeds
     ]
 
 
@@ -213,7 +216,7 @@ def draw(measured: dict[str, list[Row]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", default="", help="the tables whose title holds this")
     parser.add_argument("--layers", type=int, help="other than the setting's, to try it out")

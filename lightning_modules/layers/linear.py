@@ -51,13 +51,18 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
         and not torch.is_autocast_enabled("cpu")
         and not isinstance(weight, DTensor)
     ):
-        out: Tensor = _by_onednn(x, weight)
+        out: Tensor = _product(x, weight)
         return out
     return F.linear(x, weight)
 
 
-# An operator of our own around oneDNN's, which inductor takes with constant weights only, and autograd not at all.
-@torch.library.custom_op(f"{namespace(__name__)}::product", mutates_args=())
+# An operator of our own around oneDNN's, which inductor takes with constant weights only, and autograd not at all. Not
+# a custom_op, whose checks cost a percent of a step.
+_NAME = f"{namespace(__name__)}::product"
+torch.library.define(_NAME, "(Tensor x, Tensor weight) -> Tensor")
+
+
+@torch.library.impl(_NAME, "cpu")
 def _by_onednn(x: Tensor, weight: Tensor) -> Tensor:
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return out
@@ -74,5 +79,6 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, grad.flatten(0, -2).t() @ x.flatten(0, -2) if of_weight else None
 
 
-_by_onednn.register_fake(lambda x, weight: x.new_empty(*x.shape[:-1], weight.size(0)))
-_by_onednn.register_autograd(_gradient, setup_context=_save)
+torch.library.register_fake(_NAME, lambda x, weight: x.new_empty(*x.shape[:-1], weight.size(0)))
+torch.library.register_autograd(_NAME, _gradient, setup_context=_save)
+_product = getattr(torch.ops, namespace(__name__)).product.default
