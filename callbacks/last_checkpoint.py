@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from core.checkpoint import keep, remove
 from core.errors import require
 from core.interruption import TrainingInterrupted
+from core.signals import STOPPING
 from core.steps import completes_step
 from core.together import failing_together
 
@@ -58,10 +59,7 @@ class LastCheckpoint(Checkpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Here and not in setup, because Lightning installs its own handlers in between.
         try:
-            self._handlers = {
-                number: signal.signal(number, self._request)
-                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-            }
+            self._handlers = {number: signal.signal(number, self._request) for number in STOPPING}
         except ValueError:  # not in the main thread (a notebook's executor, a test): Lightning's handling stays
             self._handlers = {}
 

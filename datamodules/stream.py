@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from core.errors import UserError
+from core.signals import held_back, obey_parent_alone
 from datamodules.samples import Rows, Samples
 from datamodules.shared_memory import shared
 
@@ -76,10 +78,21 @@ class TokenStream(IterableDataset[Batch | UserError]):
 
 
 class StreamLoader(DataLoader[Batch | UserError]):
-    """Hands out the batches of a TokenStream; what stops a process of its own is raised here, in the batch's place."""
+    """Hands out the batches of a TokenStream; what stops a process of its own is raised here, in the batch's place.
+
+    What asks the run to stop is for the training process: its data-loader processes go on, as the step needs them.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.worker_init_fn = obey_parent_alone
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        for batch in super().__iter__():
+        for batch in self._start():
             if isinstance(batch, UserError):
                 raise batch
             yield batch
+
+    def _start(self) -> Iterator[Batch | UserError]:
+        with held_back():
+            return super().__iter__()

@@ -9,6 +9,8 @@ import os
 import platform
 import runpy
 import shutil
+import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -105,6 +107,29 @@ def train(cwd: Path, *arguments: str) -> Finished:
         except SystemExit as leaving:
             code = leaving.code
     return Finished(code, out.getvalue(), err.getvalue())
+
+
+def python(cwd: Path, *command: str) -> Finished:
+    """`python COMMAND` in a session of its own, so that signals to its group stay in it; ends when all in it have.
+
+    Ctrl-C works in it even where it does not in the process that runs the tests, as under nohup.
+    """
+    with subprocess.Popen(
+        [sys.executable, *command],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=250)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return Finished(process.returncode, out, err)
 
 
 def run(cwd: Path, run_dir: str, *arguments: str) -> Path:

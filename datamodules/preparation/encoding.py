@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from core.signals import held_back, obey_parent_alone
 from datamodules.index import SPLITS
 from datamodules.tokenizers import Tokenizer
 
@@ -77,7 +77,9 @@ def encode_all(work: Iterable[Unit], tokenizer: Tokenizer, processes: int) -> It
         pending: deque[tuple[Unit, Future[dict[str, Encoded]]]] = deque()
         try:
             for unit in work:
-                pending.append((unit, pool.submit(_encode, unit)))
+                with held_back():  # a process is started here when there is work for it
+                    future = pool.submit(_encode, unit)
+                pending.append((unit, future))
                 while pending and (len(pending) > 4 * processes or pending[0][1].done()):
                     done, future = pending.popleft()
                     yield done, future.result()
@@ -92,15 +94,7 @@ def _start(tokenizer: Tokenizer) -> None:
     global _tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _tokenizer = tokenizer
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A parent that was killed cannot tell its workers, and they would wait for work forever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    obey_parent_alone()
 
 
 def _encode(unit: Unit) -> dict[str, Encoded]:

@@ -4,7 +4,11 @@ import errno
 import os
 import resource
 import signal
+import subprocess
+import sys
 import time
+from itertools import chain
+from multiprocessing import active_children
 from typing import Any
 
 import lightning as L
@@ -13,6 +17,13 @@ import torch.distributed as dist
 
 from callbacks.last_checkpoint import LastCheckpoint
 from core.errors import UserError
+
+
+def send_from_outside(signum: int, *processes: int) -> None:
+    """A process that is nobody's parent sends it; a group is the negative of its number."""
+    code = "import os, sys; number, *processes = map(int, sys.argv[1:]); [os.kill(pid, number) for pid in processes]"
+    command = [sys.executable, "-S", "-c", code, str(int(signum)), *map(str, processes)]
+    subprocess.run(command, check=True, start_new_session=True)
 
 
 class SignalLast(L.Callback):
@@ -38,7 +49,7 @@ class SignalGroup(SignalLast):
 
     def on_before_zero_grad(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.global_step == self.step - 1 and trainer.global_rank == trainer.world_size - 1:
-            os.killpg(os.getpgrp(), self.signum)
+            send_from_outside(self.signum, -os.getpgrp())
 
 
 class SignalLauncher(SignalLast):
@@ -54,21 +65,18 @@ class SignalLauncher(SignalLast):
 
 
 class SignalAll(L.Callback):
-    """The last process has every process get signals amid a step, as SLURM and torchrun have it."""
+    """All processes, those of data loaders too, get signals amid a step, as SLURM and torchrun have it."""
 
     def __init__(self, signals: list[int], step: int) -> None:
         self.signals, self.step = signals, step
-        self.processes: list[int] = []
-
-    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
-        self.processes = [0] * trainer.world_size
-        dist.all_gather_object(self.processes, os.getpid())
 
     def on_before_zero_grad(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step == self.step - 1 and trainer.global_rank == trainer.world_size - 1:
-            for signum in self.signals:
-                for process in self.processes:
-                    os.kill(process, signum)
+        if trainer.global_step == self.step - 1:
+            processes: list[list[int]] = [[]] * trainer.world_size
+            dist.all_gather_object(processes, [os.getpid(), *(child.pid for child in active_children())])
+            if trainer.global_rank == trainer.world_size - 1:
+                for signum in self.signals:
+                    send_from_outside(signum, *chain(*processes))
 
 
 class SmallFiles(L.Callback):

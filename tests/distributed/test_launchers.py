@@ -1,39 +1,17 @@
 """torchrun, and no launcher at all: real commands, whose processes find each other by themselves."""
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.helpers_run import TRAIN, Finished, assert_began, run, scalars, tiny_job
+from tests.helpers_run import TRAIN, assert_began, python, run, scalars, tiny_job
 from tools.plan import compose_config
 
 STEPS = ["experiment=dense_spannorm", "optim.schedule=constant", "trainer.max_steps=4"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 DDP = ["trainer=ddp", "trainer.accelerator=cpu", "run_dir=run"]
 TERMINATED = 128 + signal.SIGTERM
-
-
-def python(cwd: Path, *command: str) -> Finished:
-    """In a session of its own, so that signals to its group stay in it."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [sys.executable, *command],
-        cwd=cwd,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    ) as process:
-        try:
-            out, err = process.communicate(timeout=250)
-        finally:
-            process.kill()
-    return Finished(process.returncode, out, err)
 
 
 def fault(name: str) -> str:

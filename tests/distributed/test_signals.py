@@ -10,10 +10,12 @@ from tests.distributed.processes import command_line, together, under_slurm
 from tests.helpers_run import assert_began, run, scalars, tiny_job
 
 STEPS = ["experiment=dense_spannorm", "optim.schedule=constant", "trainer.max_steps=4"]
+STEPS += ["trainer.accumulate_grad_batches=8"]
+WORKERS = "data.num_workers=2"  # a step is more than what these have in stock
 
 
 def signals(*numbers: int) -> str:
-    """To all, amid step 2."""
+    """To all, amid step 2; also to the processes of data loaders."""
     listed = ", ".join(str(int(number)) for number in numbers)
     return f"+callbacks.signals={{_target_: tests.distributed.faults.SignalAll, signals: [{listed}], step: 2}}"
 
@@ -25,7 +27,7 @@ def job(run_dir: str, *arguments: str) -> list[str]:
 def test_all_save_and_leave_with_the_code(tmp_path: Path) -> None:
     # Upon SIGUSR1, SIGTERM when the time is up; from torchrun and SLURM, each a SIGTERM.
     cases = [
-        (signal.SIGUSR1, job("late", signals(signal.SIGUSR1, signal.SIGTERM))),
+        (signal.SIGUSR1, job("late", WORKERS, signals(signal.SIGUSR1, signal.SIGTERM))),
         (signal.SIGTERM, job("twice", signals(signal.SIGTERM, signal.SIGTERM))),
         (signal.SIGTERM, [*job("whole", signals(signal.SIGTERM)), "trainer=ddp"]),
     ]
@@ -42,8 +44,8 @@ def test_a_slurm_job_saves_is_requeued_and_goes_on(tmp_path: Path) -> None:
     scontrol.write_text(f'#!/bin/sh\nsleep 1\necho "$@" > {tmp_path}/requeued\n')
     scontrol.chmod(0o755)
     slow = "+callbacks.slow._target_=tests.distributed.faults.SlowRename"
-    stopped = job("run", "trainer=slurm", signals(signal.SIGUSR1), slow)
-    going_on = job("run", "trainer=slurm", "ckpt_path=last")
+    stopped = job("run", "trainer=slurm", WORKERS, signals(signal.SIGUSR1), slow)
+    going_on = job("run", "trainer=slurm", WORKERS, "ckpt_path=last")
     arguments = [[option for option in case if option != "trainer.devices=2"] for case in (stopped, going_on)]
     for (interrupted, requeued), (resumed, _) in together(2, tmp_path, under_slurm, arguments):
         assert interrupted.code == 128 + signal.SIGUSR1, interrupted.err
