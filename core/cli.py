@@ -70,7 +70,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except KeyboardInterrupt:
-        print("\nInterrupted before training started: nothing to save.", file=sys.stderr)
+        print("\nInterrupted.", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
     except MISTAKES as error:
         _leave(error)

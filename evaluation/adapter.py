@@ -10,7 +10,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from core.errors import UserError, require
-from lightning_modules.generation import feed, stream
+from lightning_modules.generation import ROWS, fed_width, feed, stream
 from lightning_modules.layers.kv_cache import KVCache
 from lightning_modules.transformer import Transformer
 
@@ -95,7 +95,7 @@ class Adapter(TemplateLM):
         length = max(start + len(tokens) for start, tokens in zip(starts, continuations, strict=True))
         cache = KVCache(self.model.config.num_layers, length)
         rows = torch.tensor(owners, device=self.model.embedding.weight.device)
-        logits = self._feed(cache, contexts, [0] * len(contexts))[rows, -1:]
+        logits = self._feed(cache, contexts, [0] * len(contexts), ROWS)[rows, -1:]
         if max(map(len, continuations)) > 1:
             pieces = [tokens[:-1] or tokens for tokens in continuations]
             logits = torch.cat((logits, self._feed(cache.select(rows), pieces, starts)), dim=1)
@@ -105,10 +105,11 @@ class Adapter(TemplateLM):
             loglikelihood = found.gather(-1, targets[:, None]).double().sum()
             yield float(loglikelihood), bool((found.argmax(-1) == targets).all())
 
-    def _feed(self, cache: KVCache, pieces: list[list[int]], starts: list[int]) -> torch.Tensor:
-        logits = feed(self.model, cache, pieces, starts)
-        self.num_computed += logits.size(0) * logits.size(1)
-        return logits
+    def _feed(
+        self, cache: KVCache, pieces: list[list[int]], starts: list[int], logits_to_keep: int | None = None
+    ) -> torch.Tensor:
+        self.num_computed += len(pieces) * fed_width(pieces)
+        return feed(self.model, cache, pieces, starts, logits_to_keep)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Continuations of contexts, up to the first of the strings that end them, or the end of the document.

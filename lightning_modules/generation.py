@@ -15,7 +15,13 @@ that is filled up to the cache's length, itself a multiple. (Save where 4 tokens
 scores of 4 experts: torch's exponential of the last few of a tensor is another one.)"""
 
 
-def feed(model: Transformer, cache: KVCache, pieces: Sequence[Sequence[int]], starts: Sequence[int]) -> Tensor:
+def feed(
+    model: Transformer,
+    cache: KVCache,
+    pieces: Sequence[Sequence[int]],
+    starts: Sequence[int],
+    logits_to_keep: int | None = None,
+) -> Tensor:
     """Logits of the next pieces of some sequences, which join the cache.
 
     Args:
@@ -23,16 +29,24 @@ def feed(model: Transformer, cache: KVCache, pieces: Sequence[Sequence[int]], st
         cache: of what comes before, one sequence for each piece.
         pieces: token ids, at least one each.
         starts: the position of each one's first token.
+        logits_to_keep: of the last so many positions, a multiple of ROWS; None: of all. Those of a long prompt and a
+            large vocabulary would take gigabytes.
 
     Returns:
-        [batch, width, vocab_size], width a multiple of ROWS; shorter pieces end in copies of their last token's.
+        [batch, width or logits_to_keep, vocab_size]; shorter pieces end in copies of their last token's.
     """
-    width = _rounded_up(max(map(len, pieces)))
+    width = fed_width(pieces)
     places = [[min(place, len(piece) - 1) for place in range(width)] for piece in pieces]
     tokens = [[piece[place] for place in row] for piece, row in zip(pieces, places, strict=True)]
     positions = [[start + place for place in row] for start, row in zip(starts, places, strict=True)]
     device = model.embedding.weight.device
-    return model(torch.tensor(tokens, device=device), torch.tensor(positions, device=device), cache)[0]
+    sequences = torch.tensor(tokens, device=device), torch.tensor(positions, device=device)
+    return model(*sequences, cache, logits_to_keep=logits_to_keep)[0]
+
+
+def fed_width(pieces: Sequence[Sequence[int]]) -> int:
+    """Positions of each of these pieces that `feed` has the model compute, a multiple of ROWS."""
+    return _rounded_up(max(map(len, pieces)))
 
 
 def _rounded_up(number: int) -> int:
@@ -112,7 +126,7 @@ def stream(
         model.eval()
         try:
             with torch.inference_mode():
-                logits = feed(model, cache, pieces, starts)[:, -1].float()
+                logits = feed(model, cache, pieces, starts, ROWS)[:, -1].float()
                 new = choose(logits, temperature, top_k, top_p, generators).tolist()
         finally:
             model.train(was_training)

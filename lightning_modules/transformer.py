@@ -113,6 +113,7 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         cache: KVCache | None = None,
         targets: Tensor | None = None,
+        logits_to_keep: int | None = None,
     ) -> tuple[Any, list[RouterStats]]:
         """Next-token logits, or the losses of given targets without ever holding all logits.
 
@@ -122,9 +123,10 @@ class Transformer(nn.Module):
                 cache, in its sequence.
             cache: of the tokens before these, which join them.
             targets: [batch, seq], the tokens to predict.
+            logits_to_keep: of the last so many positions; None: of all.
 
         Returns:
-            (logits [batch, seq, vocab_size], or the targets' Losses; one RouterStats per MoE layer).
+            (logits [batch, seq or logits_to_keep, vocab_size], or the targets' Losses; one RouterStats per MoE layer).
         """
         length = tokens.size(1) if cache is None else cache.length
         rope = rope_tables(length, self.config.head_dim, self.config.rope_theta, tokens.device)
@@ -145,7 +147,7 @@ class Transformer(nn.Module):
                 router_stats.append(stats)
         state = state * self.output_multiplier
         if targets is None:
-            return self.head(state), router_stats
+            return self.head(state if logits_to_keep is None else state[:, -logits_to_keep:]), router_stats
         # Here, and not with the head's weight handed out: sharded, it is whole during forward only.
         state, targets = state.flatten(0, 1), targets.flatten()
         return linear_cross_entropy(state, self.head.weight, targets, self.config.compile), router_stats

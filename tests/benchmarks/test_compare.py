@@ -88,8 +88,12 @@ def test_a_contender_that_fails_says_why() -> None:
     workers["ours"].end()
 
 
-def measured(**of_first: float) -> dict[str, costs.Measured]:
-    return {name.replace("_", " "): costs.Measured(1.0, value, Result(1, 1, 1, 1)) for name, value in of_first.items()}
+def cost(seconds: float) -> costs.Measured:
+    return costs.Measured(seconds, seconds, seconds, Result(1, 1, 1, 1))
+
+
+def measured(**seconds: float) -> dict[str, costs.Measured]:
+    return {name.replace("_", " "): cost(value) for name, value in seconds.items()}
 
 
 def test_goals_of_costs() -> None:
@@ -100,13 +104,13 @@ def test_goals_of_costs() -> None:
         True,
     )
     depth = {"2 blocks": 1.0, "4 blocks": 1.8, "8 blocks": 3.4}
-    assert costs.linear_in_depth({name: costs.Measured(1, v, Result(1, 1, 1, 1)) for name, v in depth.items()})[1]
+    assert costs.linear_in_depth({name: cost(value) for name, value in depth.items()})[1]
     depth["8 blocks"] = 3.6
-    assert not costs.linear_in_depth({name: costs.Measured(1, v, Result(1, 1, 1, 1)) for name, v in depth.items()})[1]
+    assert not costs.linear_in_depth({name: cost(value) for name, value in depth.items()})[1]
 
 
 def test_every_goal_finds_its_rows() -> None:
     for device in ("cpu", "cuda"):
         for table in costs.tables(device):
-            rows = {name: costs.Measured(1.0, 1.0 + n, Result(1, 1, 1, 1)) for n, name in enumerate(table.costs)}
+            rows = {name: cost(1.0 + n) for n, name in enumerate(table.costs)}
             assert len(list(costs.lines_of(table, rows))) == 3 + len(rows) + len(table.goals)

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from evaluation.corpora import token_losses
 from lightning_modules.cross_entropy import CHUNK, LARGE_VOCABULARY
+from lightning_modules.generation import generate
 from lightning_modules.language_module import LanguageModule
 from tests.conftest import tiny_values
 
@@ -87,3 +88,15 @@ def test_evaluation() -> None:
         losses = token_losses(module, batch)
     torch.testing.assert_close(losses, expected.detach())
     assert seen.numel == CHUNK["cpu"] * LARGE_VOCABULARY
+
+
+def test_generation_of_a_long_prompt() -> None:
+    module = module_of(LARGE_VOCABULARY)
+    module.configure_model()
+    model: Any = module.model
+    prompt = torch.randint(LARGE_VOCABULARY, (NUM_TOKENS // 2,))
+    with Largest() as seen:
+        new = generate(model, prompt, 1, temperature=0.0, seed=0, window=NUM_TOKENS)
+    with torch.inference_mode():
+        assert int(new[-1]) == int(model(prompt[None])[0][0, -1].argmax())
+    assert seen.numel < len(prompt) * LARGE_VOCABULARY
