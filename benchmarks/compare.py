@@ -205,6 +205,7 @@ def draw(measured: dict[str, list[Row]], path: Path) -> None:
         names, heights = [row.name for row in rows], [1 / row.speed for row in rows]
         bars = axis.bar(names, heights, color=["tab:blue" if n.startswith(OURS) else "tab:gray" for n in names])
         axis.bar_label(bars, fmt="%.2f", fontsize=8)
+        axis.margins(y=0.1)  # for the labels
         axis.set_title(title, fontsize=9)
         axis.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=8)
     axes[0][0].set_ylabel("tokens/s, of ours")
