@@ -55,7 +55,9 @@ def explained(trainer: L.Trainer, run_dir: Path) -> Iterator[None]:
         # Lightning's answer to a Ctrl-C that no callback took: before the first step, or the second one.
         if not trainer.interrupted:
             raise
-        _leave(run_dir, signal.SIGINT, "Interrupted at once")
+        # Nobody is waited for: processes that Lightning launched are killed by now.
+        _say(run_dir, "Interrupted at once")
+        sys.exit(128 + signal.SIGINT)
     except MisconfigurationException as error:
         raise UserError(one_line(error)) from error
     except OSError as error:
@@ -90,12 +92,16 @@ def _no_shared_memory(trainer: L.Trainer) -> ConfigError:
 
 
 def _leave(run_dir: Path, signum: int, message: str) -> NoReturn:
-    if is_main_process():
-        print(f"\n{message}; {_way_on(run_dir)}", flush=True)
-        if signum == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ:
-            _requeue()
+    _say(run_dir, message)
+    if is_main_process() and signum == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ:
+        _requeue()
     leave_together()
     sys.exit(128 + signum)
+
+
+def _say(run_dir: Path, message: str) -> None:
+    if is_main_process():
+        print(f"\n{message}; {_way_on(run_dir)}", flush=True)
 
 
 def _way_on(run_dir: Path) -> str:

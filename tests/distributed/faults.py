@@ -52,6 +52,14 @@ class SignalGroup(SignalLast):
             send_from_outside(self.signum, -os.getpgrp())
 
 
+class InterruptEarly(L.Callback):
+    """The whole group gets a Ctrl-C before the first step."""
+
+    def on_fit_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.is_global_zero:
+            send_from_outside(signal.SIGINT, -os.getpgrp())
+
+
 class SignalLauncher(SignalLast):
     """The launcher gets it, and has handed it on before the step goes on."""
 

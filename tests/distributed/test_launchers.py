@@ -54,6 +54,14 @@ def test_without_a_launcher_all_save_when_their_group_is_terminated(tmp_path: Pa
     assert_same(tmp_path / "run", alone)
 
 
+def test_a_ctrl_c_before_the_first_step_ends_all_at_once(tmp_path: Path) -> None:
+    early = "+callbacks.early._target_=tests.distributed.faults.InterruptEarly"
+    finished = python(tmp_path, str(TRAIN), *tiny_job(*STEPS, *DDP, "trainer.devices=2", early))
+    assert finished.code == 128 + signal.SIGINT, finished.err
+    assert "Interrupted at once; there was nothing to save." in finished.out
+    assert "Traceback" not in finished.err
+
+
 @pytest.mark.slow
 def test_when_torchrun_is_terminated_all_save(tmp_path: Path, alone: dict[int, float]) -> None:
     finished = python(tmp_path, *TORCHRUN, str(TRAIN), *tiny_job(*STEPS, *DDP, fault("SignalLauncher")))
