@@ -19,6 +19,10 @@ Group = tuple[Context, list[int]]
 """A context, and the numbers of the requests that continue it."""
 
 
+AT_ONCE = 256
+"""Tokens of a continuation whose logits exist at a time, a multiple of ROWS."""
+
+
 class Adapter(TemplateLM):
     """Answers the harness' three kinds of requests.
 
@@ -95,15 +99,18 @@ class Adapter(TemplateLM):
         length = max(start + len(tokens) for start, tokens in zip(starts, continuations, strict=True))
         cache = KVCache(self.model.config.num_layers, length)
         rows = torch.tensor(owners, device=self.model.embedding.weight.device)
-        logits = self._feed(cache, contexts, [0] * len(contexts), ROWS)[rows, -1:]
-        if max(map(len, continuations)) > 1:
-            pieces = [tokens[:-1] or tokens for tokens in continuations]
-            logits = torch.cat((logits, self._feed(cache.select(rows), pieces, starts)), dim=1)
-        logs = logits.float().log_softmax(-1).cpu()
-        for row, tokens in zip(logs, continuations, strict=True):
-            targets, found = torch.tensor(tokens), row[: len(tokens)]
-            loglikelihood = found.gather(-1, targets[:, None]).double().sum()
-            yield float(loglikelihood), bool((found.argmax(-1) == targets).all())
+        first = self._feed(cache, contexts, [0] * len(contexts), ROWS)[rows, -1:]
+        results = [_judged(row, tokens[:1]) for row, tokens in zip(first, continuations, strict=True)]
+        cache, rest = cache.select(rows), [tokens[:-1] or tokens for tokens in continuations]
+        for done in range(0, max(map(len, continuations)) - 1, AT_ONCE):
+            # A shorter one gives its last token once more, where it was.
+            places = [min(done, len(tokens) - 1) for tokens in rest]
+            pieces = [tokens[place : place + AT_ONCE] for tokens, place in zip(rest, places, strict=True)]
+            logits = self._feed(cache, pieces, [start + place for start, place in zip(starts, places, strict=True)])
+            for number, (row, tokens) in enumerate(zip(logits, continuations, strict=True)):
+                loglikelihood, likeliest = _judged(row, tokens[done + 1 : done + 1 + AT_ONCE])
+                results[number] = results[number][0] + loglikelihood, results[number][1] and likeliest
+        yield from results
 
     def _feed(
         self, cache: KVCache, pieces: list[list[int]], starts: list[int], logits_to_keep: int | None = None
@@ -159,3 +166,9 @@ class Adapter(TemplateLM):
             if not open_rows:
                 break
         return [postprocess_generated_text(self.texts.decode(row), until, None) for row in new]
+
+
+def _judged(logits: torch.Tensor, tokens: list[int]) -> tuple[float, bool]:
+    """Of the next tokens, by logits [as many or more, vocab_size]: their log-likelihood, whether they are likeliest."""
+    logs, targets = logits[: len(tokens)].float().log_softmax(-1).cpu(), torch.tensor(tokens, dtype=torch.long)
+    return float(logs.gather(-1, targets[:, None]).double().sum()), bool((logs.argmax(-1) == targets).all())

@@ -97,7 +97,7 @@ class ModelConfig:
     tie_embeddings: bool = False
     compile: bool = False  # torch.compile each block
     activation_checkpointing: bool = False  # recompute blocks in the backward pass instead of storing them
-    checkpoint_every: int = 1  # of the blocks, each n-th: half the memory for half the recomputation at 2
+    checkpoint_every: int = 1  # of the blocks, each n-th: less is recomputed, and less is saved
     moe: MoEConfig = field(default_factory=MoEConfig)
 
     def __post_init__(self) -> None:

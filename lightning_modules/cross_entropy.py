@@ -72,7 +72,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets), size):
             rows = slice(start, start + size)
             x, target = hidden[rows], targets[rows, None]
-            losses[rows], grad = softmax(product(x, weight), target)
+            # Without gradients it is inference, where a token's loss must not depend on how many others there are.
+            losses[rows], grad = softmax(product(x, weight) if with_gradients else x @ weight.t(), target)
             if grad_hidden is not None and grad_weight is not None:
                 grad_hidden[rows] = product(grad, weight.t())
                 if x.dtype == torch.float32:

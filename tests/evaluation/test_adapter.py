@@ -10,7 +10,9 @@ from torch import nn
 
 from core.errors import ConfigError, UserError
 from datamodules.tokenizers import ByteTokenizer
+from evaluation import adapter as adapter_module
 from evaluation.adapter import Adapter
+from lightning_modules.generation import feed
 from lightning_modules.transformer import Transformer
 from tests.conftest import tiny_config
 
@@ -49,6 +51,20 @@ def plain(adapter: Adapter, context: list[int], continuation: list[int]) -> tupl
     return float(logs.gather(1, targets[:, None]).sum()), bool((logs.argmax(1) == targets).all())
 
 
+@pytest.fixture(params=[4, 256])
+def at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The continuations' logits in pieces, and whole."""
+
+    def checked(*arguments: Any) -> torch.Tensor:
+        logits = feed(*arguments)
+        assert logits.size(1) <= request.param
+        return logits
+
+    monkeypatch.setattr(adapter_module, "AT_ONCE", request.param)
+    monkeypatch.setattr(adapter_module, "feed", checked)
+
+
+@pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 @pytest.mark.parametrize("overrides", [{"placement": "siamesenorm"}, {"ffn": "moe"}], ids=["two streams", "moe"])
 def test_log_likelihoods_are_those_of_a_plain_forward_pass(overrides: dict[str, Any], batch_size: int) -> None:
@@ -71,6 +87,7 @@ def test_a_context_is_computed_once() -> None:
     assert adapter.num_computed == 24 + 4 * 4
 
 
+@pytest.mark.usefixtures("at_once")
 def test_whole_texts_are_read_in_windows() -> None:
     adapter = make_adapter()
     for text, found in zip(TEXTS, adapter.loglikelihood_rolling([request(text) for text in TEXTS]), strict=True):

@@ -131,6 +131,7 @@ def test_inference_other_precisions_and_small_products_are_left_to_torch(monkeyp
     with Count() as count:
         with torch.no_grad():
             assert torch.equal(layer(x), F.linear(x, layer.weight))
+            linear_cross_entropy(x.flatten(0, 1), layer.weight, torch.zeros(10, dtype=torch.long))
         with torch.autocast("cpu", torch.bfloat16):
             assert layer(x).dtype == torch.bfloat16
         assert layer.double()(x.double()).dtype == torch.float64
