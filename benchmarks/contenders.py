@@ -17,6 +17,12 @@ from torch import Tensor, nn
 Loss = Callable[[Tensor], Tensor]
 """Tokens [batch, seq + 1] -> a scalar."""
 
+PLAIN = "ours, malloc as it is"
+"""The project's step without core/allocator.py."""
+
+AS_OURS = ", malloc as ours"
+"""Ends the name of a peer with it, which its user does not have."""
+
 
 class Sizes(NamedTuple):
     """Of the model and its batch; num_experts 0 is a dense one."""

@@ -1,13 +1,17 @@
 """The comparison at sizes that cost nothing: real processes, real peers where they are installed, and its verdicts."""
 
+import argparse
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks import compare, costs
-from benchmarks.contenders import Sizes
-from benchmarks.workers import PLAIN, Result
+from benchmarks.contenders import AS_OURS, PLAIN, Sizes
+from benchmarks.measure import ratio, take_turns
+from benchmarks.workers import RATE, Result
 
 TINY = Sizes(vocab_size=64, num_layers=2, dim=32, num_heads=2, hidden=48, seq_len=16, batch_size=2)
 MIXTURE = TINY._replace(hidden=24, num_experts=4)
@@ -29,6 +33,48 @@ def test_it_steps_all_in_turn_and_writes_table_chart_and_verdict(
     assert (tmp_path / "benchmark.png").stat().st_size > 1000
 
 
+def test_all_take_turns_and_the_first_round_does_not_count() -> None:
+    turns: list[str] = []
+
+    def contender(name: str) -> Any:
+        def step() -> float:
+            turns.append(name)
+            return float(len(turns))
+
+        return step
+
+    assert take_turns({"a": contender("a"), "b": contender("b")}, 2) == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
+    assert turns == ["a", "b"] * 3
+    assert ratio([2.0, 30.0, 4.0], [1.0, 10.0, 4.0]) == 2.0, "of each round, and then the median"
+
+
+class Counted:
+    """A contender with so many parameters, whose steps take a second."""
+
+    def __init__(self, parameters: int) -> None:
+        self.parameters = parameters
+
+    def step(self) -> float:
+        return 1.0
+
+    def profile(self) -> dict[str, float]:
+        return {}
+
+    def end(self) -> Result:
+        return Result(self.parameters, 1.0, 1.0, 1)
+
+
+def test_who_has_other_parameters_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = argparse.Namespace(device="cpu", threads=1, rounds=1)
+    case = compare.Case("Dense", TINY, ("a",), False, 1.05)
+    for parameters in (102, 104):
+        workers = {"ours": Counted(100), "a": Counted(parameters), RATE: Counted(0)}
+        monkeypatch.setattr(compare, "start", lambda *_, workers=workers, **__: (workers, {}))
+        refused = pytest.raises(AssertionError, match="a: 104 parameters, ours 100")
+        with nullcontext() if parameters == 102 else refused:
+            compare.measure(case, options, print)
+
+
 def row(name: str, speed: float, memory: int) -> compare.Row:
     return compare.Row(name, 1.0, speed, 0.5, Result(1, 1.0, 1.0, memory), {"aten::mm": 0.75, name: 0.25})
 
@@ -36,6 +82,7 @@ def row(name: str, speed: float, memory: int) -> compare.Row:
 def test_the_fastest_and_the_leanest_peer_count() -> None:
     case = compare.Case("Dense", TINY, ("a", "b"), False, goal=1.05)
     rows = [row("ours", 1.0, 100), row(PLAIN, 1.01, 10), row("a", 1.04, 130), row("b", 1.20, 90)]
+    rows.append(row("b" + AS_OURS, 1.00, 80))
     text = compare.verdict(case, rows)
     assert "(a): 1.04, **missed**" in text
     assert "(b): 1.11 times, **missed**" in text
@@ -79,8 +126,8 @@ def test_memory_is_that_of_a_step_without_what_is_imported() -> None:
 
 
 def test_a_contender_that_fails_says_why() -> None:
-    names = {"nobody": TINY, "ours": TINY, "ours, cut in three": TINY._replace(num_heads=3)}
-    contenders = {n: compare.Contender(n, sizes, False, "cpu", 1) for n, sizes in names.items()}
+    overrides = {"nobody": {}, "ours": {}, "ours, cut in three": {"num_heads": 3}}
+    contenders = {n: compare.Contender(n, TINY, False, "cpu", 1, others) for n, others in overrides.items()}
     workers, failures = compare.start(contenders, in_turn=False)
     assert list(workers) == ["ours"]
     assert failures["nobody"] == "KeyError: 'nobody'"
