@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -15,12 +17,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from core.signals import STOPPING, held_back, obey_parent_alone
+from core.signals import SENDER_KNOWN, STOPPING, held_back, obey_parent_alone
+from datamodules.preparation import encoding
 from datamodules.samples import Numbers, Rows
 from datamodules.stream import Batch, StreamLoader, TokenStream
+from datamodules.tokenizers import ByteTokenizer
 from tests.distributed.faults import send_from_outside
 from tests.helpers_run import ROOT, TRAIN, assert_began, load, python, run, scalars, tiny_job
 from tests.tools.test_prepare import TEXTS, alive, wait_for
+
+only_where_sender_known = pytest.mark.skipif(not SENDER_KNOWN, reason="helpers get the signals as before")
 
 STEPS = ["experiment=dense_spannorm", "optim.schedule=constant", "trainer.max_steps=3"]
 STEPS += ["trainer.accumulate_grad_batches=8", "data.num_workers=2"]  # a step is more than what they have in stock
@@ -46,13 +52,18 @@ def test_a_run_saves_when_its_whole_group_is_stopped(
     assert scalars(tmp_path / "run", "train/loss") == uninterrupted
 
 
-class Stuck:
+class Zeros:
+    def read(self, numbers: Numbers) -> Rows:
+        return {"tokens": np.zeros((len(numbers), 9), np.int64)}
+
+
+class Stuck(Zeros):
     """Samples of which no more come than the first batch."""
 
     def read(self, numbers: Numbers) -> Rows:
         if numbers.min() > 0:
             time.sleep(200)
-        return {"tokens": np.zeros((len(numbers), 9), np.int64)}
+        return super().read(numbers)
 
 
 def stuck_loader() -> tuple[Iterator[Batch], BaseProcess]:
@@ -117,6 +128,84 @@ def test_a_process_that_only_begins_leaves_them_too() -> None:
     process.terminate()
     process.join(20)
     assert process.exitcode == 0
+
+
+def stopping(pid: int, which: str) -> set[signal.Signals]:
+    """Those of STOPPING in a process' "SigBlk" (held back from its main thread) or "ShdPnd" (sent, not yet taken)."""
+    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return {signum for signum in STOPPING if int(fields[which], 16) >> (signum - 1) & 1}
+
+
+@only_where_sender_known
+def test_a_loaders_processes_are_born_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datamodules.stream.obey_parent_alone", lambda *_: None)
+    before, mask = set(multiprocessing.active_children()), signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    batches = iter(StreamLoader(TokenStream(Zeros(), 1, num_batches=4), batch_size=None, num_workers=2))
+    next(batches)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == mask
+    workers = [worker.pid for worker in set(multiprocessing.active_children()) - before]
+    held = [stopping(pid, "SigBlk") for pid in workers if pid is not None]
+    assert len(list(batches)) == 3  # to the end, which is theirs too
+    assert held == [set(STOPPING)] * 2
+
+
+@only_where_sender_known
+def test_a_preparations_processes_are_born_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Instead of tokens each returns what it holds back, and blocks no more: its unit is empty."""
+    monkeypatch.setattr(encoding, "_start", id)
+    monkeypatch.setattr(encoding, "_encode", partial(signal.pthread_sigmask, signal.SIG_BLOCK))
+    (_, one), (_, other) = encoding.encode_all([[], []], ByteTokenizer(), 2)
+    assert set(STOPPING) <= set(one) & set(other)
+
+
+def _obedient() -> None:
+    obey_parent_alone()
+    signal.pause()
+
+
+def _fork_another_after_it(told: Connection) -> None:
+    """The other has a copy of all that tells the first one that its parent is there."""
+    context = multiprocessing.get_context("fork")
+    first, other = context.Process(target=_obedient), context.Process(target=signal.pause)
+    with held_back():
+        first.start()
+    other.start()
+    told.send([first.pid, other.pid])
+    signal.pause()
+
+
+def _have_a_fork_server(told: Connection) -> None:
+    """It bears the process, not held back, and outlives this one."""
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("forkserver"), initializer=obey_parent_alone)
+    told.send([pool.submit(os.getpid).result()])
+    signal.pause()
+
+
+@only_where_sender_known
+@pytest.mark.parametrize("start", [_fork_another_after_it, _have_a_fork_server])
+def test_only_its_parents_end_ends_it(start: Callable[[Connection], None]) -> None:
+    # Forked, it would take this process' fork server, if there is one, for its own.
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    parent = context.Process(target=start, args=(theirs,))
+    parent.start()
+    started = []
+    try:
+        assert ours.poll(100)
+        worker, *others = started = ours.recv()
+        assert stopping(worker, "SigBlk") == set(STOPPING)
+        for signum in STOPPING:
+            os.kill(worker, signum)
+        wait_for(lambda: signal.SIGTERM not in stopping(worker, "ShdPnd"))  # seen by its thread
+        assert alive(str(worker))
+        parent.kill()
+        parent.join()
+        wait_for(lambda: not alive(str(worker)))
+        assert all(alive(str(other)) for other in others)
+    finally:
+        parent.kill()
+        for pid in filter(alive, map(str, started)):
+            os.kill(int(pid), signal.SIGKILL)
 
 
 def test_ctrl_c_ends_a_preparation_in_several_processes_in_one_line(tmp_path: Path) -> None:
