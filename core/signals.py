@@ -36,11 +36,11 @@ def obey_parent_alone(*_: object) -> None:
     assert parent is not None
     if SENDER_KNOWN:
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # a fork server's processes are not born so
-    Thread(target=_obey, args=(parent,), daemon=True).start()
+    Thread(target=_obey, args=(parent, os.getppid()), daemon=True).start()
 
 
-def _obey(parent: BaseProcess) -> None:
-    born_to = os.getppid()  # in a fork server it is not the parent
+def _obey(parent: BaseProcess, born_to: int) -> None:
+    """`born_to` is the parent's number, but in a fork server's process that server's."""
     # The parent may be gone by now; but seems alive as long as processes are that were forked after this one.
     while parent.is_alive() and os.getppid() == born_to:
         if not SENDER_KNOWN:
