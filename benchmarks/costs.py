@@ -3,8 +3,10 @@
     python -m benchmarks.costs                   CPU, fp32; writes docs/results/benchmark-costs-cpu.md
     python -m benchmarks.costs --device cuda     bf16 under autocast; docs/results/benchmark-costs-cuda.md
 
-As benchmarks/compare.py does it: one process a contender, in turn. What data loading gives and a step consumes is in
-benchmarks/data.py, the mixture layer alone in benchmarks/moe.py, and the monitors in benchmarks/monitoring.py.
+As benchmarks/compare.py does it: one process a contender, in turn. Goals of a few percent are judged by the fastest
+steps, as what else the machine does only adds time: the median of so few ratios moves by 3 % from run to run. What data
+loading gives and a step consumes is in benchmarks/data.py, the mixture layer alone in benchmarks/moe.py, and the
+monitors in benchmarks/monitoring.py.
 """
 
 import argparse
@@ -58,28 +60,32 @@ class Table(NamedTuple):
     goals: tuple[Goal, ...] = ()
 
 
+def by_fastest(measured: dict[str, Measured]) -> dict[str, float]:
+    """Each one's fastest step as a multiple of the first one's."""
+    first = next(iter(measured.values())).fastest
+    return {name: one.fastest / first for name, one in measured.items()}
+
+
 def at_most(name: str, limit: float, first: str) -> Goal:
     """The time of `name` is at most so many times that of the first row."""
 
     def goal(measured: dict[str, Measured]) -> tuple[str, bool]:
-        value = measured[name].of_first
+        value = by_fastest(measured)[name]
         return f"{name} at most {limit:.3g} times {first}: {value:.3f}", value <= limit
 
     return goal
 
 
 def one_stream(measured: dict[str, Measured]) -> tuple[str, bool]:
-    slowest = max((name for name in measured if name not in TWO_STREAMS), key=lambda name: measured[name].of_first)
-    speed = 1 / measured[slowest].of_first
+    of_first = by_fastest(measured)
+    slowest = max(of_first.keys() - TWO_STREAMS, key=of_first.__getitem__)
+    speed = 1 / of_first[slowest]
     return f"no placement of one stream under 0.93 of prenorm's tokens/s; {slowest}: {speed:.3f}", speed >= 0.93
 
 
 def linear_in_depth(measured: dict[str, Measured]) -> tuple[str, bool]:
-    """From 4 to 8 blocks against twice from 2 to 4: what does not depend on depth cancels.
-
-    Of the fastest steps: what else the machine does only adds time, and differences of medians are mostly that.
-    """
-    few, some, many = (measured[name].fastest for name in ("2 blocks", "4 blocks", "8 blocks"))
+    """From 4 to 8 blocks against twice from 2 to 4: what does not depend on depth cancels."""
+    few, some, many = (by_fastest(measured)[name] for name in ("2 blocks", "4 blocks", "8 blocks"))
     value = (many - some) / (2 * (some - few))
     return f"time linear in depth within 5 %: a block of the last 4 costs {value:.3f} of one before", value <= 1.05
 
@@ -157,14 +163,17 @@ def measure(table: Table, arguments: argparse.Namespace) -> dict[str, Measured]:
 
 def lines_of(table: Table, measured: dict[str, Measured]) -> Iterator[str]:
     yield f"\n## {table.title}\n"
-    yield "| | ms | time, of the first | tokens/s, of the first | peak memory, MB | parameters, M |"
-    yield "|---|---|---|---|---|---|"
-    first = next(iter(table.costs.values())).sizes
+    yield (
+        "| | ms | time, of the first | fastest step, of the first | tokens/s, of the first | peak memory, MB "
+        "| parameters, M |"
+    )
+    yield "|---|---|---|---|---|---|---|"
+    first, fastest = next(iter(table.costs.values())).sizes, by_fastest(measured)
     for name, (seconds, _, of_first, result) in measured.items():
         sizes = table.costs[name].sizes
         tokens = sizes.batch_size * sizes.seq_len / (first.batch_size * first.seq_len)
         yield (
-            f"| {name} | {1e3 * seconds:.1f} | {of_first:.3f} | {tokens / of_first:.3f} "
+            f"| {name} | {1e3 * seconds:.1f} | {of_first:.3f} | {fastest[name]:.3f} | {tokens / of_first:.3f} "
             f"| {result.memory / 1e6:,.0f} | {result.parameters / 1e6:.1f} |"
         )
     for goal in table.goals:
