@@ -98,9 +98,12 @@ def tables(device: str) -> Iterator[Table]:
         base = Sizes(512, 4, 256, 4, 688, 256, 4)
     half = base._replace(hidden=base.hidden // 2)
     schemes = ["prenorm", *sorted(PLACEMENTS.keys() - {"prenorm"})]
-    for kind, compiled, names in (("eager", False, schemes), ("compiled", True, ["prenorm", "spannorm"])):
+    as_prenorm = at_most("spannorm", 1 / 0.98, "prenorm")
+    for kind, compiled, names, goals in (
+        ("eager", False, schemes, (as_prenorm, one_stream)),
+        ("compiled", True, ["prenorm", "spannorm"], (as_prenorm,)),
+    ):
         costs = {name: Cost(base, compiled, {"placement": name}) for name in names}
-        goals = (at_most("spannorm", 1 / 0.98, "prenorm"), *(() if compiled else (one_stream,)))
         yield Table(f"Placements, {kind}", costs, goals)
     yield Table(
         "Depth",

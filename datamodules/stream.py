@@ -88,11 +88,9 @@ class StreamLoader(DataLoader[Batch | UserError]):
         self.worker_init_fn = obey_parent_alone
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        for batch in self._start():
+        with held_back():
+            batches = super().__iter__()
+        for batch in batches:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
-
-    def _start(self) -> Iterator[Batch | UserError]:
-        with held_back():
-            return super().__iter__()

@@ -8,13 +8,14 @@ The gradient of each is made of the first two, so all have gradients of every or
 own, opaque to torch.compile: the sizes of the groups are data, and a graph must not break over them.
 """
 
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lightning_modules.layers.operators import namespace
 
 MIN_ROWS = 4
 """Fewer rows go to another kernel of MKL, which adds up in another order: a token's output would depend, in its last
@@ -33,11 +34,6 @@ class Products(NamedTuple):
     matmul: Callable[[Tensor, Tensor, Tensor, bool], Tensor]
     outer: Callable[[Tensor, Tensor, Tensor], Tensor]
     swiglu: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-def namespace(module: str) -> str:
-    """Of a module's operators, by its name: an exported model brings copies of them, whose operators are its own."""
-    return re.sub(r"\W", "_", module)
 
 
 def _register(name: str, matmul: Callable[..., Tensor], outer: Callable[..., Tensor]) -> Products:

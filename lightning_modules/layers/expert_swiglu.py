@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_modules.layers import by_hand
-from lightning_modules.layers.expert_products import LOOP, namespace
+from lightning_modules.layers.expert_products import LOOP
+from lightning_modules.layers.operators import namespace
 from lightning_modules.layers.swiglu import gradients
 
 OURS = namespace(__name__)

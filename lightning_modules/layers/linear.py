@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_modules.layers.expert_products import namespace
+from lightning_modules.layers.operators import namespace
 
 LEAST = 100_000_000
 """Multiplications of a product from which on it is worth an operator of Python's."""
