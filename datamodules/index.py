@@ -48,7 +48,7 @@ class SplitIndex:
     Attributes:
         num_tokens: end-of-document tokens included.
         num_documents: how many documents, each closed by an end-of-document token.
-        num_bytes: of their text.
+        num_bytes: of their text, without what the tokens do not express.
         shards: the tokens, of type Index.dtype.
         documents: int64, where in the stream each document ends (its end-of-document token included).
         checksums: uint32, zlib.crc32 of each Index.page_tokens tokens; a page never spans two shards.

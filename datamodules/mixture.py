@@ -1,5 +1,6 @@
 """Several corpora mixed with weights."""
 
+import math
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -70,13 +71,18 @@ def shares(weights: list[float]) -> Numbers:
     Raises:
         ConfigError: a weight is not positive, or too small for a single place.
     """
-    require(all(weight > 0 for weight in weights), "data.weights", weights, "positive numbers")
-    exact = BLOCK * np.array(weights, np.float64) / sum(weights)
+    require(all(map(_is_weight, weights)), "data.weights", weights, "positive numbers, all finite")
+    ratios = np.array(weights, np.float64) / max(weights)  # the sum of huge ones would be infinite
+    exact = BLOCK * ratios / ratios.sum()
     counts: npt.NDArray[np.int64] = np.floor(exact).astype(np.int64)
     for source in np.argsort(counts - exact, kind="stable")[: BLOCK - counts.sum()]:
         counts[source] += 1
     require(bool(counts.min() >= 1), "data.weights", weights, f"at least 1/{BLOCK} of their sum each")
     return counts
+
+
+def _is_weight(weight: object) -> bool:
+    return isinstance(weight, int | float) and not isinstance(weight, bool) and 0 < weight < math.inf
 
 
 class MixedSamples:

@@ -8,7 +8,7 @@ from datamodules.index import SPLITS
 from datamodules.stdlib_documents import SOURCE, library_documents, split_of
 from datamodules.storage import LocalFolder, read_index
 from datamodules.token_datamodule import TokenDataModule
-from datamodules.writer import write_corpus
+from datamodules.writer import remove_left_over, write_corpus
 
 
 class PythonStdlib(TokenDataModule):
@@ -46,6 +46,7 @@ class PythonStdlib(TokenDataModule):
         Raises:
             ConfigError: it would be too short for the configuration, or the folder cannot be written to.
         """
+        remove_left_over(self.folder)
         if (self.folder / "index.json").exists():
             read_index(LocalFolder(self.folder))
             return

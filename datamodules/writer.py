@@ -1,14 +1,19 @@
 """Writes a prepared corpus: shards of one length, checksums, document ends, and the index last of all."""
 
+import contextlib
+import fcntl
+import glob
 import json
 import os
 import shutil
 import tempfile
+import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +23,9 @@ from datamodules.shards import sha256_of
 
 PAGE_TOKENS = 1 << 16
 SHARD_TOKENS = 1 << 26  # 128 MiB of uint16
-PROGRESS = "progress.json"
+PROGRESS, LOCK = "progress.json", "lock"
+RANDOM_LETTERS = 8  # at the end of a name that tempfile makes
+OLD_SECONDS = 3600  # after which a folder without a lock is nobody's
 
 
 class GrowingArray:
@@ -73,10 +80,11 @@ class SplitWriter:
     def __init__(
         self, folder: Path, name: str, dtype: str, shard_tokens: int, state: dict[str, Any] | None = None
     ) -> None:
-        state = state or {"num_tokens": 0, "num_documents": 0, "num_bytes": 0, "shards": []}
+        state = state or {"num_tokens": 0, "num_documents": 0, "num_bytes": 0, "lost": 0, "invalid": 0, "shards": []}
         self.folder, self.name, self.dtype, self.shard_tokens = folder, name, dtype, shard_tokens
         self.page_tokens = min(PAGE_TOKENS, shard_tokens)
         self.num_tokens, self.num_bytes = state["num_tokens"], state["num_bytes"]
+        self.lost, self.invalid = state["lost"], state["invalid"]
         self.shards = [ArrayFile(**shard) for shard in state["shards"]]
         rest = self.num_tokens - len(self.shards) * shard_tokens
         self.current = GrowingArray(self._shard_path(), dtype, rest) if rest else None
@@ -84,14 +92,19 @@ class SplitWriter:
         pages = len(self.shards) * shard_tokens // self.page_tokens
         self.checksums = GrowingArray(folder / f"{name}.checksums.npy", "uint32", pages)
 
-    def append(self, tokens: npt.NDArray[Any], ends: npt.NDArray[np.int64], num_bytes: int) -> None:
+    def append(
+        self, tokens: npt.NDArray[Any], ends: npt.NDArray[np.int64], num_bytes: int, lost: int = 0, invalid: int = 0
+    ) -> None:
         """Add tokens.
 
         Args:
             tokens: end-of-document tokens included.
             ends: where among them documents end (position after the end-of-document token).
             num_bytes: of their text.
+            lost: how many of those bytes belong to characters that the tokens do not express.
+            invalid: how many of the others are no UTF-8, and were replaced.
         """
+        self.lost, self.invalid = self.lost + lost, self.invalid + invalid
         self.documents.append(ends + self.num_tokens)
         self.num_bytes += num_bytes
         while len(tokens):
@@ -109,6 +122,7 @@ class SplitWriter:
             if array is not None:
                 array.sync()
         numbers = {"num_tokens": self.num_tokens, "num_documents": self.documents.length, "num_bytes": self.num_bytes}
+        numbers |= {"lost": self.lost, "invalid": self.invalid}
         return {**numbers, "shards": [asdict(shard) for shard in self.shards]}
 
     def close(self) -> SplitIndex:
@@ -116,7 +130,8 @@ class SplitWriter:
             self._close_shard(self.current)
         num_documents = self.documents.length
         documents, checksums = self.documents.close(), self.checksums.close()
-        return SplitIndex(self.num_tokens, num_documents, self.num_bytes, self.shards, documents, checksums)
+        expressed = self.num_bytes - self.lost - self.invalid
+        return SplitIndex(self.num_tokens, num_documents, expressed, self.shards, documents, checksums)
 
     def abandon(self) -> None:
         """Close the files as they are."""
@@ -204,13 +219,64 @@ def write_corpus(
         shard_tokens: length of a shard.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    writer = CorpusWriter(scratch, {**description, "end_of_document": end_of_document}, shard_tokens)
+    remove_left_over(folder)
+    with _own_scratch(folder) as scratch:
+        writer = CorpusWriter(scratch, {**description, "end_of_document": end_of_document}, shard_tokens)
+        try:
+            for name, text, tokens in documents:
+                closed = np.append(tokens, np.array(end_of_document, tokens.dtype))
+                writer.splits[name].append(closed, np.array([len(closed)]), len(text))
+            (scratch / LOCK).unlink()  # no part of the corpus; a folder without one is left alone for OLD_SECONDS
+            writer.finish(folder)
+        finally:
+            writer.abandon()
+
+
+@contextmanager
+def _own_scratch(folder: Path) -> Iterator[Path]:
+    """A folder beside the corpus', which goes at the end; it holds a lock for as long as this process writes to it."""
+    scratch, lock = _locked_folder(folder)
+    with lock:
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _locked_folder(folder: Path) -> tuple[Path, TextIO]:
+    while True:
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        lock = (scratch / LOCK).open("w")
+        # Who removes what was left over may have taken it for that, right between the two calls.
+        if _is_ours(lock) and (scratch / LOCK).exists():
+            return scratch, lock
+        lock.close()
+
+
+def _is_ours(lock: TextIO) -> bool:
     try:
-        for name, text, tokens in documents:
-            closed = np.append(tokens, np.array(end_of_document, tokens.dtype))
-            writer.splits[name].append(closed, np.array([len(closed)]), len(text))
-        writer.finish(folder)
-    finally:
-        writer.abandon()
-        shutil.rmtree(scratch, ignore_errors=True)
+        return _take(lock)
+    except OSError:
+        return True  # a file system without locks, on which nobody removes anything
+
+
+def remove_left_over(folder: Path) -> None:
+    """Remove what killed processes left behind while they wrote the corpus of this folder with `write_corpus`."""
+    for scratch in folder.parent.glob(f".{glob.escape(folder.name)}.{'?' * RANDOM_LETTERS}"):
+        # Where there is no lock, a process may be about to make it; or an earlier version of this module wrote it.
+        with contextlib.suppress(OSError):
+            if (scratch / LOCK).exists():
+                with (scratch / LOCK).open("r+") as lock:
+                    if _take(lock):
+                        shutil.rmtree(scratch)
+            elif time.time() - scratch.stat().st_mtime > OLD_SECONDS:
+                shutil.rmtree(scratch)
+
+
+def _take(file: TextIO) -> bool:
+    """Take the lock for as long as the file is open; False: another process has it. OSError: there are no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

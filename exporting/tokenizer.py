@@ -14,19 +14,21 @@ def to_hugging_face(tokenizer: Any, max_length: int) -> Any:
         tokenizer: one of datamodules.tokenizers.
         max_length: tokens in a sequence of the model's training.
     """
+    from datamodules.tokenizer_file import load_library
     from datamodules.tokenizers import ByteTokenizer, FileTokenizer
 
     if not isinstance(tokenizer, ByteTokenizer | FileTokenizer):
         return None
+    end = tokenizer.end_of_document
     try:
-        from tokenizers import Tokenizer
         from transformers import PreTrainedTokenizerFast
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed: pip install -r requirements-eval.txt") from error
-    library = bytes_as_bpe() if isinstance(tokenizer, ByteTokenizer) else Tokenizer.from_str(tokenizer.content.decode())
+    # Not the file as it is: its truncation, padding and template of special tokens were not used in training.
+    library = bytes_as_bpe() if isinstance(tokenizer, ByteTokenizer) else load_library(tokenizer.content, end)
     return PreTrainedTokenizerFast(
         tokenizer_object=library,
-        eos_token=library.id_to_token(tokenizer.end_of_document),
+        eos_token=library.id_to_token(end),
         model_max_length=max_length,
         split_special_tokens=True,  # a text that spells out such a token gets its letters, as in training
         clean_up_tokenization_spaces=False,

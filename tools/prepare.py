@@ -30,7 +30,8 @@ from datamodules.storage import LocalFolder, read_index
 
 def run_prepare(config: PrepareConfig) -> None:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"))
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("reading", total=None, amount="")
         seen = [0, 0]
 
@@ -40,7 +41,10 @@ def run_prepare(config: PrepareConfig) -> None:
             amount = f"{seen[0] / 1e6:,.1f} MB, {seen[1]:,} documents"
             progress.update(task, description="tokenizing", total=total, completed=seen[0], amount=amount)
 
-        index = prepare(config, report)
+        def say(line: str) -> None:
+            console.print(f"Note: {line}", markup=False, highlight=False, soft_wrap=True)
+
+        index = prepare(config, report, say)
     for name in SPLITS:
         split = index.splits[name]
         print(f"{name}: {split.num_tokens:,} tokens of {split.num_documents:,} documents, {split.num_bytes:,} bytes")

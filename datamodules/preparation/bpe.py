@@ -3,24 +3,28 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from core.errors import ConfigError, Refused, require
-from datamodules.preparation.documents import import_optional
+from core.errors import ConfigError, Refused, one_line, require
+from datamodules.preparation.optional import import_optional
+from datamodules.tokenizer_file import LARGEST_FILE, BadTokenizer, load_library
 from datamodules.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer
 
 END_OF_DOCUMENT = "<|endoftext|>"
 USUAL_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 TRAINING_BYTES = 100_000_000  # of text, from the beginning of the training split; more hardly moves the vocabulary
 SMALLEST = 257  # every byte, and the end of a document
+LARGEST = 1 << 20  # of what is trained here; a larger one comes as a tokenizer.json
 
 
 def wanted_size(tokenizer: str) -> int:
     """`bpe:16384` -> 16384.
 
     Raises:
-        ConfigError: no number, or one too small.
+        ConfigError: no number, or one too small or too large.
     """
     size = tokenizer.removeprefix("bpe:")
-    require(size.isdigit() and int(size) >= SMALLEST, "tokenizer", tokenizer, f"bpe:N with N >= {SMALLEST}")
+    valid = f"bpe:N with N >= {SMALLEST}, and at most {LARGEST:,} (a larger one comes as a tokenizer.json)"
+    is_number = size.isascii() and size.isdecimal() and len(size) <= 20  # int() takes digits of any script
+    require(is_number and SMALLEST <= int(size) <= LARGEST, "tokenizer", tokenizer, valid)
     return int(size)
 
 
@@ -67,9 +71,16 @@ def find_tokenizer(name: str) -> bytes | None:
         try:
             return str(library.Tokenizer.from_pretrained(name.removeprefix("hf:")).to_str(pretty=True)).encode()
         except Exception as error:  # network, no such repository, no tokenizer in it: the library's words say which
-            raise Refused("tokenizer", name, str(error).splitlines()[0]) from error
+            raise Refused("tokenizer", name, one_line(f"{type(error).__name__}: {error}")) from error
     require(Path(name).is_file(), "tokenizer", name, "byte, bpe:SIZE, hf:NAME, or the path of a tokenizer.json")
-    return Path(name).read_bytes()
+    size = Path(name).stat().st_size
+    raised = f"at most {LARGEST_FILE:,} are read (LARGEST_FILE in datamodules/tokenizer_file.py raises it)"
+    if size > LARGEST_FILE:
+        raise Refused("tokenizer", name, f"it has {size:,} bytes; {raised}")
+    try:
+        return Path(name).read_bytes()
+    except OSError as error:
+        raise Refused("tokenizer", name, f"cannot be read ({error.strerror})") from error
 
 
 def make_tokenizer(content: bytes | None, name: str, end_of_document: str | None) -> Tokenizer:
@@ -86,11 +97,11 @@ def make_tokenizer(content: bytes | None, name: str, end_of_document: str | None
     if content is None:
         require(end_of_document is None, "end_of_document", end_of_document, "null: tokenizer=byte has its own")
         return ByteTokenizer()
-    library = import_optional("tokenizers", "tokenizers")
+    import_optional("tokenizers", "tokenizers")
     try:
-        vocabulary = library.Tokenizer.from_str(content.decode()).get_vocab(with_added_tokens=True)
-    except Exception as error:  # the library raises nothing more precise
-        raise Refused("tokenizer", name, f"cannot be read as a tokenizer.json ({error})") from error
+        vocabulary = load_library(content).get_vocab(with_added_tokens=True)
+    except BadTokenizer as error:
+        raise Refused("tokenizer", name, str(error)) from error
     candidates = USUAL_ENDS if end_of_document is None else (end_of_document,)
     found = next((token for token in candidates if token in vocabulary), None)
     if found is None:

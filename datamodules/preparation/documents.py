@@ -1,23 +1,25 @@
-"""Reads documents from files, folders, globs and Hugging Face datasets, as bytes of bounded size."""
+"""Reads documents from files and Hugging Face datasets, as bytes of bounded size."""
 
-import glob
-import gzip
-import io
 import itertools
 import json
+import lzma
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple
 
-from core.errors import ConfigError, Refused, require
+from core.errors import ConfigError, Refused, one_line
+from datamodules.preparation.bounds import Bounds
+from datamodules.preparation.formats import BYTE_ORDER_MARK, COMPRESSIONS, TABLE_SUFFIXES, open_input
+from datamodules.preparation.inputs import HUB, STDLIB, find_names, num_bytes
+from datamodules.preparation.optional import import_optional
+from datamodules.preparation.tables import texts_of_table
 from datamodules.stdlib_documents import library_documents
 
 PIECE_BYTES = 1 << 20  # longer documents come in pieces, so that no file has to fit into memory
-LINE_BYTES = 1 << 28  # of JSON, which is parsed as a whole
-STDLIB = "python_stdlib"
-HUB = "hf:"
+LONGEST_CHARACTER = 4  # bytes, in UTF-8
+DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)  # archives raise any of them
 
 
 class Piece(NamedTuple):
@@ -34,164 +36,210 @@ class Piece(NamedTuple):
     key: bytes | None = None
 
 
+@dataclass
+class Tally:
+    """Counts what was read, for what has to be said about it.
+
+    Attributes:
+        null: records whose text is null; they are left out.
+        empty: records whose text is empty; they are left out.
+        text_files: files that were read as plain text.
+        separators: where the separator stood in them.
+        carriage_returns: whether one of them has a line that ends with a carriage return.
+        tables_as_text: names of files of comma- or tab-separated values that were read as plain text.
+    """
+
+    null: int = 0
+    empty: int = 0
+    text_files: int = 0
+    separators: int = 0
+    carriage_returns: bool = False
+    tables_as_text: list[str] = field(default_factory=list)
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What is read, and how.
 
     Args:
-        names: paths of files, in order; or one `hf:NAME`, or `python_stdlib`.
+        names: paths of files, in order; or `hf:NAME`, or `python_stdlib`.
         text_field: field of a JSON line, column of a table, that holds the text.
         separator: in text files, what stands between two documents; None: a file is a document.
+        format: one of formats.FORMATS.
+        bounds: that hold for each file.
+        repeated: how many further names there were of files that are among `names`.
     """
 
     names: tuple[str, ...]
-    text_field: str
-    separator: str | None
-
-    def fingerprint(self) -> list[list[Any]]:
-        """[name, size in bytes] of each; a preparation that goes on must find the same."""
-        return [[name, Path(name).stat().st_size if Path(name).is_file() else None] for name in self.names]
+    text_field: str = "text"
+    separator: str | None = None
+    format: str = "auto"
+    bounds: Bounds = field(default_factory=Bounds)
+    repeated: int = 0
 
     @property
     def num_bytes(self) -> int | None:
         """Of text; None where only reading tells."""
-        if all(_kind(Path(name)) == "text" and Path(name).is_file() for name in self.names):
-            return sum(Path(name).stat().st_size for name in self.names)
-        return None
+        suffixes = {suffix.lower() for name in self.names for suffix in Path(name).suffixes[-2:]}
+        return None if suffixes & {*COMPRESSIONS, *TABLE_SUFFIXES} else num_bytes(self.names)
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self, tally: Tally | None = None) -> Iterator[Piece]:
         """All documents, in an order that never changes.
 
+        Args:
+            tally: is added to.
+
         Raises:
-            ConfigError: a file is not what its name says, a field is missing, or a library is not installed.
+            ConfigError: a file is not what its name says, a field is missing, a bound is passed, or a library is not
+                installed.
         """
+        tally = tally or Tally()
         for name in self.names:
             if name == STDLIB:
                 yield from (
                     piece._replace(key=path.encode()) for path, text in library_documents() for piece in cut(text)
                 )
             elif name.startswith(HUB):
-                yield from itertools.chain.from_iterable(map(cut, self._from_hub(name.removeprefix(HUB))))
+                yield from self._cut_all(self._from_hub(name.removeprefix(HUB)), tally)
             else:
-                yield from self._from_file(Path(name))
+                try:
+                    yield from self._from_file(Path(name), tally)
+                except DAMAGED as error:
+                    raise Refused("input", name, f"cannot be read ({error})") from error
 
-    def _from_file(self, path: Path) -> Iterator[Piece]:
-        read = {"parquet": self._from_parquet, "jsonl": self._from_lines}.get(_kind(path), self._from_text)
-        try:
-            yield from read(path)
-        except (OSError, EOFError, zlib.error) as error:  # damaged archives raise any of them
-            raise Refused("input", str(path), f"cannot be read ({error})") from error
+    def _from_file(self, path: Path, tally: Tally) -> Iterator[Piece]:
+        kind, file = open_input(path, self.format, self.text_field, self.bounds)
+        with file:
+            if kind == "parquet":
+                yield from self._cut_all(texts_of_table(path, self.text_field, self.bounds), tally)
+            elif kind == "lines":
+                yield from self._cut_all(self._from_lines(file, path), tally)
+            elif kind == "document":
+                yield from self._cut_all(self._from_document(file, path), tally)
+            else:
+                tally.text_files += 1
+                if path.suffix.lower() in (".csv", ".tsv"):
+                    tally.tables_as_text.append(str(path))
+                yield from _split_text(_without_mark(file), self.separator.encode() if self.separator else None, tally)
 
-    def _from_text(self, path: Path) -> Iterator[Piece]:
-        with _open(path) as file:
-            yield from _split_text(file, self.separator.encode() if self.separator else None)
+    def _cut_all(self, texts: Iterator[bytes | None], tally: Tally) -> Iterator[Piece]:
+        for text in texts:
+            if text is None:
+                tally.null += 1
+            elif not text:
+                tally.empty += 1
+            else:
+                yield from cut(text)
 
-    def _from_lines(self, path: Path) -> Iterator[Piece]:
-        with _open(path) as file:
-            for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES + 1), b""), start=1):
-                if len(line) > LINE_BYTES:
-                    raise Refused(
-                        "input", f"{path}, line {number}", f"a line of JSON is longer than {LINE_BYTES:,} bytes"
-                    )
-                if line.strip():
-                    yield from cut(self._from_json(line, f"{path}, line {number}"))
+    def _from_lines(self, file: BinaryIO, path: Path) -> Iterator[bytes | None]:
+        limit = self.bounds.record_bytes
+        for number, line in enumerate(iter(lambda: file.readline(limit + 1), b""), start=1):
+            where = f"{path}, line {number}"
+            self.bounds.check_record(len(line), where, "a line of JSON")
+            if line.strip():
+                yield self._text_of(_parse(line, where, "this line"), where)
 
-    def _from_json(self, line: bytes, where: str) -> bytes:
-        try:
-            content = json.loads(line)
-        except ValueError as error:
-            raise Refused("input", where, f"this line is no JSON ({error})") from error
-        text = content.get(self.text_field) if isinstance(content, dict) else None
+    def _from_document(self, file: BinaryIO, path: Path) -> Iterator[bytes | None]:
+        """The elements of a list, or the one object that there is."""
+        text = file.read(self.bounds.record_bytes + 1)
+        self.bounds.check_record(len(text), str(path), "a JSON document that is not in lines")
+        content = _parse(text, str(path), "the file")
+        if not isinstance(content, list):
+            yield self._text_of(content, str(path))
+            return
+        for number, element in enumerate(content, start=1):
+            yield self._text_of(element, f"{path}, element {number}")
+
+    def _text_of(self, content: Any, where: str) -> bytes | None:
+        """The text of a record; None: it is null."""
+        text = content.get(self.text_field, self) if isinstance(content, dict) else self
+        if text is None:
+            return None
         if not isinstance(text, str):
-            found = ", ".join(content) if isinstance(content, dict) else type(content).__name__
-            raise ConfigError("text_field", self.text_field, f"a field with text; {where} has {found}")
+            raise ConfigError("text_field", self.text_field, f"a field with text; {where} {_fields(content, text)}")
         return text.encode("utf-8", "surrogatepass")
 
-    def _from_parquet(self, path: Path) -> Iterator[Piece]:
-        parquet = import_optional("pyarrow.parquet", "pyarrow")
-        try:
-            table = parquet.ParquetFile(path)
-        except ValueError as error:  # pyarrow's word for a file that is none
-            raise Refused("input", str(path), f"cannot be read as parquet ({error})") from error
-        with table:
-            columns = table.schema_arrow.names
-            valid = f"a column of {path}: one of {', '.join(columns)}"
-            require(self.text_field in columns, "text_field", self.text_field, valid)
-            for batch in table.iter_batches(batch_size=256, columns=[self.text_field]):
-                for text in batch.column(0).to_pylist():
-                    yield from cut((text or "").encode("utf-8", "surrogatepass"))
-
-    def _from_hub(self, name: str) -> Iterator[bytes]:
+    def _from_hub(self, name: str) -> Iterator[bytes | None]:
         datasets = import_optional("datasets", "datasets")
         dataset, _, subset = name.partition(":")
         try:
-            rows = datasets.load_dataset(dataset, subset or None, split="train", streaming=True)
+            rows = iter(datasets.load_dataset(dataset, subset or None, split="train", streaming=True))
+            number, row = 0, next(rows, None)
         except Exception as error:  # the library raises whatever its file systems do
-            raise Refused("input", f"{HUB}{name}", f"{type(error).__name__}: {error}".splitlines()[0]) from error
-        for row in rows:
-            valid = f"a column of {name}: one of {', '.join(row)}"
-            require(isinstance(row.get(self.text_field), str), "text_field", self.text_field, valid)
-            yield row[self.text_field].encode("utf-8", "surrogatepass")
+            raise Refused("input", f"{HUB}{name}", one_line(f"{type(error).__name__}: {error}")) from error
+        while row is not None:
+            number += 1
+            text = self._text_of(row, f"row {number} of {name}")
+            self.bounds.check_record(len(text or b""), f"{HUB}{name}, row {number}", "a text")
+            yield text
+            try:
+                row = next(rows, None)
+            except Exception as error:
+                raise Refused("input", f"{HUB}{name}", one_line(f"{type(error).__name__}: {error}")) from error
 
 
-def find_inputs(patterns: Iterable[str], text_field: str, separator: str | None) -> Inputs:
-    """Expand folders (every file below, hidden ones left out) and globs; files come in order of their paths.
+def find_inputs(
+    patterns: Iterable[str],
+    text_field: str = "text",
+    separator: str | None = None,
+    format: str = "auto",
+    bounds: Bounds | None = None,
+) -> Inputs:
+    """Expand folders and globs: inputs.find_names.
 
     Raises:
-        ConfigError: a pattern that matches nothing.
+        ConfigError: a pattern that matches nothing, or that names something that has no end.
     """
-    names: list[str] = []
-    for pattern in patterns:
-        if pattern == STDLIB or pattern.startswith(HUB):
-            names.append(pattern)
-            continue
-        found = [pattern] if Path(pattern).exists() else _glob(pattern)
-        below = itertools.chain.from_iterable(
-            Path(path).rglob("*") if Path(path).is_dir() else [Path(path)] for path in found
-        )
-        files = sorted(str(path) for path in below if _is_meant(path, pattern) and not _hidden(path, found))
-        require(bool(files), "input", pattern, f"a file, a folder with files, a glob, {HUB}NAME or {STDLIB}")
-        names += files
-    return Inputs(tuple(dict.fromkeys(names)), text_field, separator)
+    names, repeated = find_names(patterns)
+    return Inputs(names, text_field, separator, format, bounds or Bounds(), repeated)
 
 
-def _is_meant(path: Path, pattern: str) -> bool:
-    """Of a folder or a pattern plain files; a pipe only where it is named itself."""
-    return path.is_file() or (str(path) == pattern and path.exists() and not path.is_dir())
+def _fields(content: Any, text: object) -> str:
+    """What a record has instead of a text, in words."""
+    if not isinstance(content, dict):
+        return f"is a {type(content).__name__}"
+    names = ", ".join(map(str, itertools.islice(content, 20))) or "none"
+    is_there = not isinstance(text, Inputs)
+    return f"has a {type(text).__name__} there" if is_there else f"has {names}{', ...' * (len(content) > 20)}"
 
 
-def _glob(pattern: str) -> list[str]:
-    """glob.glob, but `**` follows no symbolic links, which may lead round in circles."""
-    if "**" not in Path(pattern).parts:
-        return glob.glob(pattern)
-    above, _, below = pattern.partition("**")
-    roots = [Path(root) for root in glob.glob(above)] if above else [Path()]
-    found = [path for root in roots for path in root.glob(f"**{below}") if not _hidden(path, [str(root)])]
-    return [str(path) for path in found if not (path.is_symlink() and path.is_dir())]  # which Python 3.13 gives too
+def _parse(text: bytes, where: str, what: str) -> Any:
+    try:
+        return json.loads(text.removeprefix(BYTE_ORDER_MARK))
+    except RecursionError as error:
+        raise Refused("input", where, "JSON nested deeper than the parser goes, some 1,000 levels") from error
+    except ValueError as error:
+        raise Refused("input", where, f"{what} is no JSON ({error})") from error
 
 
-def _hidden(path: Path, roots: list[str]) -> bool:
-    """Whether a part of the path below the folder that was asked for begins with a dot."""
-    root = next((Path(root) for root in roots if path.is_relative_to(root)), Path())
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
+def _without_mark(file: BinaryIO) -> BinaryIO:
+    """The file behind the byte order mark that some editors put in front of UTF-8."""
+    peek: Any = file
+    if bytes(peek.peek(len(BYTE_ORDER_MARK))[: len(BYTE_ORDER_MARK)]) == BYTE_ORDER_MARK:
+        file.read(len(BYTE_ORDER_MARK))
+    return file
 
 
 def cut(text: bytes) -> Iterator[Piece]:
-    """A document in pieces; nothing of an empty one."""
-    while len(text) > PIECE_BYTES:
-        place = _cutting_place(text[:PIECE_BYTES])
-        yield Piece(text[:place], ends=False)
-        text = text[place:]
-    if text:
-        yield Piece(text, ends=True)
+    """Yield a document in pieces; nothing of an empty one."""
+    start = 0
+    while len(text) - start > PIECE_BYTES:
+        block = text[start : start + PIECE_BYTES]
+        place = _cutting_place(block)
+        yield Piece(block[:place], ends=False)
+        start += place
+    if start < len(text):
+        yield Piece(text[start:], ends=True)
 
 
-def _split_text(file: BinaryIO, separator: bytes | None) -> Iterator[Piece]:
+def _split_text(file: BinaryIO, separator: bytes | None, tally: Tally) -> Iterator[Piece]:
     rest, is_open = b"", False  # is_open: a piece of this document was handed out already
     while block := file.read(PIECE_BYTES):
+        tally.carriage_returns = tally.carriage_returns or b"\r\n" in block
         rest += block
         if separator:
             *documents, rest = rest.split(separator)
+            tally.separators += len(documents)
             for document in documents:
                 yield from [Piece(b"", ends=True)] if is_open and not document else cut(document)
                 is_open = False
@@ -206,45 +254,15 @@ def _split_text(file: BinaryIO, separator: bytes | None) -> Iterator[Piece]:
 
 
 def _cutting_place(text: bytes) -> int:
-    """After the last line; failing that, before the last character, which may not be whole."""
-    place = text.rfind(b"\n") + 1
-    if place == 0:
-        place = len(text) - 1
-        while place > 1 and text[place] & 0xC0 == 0x80:
-            place -= 1
-    return place
+    """After the last line; failing that, before the last character, which may not be whole.
 
-
-def _kind(path: Path) -> str:
-    suffixes = [suffix for suffix in path.suffixes if suffix not in (".gz", ".zst")]
-    if suffixes[-1:] == [".parquet"]:
-        return "parquet"
-    if suffixes[-1:] in ([".jsonl"], [".ndjson"]):
-        return "jsonl"
-    return "text" if len(suffixes) == len(path.suffixes) else "compressed text"
-
-
-def _open(path: Path) -> BinaryIO:
-    if path.suffix == ".gz":
-        return cast(BinaryIO, gzip.open(path, "rb"))
-    if path.suffix == ".zst":
-        # Unlike the zstandard package's readers, pyarrow's says when the file ends too early.
-        return cast(
-            BinaryIO, io.BufferedReader(import_optional("pyarrow", "pyarrow").input_stream(path, compression="zstd"))
-        )
-    return path.open("rb")
-
-
-def import_optional(module: str, package: str) -> Any:
-    """A module of requirements-data.txt.
-
-    Raises:
-        Refused: it is not installed; says how.
+    Bytes that are no text may have no beginning of a character anywhere: only as many are looked at as a character has,
+    so that every piece is about as long as the text is.
     """
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        remedy = f"{package} is not installed: pip install -r requirements-data.txt"
-        raise Refused("input", package, remedy) from error
+    place = text.rfind(b"\n") + 1
+    if place > 0:
+        return place
+    for place in range(len(text) - 1, max(len(text) - 1 - LONGEST_CHARACTER, 0), -1):
+        if text[place] & 0xC0 != 0x80:
+            return place
+    return len(text)

@@ -2,14 +2,16 @@
 
 import multiprocessing
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from core.errors import UserError
 from core.signals import held_back, obey_parent_alone
 from datamodules.index import SPLITS
 from datamodules.tokenizers import Tokenizer
@@ -18,19 +20,27 @@ UNIT_BYTES, UNIT_PIECES = 1 << 20, 256  # what one process gets at a time
 
 
 class SplitPiece(NamedTuple):
-    """A piece of a document that goes into this split."""
+    """A piece of a document that goes into this split; `begins` and `ends` are true where the document does."""
 
     split: str
     text: bytes
     ends: bool
+    begins: bool = True
 
 
 class Encoded(NamedTuple):
-    """What SplitWriter.append takes."""
+    """What SplitWriter.append takes, and which characters were lost, with how often."""
 
     tokens: npt.NDArray[Any]
     ends: npt.NDArray[np.int64]
     num_bytes: int
+    lost: int
+    invalid: int
+    characters: Counter[str]
+
+
+class WorkerDied(UserError):
+    """A process that tokenizes is gone."""
 
 
 Unit = list[SplitPiece]
@@ -53,7 +63,9 @@ def units(pieces: Iterable[SplitPiece]) -> Iterator[Unit]:
 
 def encode(unit: Unit, tokenizer: Tokenizer) -> dict[str, Encoded]:
     """The tokens of a unit, split by split."""
-    arrays = tokenizer.encode_batch([piece.text for piece in unit])
+    texts = [piece.text for piece in unit]
+    arrays = tokenizer.encode_batch(texts, [not piece.begins for piece in unit])
+    losses = tokenizer.measure(texts, arrays)
     out = {}
     for name in SPLITS:
         here = [(piece, tokens) for piece, tokens in zip(unit, arrays, strict=True) if piece.split == name]
@@ -62,7 +74,13 @@ def encode(unit: Unit, tokenizer: Tokenizer) -> dict[str, Encoded]:
             ends = np.cumsum([len(tokens) + piece.ends for piece, tokens in here])
             parts = [part for piece, tokens in here for part in ((tokens, closing) if piece.ends else (tokens,))]
             kept = ends[[piece.ends for piece, _ in here]].astype(np.int64)
-            out[name] = Encoded(np.concatenate(parts), kept, sum(len(piece.text) for piece, _ in here))
+            size = sum(len(piece.text) for piece, _ in here)
+            loss = [loss for piece, loss in zip(unit, losses, strict=True) if piece.split == name]
+            lost, invalid = sum(each.lost for each in loss), sum(each.invalid for each in loss)
+            characters: Counter[str] = Counter()
+            for each in loss:
+                characters.update(dict(each.characters))
+            out[name] = Encoded(np.concatenate(parts), kept, size, lost, invalid, characters)
     return out
 
 
@@ -86,6 +104,11 @@ def encode_all(work: Iterable[Unit], tokenizer: Tokenizer, processes: int) -> It
             while pending:
                 done, future = pending.popleft()
                 yield done, future.result()
+        except BrokenProcessPool as error:
+            died = f"one of {processes} processes died, for want of memory perhaps"
+            raise WorkerDied(
+                f"{died}; the same command goes on from where it was, with processes=1 in less memory"
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 

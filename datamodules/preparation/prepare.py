@@ -5,8 +5,10 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,11 +19,15 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from core.errors import ConfigError, UserError, require, writing
-from datamodules.index import Index
+from core.errors import ConfigError, Refused, require, writing
+from datamodules.expression import most_frequent
+from datamodules.index import SPLITS, Index
+from datamodules.preparation.bounds import Bounds
 from datamodules.preparation.bpe import find_tokenizer, make_tokenizer, train_bpe, wanted_size
-from datamodules.preparation.documents import Inputs, find_inputs
-from datamodules.preparation.encoding import SplitPiece, encode_all, units
+from datamodules.preparation.documents import Inputs, Tally, find_inputs
+from datamodules.preparation.encoding import SplitPiece, WorkerDied, encode_all, units
+from datamodules.preparation.formats import FORMATS
+from datamodules.preparation.inputs import fingerprint, legacy_fingerprint
 from datamodules.stdlib_documents import SOURCE, split_of
 from datamodules.storage import LocalFolder, read_index
 from datamodules.tokenizers import Tokenizer
@@ -29,6 +35,10 @@ from datamodules.writer import PAGE_TOKENS, SHARD_TOKENS, CorpusWriter
 
 CHECKPOINT_SECONDS = 2.0
 SETTINGS, TOKENIZER, LOCK = "settings.json", "tokenizer.json", "lock"
+SAID_LOSS = 0.001  # share of the text that may be missing in the tokens before it is said
+EARLY_BYTES = 16_000_000  # of text after which a loss is said while there may be much more to read
+NOT_IN_RESULT = ("output", "processes", "max_lost", "max_record_mb", "max_expansion")
+ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "f": "\f", "v": "\v", "0": "\0", "\\": "\\"}
 
 
 @dataclass(frozen=True)
@@ -39,11 +49,15 @@ class PrepareConfig:
     output: str  # the corpus' folder
     tokenizer: str = "byte"  # byte, bpe:SIZE (trained here), hf:NAME, or the path of a tokenizer.json
     text_field: str = "text"  # of JSON lines, parquet files and datasets
+    format: str = "auto"  # auto: by content and name; text, json or parquet: every file is that
     separator: str | None = None  # in text files, between two documents (\n\n); null: a file is a document
     validation: float = 0.05  # share of the documents, chosen by a hash of their text
     end_of_document: str | None = None  # the token that closes documents; null: the tokenizer's usual one
     processes: int | None = None  # null: one a core
     shard_tokens: int = SHARD_TOKENS  # length of a shard
+    max_lost: float = 0.01  # share of the text that may be missing in the tokens
+    max_record_mb: int = 64  # the largest line of JSON, JSON document or cell of a table, in 10^6 bytes
+    max_expansion: int = 200  # how many times its size a compressed file or a table may become
 
     def __post_init__(self) -> None:
         require(0 < self.validation < 1, "validation", self.validation, "a number in (0, 1)")
@@ -53,6 +67,10 @@ class PrepareConfig:
             self.shard_tokens > 0 and self.shard_tokens % PAGE_TOKENS == 0, "shard_tokens", self.shard_tokens, valid
         )
         require(self.separator != "", "separator", self.separator, "text, or null")
+        require(self.format in FORMATS, "format", self.format, f"one of {', '.join(FORMATS)}")
+        require(0 <= self.max_lost <= 1, "max_lost", self.max_lost, "a number in [0, 1]")
+        require(1 <= self.max_record_mb <= 2000, "max_record_mb", self.max_record_mb, "an integer in [1, 2000]")
+        require(1 <= self.max_expansion <= 10**9, "max_expansion", self.max_expansion, "an integer in [1, 10^9]")
         if self.tokenizer.startswith("bpe:"):
             wanted_size(self.tokenizer)
 
@@ -61,40 +79,139 @@ Report = Callable[[int, int, int | None], None]
 """Is told (bytes of text, documents, bytes in all or None) each time some are done."""
 
 
-def prepare(config: PrepareConfig, report: Report = lambda *_: None) -> Index:
+Say = Callable[[str], None]
+"""Is told, in a line, what the user should know about the input or the result."""
+
+
+def prepare(config: PrepareConfig, report: Report = lambda *_: None, say: Say = lambda _: None) -> Index:
     """Write the corpus, or go on where an earlier, interrupted call stopped; one that is there already stays.
 
     Raises:
         ConfigError: a setting that cannot work, or a folder that holds something else.
     """
-    separator = config.separator.replace("\\n", "\n").replace("\\t", "\t") if config.separator else None
-    inputs = find_inputs([part.strip() for part in config.input.split(",")], config.text_field, separator)
+    bounds = Bounds(config.max_record_mb, config.max_expansion)
+    patterns = [part.strip() for part in config.input.split(",")]
+    separator = unescape(config.separator) if config.separator else None
+    inputs = find_inputs(patterns, config.text_field, separator, config.format, bounds)
     given = find_tokenizer(config.tokenizer) if not config.tokenizer.startswith("bpe:") else None
-    settings = {key: value for key, value in asdict(config).items() if key not in ("output", "processes")}
-    made = {"settings": settings, "inputs_sha256": sha256(json.dumps(inputs.fingerprint()).encode()).hexdigest()}
+    found = fingerprint(inputs.names)
+    made = {
+        "settings": {key: value for key, value in asdict(config).items() if key not in NOT_IN_RESULT},
+        "inputs_sha256": _sha256(found),
+        "given_tokenizer_sha256": sha256(given).hexdigest() if given is not None else None,
+    }
     output = Path(config.output)
     if (output / "index.json").exists():
         index = read_index(LocalFolder(output))
-        there = {key: index.made.get(key) for key in made}
-        require(there == made, "output", str(output), "a new folder: the corpus in this one was made in another way")
+        if changed := _changed(index, made, inputs):
+            valid = f"a new folder: the corpus in this one was made in another way ({changed})"
+            raise ConfigError("output", str(output), valid)
+        say(f"{output} was there already, made by this command from these inputs: nothing was read or written")
         return index
     valid = "a new folder, or one with a prepared corpus"
     require(not output.exists() or (output.is_dir() and not any(output.iterdir())), "output", str(output), valid)
     with writing("output", output), _scratch(output, made) as scratch:
         tokenizer, content = _tokenizer(config, inputs, given, scratch)
-        description = _describe(config, tokenizer, content, made)
-        writer = CorpusWriter(scratch, description, config.shard_tokens)
+        writer = CorpusWriter(scratch, _describe(config, tokenizer, content, made), config.shard_tokens)
         try:
-            _write(writer, inputs, tokenizer, config, report)
+            tally, characters = _write(writer, inputs, tokenizer, config, report, say)
             for name, split in writer.splits.items():
                 valid = f"a share that gives {name} documents too (separator=... cuts text files into documents)"
                 require(split.num_tokens > 0, "validation", config.validation, valid)
+            if fingerprint(inputs.names) != found:
+                raise Refused("input", config.input, "a file of it was changed while it was read; start again")
+            _check_loss(writer, config, characters, say)
+            writer.description["made"] |= {
+                "left_out": {"null": tally.null, "empty": tally.empty},
+                "lost": {
+                    name: {"of_bytes": split.num_bytes, "lost": split.lost, "invalid": split.invalid}
+                    for name, split in writer.splits.items()
+                },
+            }
             (scratch / SETTINGS).unlink()
             index = writer.finish(output)
             (output / LOCK).unlink(missing_ok=True)  # not before: whoever came meanwhile would take it, and clean up
-            return index
         finally:
             writer.abandon()
+    _tell(tally, inputs, config, say)
+    return index
+
+
+def unescape(text: str) -> str:
+    r"""The text with \n, \t, \r, \f, \v, \0, \\ and \xHH, \uHHHH as the characters that they stand for."""
+
+    def character(found: re.Match[str]) -> str:
+        name = found[1]
+        return ESCAPES[name] if name in ESCAPES else chr(int(name[1:], 16))
+
+    return re.sub(r"\\([ntrfv0\\]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4})", character, text)
+
+
+def _sha256(content: Any) -> str:
+    return sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _changed(index: Index, made: dict[str, Any], inputs: Inputs) -> str | None:
+    """In which way a corpus was made otherwise, in words; None: in none that can be seen."""
+    there: dict[str, Any] = index.made if isinstance(index.made, dict) else {}
+    before, now = there.get("settings"), made["settings"]
+    if not isinstance(before, dict):
+        return "its index does not say how"
+    before = {"format": "auto", **before}  # which indexes of old do not have
+    for name in now:
+        if before.get(name) != now[name]:
+            return f"with {name}={before.get(name)!r}"
+    is_old = "given_tokenizer_sha256" not in there
+    if there.get("inputs_sha256") != (_sha256(legacy_fingerprint(inputs.names)) if is_old else made["inputs_sha256"]):
+        return "from other inputs: a file's size or time of change is another, or there are more or fewer of them"
+    expected = made["given_tokenizer_sha256"]
+    if expected is not None and index.tokenizer_sha256 != expected:
+        return "with another content of the tokenizer's file"
+    return None
+
+
+def _check_loss(writer: CorpusWriter, config: PrepareConfig, characters: Counter[str], say: Say) -> None:
+    """Say how much of the text is not in the tokens, and refuse too much of it."""
+    lost, invalid, size = (
+        sum(getattr(split, name) for split in writer.splits.values()) for name in ("lost", "invalid", "num_bytes")
+    )
+    line = describe_loss(lost, invalid, size, characters)
+    share = (lost + invalid) / max(size, 1)
+    if share > config.max_lost:
+        remedy = "take a tokenizer that has bytes, or text in UTF-8"
+        raise Refused("tokenizer", config.tokenizer, f"{line}; {remedy}, or max_lost={_up(share)} allows it")
+    empty = [name for name, split in writer.splits.items() if split.num_bytes == split.lost + split.invalid]
+    if empty:
+        raise Refused("tokenizer", config.tokenizer, f"nothing of the text of {' and '.join(empty)} is in the tokens")
+    if share > SAID_LOSS:
+        say(line)
+
+
+def describe_loss(lost: int, invalid: int, size: int, characters: Counter[str] | None = None) -> str:
+    """How much of a text is not in its tokens."""
+    share = (lost + invalid) / max(size, 1)
+    mostly = f" (mostly {most_frequent(characters)})" if characters else ""
+    unknown = f"{lost:,} bytes of characters that the tokenizer does not have or changes{mostly}"
+    return f"{share:.3%} of the text is not in the tokens: {unknown}, {invalid:,} bytes that are no UTF-8"
+
+
+def _up(share: float) -> float:
+    return min(1.0, math.ceil(share * 100) / 100)
+
+
+def _tell(tally: Tally, inputs: Inputs, config: PrepareConfig, say: Say) -> None:
+    """Say what of the input was left out, or read otherwise than its name may suggest."""
+    if inputs.repeated:
+        say(f"{inputs.repeated:,} files were named more than once (by another path or a link); each was read once")
+    if tally.null or tally.empty:
+        say(f"left out: {tally.null:,} records whose {config.text_field} is null, {tally.empty:,} where it is empty")
+    if tally.tables_as_text:
+        say(f"{len(tally.tables_as_text):,} files were read as plain text, such as {tally.tables_as_text[0]}")
+    if config.separator is not None and not tally.text_files:
+        say(f"separator={config.separator!r} was not used: no input is a text file")
+    elif config.separator is not None and not tally.separators:
+        ends = r"; their lines end with \r\n" if tally.carriage_returns else ""
+        say(f"separator={config.separator!r} stands nowhere in the text files: each was one document{ends}")
 
 
 @contextmanager
@@ -110,21 +227,34 @@ def _scratch(output: Path, made: dict[str, Any]) -> Iterator[Path]:
             ours = False
         require(ours, "output", str(output), "a folder that no other process is preparing")
         path = scratch / SETTINGS
-        if path.exists() and json.loads(path.read_text()) != made:
+        before = _read_settings(path)
+        begun = any(file.name not in (LOCK, SETTINGS) for file in scratch.iterdir())
+        if before is not None and before != made and begun:
             valid = f"the settings and input of the unfinished preparation in {scratch}, or that folder deleted"
             raise ConfigError("output", str(output), valid)
-        if not path.exists():  # nothing that can be gone on from
+        if before != made:  # nothing that can be gone on from
             for left_over in scratch.iterdir():
                 if left_over.name != LOCK:
                     left_over.unlink()
             path.write_text(json.dumps(made))
         try:
             yield scratch
-        except UserError:  # it would end there again
+        except (OSError, WorkerDied):  # a full disk, too little memory: another time it goes on
+            raise
+        except Exception:  # it would end there again, and be in the way of another command
             shutil.rmtree(scratch)
             raise
         if output.exists() and _is_at(scratch / LOCK, lock):  # another process was first
             shutil.rmtree(scratch)
+
+
+def _read_settings(path: Path) -> dict[str, Any] | None:
+    """How an unfinished preparation was begun; None: that cannot be told."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content
 
 
 def _is_at(path: Path, file: TextIO) -> bool:
@@ -165,27 +295,49 @@ def _describe(
     }
 
 
-def _split_pieces(inputs: Inputs, validation: float) -> Iterator[SplitPiece]:
+def _split_pieces(inputs: Inputs, validation: float, tally: Tally | None = None) -> Iterator[SplitPiece]:
     """All pieces of a document go where its first one does."""
     split = None
-    for piece in inputs.pieces():
+    for piece in inputs.pieces(tally):
+        begins = split is None
         split = split or split_of(piece.text if piece.key is None else piece.key, validation)
-        yield SplitPiece(split, piece.text, piece.ends)
+        yield SplitPiece(split, piece.text, piece.ends, begins)
         if piece.ends:
             split = None
 
 
-def _write(writer: CorpusWriter, inputs: Inputs, tokenizer: Tokenizer, config: PrepareConfig, report: Report) -> None:
-    pieces = _split_pieces(inputs, config.validation)
+def _write(
+    writer: CorpusWriter, inputs: Inputs, tokenizer: Tokenizer, config: PrepareConfig, report: Report, say: Say
+) -> tuple[Tally, Counter[str]]:
+    """Write all tokens; returns what was read, and which characters were lost."""
+    tally, characters, said = Tally(), Counter[str](), False
+    pieces = _split_pieces(inputs, config.validation, tally)
     done, total = writer.pieces, inputs.num_bytes
     for piece in islice(pieces, done):
         report(len(piece.text), piece.ends, total)
     saved = -math.inf
     for unit, encoded in encode_all(units(pieces), tokenizer, config.processes or os.cpu_count() or 1):
-        for name, part in encoded.items():
-            writer.splits[name].append(*part)
+        for name in SPLITS:
+            if name in encoded:
+                part = encoded[name]
+                writer.splits[name].append(part.tokens, part.ends, part.num_bytes, part.lost, part.invalid)
+                characters.update(part.characters)
         done += len(unit)
         report(sum(len(piece.text) for piece in unit), sum(piece.ends for piece in unit), total)
+        if not said and sum(split.num_bytes for split in writer.splits.values()) > EARLY_BYTES:
+            said = True
+            _say_early(writer, config, characters, say)
         if time.monotonic() - saved > CHECKPOINT_SECONDS:
             writer.checkpoint(done)
             saved = time.monotonic()
+    return tally, characters
+
+
+def _say_early(writer: CorpusWriter, config: PrepareConfig, characters: Counter[str], say: Say) -> None:
+    """Say while much may be left to read that this will be refused unless the rest is better."""
+    lost, invalid, size = (
+        sum(getattr(split, name) for split in writer.splits.values()) for name in ("lost", "invalid", "num_bytes")
+    )
+    if (lost + invalid) / size > config.max_lost:
+        so_far = describe_loss(lost, invalid, size, characters)
+        say(f"so far {so_far}; where it stays above max_lost={config.max_lost}, it will be refused at the end")

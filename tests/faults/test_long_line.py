@@ -19,14 +19,18 @@ PREPARE = """
 import re, sys
 from pathlib import Path
 from datamodules.preparation.prepare import PrepareConfig, prepare
-prepare(PrepareConfig(sys.argv[1], sys.argv[2], separator="|", validation=0.5, processes=1, shard_tokens=1 << 20))
+made = {"separator": "|", "format": "text", "validation": 0.5, "processes": 1, "shard_tokens": 1 << 20}
+prepare(PrepareConfig(sys.argv[1], sys.argv[2], **made))
 # Not resource's ru_maxrss: that begins with the peak of the process that started this one.
 print(int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10)
 """
 
 
 def write_line(path: Path, num_bytes: int) -> None:
-    """Two documents, so that both splits have one; the second is one line of this length, a hole on the disk."""
+    """Two documents, so that both splits have one; the second is one line of this length, a hole on the disk.
+
+    A hole is NUL bytes, which only format="text" takes for text.
+    """
     with path.open("wb") as file:
         file.write(b"first|")
         file.truncate(len(b"first|") + num_bytes)
@@ -65,7 +69,8 @@ def test_a_line_of_two_gibibytes_takes_no_memory(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_gibibytes_of_json_in_one_line_are_refused(tmp_path: Path) -> None:
     with (tmp_path / "a.jsonl").open("wb") as file:
-        file.truncate(2 * GIBIBYTE)
+        for _ in range(2048):
+            file.write(b"a" * MEBIBYTE)
     pieces: Any = find_inputs([str(tmp_path / "a.jsonl")], "text", None).pieces()
-    with pytest.raises(Refused, match="is longer than"):
+    with pytest.raises(Refused, match="is longer than 64,000,000 bytes; max_record_mb=128 allows more"):
         next(pieces)

@@ -2,13 +2,14 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from core.errors import ConfigError, Refused
 from datamodules.index import CorpusError
-from datamodules.preparation import documents
+from datamodules.preparation.bounds import Bounds
 from datamodules.preparation.documents import find_inputs
 from datamodules.preparation.inspect import verify
 from datamodules.preparation.prepare import PrepareConfig, prepare
@@ -73,7 +74,7 @@ def test_any_name_and_any_bytes_become_tokens(tmp_path: Path) -> None:
     texts = tmp_path / "a folder"
     texts.mkdir()
     for number, name in enumerate(["a b.txt", "a\nb.txt", "ü.txt", "'\".txt", "-x.txt", *map(str, range(40))]):
-        (texts / name).write_bytes(bytes([number, 0xFF, 0xFE, 0xC3, 0x28]) * 20)
+        (texts / name).write_bytes(bytes([number + 1, 0xFF, 0xFE, 0xC3, 0x28]) * 20)
     config = PrepareConfig(str(texts), str(tmp_path / "out put\n"), processes=1, validation=0.3)
     index = prepare(config)
     assert sum(split.num_bytes for split in index.splits.values()) == 45 * 100
@@ -89,8 +90,10 @@ def test_an_empty_corpus_is_refused_and_leaves_nothing(tmp_path: Path, content: 
     assert [path.name for path in tmp_path.iterdir()] == ["empty.jsonl"]
 
 
-def test_a_line_of_json_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "LINE_BYTES", 100)
-    (tmp_path / "a.jsonl").write_text('{"text": "' + "a" * 100 + '"}\n')
-    with pytest.raises(Refused, match=r"a\.jsonl, line 1' is not valid: a line of JSON is longer than 100 bytes"):
-        list(find_inputs([str(tmp_path / "a.jsonl")], "text", None).pieces())
+def test_a_line_of_json_has_an_end(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "' + "a" * 1_000_000 + '"}\n')
+    inputs = find_inputs([str(tmp_path / "a.jsonl")], bounds=Bounds(record_mb=1))
+    bound = "a line of JSON is longer than 1,000,000 bytes; max_record_mb=2 allows more"
+    with pytest.raises(Refused, match=rf"a\.jsonl, line 1' is not valid: {bound}"):
+        list(inputs.pieces())
+    assert len(list(replace(inputs, bounds=Bounds(record_mb=2)).pieces())) == 1

@@ -1,0 +1,121 @@
+"""Finds what an input names: files, folders, globs, datasets, the standard library."""
+
+import glob
+import itertools
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from core.errors import Refused, require
+from datamodules.stdlib_documents import SOURCE
+
+STDLIB = "python_stdlib"
+HUB = "hf:"
+
+
+def find_names(patterns: Iterable[str]) -> tuple[tuple[str, ...], int]:
+    """Expand folders (every file below, hidden ones left out) and globs; files come in order of their paths.
+
+    A file that is named more than once, by whatever path or link, is read once.
+
+    Returns:
+        The names, and how many further ones there were of files that are among them.
+
+    Raises:
+        ConfigError: a pattern that matches nothing, or that names something that has no end.
+    """
+    names: dict[Any, str] = {}
+    num_found = 0
+    for pattern in patterns:
+        found = [pattern] if _is_special(pattern) else _files(pattern)
+        num_found += len(found)
+        for name in found:
+            names.setdefault(_identity(name), name)
+    return tuple(names.values()), num_found - len(names)
+
+
+def fingerprint(names: Iterable[str]) -> list[list[Any]]:
+    """[name, size in bytes, time of the last change in ns] of each; a preparation that goes on must find the same.
+
+    Of the standard library its version; of a dataset in a folder its files; of one elsewhere nothing can be told.
+    """
+    return [entry for name in names for entry in _fingerprint(name)]
+
+
+def legacy_fingerprint(names: Iterable[str]) -> list[list[Any]]:
+    """As indexes of before times were noted have it: [name, size in bytes] of each."""
+    return [[name, Path(name).stat().st_size if Path(name).is_file() else None] for name in names]
+
+
+def num_bytes(names: Iterable[str]) -> int | None:
+    """How many there are to read, compressed or not; None where only reading tells."""
+    paths = [Path(name) for name in names]
+    return sum(path.stat().st_size for path in paths) if all(path.is_file() for path in paths) else None
+
+
+def _is_special(name: str) -> bool:
+    return name == STDLIB or name.startswith(HUB)
+
+
+def _identity(name: str) -> Any:
+    """Equal for two names of one file."""
+    if _is_special(name):
+        return name
+    status = os.stat(name)
+    return status.st_dev, status.st_ino
+
+
+def _files(pattern: str) -> list[str]:
+    found = [pattern] if Path(pattern).exists() else _glob(pattern)
+    below = itertools.chain.from_iterable(
+        Path(path).rglob("*") if Path(path).is_dir() else [Path(path)] for path in found
+    )
+    files = sorted(str(path) for path in below if _is_meant(path, pattern) and not _hidden(path, found))
+    require(bool(files), "input", pattern, f"a file, a folder with files, a glob, {HUB}NAME or {STDLIB}")
+    return files
+
+
+def _fingerprint(name: str) -> list[list[Any]]:
+    if name == STDLIB:
+        return [[name, SOURCE, None]]
+    path = Path(name.removeprefix(HUB))
+    if name.startswith(HUB) and path.is_dir():
+        files = sorted(below for below in path.rglob("*") if below.is_file())
+        return [[name, None, None], *(_state(str(file), file) for file in files)]
+    return [_state(name, path)]
+
+
+def _state(name: str, path: Path) -> list[Any]:
+    if not path.is_file():
+        return [name, None, None]
+    status = path.stat()
+    return [name, status.st_size, status.st_mtime_ns]
+
+
+def _is_meant(path: Path, pattern: str) -> bool:
+    """Of a folder or a pattern plain files; a pipe only where it is named itself."""
+    if path.is_file():
+        return True
+    if str(path) != pattern or not path.exists() or path.is_dir():
+        return False
+    if not stat.S_ISFIFO(path.stat().st_mode):
+        raise Refused("input", pattern, "a device or socket, which may have no end; a file, a folder or a pipe is read")
+    return True
+
+
+def _glob(pattern: str) -> list[str]:
+    """glob.glob, but `**` follows no symbolic links, which may lead round in circles."""
+    if "**" not in Path(pattern).parts:
+        return glob.glob(pattern)
+    above, _, below = pattern.partition("**")
+    roots = [Path(root) for root in glob.glob(above)] if above else [Path()]
+    found = [path for root in roots for path in root.glob(f"**{below}") if not _hidden(path, [str(root)])]
+    return [str(path) for path in found if not (path.is_symlink() and path.is_dir())]  # which Python 3.13 gives too
+
+
+def _hidden(path: Path, roots: list[str]) -> bool:
+    """Whether a part of the path below the folder that was asked for begins with a dot."""
+    root = next((Path(root) for root in roots if path.is_relative_to(root)), Path())
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
