@@ -55,6 +55,14 @@ def _counts(string: str) -> dict[int, int]:
     return dict(zip(values.tolist(), counts.tolist(), strict=True))
 
 
-def most_frequent(characters: Counter[str], number: int = 4) -> str:
+def describe_loss(lost: int, invalid: int, size: int, characters: Counter[str] | None = None) -> str:
+    """How much of a text is not in its tokens."""
+    share = (lost + invalid) / max(size, 1)
+    mostly = f" (mostly {_most_frequent(characters)})" if characters else ""
+    unknown = f"{lost:,} bytes of characters that the tokenizer does not have or changes{mostly}"
+    return f"{share:.3%} of the text is not in the tokens: {unknown}, {invalid:,} bytes that are no UTF-8"
+
+
+def _most_frequent(characters: Counter[str], number: int = 4) -> str:
     """The characters that were lost most often, for a message."""
     return ", ".join(repr(character) for character, _ in characters.most_common(number))

@@ -156,7 +156,8 @@ class Inputs:
         if text is None:
             return None
         if not isinstance(text, str):
-            raise ConfigError("text_field", self.text_field, f"a field with text; {where} {_fields(content, text)}")
+            valid = f"a field with text; {where} {_fields(content, text)} (format=text takes JSON for plain text)"
+            raise ConfigError("text_field", self.text_field, valid)
         return text.encode("utf-8", "surrogatepass")
 
     def _from_hub(self, name: str) -> Iterator[bytes | None]:

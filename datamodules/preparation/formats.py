@@ -160,7 +160,9 @@ def _suffix(path: Path) -> str:
 
 
 def _refused(path: Path, what: str) -> Refused:
-    return Refused("input", str(path), f"holds {what}, no text; leave it out, or format=text reads it as it is")
+    return Refused(
+        "input", str(path), f"holds {what}, which is not read; leave it out, or format=text takes it as it is"
+    )
 
 
 class _Counted(io.RawIOBase):

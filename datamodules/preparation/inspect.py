@@ -3,10 +3,12 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from datamodules.index import ArrayFile, CorpusError, Index
+from datamodules.expression import describe_loss
+from datamodules.index import SPLITS, ArrayFile, CorpusError, Index
 from datamodules.shards import Split, sha256_of
 from datamodules.storage import Storage, load, read_index
 from datamodules.tokenizers import read_tokenizer
@@ -17,7 +19,14 @@ CHUNK = 1 << 22  # tokens counted at a time
 
 @dataclass(frozen=True)
 class SplitStatistics:
-    """What a split holds; document lengths in tokens."""
+    """What a split holds; document lengths in tokens.
+
+    Attributes:
+        num_bytes: of the text, without what is not in the tokens.
+        unknown_tokens: how many tokens stand for what the vocabulary does not have.
+        lost_bytes: of characters that are not in the tokens, as the preparation measured it; -1: it did not yet.
+        invalid_bytes: that were no UTF-8 and were replaced; -1 likewise.
+    """
 
     num_tokens: int
     num_documents: int
@@ -27,6 +36,9 @@ class SplitStatistics:
     median_length: float
     longest: int
     distinct_tokens: int
+    unknown_tokens: int
+    lost_bytes: int
+    invalid_bytes: int
     samples: list[str]
 
 
@@ -69,7 +81,30 @@ def statistics(storage: Storage, name: str) -> SplitStatistics:
     samples = [tokenizer.decode(split.slice(begin, begin + SAMPLE_TOKENS).tolist()) for begin in begins.tolist()]
     sizes = (split.num_bytes / split.num_tokens, float(np.median(lengths)), int(lengths.max()))
     numbers = (split.num_tokens, files.num_documents, split.num_bytes, len(files.shards))
-    return SplitStatistics(*numbers, *sizes, int((counts > 0).sum()), samples)
+    unknown = getattr(tokenizer, "unknown", None)
+    num_unknown = int(counts[unknown]) if unknown is not None else 0
+    loss = measured_loss(index, name) or {"lost": -1, "invalid": -1}
+    found = (int((counts > 0).sum()), num_unknown, loss["lost"], loss["invalid"])
+    return SplitStatistics(*numbers, *sizes, *found, samples)
+
+
+def measured_loss(index: Index, name: str) -> dict[str, int] | None:
+    """How many bytes of a split's text (`of_bytes`) are `lost` or `invalid`; None: its preparation did not measure it."""
+    made: Any = index.made
+    loss = made["lost"].get(name) if isinstance(made, dict) and isinstance(made.get("lost"), dict) else None
+    keys = ("of_bytes", "lost", "invalid")
+    whole = isinstance(loss, dict) and all(type(loss.get(key)) is int and loss[key] >= 0 for key in keys)
+    return {key: loss[key] for key in keys} if whole else None
+
+
+def describe_losses(index: Index) -> str:
+    """How much of the text of both splits is not in the tokens."""
+    losses = [measured_loss(index, name) for name in SPLITS]
+    known = [loss for loss in losses if loss is not None]
+    if len(known) < len(losses):
+        return "how much of the text is not in the tokens was not measured when this corpus was prepared"
+    lost, invalid, size = (sum(loss[key] for loss in known) for key in ("lost", "invalid", "of_bytes"))
+    return describe_loss(lost, invalid, size)
 
 
 def describe(index: Index) -> list[tuple[str, str]]:
@@ -78,5 +113,6 @@ def describe(index: Index) -> list[tuple[str, str]]:
         ("source", index.source),
         ("tokenizer", f"{index.tokenizer}, {index.vocab_size:,} tokens, end of document {index.end_of_document}"),
         ("stored as", f"{index.dtype}, shards of {index.shard_tokens:,} tokens"),
+        ("text", describe_losses(index)),
         ("made", json.dumps(index.made)),
     ]

@@ -20,7 +20,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from core.errors import ConfigError, Refused, require, writing
-from datamodules.expression import most_frequent
+from datamodules.expression import describe_loss
 from datamodules.index import SPLITS, Index
 from datamodules.preparation.bounds import Bounds
 from datamodules.preparation.bpe import find_tokenizer, make_tokenizer, train_bpe, wanted_size
@@ -115,6 +115,7 @@ def prepare(config: PrepareConfig, report: Report = lambda *_: None, say: Say = 
         writer = CorpusWriter(scratch, _describe(config, tokenizer, content, made), config.shard_tokens)
         try:
             tally, characters = _write(writer, inputs, tokenizer, config, report, say)
+            _tell(tally, inputs, config, say)
             for name, split in writer.splits.items():
                 valid = f"a share that gives {name} documents too (separator=... cuts text files into documents)"
                 require(split.num_tokens > 0, "validation", config.validation, valid)
@@ -133,7 +134,6 @@ def prepare(config: PrepareConfig, report: Report = lambda *_: None, say: Say = 
             (output / LOCK).unlink(missing_ok=True)  # not before: whoever came meanwhile would take it, and clean up
         finally:
             writer.abandon()
-    _tell(tally, inputs, config, say)
     return index
 
 
@@ -187,14 +187,6 @@ def _check_loss(writer: CorpusWriter, config: PrepareConfig, characters: Counter
         say(line)
 
 
-def describe_loss(lost: int, invalid: int, size: int, characters: Counter[str] | None = None) -> str:
-    """How much of a text is not in its tokens."""
-    share = (lost + invalid) / max(size, 1)
-    mostly = f" (mostly {most_frequent(characters)})" if characters else ""
-    unknown = f"{lost:,} bytes of characters that the tokenizer does not have or changes{mostly}"
-    return f"{share:.3%} of the text is not in the tokens: {unknown}, {invalid:,} bytes that are no UTF-8"
-
-
 def _up(share: float) -> float:
     return min(1.0, math.ceil(share * 100) / 100)
 
@@ -202,11 +194,11 @@ def _up(share: float) -> float:
 def _tell(tally: Tally, inputs: Inputs, config: PrepareConfig, say: Say) -> None:
     """Say what of the input was left out, or read otherwise than its name may suggest."""
     if inputs.repeated:
-        say(f"{inputs.repeated:,} files were named more than once (by another path or a link); each was read once")
+        say(f"files named again, by another path or a link: {inputs.repeated:,}; each was read once")
     if tally.null or tally.empty:
-        say(f"left out: {tally.null:,} records whose {config.text_field} is null, {tally.empty:,} where it is empty")
+        say(f"records left out because their {config.text_field} is null: {tally.null:,}; is empty: {tally.empty:,}")
     if tally.tables_as_text:
-        say(f"{len(tally.tables_as_text):,} files were read as plain text, such as {tally.tables_as_text[0]}")
+        say(f"tables read as plain text: {len(tally.tables_as_text):,}, {tally.tables_as_text[0]} the first of them")
     if config.separator is not None and not tally.text_files:
         say(f"separator={config.separator!r} was not used: no input is a text file")
     elif config.separator is not None and not tally.separators:
