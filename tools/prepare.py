@@ -65,13 +65,18 @@ def run_inspect(path: str) -> None:
     found = {name: statistics(storage, name) for name in SPLITS}
     table = Table("", *(name for name in SPLITS))
     for field in dataclasses.fields(found["train"])[:-1]:
-        cells = [getattr(found[name], field.name) for name in SPLITS]
-        table.add_row(field.name.replace("_", " "), *(f"{c:,.2f}" if isinstance(c, float) else f"{c:,}" for c in cells))
+        table.add_row(field.name.replace("_", " "), *(_cell(getattr(found[name], field.name)) for name in SPLITS))
     console.print(table)
     for name in SPLITS:
         for sample in found[name].samples:
             print(f"{name}: {sample!r}")
     print(f"{num_files} files, {num_bytes:,} bytes: every checksum is right")
+
+
+def _cell(value: float | None) -> str:
+    if value is None:
+        return "not measured"
+    return f"{value:,.2f}" if isinstance(value, float) else f"{value:,}"
 
 
 def main(arguments: list[str]) -> None:

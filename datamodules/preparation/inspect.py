@@ -24,8 +24,8 @@ class SplitStatistics:
     Attributes:
         num_bytes: of the text, without what is not in the tokens.
         unknown_tokens: how many tokens stand for what the vocabulary does not have.
-        lost_bytes: of characters that are not in the tokens, as the preparation measured it; -1: it did not yet.
-        invalid_bytes: that were no UTF-8 and were replaced; -1 likewise.
+        lost_bytes: of characters that are not in the tokens, as the preparation measured it; None: it did not yet.
+        invalid_bytes: that were no UTF-8 and were replaced; None likewise.
     """
 
     num_tokens: int
@@ -37,8 +37,8 @@ class SplitStatistics:
     longest: int
     distinct_tokens: int
     unknown_tokens: int
-    lost_bytes: int
-    invalid_bytes: int
+    lost_bytes: int | None
+    invalid_bytes: int | None
     samples: list[str]
 
 
@@ -83,18 +83,20 @@ def statistics(storage: Storage, name: str) -> SplitStatistics:
     numbers = (split.num_tokens, files.num_documents, split.num_bytes, len(files.shards))
     unknown = getattr(tokenizer, "unknown", None)
     num_unknown = int(counts[unknown]) if unknown is not None else 0
-    loss = measured_loss(index, name) or {"lost": -1, "invalid": -1}
-    found = (int((counts > 0).sum()), num_unknown, loss["lost"], loss["invalid"])
-    return SplitStatistics(*numbers, *sizes, *found, samples)
+    loss = measured_loss(index, name) or {}
+    distinct = int((counts > 0).sum())
+    return SplitStatistics(*numbers, *sizes, distinct, num_unknown, loss.get("lost"), loss.get("invalid"), samples)
 
 
 def measured_loss(index: Index, name: str) -> dict[str, int] | None:
-    """How many bytes of a split's text (`of_bytes`) are `lost` or `invalid`; None: its preparation did not measure it."""
+    """How many bytes of a split's text (`of_bytes`) are `lost` or `invalid`; None: that was not measured."""
     made: Any = index.made
-    loss = made["lost"].get(name) if isinstance(made, dict) and isinstance(made.get("lost"), dict) else None
-    keys = ("of_bytes", "lost", "invalid")
-    whole = isinstance(loss, dict) and all(type(loss.get(key)) is int and loss[key] >= 0 for key in keys)
-    return {key: loss[key] for key in keys} if whole else None
+    losses = made.get("lost") if isinstance(made, dict) else None
+    loss = losses.get(name) if isinstance(losses, dict) else None
+    if not isinstance(loss, dict):
+        return None
+    found = {key: loss.get(key) for key in ("of_bytes", "lost", "invalid")}
+    return found if all(type(value) is int and value >= 0 for value in found.values()) else None
 
 
 def describe_losses(index: Index) -> str:
