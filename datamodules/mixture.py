@@ -1,6 +1,6 @@
 """Several corpora mixed with weights."""
 
-import math
+import sys
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ def shares(weights: list[float]) -> Numbers:
 
 
 def _is_weight(weight: object) -> bool:
-    return isinstance(weight, int | float) and not isinstance(weight, bool) and 0 < weight < math.inf
+    return isinstance(weight, int | float) and not isinstance(weight, bool) and 0 < weight <= sys.float_info.max
 
 
 class MixedSamples:

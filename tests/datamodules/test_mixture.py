@@ -57,6 +57,11 @@ def test_places_are_shuffled_differently_in_each_block_and_for_each_seed() -> No
         assert all(abs(np.mean(pattern == other) - 0.5) < 0.05 for other in patterns[:n])
 
 
+def test_huge_weights_have_the_shares_of_their_ratios() -> None:
+    assert shares([1.5e308, 0.5e308]).tolist() == shares([3, 1]).tolist()
+    assert shares([10**30, 10**30]).tolist() == [BLOCK // 2] * 2
+
+
 @given(weights=st.lists(st.integers(1, 9), min_size=2, max_size=3), data=st.data())
 @settings(deadline=None, max_examples=20)
 def test_validation_ends_before_a_source_repeats_itself(weights: list[float], data: Any) -> None:
@@ -128,6 +133,10 @@ def test_an_epoch_of_a_source_is_a_permutation_of_it(folders: list[str]) -> None
         ({"paths": []}, "data.paths", "the folders of prepared corpora"),
         ({"weights": [1]}, "data.weights", "2 numbers, one for each of data.paths"),
         ({"weights": [1, 0]}, "data.weights", "positive numbers"),
+        ({"weights": [math.inf, 1]}, "data.weights", "positive numbers, all finite"),
+        ({"weights": [1, math.nan]}, "data.weights", "positive numbers, all finite"),
+        ({"weights": [True, "1"]}, "data.weights", "positive numbers, all finite"),
+        ({"weights": [10**400, 1]}, "data.weights", "positive numbers, all finite"),
         ({"weights": [1, 1e-5]}, "data.weights", "at least 1/4096 of their sum each"),
         ({"paths": ["a/x", "b/x"]}, "data.paths", "names that differ, not x, x"),
         ({"shuffle_block": 3}, "data.shuffle_block", "null, or an integer >= data.batch_size=4"),
