@@ -1,6 +1,7 @@
 """Trains a byte-level BPE, and finds tokenizers that exist already."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from core.errors import ConfigError, Refused, one_line, require
@@ -12,6 +13,7 @@ END_OF_DOCUMENT = "<|endoftext|>"
 USUAL_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 TRAINING_BYTES = 100_000_000  # of text, from the beginning of the training split; more hardly moves the vocabulary
 SMALLEST = 257  # every byte, and the end of a document
+LONG_WORD = re.compile(r"\S{1024}|\s{1024}")
 LARGEST = 1 << 20  # of what is trained here; a larger one comes as a tokenizer.json
 
 
@@ -52,10 +54,20 @@ def train_bpe(texts: Iterable[bytes], vocab_size: int) -> bytes:
             if seen >= TRAINING_BYTES:
                 return
             seen += len(text)
-            yield text.decode("utf-8", "replace")
+            yield from _without_long_words(text.decode("utf-8", "replace"))
 
     tokenizer.train_from_iterator(some(), trainer)
     return str(tokenizer.to_str(pretty=True)).encode()
+
+
+def _without_long_words(text: str) -> Iterator[str]:
+    """The text, cut within runs without a space (or of spaces alone): the library takes time with their square."""
+    start = 0
+    for run in LONG_WORD.finditer(text):
+        yield text[start : run.end()]
+        start = run.end()
+    if start < len(text):
+        yield text[start:]
 
 
 def find_tokenizer(name: str) -> bytes | None:
@@ -72,12 +84,12 @@ def find_tokenizer(name: str) -> bytes | None:
             return str(library.Tokenizer.from_pretrained(name.removeprefix("hf:")).to_str(pretty=True)).encode()
         except Exception as error:  # network, no such repository, no tokenizer in it: the library's words say which
             raise Refused("tokenizer", name, one_line(f"{type(error).__name__}: {error}")) from error
-    require(Path(name).is_file(), "tokenizer", name, "byte, bpe:SIZE, hf:NAME, or the path of a tokenizer.json")
-    size = Path(name).stat().st_size
-    raised = f"at most {LARGEST_FILE:,} are read (LARGEST_FILE in datamodules/tokenizer_file.py raises it)"
-    if size > LARGEST_FILE:
-        raise Refused("tokenizer", name, f"it has {size:,} bytes; {raised}")
     try:
+        require(Path(name).is_file(), "tokenizer", name, "byte, bpe:SIZE, hf:NAME, or the path of a tokenizer.json")
+        size = Path(name).stat().st_size
+        if size > LARGEST_FILE:
+            raised = f"at most {LARGEST_FILE:,} are read (LARGEST_FILE in datamodules/tokenizer_file.py raises it)"
+            raise Refused("tokenizer", name, f"it has {size:,} bytes; {raised}")
         return Path(name).read_bytes()
     except OSError as error:
         raise Refused("tokenizer", name, f"cannot be read ({error.strerror})") from error

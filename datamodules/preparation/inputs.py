@@ -29,10 +29,14 @@ def find_names(patterns: Iterable[str]) -> tuple[tuple[str, ...], int]:
     names: dict[Any, str] = {}
     num_found = 0
     for pattern in patterns:
-        found = [pattern] if _is_special(pattern) else _files(pattern)
-        num_found += len(found)
-        for name in found:
-            names.setdefault(_identity(name), name)
+        require(bool(pattern), "input", pattern, "names with commas between them; one of these is empty")
+        try:
+            found = [pattern] if _is_special(pattern) else _files(pattern)
+            num_found += len(found)
+            for name in found:
+                names.setdefault(_identity(name), name)
+        except OSError as error:
+            raise Refused("input", pattern, f"cannot be read ({error.strerror})") from error
     return tuple(names.values()), num_found - len(names)
 
 

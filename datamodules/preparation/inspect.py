@@ -11,6 +11,7 @@ from datamodules.expression import describe_loss
 from datamodules.index import SPLITS, ArrayFile, CorpusError, Index
 from datamodules.shards import Split, sha256_of
 from datamodules.storage import Storage, load, read_index
+from datamodules.tokenizer_file import LARGEST_ID
 from datamodules.tokenizers import read_tokenizer
 
 SAMPLE_TOKENS = 64
@@ -68,13 +69,19 @@ def statistics(storage: Storage, name: str) -> SplitStatistics:
     files = index.splits[name]
     path = storage.path(files.documents, files.documents.num_bytes("int64"))
     ends = load(path, files.documents, "int64", storage.remedy)
-    lengths, counts, closings = np.diff(ends, prepend=0), np.zeros(index.vocab_size, np.int64), 0
+    lengths = np.diff(ends, prepend=0)
+    if len(ends) == 0 or lengths.min() < 1 or ends[-1] != split.num_tokens:
+        raise CorpusError(f"{path}: its documents do not follow each other to the end; {storage.remedy}")
+    if index.vocab_size > LARGEST_ID + 1:
+        raise CorpusError(
+            f"{storage.address}/index.json has a vocabulary of {index.vocab_size:,}; at most {LARGEST_ID + 1:,}"
+        )
+    counts, closings = np.zeros(index.vocab_size, np.int64), 0
     for start in range(0, split.num_tokens, CHUNK):
         tokens = split.slice(start, start + CHUNK)
         counts += np.bincount(tokens, minlength=index.vocab_size)
-        closings += int(
-            (tokens[ends[(ends > start) & (ends <= start + CHUNK)] - start - 1] == index.end_of_document).sum()
-        )
+        first, behind = np.searchsorted(ends, [start, start + CHUNK], side="right")
+        closings += int((tokens[ends[first:behind] - start - 1] == index.end_of_document).sum())
     if closings != len(ends):
         raise CorpusError(f"{path}: {len(ends) - closings} documents do not end where it says; {storage.remedy}")
     begins = (ends - lengths)[np.linspace(0, len(ends) - 1, min(2, len(ends))).astype(int)]

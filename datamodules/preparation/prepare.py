@@ -34,6 +34,7 @@ from datamodules.tokenizers import Tokenizer
 from datamodules.writer import PAGE_TOKENS, SHARD_TOKENS, CorpusWriter
 
 CHECKPOINT_SECONDS = 2.0
+MOST_PROCESSES = 1024  # each has some units of text waiting for it
 SETTINGS, TOKENIZER, LOCK = "settings.json", "tokenizer.json", "lock"
 SAID_LOSS = 0.001  # share of the text that may be missing in the tokens before it is said
 EARLY_BYTES = 16_000_000  # of text after which a loss is said while there may be much more to read
@@ -61,7 +62,9 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         require(0 < self.validation < 1, "validation", self.validation, "a number in (0, 1)")
-        require(self.processes is None or self.processes >= 1, "processes", self.processes, "an integer >= 1 or null")
+        processes = 1 if self.processes is None else self.processes
+        require(processes >= 1, "processes", self.processes, "an integer >= 1 or null")
+        require(processes <= MOST_PROCESSES, "processes", self.processes, f"at most {MOST_PROCESSES}")
         valid = f"a multiple of {PAGE_TOKENS}"
         require(
             self.shard_tokens > 0 and self.shard_tokens % PAGE_TOKENS == 0, "shard_tokens", self.shard_tokens, valid
@@ -101,7 +104,9 @@ def prepare(config: PrepareConfig, report: Report = lambda *_: None, say: Say = 
         "given_tokenizer_sha256": sha256(given).hexdigest() if given is not None else None,
     }
     output = Path(config.output)
-    if (output / "index.json").exists():
+    with writing("output", output):
+        is_there = (output / "index.json").exists()
+    if is_there:
         index = read_index(LocalFolder(output))
         if changed := _changed(index, made, inputs):
             valid = f"a new folder: the corpus in this one was made in another way ({changed})"
