@@ -102,8 +102,8 @@ def measured_loss(index: Index, name: str) -> dict[str, int] | None:
     loss = losses.get(name) if isinstance(losses, dict) else None
     if not isinstance(loss, dict):
         return None
-    found = {key: loss.get(key) for key in ("of_bytes", "lost", "invalid")}
-    return found if all(type(value) is int and value >= 0 for value in found.values()) else None
+    found = {key: loss[key] for key in ("of_bytes", "lost", "invalid") if type(loss.get(key)) is int}
+    return found if len(found) == 3 and min(found.values()) >= 0 else None
 
 
 def describe_losses(index: Index) -> str:
