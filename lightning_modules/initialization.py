@@ -216,6 +216,8 @@ def initialize(model: Transformer, scaling: WidthScaling = UNSCALED) -> None:
         if not math.isfinite(std) or std <= 0:  # of 0, no gradient would reach what comes before it
             raise ConfigError("model.init_options", model.config.init_options, "a finite standard deviation > 0")
         weight, std = matrix.weight, std * scaling.std_factor(matrix)
+        if matrix.role == "embedding":
+            model.unit_embedding(std)
         if isinstance(weight, DTensor):
             whole = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
             weight.copy_(part_of(_draw(whole, std, model.config.init_truncation), weight))

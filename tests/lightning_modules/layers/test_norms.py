@@ -86,7 +86,13 @@ def test_dyt_is_told_where_attention_alone_reads(placement: str, before_attentio
 
 
 @pytest.mark.parametrize(
-    ("options", "start"), [({}, 32**0.5), ({"embedding_scale": 3.0}, 3.0), ({"embedding_scale": None}, None)]
+    ("options", "start"),
+    [
+        ({}, 50.0),  # the embedding is drawn with 0.02
+        ({"embedding_scale": "sqrt"}, 32**0.5),
+        ({"embedding_scale": 3}, 3.0),
+        ({"embedding_scale": None}, None),
+    ],
 )
 def test_dyt_scales_the_embedding_by_one_learned_number(options: dict[str, Any], start: float | None) -> None:
     model = Transformer(tiny_config(norm="dyt", placement="rezero", norm_options=options), VOCAB_SIZE)
@@ -107,7 +113,7 @@ def test_dyt_scales_the_embedding_by_one_learned_number(options: dict[str, Any],
         ("dyt", {"alpha": 0.0}, "alpha", "a number > 0, or null"),
         ("dyt", {"alpha_attention": -1.0}, "alpha_attention", "a number > 0, or null"),
         ("dyt", {"alpha": float("inf")}, "alpha", "a number > 0, or null"),
-        ("dyt", {"embedding_scale": 0.0}, "embedding_scale", "a number > 0, sqrt or null"),
+        ("dyt", {"embedding_scale": 0.0}, "embedding_scale", "a number > 0, unit, sqrt or null"),
         ("dyt", {"embedding_scale": "root"}, "embedding_scale", "'sqrt'"),
         ("dyt", {"beta": 1.0}, "beta", "one of alpha, alpha_attention, embedding_scale"),
         ("dyt", {"width": 1}, "width", "no such field"),
