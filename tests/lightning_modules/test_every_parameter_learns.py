@@ -75,9 +75,8 @@ CHOICES: dict[str, list[Choice]] = {
 }
 
 REFUSED = {
-    *("model.init_options", "model.init_options.correlation", "model.norm"),
+    *("model.init_options", "model.init_options.correlation", "model.moe.every"),
     *(f"model.norm_options.{name}" for name in ("alpha", "alpha_attention", "embedding_scale")),
-    *("model.moe.every", "model.moe.top_k"),
 }
 """The fields that are refused for some value or pair, most of them as they would leave a constant."""
 

@@ -168,7 +168,11 @@ def test_the_seed_decides() -> None:
     ("overrides", "field", "valid"),
     [
         ({"init": "plian"}, "model.init", "(did you mean plain?)"),
-        ({"init": "plain", "init_options": {"sdt": 1.0}}, "model.init_options.sdt", "one of std (did you mean std?)"),
+        (
+            {"init": "plain", "init_options": {"sdt": 1.0}},
+            "model.init_options.sdt",
+            "one of embedding_std, std (did you mean std?)",
+        ),
         ({"init": "plain", "init_options": {"std": "big"}}, "model.init_options.std", "a number"),
         ({"init": "fan_in", "init_options": {"num_layers": 3}}, "model.init_options.num_layers", "no such field"),
         (
