@@ -97,8 +97,6 @@ class LanguageModule(L.LightningModule):
         return []
 
     def setup(self, stage: str) -> None:
-        if stage == "fit" and self.model_config.ffn == "moe":
-            self._check_router()
         names = getattr(getattr(self.trainer, "datamodule", None), "source_names", ())
         if names:
             self.train_sources, self.val_sources = SourceLoss(names, "train/loss"), SourceLoss(names, "val/loss")
@@ -106,10 +104,10 @@ class LanguageModule(L.LightningModule):
     def _check_router(self) -> None:
         """A new run's router must learn. One that older versions began without goes on as it began."""
         moe = self.model_config.moe
-        if moe.top_k > 1 or not moe.normalizes_weights:
+        if self.model_config.ffn != "moe" or moe.top_k > 1 or not moe.normalizes_weights:
             return
         valid = "false or null with model.moe.top_k=1: one weight divided by itself is 1, and the router learns nothing"
-        require(self.trainer.ckpt_path is not None, "model.moe.normalize_weights", True, valid)
+        require(self.trainer.global_step > 0, "model.moe.normalize_weights", True, valid)
         if self.global_rank == 0:
             log.warning("model.moe.top_k=1 with normalize_weights=true: the router gets no gradient from the loss")
 
@@ -209,6 +207,9 @@ class LanguageModule(L.LightningModule):
         if self._router_tally is not None:
             assert self.model is not None
             self.log_dict(router_health(self._router_tally.cpu(), list(self.model.mixtures())))
+
+    def on_train_start(self) -> None:
+        self._check_router()
 
     def on_after_backward(self) -> None:
         """Not later: callbacks may clip the gradient before the optimizer's own hook comes to it."""
