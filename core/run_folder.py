@@ -6,7 +6,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,7 @@ from core.mappings import flatten
 from core.run_lock import held
 from core.status import is_done
 from core.whole_file import damage_of, is_whole, write_whole
+from lightning_modules.config import ModelConfig, OptimConfig, parse, settings
 
 RUNS = Path("runs")
 NAME_LENGTH = 80  # file systems take 255 bytes; a table of runs takes less
@@ -27,7 +28,7 @@ LAST, PREVIOUS = Path("checkpoints/last.ckpt"), Path("checkpoints/previous.ckpt"
 MAY_CHANGE = {  # in a resumed run: how it computes, and what follows from the step alone
     *("model.compile", "model.activation_checkpointing", "model.checkpoint_every"),
     *("model.moe.backend", "model.moe.expert_parallel"),
-    *("optim.schedule", "optim.warmup_steps", "optim.min_lr_ratio", "optim.decay_fraction"),
+    *("optim.schedule", "optim.warmup_steps", "optim.min_lr_ratio", "optim.decay_fraction", "optim.decay_shape"),
 }
 ADDED = {"data.corpus", "data.task"}  # of which older checkpoints say nothing; they are resumed all the same
 
@@ -183,8 +184,10 @@ def check_resumable(run: RunFolder, module: Any, datamodule: Any, max_steps: int
         valid = "a whole checkpoint of this project; this file cannot be read as one"
         raise ConfigError("ckpt_path", str(checkpoint), valid) from error
     position = content.get(type(datamodule).__qualname__, {})
-    old = flatten({**saved, "data": position.get("stream_identity", {})}, ".")
-    new = flatten({**module.hparams, "data": getattr(datamodule, "stream_identity", {})}, ".")
+    ours = isinstance(getattr(module, "model_config", None), ModelConfig)
+    take = _settings if ours else partial(flatten, separator=".")
+    old = take({**saved, "data": position.get("stream_identity", {})})
+    new = take({**module.hparams, "data": getattr(datamodule, "stream_identity", {})})
     for field in sorted((old.keys() | new.keys()) - MAY_CHANGE - (ADDED - old.keys())):
         if old.get(field) != new.get(field):
             raise ConfigError(field, new.get(field), f"{old.get(field)!r}, as in the checkpoint that is resumed")
@@ -193,6 +196,14 @@ def check_resumable(run: RunFolder, module: Any, datamodule: Any, max_steps: int
             print(f"The run in {run.path} is trained to its last step, {step}; what it lacks is written now.")
         return
     require(step < max_steps, "trainer.max_steps", max_steps, f"more than {step}, the step of the checkpoint")
+
+
+def _settings(hyper_parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of our module by name, as they take effect: a field that came later has the value that it stands for."""
+    rest = {name: value for name, value in hyper_parameters.items() if name not in ("model", "optim")}
+    model = parse(ModelConfig, "model", hyper_parameters["model"])
+    optim = parse(OptimConfig, "optim", hyper_parameters["optim"])
+    return {**flatten(rest, "."), **settings(model, "model"), **settings(optim, "optim")}
 
 
 def resume_command(run_dir: Path, max_steps: int | None = None) -> str:

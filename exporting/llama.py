@@ -24,7 +24,7 @@ def obstacle(model: Transformer) -> str | None:
             "dense layers among the mixtures": len(model.mixtures()) < config.num_layers,
             f"router scores by {moe.score}": moe.score != "softmax",
             "a bias in the selection of experts": moe.balancing == "bias",
-            "expert weights that are not normalized": not moe.normalize_weights,
+            "expert weights that are not normalized": not moe.normalizes_weights,
         }
     return next((name for name, differs in differences.items() if differs), None)
 

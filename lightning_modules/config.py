@@ -15,6 +15,7 @@ from core.errors import ConfigError, require, suggest
 from core.explain import explain_omegaconf
 
 WIDTH_SCALINGS = ("none", "mup", "standard")
+DECAY_SHAPES = ("linear", "exponential")
 
 C = TypeVar("C", "ModelConfig", "OptimConfig")
 
@@ -34,10 +35,10 @@ class MoEConfig:
     backend: str = "auto"  # auto, megablocks, grouped or loop: lightning_modules/layers/experts.py
     expert_parallel: int = 1  # processes that share out the experts of a layer
     score: str = "softmax"  # softmax or sigmoid, of the router's logits
-    normalize_weights: bool = True  # divide the top-k weights by their sum
+    normalize_weights: bool | None = None  # divide the top-k weights by their sum; null: where top_k > 1
     jitter: float = 0.0  # training noise on the router's input: times U[1 - jitter, 1 + jitter]
     balancing: str = "loss"  # loss: auxiliary (2101.03961); bias: free of it (2408.15664); none
-    load_balancing_weight: float = 0.01  # of the loss
+    load_balancing_weight: float = 0.01  # of the loss; transformers' is top_k times ours: take top_k x its coefficient
     bias_update_rate: float = 0.001  # of the bias, per optimizer step
     z_loss_weight: float = 0.001
 
@@ -68,6 +69,11 @@ class MoEConfig:
             require(0 <= getattr(self, name) < math.inf, f"model.moe.{name}", getattr(self, name), "a number >= 0")
 
     @property
+    def normalizes_weights(self) -> bool:
+        """Whether a token's weights are divided by their sum. A single one would be the constant 1, so it is not."""
+        return self.top_k > 1 if self.normalize_weights is None else self.normalize_weights
+
+    @property
     def balance_weight(self) -> float:
         """What the load-balancing loss is multiplied by."""
         return self.load_balancing_weight if self.balancing == "loss" else 0.0
@@ -85,7 +91,9 @@ class ModelConfig:
     placement_options: dict[str, Any] = field(default_factory=dict)  # arguments of that placement
     init: str = "default"  # lightning_modules/initialization.py; default: what the placement names
     init_options: dict[str, Any] = field(default_factory=dict)  # arguments of that init
+    init_truncation: float | None = None  # redraw what is beyond so many standard deviations (OLMo: 3); null: nothing
     norm: str = "rmsnorm"  # lightning_modules/layers/norms.py
+    norm_options: dict[str, Any] = field(default_factory=dict)  # arguments of that kind of norm
     norm_eps: float = 1e-6
     num_layers: int = 8
     dim: int = 256
@@ -104,6 +112,8 @@ class ModelConfig:
         for name in ("num_layers", "dim", "num_heads", "checkpoint_every"):
             require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "an integer >= 1")
         require(self.ffn_dim is None or self.ffn_dim >= 1, "model.ffn_dim", self.ffn_dim, "an integer >= 1 or null")
+        cut = self.init_truncation
+        require(cut is None or 0 < cut < math.inf, "model.init_truncation", cut, "a number > 0 or null")
         for name in ("norm_eps", "rope_theta"):
             require(0 < getattr(self, name) < math.inf, f"model.{name}", getattr(self, name), "a number > 0")
         require(
@@ -166,6 +176,7 @@ class OptimConfig:
     warmup_steps: int = 100
     min_lr_ratio: float = 0.1  # where the schedule ends, as a fraction of lr
     decay_fraction: float = 0.2  # wsd: the last part of the run that decays
+    decay_shape: str = "linear"  # wsd: linear, or exponential as in 2404.06395
     width_scaling: str = "none"  # none, mup or standard: lightning_modules/width_scaling.py
     base_width: int = 128  # the model.dim at which lr and init were tuned
     base_ffn_width: int | None = None  # the hidden width there; None: lightning_modules/width_scaling.py
@@ -178,6 +189,8 @@ class OptimConfig:
         require(valid_betas, "optim.betas", self.betas, "two numbers in [0, 1)")
         if self.width_scaling not in WIDTH_SCALINGS:
             raise ConfigError("optim.width_scaling", self.width_scaling, suggest(self.width_scaling, WIDTH_SCALINGS))
+        if self.decay_shape not in DECAY_SHAPES:
+            raise ConfigError("optim.decay_shape", self.decay_shape, suggest(self.decay_shape, DECAY_SHAPES))
         require(self.base_width >= 1, "optim.base_width", self.base_width, "an integer >= 1")
         require(
             self.base_ffn_width is None or self.base_ffn_width >= 1,
@@ -187,6 +200,9 @@ class OptimConfig:
         )
         for name in ("min_lr_ratio", "decay_fraction"):
             require(0 <= getattr(self, name) <= 1, f"optim.{name}", getattr(self, name), "a number in [0, 1]")
+        reachable = self.decay_shape == "linear" or self.min_lr_ratio > 0
+        valid = "a number > 0 with optim.decay_shape=exponential, which never comes to 0"
+        require(reachable, "optim.min_lr_ratio", self.min_lr_ratio, valid)
 
 
 def writable_schema(schema: type) -> DictConfig:
@@ -209,12 +225,37 @@ def parse(schema: type[C], prefix: str, values: dict[str, Any]) -> C:
     Raises:
         ConfigError: an unknown field, a wrong type, or a value outside its range.
     """
+    if schema is ModelConfig:
+        values = _with_former_defaults(values)
     try:
         config = OmegaConf.to_object(OmegaConf.merge(writable_schema(schema), values))
     except OmegaConfBaseException as error:
         raise explain_omegaconf(error, prefix, _value_at(values, error.full_key or "")) from error
     assert isinstance(config, schema)
     return config
+
+
+def settings(config: ModelConfig | OptimConfig, prefix: str) -> dict[str, Any]:
+    """Every field by its dotted name, with the value that takes effect; the options of a scheme are one value."""
+    by_name: dict[str, Any] = {}
+    for name, value in vars(config).items():
+        if isinstance(value, MoEConfig):
+            effective = {**vars(value), "normalize_weights": value.normalizes_weights}
+            by_name.update((f"{prefix}.{name}.{field}", inner) for field, inner in effective.items())
+        else:
+            by_name[f"{prefix}.{name}"] = value
+    return by_name
+
+
+def _with_former_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """A saved configuration that is older than a field, with that field as it then was.
+
+    A run saves every field. One that says nothing of the norm's options was trained before dyt had any.
+    """
+    saved = {"norm", "norm_eps", "rope_theta", "tie_embeddings", "moe"} <= values.keys()
+    if saved and values["norm"] == "dyt" and "norm_options" not in values:
+        return {**values, "norm_options": {"alpha": 0.5, "alpha_attention": 0.5, "embedding_scale": None}}
+    return values
 
 
 def _value_at(values: Any, key: str) -> Any:

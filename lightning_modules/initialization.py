@@ -14,12 +14,13 @@
     matrices, D: its down matrix, and those of experts alike. F: 1/sqrt(fan_in). X: sqrt(2 / (fan_in + fan_out))
     (Xavier) on these; F on embedding and head.
 
-All draws are normal with mean 0. An embedding lookup has fan-in 1. The router always draws with 0.02, so that the
+All draws are normal with mean 0; `model.init_truncation` draws anew what is further out than so many standard
+deviations. An embedding lookup has fan-in 1. The router always draws with 0.02, so that the
 experts start nearly balanced whatever the init. Norm gains start at 1 and biases at 0.
 """
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -56,6 +57,13 @@ def _xavier(matrix: Matrix) -> float:
     return (2 / (matrix.fan_in + matrix.fan_out)) ** 0.5 if matrix.role in BLOCK else _fan_in(matrix)
 
 
+def _fairseq(matrix: Matrix) -> float:
+    """What fairseq's attention and torch's linear layers draw with."""
+    if matrix.role in ("query", "key", "value"):
+        return _xavier(matrix) / 2**0.5
+    return (3 * matrix.fan_in) ** -0.5 if matrix.role in ("ffn_up", "ffn_down") else _xavier(matrix)
+
+
 def _small(matrix: Matrix) -> float:
     """sqrt(2 / (5 dim)) (1910.05895), dim the width of the stream that the matrix reads or writes."""
     dim = matrix.fan_out if matrix.role in ("embedding", *OUTPUTS) else matrix.fan_in
@@ -66,9 +74,21 @@ def _scaled(base: Init, scale: float, targets: Collection[str]) -> Init:
     return lambda matrix: base(matrix) * (scale if matrix.role in targets else 1.0)
 
 
-def plain(num_layers: int, std: float = 0.02) -> Init:
-    """The same standard deviation everywhere."""
-    return lambda matrix: std
+def _with(init: Init, stds: Mapping[str, float | None]) -> Init:
+    """`init`, except for the roles that have a standard deviation of their own."""
+    own = {role: std for role, std in stds.items() if std is not None}
+    return lambda matrix: own[matrix.role] if matrix.role in own else init(matrix)
+
+
+def plain(num_layers: int, std: float = 0.02, embedding_std: float | None = None) -> Init:
+    """The same standard deviation everywhere.
+
+    Args:
+        num_layers: number of blocks.
+        std: of all matrices.
+        embedding_std: of the embedding; None: std.
+    """
+    return _with(lambda matrix: std, {"embedding": embedding_std})
 
 
 def fan_in(num_layers: int) -> Init:
@@ -76,14 +96,17 @@ def fan_in(num_layers: int) -> Init:
     return _fan_in
 
 
-def megatron(num_layers: int, std: float | None = 0.02) -> Init:
+def megatron(num_layers: int, std: float | None = 0.02, head: Literal["std", "fan_in"] = "std") -> Init:
     """plain, with the two matrices that end a residual branch times 1/sqrt(2L) (1909.08053).
 
     Args:
         num_layers: number of blocks.
         std: of all other matrices; None: sqrt(2 / (5 dim)), as HybridNorm has it (2503.04598).
+        head: what an untied head is drawn with: std, or 1/sqrt(dim) (fan_in).
     """
-    return _scaled(_small if std is None else plain(num_layers, std), (2 * num_layers) ** -0.5, OUTPUTS)
+    base = _small if std is None else plain(num_layers, std)
+    scaled = _scaled(base, (2 * num_layers) ** -0.5, OUTPUTS)
+    return (lambda matrix: _fan_in(matrix) if matrix.role == "head" else scaled(matrix)) if head == "fan_in" else scaled
 
 
 def scale_init(
@@ -110,13 +133,18 @@ def deepnorm(num_layers: int) -> Init:
     return _scaled(_xavier, (8 * num_layers) ** -0.25, TARGETS)
 
 
-def b2t(num_layers: int) -> Init:
+def b2t(num_layers: int, base: Literal["xavier", "fairseq"] = "xavier") -> Init:
     """Xavier times 1/sqrt(L) on every matrix of the blocks (2206.00330).
 
     The paper scales all but the norms; that its base is Xavier, and that embedding and head are left alone, is
     reconstructed.
+
+    Args:
+        num_layers: number of blocks.
+        base: xavier, or fairseq for what the authors' code starts from: Xavier / sqrt(2) on Q, K and V, Xavier on O,
+            and 1/sqrt(3 fan_in) on U and D (their draws are uniform, ours normal with the same standard deviation).
     """
-    return _scaled(_xavier, num_layers**-0.5, BLOCK)
+    return _scaled(_fairseq if base == "fairseq" else _xavier, num_layers**-0.5, BLOCK)
 
 
 def subln(num_layers: int) -> Init:
@@ -185,11 +213,20 @@ def initialize(model: Transformer, scaling: WidthScaling = UNSCALED) -> None:
     init = resolve_init(model.config)
     for matrix in model.matrices():
         std = ROUTER_STD if matrix.role == "router" else init(scaling.at_base(matrix))
-        if not math.isfinite(std) or std < 0:
-            raise ConfigError("model.init_options", model.config.init_options, "a finite standard deviation >= 0")
+        if not math.isfinite(std) or std <= 0:  # of 0, no gradient would reach what comes before it
+            raise ConfigError("model.init_options", model.config.init_options, "a finite standard deviation > 0")
         weight, std = matrix.weight, std * scaling.std_factor(matrix)
+        if matrix.role == "embedding":
+            model.unit_embedding(std)
         if isinstance(weight, DTensor):
             whole = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-            weight.copy_(part_of(nn.init.normal_(whole, std=std), weight))
+            weight.copy_(part_of(_draw(whole, std, model.config.init_truncation), weight))
         else:
-            nn.init.normal_(weight, std=std)
+            _draw(weight, std, model.config.init_truncation)
+
+
+def _draw(weight: torch.Tensor, std: float, truncation: float | None) -> torch.Tensor:
+    """In place, from the normal distribution, or what of it lies within `truncation` standard deviations."""
+    if truncation is None:
+        return nn.init.normal_(weight, std=std)
+    return nn.init.trunc_normal_(weight, std=std, a=-truncation * std, b=truncation * std)

@@ -9,9 +9,12 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, Callback, ModelPruning
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from core.errors import Refused, require
 from core.steps import completes_step, is_logged
 from lightning_modules.config import ModelConfig, OptimConfig, parse
 from lightning_modules.cross_entropy import LARGE_VOCABULARY
@@ -80,10 +83,33 @@ class LanguageModule(L.LightningModule):
         self.val_sources: SourceLoss | None = None
         self._router_tally: Tensor | None = None
 
+    def configure_callbacks(self) -> list[Callback]:
+        """None of its own. Lightning asks before any callback's setup, where some of its own look for the weights."""
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, BackboneFinetuning):
+                reason = "no part of the model is a backbone; a BaseFinetuning of your own can say what it freezes"
+                raise Refused("callbacks", "BackboneFinetuning", reason)
+            if isinstance(callback, ModelPruning | BaseFinetuning):
+                sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
+                valid = "no callback that freezes or prunes weights with trainer=fsdp, where they are in parts"
+                require(not sharded, "callbacks", type(callback).__name__, valid)
+                self.configure_model()
+        return []
+
     def setup(self, stage: str) -> None:
         names = getattr(getattr(self.trainer, "datamodule", None), "source_names", ())
         if names:
             self.train_sources, self.val_sources = SourceLoss(names, "train/loss"), SourceLoss(names, "val/loss")
+
+    def _check_router(self) -> None:
+        """A new run's router must learn. One that older versions began without goes on as it began."""
+        moe = self.model_config.moe
+        if self.model_config.ffn != "moe" or moe.top_k > 1 or not moe.normalizes_weights:
+            return
+        valid = "false or null with model.moe.top_k=1: one weight divided by itself is 1, and the router learns nothing"
+        require(self.trainer.global_step > 0, "model.moe.normalize_weights", True, valid)
+        if self.global_rank == 0:
+            log.warning("model.moe.top_k=1 with normalize_weights=true: the router gets no gradient from the loss")
 
     def configure_model(self) -> None:
         """Build and initialize; Lightning calls this where the strategy wants the weights to come to life."""
@@ -181,6 +207,9 @@ class LanguageModule(L.LightningModule):
         if self._router_tally is not None:
             assert self.model is not None
             self.log_dict(router_health(self._router_tally.cpu(), list(self.model.mixtures())))
+
+    def on_train_start(self) -> None:
+        self._check_router()
 
     def on_after_backward(self) -> None:
         """Not later: callbacks may clip the gradient before the optimizer's own hook comes to it."""

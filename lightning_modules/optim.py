@@ -102,11 +102,16 @@ def cosine(config: OptimConfig, num_steps: int) -> Schedule:
 
 
 def wsd(config: OptimConfig, num_steps: int) -> Schedule:
-    """Constant, then linear to min_lr_ratio over the last decay_fraction of the run (2404.06395)."""
+    """Constant, then down to min_lr_ratio over the last decay_fraction of the run.
+
+    By decay_shape: linear, or exponential, by the same factor at each step, as 2404.06395 has it.
+    """
     length = max(1, round(config.decay_fraction * num_steps))
 
     def factor(step: int) -> float:
         progress = min(1.0, max(0.0, (step - (num_steps - length)) / length))
+        if config.decay_shape == "exponential":
+            return config.min_lr_ratio**progress
         return 1 - (1 - config.min_lr_ratio) * progress
 
     return factor

@@ -19,7 +19,7 @@ from lightning_modules.layers.kv_cache import KVCache, Slots
 from lightning_modules.layers.linear import Linear
 from lightning_modules.layers.matrices import Matrix, Role
 from lightning_modules.layers.moe import MoE
-from lightning_modules.layers.norms import NormFactory
+from lightning_modules.layers.norms import EmbeddingScale, embedding_scale, norm_factory
 from lightning_modules.layers.rope import Rope, at_positions, rope_tables
 from lightning_modules.layers.router import RouterStats
 from lightning_modules.placements.base import Depth
@@ -37,13 +37,13 @@ class Block(nn.Module):
         super().__init__()
         scheme = lookup("model.placement", config.placement, PLACEMENTS)
         check_arguments("model.placement_options", scheme, config.placement_options, "depth", "norm")
-        norm = NormFactory(config.norm, config.dim, config.norm_eps)
-        self.placement = scheme(depth, norm, **config.placement_options)
+        self.placement = scheme(depth, norm_factory(config, config.dim), **config.placement_options)
         self.attn = Attention(config, self.placement.qkv_norm, self.placement.inner_norm)
         ffn = lookup("model.ffn", config.ffn, FFNS)
         if ffn is MoE and not config.moe.is_mixture(depth.index):
             ffn = FeedForward
         self.ffn = ffn(config, self.placement.inner_norm)
+        self.embedding_scale = embedding_scale(config) if depth.is_first else nn.Identity()
 
     def forward(
         self, state: Any, rope: Rope, mask: Mask | None = None, slots: Slots | None = None
@@ -64,7 +64,7 @@ class Block(nn.Module):
 
         # Inside the block rather than around it, so that sharding and compilation per block cover these norms too.
         if self.placement.depth.is_first:
-            state = self.placement.enter(state)
+            state = self.placement.enter(self.embedding_scale(state))
         state = self.placement(state, attn, ffn)
         if self.placement.depth.is_last:
             state = self.placement.leave(state)
@@ -151,6 +151,17 @@ class Transformer(nn.Module):
         # Here, and not with the head's weight handed out: sharded, it is whole during forward only.
         state, targets = state.flatten(0, 1), targets.flatten()
         return linear_cross_entropy(state, self.head.weight, targets, self.config.compile), router_stats
+
+    @torch.no_grad()
+    def unit_embedding(self, std: float) -> None:
+        """Let a learned scalar on the embedding start so that the stream has unit variance, where it is to.
+
+        Args:
+            std: the standard deviation of the embedding's weights.
+        """
+        for block in self.blocks[:1]:
+            if isinstance(block.embedding_scale, EmbeddingScale) and block.embedding_scale.is_unit:
+                block.embedding_scale.weight.fill_(1 / std)
 
     def matrices(self) -> Iterator[Matrix]:
         """Every weight matrix, with its role. Norm gains and biases are what is left."""

@@ -38,9 +38,9 @@ class Backend(NamedTuple):
 class ExpertMLP(nn.Module):
     """Weights of all experts, stacked: w1 (gate), v1 (up) and w2 (down), each [num_experts x hidden, dim]."""
 
-    def __init__(self, config: ModelConfig, inner_norm: bool, products: Products) -> None:
+    def __init__(self, config: ModelConfig, inner_norm: bool, backend: str) -> None:
         super().__init__()
-        self.products = products
+        self.backend = backend  # by name: operators cannot be copied or pickled, and a module must
         self.hidden_dim = config.expert_hidden_dim
         shape = (config.moe.num_experts * self.hidden_dim, config.dim)
         self.w1 = nn.Parameter(torch.empty(shape))
@@ -60,18 +60,19 @@ class ExpertMLP(nn.Module):
     def _run(self, x: Tensor, tokens_per_expert: Tensor) -> Tensor:
         weights = (expert_parallel.local(weight) for weight in (self.w1, self.v1, self.w2))
         w1, v1, w2 = (weight.to(x.dtype).unflatten(0, (-1, self.hidden_dim)) for weight in weights)
-        hidden = self.inner_norm(self.products.swiglu(x, w1, v1, tokens_per_expert))
+        products = PRODUCTS[self.backend]
+        hidden = self.inner_norm(products.swiglu(x, w1, v1, tokens_per_expert))
         # Some norms give fp32 under autocast.
-        return self.products.matmul(hidden.to(x.dtype), w2, tokens_per_expert, False)
+        return products.matmul(hidden.to(x.dtype), w2, tokens_per_expert, False)
 
 
 class Experts(nn.Module):
     """Sorts tokens by expert, runs the experts, and adds up each token's weighted outputs."""
 
-    def __init__(self, config: ModelConfig, inner_norm: bool, products: Products) -> None:
+    def __init__(self, config: ModelConfig, inner_norm: bool, backend: str) -> None:
         super().__init__()
         self.top_k = config.moe.top_k
-        self.mlp = ExpertMLP(config, inner_norm, products)
+        self.mlp = ExpertMLP(config, inner_norm, backend)
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor, tokens_per_expert: Tensor) -> Tensor:
         """x [tokens, dim], weights and experts [tokens, k] -> [tokens, dim]; no token is ever dropped."""
@@ -144,4 +145,4 @@ def make_experts(config: ModelConfig, inner_norm: bool, backend: str) -> Experts
     """The routed experts by the backend of that name."""
     if backend == "megablocks":
         return megablocks.make_experts(config)
-    return Experts(config, inner_norm, PRODUCTS[backend])
+    return Experts(config, inner_norm, backend)

@@ -66,8 +66,9 @@ def make_experts(config: ModelConfig) -> Any:
             self.mlp.gradient_scale = 1 / mesh.size()
             expert_parallel.shard(self.mlp, mesh)
 
-    def leave(weight: Tensor) -> None:
-        """No initialization: that is the model's."""
+        def __reduce__(self) -> tuple[Any, ...]:
+            """A class that exists once the package is there cannot be found by name: a copy is made as this one was."""
+            return make_experts, (config,), self.__dict__
 
     layer = MegaBlocksExperts(
         Arguments(
@@ -82,11 +83,15 @@ def make_experts(config: ModelConfig) -> Any:
             activation_fn=F.silu,
             bias=False,
             fp16=False,  # with bf16=False too, the weights get torch's default dtype
-            init_method=leave,
-            output_layer_init_method=leave,
+            init_method=_leave,
+            output_layer_init_method=_leave,
             device=torch.get_default_device(),
         )
     )
     for name in ("w1", "v1", "w2"):  # in this order, as in ExpertMLP: optimizer states go by number
         layer.mlp.register_parameter(name, layer.mlp._parameters.pop(name))
     return layer
+
+
+def _leave(weight: Tensor) -> None:
+    """No initialization: that is the model's."""

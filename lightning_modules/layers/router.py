@@ -23,7 +23,7 @@ class RouterStats(NamedTuple):
         tokens_per_expert: [num_experts], how many of the T k assignments each expert got.
         load_balancing_loss: scalar, E / (T k) sum_e count_e mean_t p_te; 1 at perfect balance (2101.03961, eq. 4). In
             training the counts are the mean over all processes', so that the mean of their losses is that of one
-            process with all tokens.
+            process with all tokens. transformers does not divide by k: its loss is k times this one.
         z_loss: scalar, mean_t logsumexp(logits_t)^2 (2202.08906, eq. 5).
         entropy: scalar, mean_t of p_t's entropy in nats; ln E where the router is undecided.
         top1_margin: scalar, mean_t of the largest p_te minus the second largest.
@@ -74,6 +74,11 @@ def _mean_over_processes(counts: Tensor) -> Tensor:
 class Router(nn.Module):
     """Scores over all experts, of which the top k are taken; in fp32 under any precision.
 
+    The weights of several experts are divided by their sum, unless `normalize_weights` is false. That of a single one
+    (top_k=1) is its score: divided by itself it would be the constant 1, and the loss would not reach the router. With
+    one expert in all (num_experts=1) a softmax is that constant; the router is then frozen, as there is nothing to
+    choose. With top_k = num_experts all experts get all tokens, and no kind of balancing has anything to do.
+
     Args:
         config: dim and `model.moe`.
 
@@ -111,7 +116,7 @@ class Router(nn.Module):
             logits = F.linear(x.to(dtype), self.layer.weight.to(dtype))
             scores, probabilities = self.score(logits)
             weights, experts = self._select(scores)
-            if self.moe.normalize_weights:
+            if self.moe.normalizes_weights:
                 weights = _share(weights)
             return weights, experts, self._statistics(logits, probabilities, experts)
 

@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from lightning_modules.placements.base import Sublayer
+from lightning_modules.layers.norms import NormFactory
+from lightning_modules.placements.base import Depth, Sublayer
 from lightning_modules.placements.postnorm import PostNorm
 
 
@@ -14,12 +15,21 @@ class B2T(PostNorm):
        └────────────────────┘   not in the last block
 
     Without a norm the stream would double at every block.
+
+    Args:
+        last_skip: whether that x stands in the last block too, as in the authors' code.
     """
 
     default_init = "b2t"
     norms = ("rmsnorm", "layernorm", "dyt")
 
+    def __init__(
+        self, depth: Depth, norm: NormFactory, final_norm: bool | None = None, last_skip: bool = False
+    ) -> None:
+        super().__init__(depth, norm, final_norm)
+        self.spans = last_skip or not depth.is_last
+
     def forward(self, x: Tensor, attn: Sublayer, ffn: Sublayer) -> Tensor:
         y = self.norm_attn(x + attn(x))
-        skips = y if self.depth.is_last else x + y
+        skips = x + y if self.spans else y
         return self.norm_ffn(skips + ffn(y))

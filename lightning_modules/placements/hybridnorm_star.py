@@ -19,7 +19,7 @@ class HybridNormStar(HybridNorm):
 
     def __init__(self, depth: Depth, norm: NormFactory, final_norm: bool | None = None) -> None:
         super().__init__(depth, norm, final_norm)
-        self.norm_attn = norm() if depth.is_first else nn.Identity()
+        self.norm_attn = norm(before_attention=True) if depth.is_first else nn.Identity()
 
     def forward(self, x: Tensor, attn: Sublayer, ffn: Sublayer) -> Tensor:
         if not self.depth.is_first:

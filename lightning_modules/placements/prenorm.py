@@ -18,7 +18,7 @@ class PreNorm(Placement):
 
     def __init__(self, depth: Depth, norm: NormFactory, final_norm: bool | None = None) -> None:
         super().__init__(depth, norm, final_norm)
-        self.norm_attn = norm()
+        self.norm_attn = norm(before_attention=True)
         self.norm_ffn = norm()
 
     def forward(self, x: Tensor, attn: Sublayer, ffn: Sublayer) -> Tensor:

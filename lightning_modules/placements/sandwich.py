@@ -18,7 +18,7 @@ class Sandwich(Placement):
 
     def __init__(self, depth: Depth, norm: NormFactory, final_norm: bool | None = None) -> None:
         super().__init__(depth, norm, final_norm)
-        self.norm_attn_in, self.norm_attn_out = norm(), norm()
+        self.norm_attn_in, self.norm_attn_out = norm(before_attention=True), norm()
         self.norm_ffn_in, self.norm_ffn_out = norm(), norm()
 
     def forward(self, x: Tensor, attn: Sublayer, ffn: Sublayer) -> Tensor:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.layers.attention import QKVNorm
 from lightning_modules.layers.norms import NormFactory
 from lightning_modules.placements.base import Depth, Streams, Sublayer, TwoStreams
 
@@ -17,17 +18,30 @@ class SiameseNorm(TwoStreams):
 
     Args:
         count_sublayers: l is the index of the block, from 1 (the paper's text), or twice that (the authors' code).
+        normed_sum: the head reads N(N x + N y), as in the authors' language model, in place of x + N y.
+        head_norms: norms on q, k and v, each over one head, as in the hybrid variant that the authors released.
     """
 
     scale: Tensor
 
     def __init__(
-        self, depth: Depth, norm: NormFactory, final_norm: bool | None = None, count_sublayers: bool = False
+        self,
+        depth: Depth,
+        norm: NormFactory,
+        final_norm: bool | None = None,
+        count_sublayers: bool = False,
+        normed_sum: bool = False,
+        head_norms: bool = False,
     ) -> None:
         super().__init__(depth, norm, final_norm)
+        self.qkv_norm = QKVNorm("qkv", per_head=True) if head_norms else None
+        self.norms_out = nn.ModuleDict({at: norm() for at in "xy"}) if normed_sum and depth.is_last else None
         # A tensor, as in LNScaling.
         self.register_buffer("scale", torch.tensor((depth.index * (1 + count_sublayers)) ** -0.5), persistent=False)
-        self.norms_attn, self.norms_ffn = (nn.ModuleDict({at: norm() for at in ("y", "in", "x")}) for _ in range(2))
+        self.norms_attn, self.norms_ffn = (
+            nn.ModuleDict({at: norm(at == "in" and feeds_attention) for at in ("y", "in", "x")})
+            for feeds_attention in (True, False)
+        )
 
     def forward(self, state: Streams, attn: Sublayer, ffn: Sublayer) -> Streams:
         for sublayer, norms in ((attn, self.norms_attn), (ffn, self.norms_ffn)):
@@ -35,3 +49,9 @@ class SiameseNorm(TwoStreams):
             out = sublayer(norms["in"](x + norms["y"](y)))
             state = norms["x"](x + out * self.scale), y + out
         return state
+
+    def leave(self, state: Streams) -> Tensor:
+        if self.norms_out is None:
+            return super().leave(state)
+        x, y = state
+        return self.final_norm(self.norms_out["x"](x) + self.norms_out["y"](y))

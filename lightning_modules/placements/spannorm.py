@@ -25,7 +25,7 @@ class SpanNorm(Placement):
         self, depth: Depth, norm: NormFactory, final_norm: bool | None = None, first_norm: bool = True
     ) -> None:
         super().__init__(depth, norm, final_norm)
-        self.first_norm = norm() if first_norm and depth.is_first else nn.Identity()
+        self.first_norm = norm(before_attention=True) if first_norm and depth.is_first else nn.Identity()
         self.norm_attn = norm()
         self.norm_ffn = norm()
 

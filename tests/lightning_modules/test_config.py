@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from core.errors import ConfigError
-from lightning_modules.config import ModelConfig, MoEConfig, OptimConfig, parse
+from lightning_modules.config import ModelConfig, MoEConfig, OptimConfig, parse, settings
 from tests.conftest import tiny_config
 
 NAN = float("nan")
@@ -28,6 +28,8 @@ NAN = float("nan")
         ({"ffn_dim": 0}, "ffn_dim", "an integer >= 1 or null"),
         ({"norm_eps": 0.0}, "norm_eps", "a number > 0"),
         ({"norm_eps": NAN}, "norm_eps", "a number > 0"),
+        ({"init_truncation": 0.0}, "init_truncation", "a number > 0 or null"),
+        ({"init_truncation": NAN}, "init_truncation", "a number > 0 or null"),
         ({"rope_theta": -1.0}, "rope_theta", "a number > 0"),
         ({"dim": 36, "num_heads": 8}, "dim", "a multiple of 2 x model.num_heads=8"),  # 4.5 a head
         ({"dim": 36, "num_heads": 4}, "dim", "a multiple of 2 x model.num_heads=4"),  # 9 a head
@@ -68,6 +70,8 @@ def test_impossible_models_are_refused_by_field(values: dict[str, Any], field: s
         ({"betas": [0.9, 0.9, 0.9]}, "betas", "two numbers in [0, 1)"),
         ({"min_lr_ratio": 1.1}, "min_lr_ratio", "a number in [0, 1]"),
         ({"decay_fraction": -0.1}, "decay_fraction", "a number in [0, 1]"),
+        ({"decay_shape": "exponental"}, "decay_shape", "did you mean exponential?"),
+        ({"decay_shape": "exponential", "min_lr_ratio": 0.0}, "min_lr_ratio", "optim.decay_shape=exponential"),
     ],
     ids=str,
 )
@@ -85,6 +89,31 @@ def test_plain_values_become_frozen_dataclasses_of_the_declared_types() -> None:
     with pytest.raises(AttributeError):
         model.dim = 32  # type: ignore[misc]
     assert parse(OptimConfig, "optim", {"betas": [0.8, 0.9]}).betas == pytest.approx((0.8, 0.9))
+
+
+@pytest.mark.parametrize(("top_k", "normalizes"), [(1, False), (2, True)])
+def test_weights_are_normalized_by_default_where_there_are_several(top_k: int, normalizes: bool) -> None:
+    assert parse(ModelConfig, "model", {"moe": {"top_k": top_k}}).moe.normalizes_weights is normalizes
+    explicit = {"top_k": top_k, "normalize_weights": not normalizes}
+    assert parse(ModelConfig, "model", {"moe": explicit}).moe.normalizes_weights is not normalizes
+
+
+def test_a_saved_configuration_from_before_the_norms_options_means_what_it_then_did() -> None:
+    saved = vars(tiny_config(norm="dyt")) | {"moe": vars(tiny_config().moe)}
+    assert parse(ModelConfig, "model", saved).norm_options == {}
+    del saved["norm_options"]
+    former = {"alpha": 0.5, "alpha_attention": 0.5, "embedding_scale": None}
+    assert parse(ModelConfig, "model", saved).norm_options == former
+    assert parse(ModelConfig, "model", {**saved, "norm": "rmsnorm"}).norm_options == {}
+    assert parse(ModelConfig, "model", {"norm": "dyt"}).norm_options == {}, "written by hand, today"
+
+
+def test_settings_are_named_as_on_the_command_line() -> None:
+    found = settings(tiny_config(init_options={"std": 0.1}, moe={"top_k": 1}), "model")
+    assert (found["model.dim"], found["model.init_options"]) == (32, {"std": 0.1})
+    assert found["model.moe.normalize_weights"] is False
+    assert "model.moe" not in found
+    assert settings(OptimConfig(), "optim")["optim.betas"] == (0.9, 0.95)
 
 
 @pytest.mark.parametrize(("dim", "hidden"), [(96, 256), (128, 352), (48, 128), (32, 96)])

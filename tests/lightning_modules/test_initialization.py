@@ -44,6 +44,9 @@ XAVIER = FAN_IN | {"key": 0.072169, "value": 0.072169, "ffn_up": 0.039528, "ffn_
 # x 32^(-1/4) = 0.42045
 DEEPNORM = XAVIER | {"value": 0.030343, "attn_out": 0.026278, "ffn_up": 0.016620, "ffn_down": 0.016620}
 B2T = {role: std / (1 if role in ("embedding", "head") else 2) for role, std in XAVIER.items()}
+# sqrt(2 / (256 + 256)) / sqrt(2), sqrt(2 / (256 + 128)) / sqrt(2), 1 / sqrt(3 x 256), 1 / sqrt(3 x 1024); x 1 / 2
+FAIRSEQ = {"query": 0.022097, "key": 0.025516, "value": 0.025516, "ffn_up": 0.018042, "ffn_down": 0.009021}
+MEGATRON_OF_HYBRIDNORM = dict.fromkeys(PLAIN, 0.039528) | {"attn_out": 0.013975, "ffn_down": 0.013975}
 # x sqrt(ln 8) = 1.44203
 SUBLN = XAVIER | {"value": 0.104069, "attn_out": 0.090127, "ffn_up": 0.057001, "ffn_down": 0.057001}
 # x sqrt(2 / 4) = 0.70711; the down matrix x 1/sqrt(E silu(z)^2) = 1.67654 too
@@ -81,7 +84,7 @@ def assert_stds(weights: dict[str, torch.Tensor], expected: dict[str, float]) ->
         ("megatron", {}, MEGATRON),
         ("megatron", {"std": 0.04}, {role: 2 * std for role, std in MEGATRON.items()}),
         # sqrt(2 / (5 x 256)) = 0.039528, and that / sqrt(8)
-        ("megatron", {"std": None}, dict.fromkeys(PLAIN, 0.039528) | {"attn_out": 0.013975, "ffn_down": 0.013975}),
+        ("megatron", {"std": None}, MEGATRON_OF_HYBRIDNORM),
         ("scale_init", {}, SCALE_INIT),
         ("scale_init", {"factor": "sublayers"}, FAN_IN | {"attn_out": 0.022097, "ffn_down": 0.011049}),
         ("scale_init", {"targets": ["value", "ffn_up"]}, FAN_IN | {"value": 0.03125, "ffn_up": 0.03125}),
@@ -90,6 +93,9 @@ def assert_stds(weights: dict[str, torch.Tensor], expected: dict[str, float]) ->
         ("b2t", {}, B2T),
         ("subln", {}, SUBLN),
         ("deepscalelm", {}, DEEPSCALELM),
+        ("plain", {"embedding_std": 0.632}, PLAIN | {"embedding": 0.632}),
+        ("megatron", {"std": None, "head": "fan_in"}, MEGATRON_OF_HYBRIDNORM | {"head": 0.0625}),
+        ("b2t", {"base": "fairseq"}, B2T | FAIRSEQ),
         # 0.25^(-1/4) = 1.41421 on values and outputs
         ("deepscalelm", {"correlation": 0.25}, DEEPSCALELM | {"value": 0.088388, "attn_out": 0.0625}),
     ],
@@ -139,6 +145,16 @@ def test_tied_embeddings_draw_as_the_head_that_they_also_are() -> None:
     assert weights["embedding.weight"].std().item() == pytest.approx(0.0625, rel=0.02)
 
 
+def test_truncated_draws_stay_within_so_many_standard_deviations() -> None:
+    whole, cut = drawn(init="plain"), drawn(init="plain", init_truncation=2)
+    assert whole["head.weight"].abs().max() > 4 * 0.02
+    for name, weight in cut.items():
+        if weight.dim() == 2:
+            assert 1.99 * 0.02 < weight.abs().max() <= 2 * 0.02, name
+            # of a normal distribution cut off at 2, sqrt(1 - 4 phi(2) / (2 Phi(2) - 1)) = 0.87963
+            assert weight.std().item() == pytest.approx(0.02 * 0.87963, rel=0.02), name
+
+
 def test_the_seed_decides() -> None:
     def draw(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
@@ -152,7 +168,11 @@ def test_the_seed_decides() -> None:
     ("overrides", "field", "valid"),
     [
         ({"init": "plian"}, "model.init", "(did you mean plain?)"),
-        ({"init": "plain", "init_options": {"sdt": 1.0}}, "model.init_options.sdt", "one of std (did you mean std?)"),
+        (
+            {"init": "plain", "init_options": {"sdt": 1.0}},
+            "model.init_options.sdt",
+            "one of embedding_std, std (did you mean std?)",
+        ),
         ({"init": "plain", "init_options": {"std": "big"}}, "model.init_options.std", "a number"),
         ({"init": "fan_in", "init_options": {"num_layers": 3}}, "model.init_options.num_layers", "no such field"),
         (
@@ -179,7 +199,7 @@ def test_what_does_not_exist_is_refused_with_the_choices(overrides: dict[str, An
     assert valid in error.value.valid
 
 
-@pytest.mark.parametrize("std", [-1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("std", [-1.0, 0.0, float("inf"), float("nan")])
 def test_a_standard_deviation_that_is_none_is_refused(std: float) -> None:
     with pytest.raises(ConfigError, match=r"model\.init_options"):
         initialize(Transformer(tiny_config(init="plain", init_options={"std": std}), VOCAB_SIZE))

@@ -44,6 +44,11 @@ def b2t(b: At, x: Tensor) -> Tensor:
     return b.N("norm_ffn", y + b.F(y) + (0 if b.l == b.L else 1) * x)
 
 
+def b2t_with_every_skip(b: At, x: Tensor) -> Tensor:
+    y = b.N("norm_attn", x + b.A(x))
+    return b.N("norm_ffn", x + y + b.F(y))
+
+
 def sandwich(b: At, x: Tensor) -> Tensor:
     y = x + b.N("norm_attn_out", b.A(b.N("norm_attn_in", x)))
     return y + b.N("norm_ffn_out", b.F(b.N("norm_ffn_in", y)))
@@ -122,6 +127,10 @@ def normed(b: At, x: Tensor) -> Tensor:
 
 def summed(b: At, state: Any) -> Tensor:
     return state[0] + b.N("final_norm", state[1])
+
+
+def normed_sum(b: At, state: Any) -> Tensor:
+    return b.N("final_norm", b.N("norms_out.x", state[0]) + b.N("norms_out.y", state[1]))
 
 
 class Scheme(NamedTuple):

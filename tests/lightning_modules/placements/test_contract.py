@@ -15,7 +15,15 @@ from lightning_modules.placements.registry import PLACEMENTS
 from lightning_modules.transformer import Block, Transformer
 from tests.conftest import VOCAB_SIZE, tiny_config, tokens
 from tests.lightning_modules import reference
-from tests.lightning_modules.placements.schemes import SCHEMES, At, Scheme, keel_eased
+from tests.lightning_modules.placements.schemes import (
+    SCHEMES,
+    At,
+    Scheme,
+    b2t_with_every_skip,
+    bare,
+    keel_eased,
+    normed_sum,
+)
 
 HEADS, KV_HEADS, HEAD_DIM, SEQ, EPS, THETA = 4, 2, 8, 9, 1e-5, 10000.0
 schemes = pytest.mark.parametrize("name", SCHEMES)
@@ -119,6 +127,27 @@ def test_keel_eases_its_first_block_in(ffn: str) -> None:
     model, h = make_model("keel", ffn, ease_in=True), 3 * torch.randn(SEQ, 32)
     expected = from_equations(model, SCHEMES["keel"]._replace(equation=keel_eased), h)
     torch.testing.assert_close(through(model, h[None])[0], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "as_published"),
+    [
+        ("b2t", {"last_skip": True}, {"equation": b2t_with_every_skip}),
+        ("siamesenorm", {"normed_sum": True}, {"leave": normed_sum}),
+        ("siamesenorm", {"head_norms": True}, {"qkv": "QKV"}),
+        ("rezero", {"final_norm": False}, {"leave": bare}),
+    ],
+    ids=str,
+)
+@ffns
+def test_what_the_authors_code_has_is_an_option(
+    name: str, options: dict[str, Any], as_published: dict[str, Any], ffn: str
+) -> None:
+    model, h = make_model(name, ffn, **options), 3 * torch.randn(SEQ, 32)
+    out = through(model, h[None])[0]
+    expected = from_equations(model, SCHEMES[name]._replace(**as_published), h)
+    torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(out, through(make_model(name, ffn), h[None])[0], rtol=1e-2)
 
 
 @norms

@@ -16,19 +16,20 @@ OPTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "spannorm": {"first_norm": st.booleans()},
     "mixln": {"post_fraction": st.floats(0, 1)},
     "keel": {"alpha": st.sampled_from(["2L", "sqrt"]) | st.floats(0.5, 10), "ease_in": st.booleans()},
-    "siamesenorm": {"count_sublayers": st.booleans()},
+    "siamesenorm": dict.fromkeys(("count_sublayers", "normed_sum", "head_norms"), st.booleans()),
+    "b2t": {"last_skip": st.booleans()},
 }
 INITS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "default": {},
-    "plain": {"std": st.floats(0.01, 0.2)},
+    "plain": {"std": st.floats(0.01, 0.2), "embedding_std": st.none() | st.floats(0.01, 1)},
     "fan_in": {},
-    "megatron": {"std": st.none() | st.floats(0.01, 0.2)},
+    "megatron": {"std": st.none() | st.floats(0.01, 0.2), "head": st.sampled_from(["std", "fan_in"])},
     "scale_init": {
         "factor": st.sampled_from(["blocks", "sublayers"]),
         "targets": st.lists(st.sampled_from(TARGETS), unique=True),
     },
     "deepnorm": {},
-    "b2t": {},
+    "b2t": {"base": st.sampled_from(["xavier", "fairseq"])},
     "subln": {},
     "deepscalelm": {"correlation": st.floats(0.2, 1)},
 }
