@@ -156,8 +156,8 @@ class PlacementForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids: [batch, seq].
             attention_mask: [batch, past + seq], 0 where there is padding, on any side; or what attention takes as it
                 is, [batch, 1 or heads, seq, past + seq].
-            position_ids: [batch or 1, seq]; by default counted from each text's first token. Without a mask and a
-                cache, a text begins wherever they do not go on by one (packed texts).
+            position_ids: [batch or 1, seq]; by default counted from each text's first token. Without a mask and
+                earlier tokens, a text begins wherever they do not go on by one (packed texts).
             past_key_values: a cache that grows with the text, as DynamicCache does.
             inputs_embeds: [batch, seq, hidden_size], instead of input_ids.
             labels: [batch, seq], as input_ids; -100 where nothing is to be predicted.
@@ -347,7 +347,7 @@ class Context:
         allowed = (keys <= queries).expand(len(positions), 1, -1, -1)
         if given is not None:  # padding looks at itself, for a softmax over nothing is no number
             return (allowed & given.bool()[:, None, None]) | (keys == queries)
-        if self.cache is None:
+        if self.past == 0:
             starts = positions.diff(dim=1, prepend=positions[:, :1] - 1) != 1
             texts = starts.cumsum(1)
             return allowed & (texts[:, None, :, None] == texts[:, None, None])

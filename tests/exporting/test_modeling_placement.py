@@ -49,6 +49,12 @@ def model(request: pytest.FixtureRequest, models: dict[str, Any]) -> Any:
     return models[request.param]
 
 
+@pytest.fixture(params=["tied", "streams"])
+def writer(request: pytest.FixtureRequest, models: dict[str, Any]) -> Any:
+    """Two of them that differ in all that generation touches, for what takes longer."""
+    return models[request.param]
+
+
 @pytest.fixture(params=["dense", "moe"])
 def output(request: pytest.FixtureRequest, folders: dict[str, tuple[Path, Path]]) -> Path:
     return folders[request.param][1]
@@ -78,13 +84,13 @@ def test_padding_on_either_side_changes_no_logit(side: str, model: Any, folders:
 
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_a_batch_is_continued_as_each_text_alone(
-    use_cache: bool, model: Any, folders: dict[str, tuple[Path, Path]]
+    use_cache: bool, writer: Any, folders: dict[str, tuple[Path, Path]]
 ) -> None:
     batch = tokenizer_of(folders["dense"][1], "left")(TEXTS, return_tensors="pt", padding=True)
     options: dict[str, Any] = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "use_cache": use_cache}
-    alone = [model.generate(ids(text), attention_mask=torch.ones_like(ids(text)), **options)[0] for text in TEXTS]
+    alone = [writer.generate(ids(text), attention_mask=torch.ones_like(ids(text)), **options)[0] for text in TEXTS]
     assert len({tuple(tokens[-12:].tolist()) for tokens in alone}) == len(TEXTS)
-    together = model.generate(**batch, **options, pad_token_id=256)
+    together = writer.generate(**batch, **options, pad_token_id=256)
     assert together[:, -12:].tolist() == [tokens[-12:].tolist() for tokens in alone]
 
 
@@ -97,14 +103,14 @@ def test_generation_is_the_runs_own(models: dict[str, Any], folders: dict[str, t
 @pytest.mark.parametrize(
     "options", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}, {"repetition_penalty": 1.3}]
 )
-def test_a_cache_changes_nothing(options: dict[str, Any], model: Any) -> None:
-    assert continued(model, TEXTS[0], **options) == continued(model, TEXTS[0], **options, use_cache=False)
+def test_a_cache_changes_nothing(options: dict[str, Any], writer: Any) -> None:
+    assert continued(writer, TEXTS[0], **options) == continued(writer, TEXTS[0], **options, use_cache=False)
 
 
-def test_speculation_changes_nothing(model: Any, models: dict[str, Any]) -> None:
-    expected = continued(model, TEXTS[0])
-    assert continued(model, TEXTS[0], prompt_lookup_num_tokens=2) == expected
-    assert continued(model, TEXTS[0], assistant_model=models["tied"]) == expected
+def test_speculation_changes_nothing(writer: Any, models: dict[str, Any]) -> None:
+    expected = continued(writer, TEXTS[0])
+    assert continued(writer, TEXTS[0], prompt_lookup_num_tokens=2) == expected
+    assert continued(writer, TEXTS[0], assistant_model=models["tied"]) == expected
 
 
 @torch.no_grad()
@@ -232,17 +238,14 @@ def test_fine_tuning_a_mixture_goes_on_with_the_runs_loss(name: str, folders: di
     torch.testing.assert_close(sum(part.loss for part in parts), sum(part.loss for part in whole) / 3)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2])
-def test_accumulated_batches_are_one_batch(
-    batch_size: int, folders: dict[str, tuple[Path, Path]], tmp_path: Path
-) -> None:
+def test_accumulated_batches_are_one_batch(folders: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
     """By transformers' own Trainer: loss, gradient norm and weights after a step of SGD; labels of unequal number."""
     from transformers import Trainer, TrainingArguments
 
     tokens = [list(range(65 + n, 85 + n)) for n in range(4)]
     data = [{"input_ids": row, "labels": [-100] * n + row[n:]} for n, row in enumerate(tokens)]
     found = []
-    for size in (4, batch_size):
+    for size in (4, 1):
         arguments = TrainingArguments(
             str(tmp_path / str(size)),
             per_device_train_batch_size=size,
@@ -269,7 +272,7 @@ def test_recomputing_blocks_changes_no_gradient(
     for recomputes in (False, True):
         model = loaded(folders[name][1]).train()
         calls: list[int] = []
-        model.model.blocks[0].register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        model.model.blocks[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         if recomputes:
             model.gradient_checkpointing_enable(None if reentrant is None else {"use_reentrant": reentrant})
         model(tokens, labels=tokens).loss.backward()
@@ -306,8 +309,7 @@ def test_tied_weights_stay_tied(folders: dict[str, tuple[Path, Path]], tmp_path:
         assert each(ids(TEXTS[0])).logits.size(-1) == 260
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("places", ["disk", "mixed"])
+@pytest.mark.parametrize(("name", "places"), [*((name, "disk") for name in MODELS), ("moe", "mixed")])
 @torch.no_grad()
 def test_offloaded_weights_give_the_same_logits(
     name: str, places: str, folders: dict[str, tuple[Path, Path]], models: dict[str, Any], tmp_path: Path
@@ -319,8 +321,10 @@ def test_offloaded_weights_give_the_same_logits(
         where["model.head"] = where["model.embedding"]
     model = loaded(folders[name][1], device_map=where, offload_folder=tmp_path)
     assert any(weight.is_meta for weight in model.parameters()), "offloaded"
-    torch.testing.assert_close(model(ids(TEXTS[0])).logits, models[name](ids(TEXTS[0])).logits, **CLOSE)
-    assert continued(model, TEXTS[0]) == continued(models[name], TEXTS[0])
+    tokens = ids(TEXTS[0])
+    torch.testing.assert_close(model(tokens).logits, models[name](tokens).logits, **CLOSE)
+    longer = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=2, do_sample=False)
+    assert longer[0, -2:].tolist() == continued(models[name], TEXTS[0])[:2]
 
 
 @torch.no_grad()
@@ -345,7 +349,7 @@ def test_a_model_of_a_configuration_alone_has_weights(models: dict[str, Any]) ->
     for name, weight in model.named_parameters():
         assert weight.isfinite().all(), name
         if weight.dim() > 1:
-            assert float(weight.std()) == pytest.approx(0.02, rel=0.2), name
+            assert float(weight.detach().std()) == pytest.approx(0.02, rel=0.2), name
 
 
 def test_the_harness_reads_it_alike_at_any_batch_size(folders: dict[str, tuple[Path, Path]]) -> None:
