@@ -193,7 +193,11 @@ class Adapter(TemplateLM):
         most, until = options["max_gen_toks"], options["until"]
         temperature = options.get("temperature", 1.0 if options["do_sample"] else 0.0)
         top_p = options.get("top_p")
-        shape = {"top_k": options.get("top_k") or None, "top_p": 1.0 if top_p is None else top_p, "length": length}
+        shape: dict[str, Any] = {
+            "top_k": options.get("top_k") or None,
+            "top_p": 1.0 if top_p is None else top_p,
+            "length": length,
+        }
         new: list[list[int]] = [[] for _ in prompts]
         open_rows = set(range(len(prompts)))
         texts, seeds = list(prompts.values()), list(prompts)

@@ -61,7 +61,7 @@ class PlacementConfig(PretrainedConfig):
         self.model, self.output_multiplier, self.vocab_size = model or {}, output_multiplier, vocab_size
         parsed = self.parsed()
         tied = parsed.tie_embeddings if tie_word_embeddings is None else tie_word_embeddings
-        super().__init__(tie_word_embeddings=tied, **others)
+        super().__init__(**{**others, "tie_word_embeddings": tied})
         self.tie_word_embeddings = tied
         self.use_cache, self.max_position_embeddings = use_cache, max_position_embeddings
         self.router_aux_loss_coef, self.router_z_loss_coef = router_aux_loss_coef, router_z_loss_coef
@@ -195,6 +195,8 @@ class PlacementForCausalLM(PreTrainedModel, GenerationMixin):
         require(whole or not loss_wanted, "logits_to_keep", logits_to_keep, "0 where there are labels")
 
         recomputes = self.model.config.activation_checkpointing and torch.is_grad_enabled()
+        if use_cache and recomputes:
+            log.warning_once("use_cache=True does not go with gradient checkpointing: use_cache=False")
         use_cache = _or_default(use_cache, config.use_cache and not self.training) and not recomputes
         without = "none while blocks are recomputed: gradient_checkpointing_disable(), or torch.no_grad()"
         require(not recomputes or past_key_values is None, "past_key_values", type(past_key_values).__name__, without)
@@ -237,12 +239,8 @@ class PlacementForCausalLM(PreTrainedModel, GenerationMixin):
             balance, z_loss = self._auxiliary(router_logits, context.is_text())
             if adds_auxiliary:
                 weighted = config.router_aux_loss_coef * balance + config.router_z_loss_coef * z_loss
-                if num_items_in_batch is not None:  # as much of it as this batch has of all labels
-                    targets = labels[:, 1:] if shift_labels is None else shift_labels
-                    weighted = (
-                        weighted * (targets != -100).sum().to(weighted.device) / _on(num_items_in_batch, weighted)
-                    )
-                loss = loss + weighted.to(loss.device)
+                share = _share_of_labels(labels, shift_labels, num_items_in_batch)
+                loss = loss + (weighted * share).to(logits.device)
         if mixtures:
             out: Any = MoeCausalLMOutputWithPast(
                 loss=loss,
@@ -276,7 +274,7 @@ class PlacementForCausalLM(PreTrainedModel, GenerationMixin):
             require(begin is not None, "input_ids", list(prompt.shape), "at least one token: no token begins a text")
             inputs = torch.full((len(prompt), 1), begin, device=prompt.device)
             options = {name: value for name, value in options.items() if name not in ("input_ids", "attention_mask")}
-        return super().generate(inputs, *others, **options)
+        return super().generate(inputs, *others, **options)  # type: ignore[misc] - it wants a protocol of its own
 
 
 GROWING = "a cache that grows with the text, as DynamicCache does (cache_implementation='dynamic')"
@@ -397,8 +395,14 @@ def _or_default(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
-def _on(value: int | Tensor, like: Tensor) -> int | Tensor:
-    return value.to(like.device) if isinstance(value, Tensor) else value
+def _share_of_labels(labels: Tensor | None, shift_labels: Tensor | None, whole: int | Tensor | None) -> float:
+    """How much of all labels that a step of several batches has is in this one: its weight in their mean."""
+    if whole is None:
+        return 1.0
+    if shift_labels is None:
+        assert labels is not None
+        shift_labels = labels[:, 1:]
+    return float((shift_labels != -100).sum()) / float(whole)
 
 
 def _check_others(others: dict[str, Any], past: int, seq: int) -> None:
