@@ -1,5 +1,6 @@
 """A model of this project as EleutherAI's lm-evaluation-harness sees one: batched, a context computed once."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,6 +22,41 @@ Group = tuple[Context, list[int]]
 
 AT_ONCE = 256
 """Tokens of a continuation whose logits exist at a time, a multiple of ROWS."""
+
+
+USED = {
+    *("until", "do_sample", "temperature", "top_k", "top_p"),
+    *("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"),
+    *("early_stopping", "use_cache"),  # the first is about beams, the second about speed: nothing to do here
+}
+"""What `generation_kwargs` of a task may ask for."""
+NEUTRAL = {
+    **{"num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "n": 1, "best_of": 1},
+    **{"repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "length_penalty": 1.0, "diversity_penalty": 0.0},
+    **{"presence_penalty": 0.0, "frequency_penalty": 0.0, "no_repeat_ngram_size": 0, "min_p": 0.0, "typical_p": 1.0},
+    **{"epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "min_new_tokens": 0, "min_length": 0, "penalty_alpha": 0.0},
+}
+"""What it may say besides, as it changes nothing."""
+
+
+def check_generation(options: dict[str, Any]) -> None:
+    """Refuse what a task's `generation_kwargs` ask for and the adapter does not do, or what cannot be.
+
+    Raises:
+        ConfigError: it names the option.
+    """
+    for name, value in options.items():
+        field = f"generation_kwargs.{name}"
+        if name in NEUTRAL:
+            neutral = NEUTRAL[name]
+            require(value is None or value == neutral, field, value, f"{neutral}: the task asks for what is not there")
+        elif name not in USED:
+            require(value is None, field, value, f"a task that does without it; known are {', '.join(sorted(USED))}")
+    temperature, top_k, top_p = (options.get(name) for name in ("temperature", "top_k", "top_p"))
+    valid = temperature is None or 0 <= float(temperature) < math.inf
+    require(valid, "generation_kwargs.temperature", temperature, "a number >= 0")
+    require(top_k is None or int(top_k) >= 0, "generation_kwargs.top_k", top_k, "an integer >= 0; 0: all tokens")
+    require(top_p is None or 0 < float(top_p) <= 1, "generation_kwargs.top_p", top_p, "a number in (0, 1]")
 
 
 class Adapter(TemplateLM):
@@ -124,8 +160,11 @@ class Adapter(TemplateLM):
         Neither the batch size nor the other contexts of a batch change them: each has a seed of its own, its number.
 
         Raises:
+            ConfigError: a task asks for a way of generating that there is not.
             UserError: the model diverged; its logits are not finite.
         """
+        for request in requests:
+            check_generation(request.args[1])
         results = [""] * len(requests)
         waiting: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
@@ -151,8 +190,14 @@ class Adapter(TemplateLM):
         return (self.tok_encode(context) or [self.eot_token_id])[-room:]
 
     def _continue(self, prompts: dict[int, list[int]], options: Any, length: int) -> list[str]:
-        most, until, temperature = options["max_gen_toks"], options["until"], options.get("temperature", 0.0)
-        shape = {"top_k": options.get("top_k") or None, "top_p": options.get("top_p", 1.0), "length": length}
+        most, until = options["max_gen_toks"], options["until"]
+        temperature = options.get("temperature", 1.0 if options["do_sample"] else 0.0)
+        top_p = options.get("top_p")
+        shape: dict[str, Any] = {
+            "top_k": options.get("top_k") or None,
+            "top_p": 1.0 if top_p is None else top_p,
+            "length": length,
+        }
         new: list[list[int]] = [[] for _ in prompts]
         open_rows = set(range(len(prompts)))
         texts, seeds = list(prompts.values()), list(prompts)

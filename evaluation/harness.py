@@ -11,9 +11,25 @@ from lm_eval.utils import make_table
 
 from core.errors import ConfigError, UserError, one_line
 from core.open_run import OpenRun
-from evaluation.adapter import Adapter
+from evaluation.adapter import Adapter, check_generation
 
 TASKS = Path(__file__).resolve().parents[1] / "configs/eval"
+
+
+class CheckedTasks(TaskManager):
+    """The harness' tasks, refused before the model is asked anything where they want what the adapter does not do."""
+
+    def load(self, *arguments: Any, **options: Any) -> Any:
+        """As the harness loads them.
+
+        Raises:
+            ConfigError: of a task's `generation_kwargs`.
+        """
+        loaded = super().load(*arguments, **options)
+        for task in loaded["tasks"].values():
+            if task.OUTPUT_TYPE == "generate_until":
+                check_generation(task.config.generation_kwargs or {})
+        return loaded
 
 
 def run_tasks(
@@ -32,10 +48,10 @@ def run_tasks(
         {task or group: {metric: value}}.
 
     Raises:
-        ConfigError: no such task.
+        ConfigError: no such task, or one that asks for a way of generating that there is not.
         UserError: its data cannot be had.
     """
-    manager = TaskManager(include_path=str(TASKS))
+    manager = CheckedTasks(include_path=str(TASKS))
     for task in tasks:
         if task not in manager.all_tasks:
             close = difflib.get_close_matches(task, manager.all_tasks, n=3)

@@ -1,5 +1,7 @@
 """PreNorm as Hugging Face has it: Llama where it is dense, Mixtral where it is a mixture of experts."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,13 +31,16 @@ def obstacle(model: Transformer) -> str | None:
     return next((name for name, differs in differences.items() if differs), None)
 
 
-def to_hugging_face(model: Transformer, max_length: int, end_of_document: int) -> Any:
+def to_hugging_face(model: Transformer, max_length: int, end_of_document: int | None) -> Any:
     """A LlamaForCausalLM or MixtralForCausalLM with the same logits.
+
+    A Mixtral's router_aux_loss_coef weighs the load-balancing loss as the run did: transformers' is top_k times ours.
+    It has no z-loss, and it takes the loss over all layers' tokens together, where ours is the mean over the layers.
 
     Args:
         model: one without an `obstacle`.
         max_length: tokens in a sequence of its training.
-        end_of_document: the token that ends a text.
+        end_of_document: the token that ends a text, and stands before one; None: there is none.
     """
     from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -51,18 +56,28 @@ def to_hugging_face(model: Transformer, max_length: int, end_of_document: int) -
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "tie_word_embeddings": config.tie_embeddings,
         "max_position_embeddings": max_length,
-        "bos_token_id": None,
+        "bos_token_id": end_of_document,
         "eos_token_id": end_of_document,
         "pad_token_id": None,
     }
     theirs: Any
     if config.ffn == "moe":
         common.update(num_local_experts=config.moe.num_experts, num_experts_per_tok=config.moe.top_k)
+        common.update(router_aux_loss_coef=config.moe.balance_weight / config.moe.top_k)
         theirs = MixtralForCausalLM(MixtralConfig(**common, intermediate_size=config.expert_hidden_dim))
     else:
         theirs = LlamaForCausalLM(LlamaConfig(**common, intermediate_size=config.hidden_dim))
     theirs.load_state_dict(_by_their_names(model))
     return theirs
+
+
+def save(converted: Any, folder: Path) -> None:
+    """Write what `to_hugging_face` made; rope_theta where transformers 5 reads it, and where 4 does."""
+    converted.save_pretrained(folder)
+    path = folder / "config.json"
+    written = json.loads(path.read_text())
+    written["rope_theta"] = written["rope_parameters"]["rope_theta"]
+    path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
 
 
 def _by_their_names(model: Transformer) -> dict[str, Tensor]:

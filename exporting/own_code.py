@@ -17,15 +17,17 @@ MODELING, REGISTRY = "exporting.modeling_placement", "lightning_modules.placemen
 IMPORT = re.compile(r"^( *)from ([\w.]+) import ([^\n]*)", re.MULTILINE)
 
 
-def write(model: Transformer, folder: Path, max_length: int, end_of_document: int) -> None:
+def write(model: Transformer, folder: Path, max_length: int, end_of_document: int | None) -> None:
     """config.json, model.safetensors, modeling_placement.py and the modules that it needs.
 
     Args:
         model: of any placement.
         folder: exists.
         max_length: tokens in a sequence of its training.
-        end_of_document: the token that ends a text.
+        end_of_document: the token that ends a text, and stands before one; None: there is none.
     """
+    config = model.config
+    is_mixture = config.ffn == "moe"
     code = MODELING.rpartition(".")[2]
     description = {
         "model_type": "placement",
@@ -34,26 +36,29 @@ def write(model: Transformer, folder: Path, max_length: int, end_of_document: in
             "AutoConfig": f"{code}.PlacementConfig",
             "AutoModelForCausalLM": f"{code}.PlacementForCausalLM",
         },
-        "model": asdict(model.config),
+        "model": asdict(config),
         "output_multiplier": model.output_multiplier,
         "vocab_size": model.embedding.num_embeddings,
-        "tie_word_embeddings": model.config.tie_embeddings,
+        "tie_word_embeddings": config.tie_embeddings,
+        "router_aux_loss_coef": config.moe.balance_weight / config.moe.top_k if is_mixture else 0.0,
+        "router_z_loss_coef": config.moe.z_loss_weight if is_mixture else 0.0,
         "max_position_embeddings": max_length,
-        "num_hidden_layers": model.config.num_layers,
-        "hidden_size": model.config.dim,
+        "num_hidden_layers": config.num_layers,
+        "hidden_size": config.dim,
+        "bos_token_id": end_of_document,
         "eos_token_id": end_of_document,
-        "use_cache": False,
+        "use_cache": True,
         "dtype": "float32",
     }
     (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
-    generation = {"eos_token_id": end_of_document, "use_cache": False}
+    generation = {"bos_token_id": end_of_document, "eos_token_id": end_of_document}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     tensors = {**model.state_dict(), **dict(model.named_buffers())}
-    if model.config.tie_embeddings:
+    if config.tie_embeddings:
         del tensors["head.weight"]
     kept: dict[str, Tensor] = {f"model.{name}": tensor.contiguous() for name, tensor in tensors.items()}
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    for name, text in sources(model.config.placement).items():
+    for name, text in sources(config.placement).items():
         (folder / f"{name}.py").write_text(text)
 
 

@@ -75,7 +75,9 @@ def choose(
         raise ValueError("the model's output is not finite")
     if temperature == 0:
         return logits.argmax(-1)
-    ordered, tokens = (logits.float() / temperature).sort(dim=-1, descending=True, stable=True)
+    # Below the largest, so that no temperature makes it infinite; what falls to minus infinity is never drawn.
+    below = logits.double() - logits.double().amax(-1, keepdim=True)
+    ordered, tokens = (below / temperature).sort(dim=-1, descending=True, stable=True)
     if top_k is not None:
         ordered, tokens = ordered[:, :top_k], tokens[:, :top_k]
     probabilities = ordered.softmax(-1)

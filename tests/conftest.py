@@ -1,5 +1,7 @@
 """What the tests share: models small enough to be free, and the same random numbers for every test."""
 
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -50,3 +52,12 @@ def make_module(optim: dict[str, Any] | None = None, **overrides: Any) -> Langua
 def tokens(*shape: int) -> torch.Tensor:
     """Random token ids."""
     return torch.randint(VOCAB_SIZE, shape)
+
+
+@pytest.fixture(scope="module")
+def hub_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A place of the tests' own for the code that comes with exported models."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        patch.setattr(sys, "path", [*sys.path])
+        yield

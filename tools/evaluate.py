@@ -37,7 +37,7 @@ class EvaluateConfig:
     num_fewshot: int | None = None  # examples before each question; null: what the task says
     limit: int | None = None  # questions of each task; null: all
     window: int | None = None  # tokens that the model reads in a task; null: as many as it was trained on
-    batch_size: int = 16  # questions side by side
+    batch_size: int | None = None  # questions of a task side by side; null: 16
     checkpoint: str = "last"  # last, best, or the path of one
     allow: str = ""  # classes of your own that the run's configuration names, as my_file.MyCallback, by commas
 
@@ -47,6 +47,10 @@ class EvaluateConfig:
             require(value is None or value >= least, name, value, f"an integer >= {least}")
         apart = not (self.data and self.tasks)
         require(apart, "tasks", self.tasks, "none where data is given: a corpus or tasks, one at a time")
+        require(not self.tasks or self.batches is None, "batches", self.batches, "null with tasks; their size is limit")
+        for name in ("num_fewshot", "limit", "window", "batch_size"):
+            value = getattr(self, name)
+            require(bool(self.tasks) or value is None, name, value, "null where there are no tasks: it is about them")
 
 
 def names(value: str) -> list[str]:
@@ -92,13 +96,21 @@ def show(losses: "list[Loss]") -> None:
 
 
 def evaluate_tasks(run: "OpenRun", config: EvaluateConfig) -> dict[str, float]:
-    """{TensorBoard tag: value}."""
+    """{TensorBoard tag: value}.
+
+    Raises:
+        ConfigError: the run's data is no text, which is what tasks are made of.
+    """
+    from datamodules.tokenizers import NumberTokenizer
+
+    is_text = not isinstance(run.datamodule.tokenizer, NumberTokenizer)
+    require(is_text, "tasks", config.tasks, f"none: they are texts, and what {run.folder} was trained on is numbers")
     try:
         from evaluation.harness import run_tasks
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed: pip install -r requirements-eval.txt") from error
     window: Any = config.window or run.datamodule.seq_len
-    found = run_tasks(run, names(config.tasks), window, config.batch_size, config.num_fewshot, config.limit)
+    found = run_tasks(run, names(config.tasks), window, config.batch_size or 16, config.num_fewshot, config.limit)
     return {f"eval/{task}/{metric}": value for task, values in found.items() for metric, value in values.items()}
 
 

@@ -8,6 +8,7 @@ written with its own code, taken from this project's sources, and loaded by
 AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True). What was done, and why, is printed.
 """
 
+import json
 import shutil
 import sys
 from dataclasses import dataclass
@@ -40,13 +41,15 @@ def export(folder: Path, config: ExportConfig) -> str:
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed: pip install -r requirements-eval.txt") from error
     from core.open_run import open_run
+    from datamodules.tokenizers import NumberTokenizer
     from exporting import llama, own_code, tokenizer
 
     output = Path(config.output)
     require(not output.exists(), "output", config.output, "a new folder: this one is there already")
     run = open_run(folder, config.checkpoint, config.allow)
     model, data = run.module.model.cpu(), run.datamodule
-    end, max_length = data.tokenizer.end_of_document, data.seq_len
+    end = None if isinstance(data.tokenizer, NumberTokenizer) else data.tokenizer.end_of_document
+    max_length = data.seq_len
     theirs = tokenizer.to_hugging_face(data.tokenizer, max_length)
     logging.disable_progress_bar()
     with writing("output", output):
@@ -55,7 +58,7 @@ def export(folder: Path, config: ExportConfig) -> str:
             why = llama.obstacle(model)
             if why is None:
                 converted = llama.to_hugging_face(model, max_length, end)
-                converted.save_pretrained(output)
+                llama.save(converted, output)
                 what = type(converted).__name__
             else:
                 own_code.write(model, output, max_length, end)
@@ -63,10 +66,19 @@ def export(folder: Path, config: ExportConfig) -> str:
                 what += f"{why} is in neither Llama nor Mixtral"
             if theirs is not None:
                 theirs.save_pretrained(output)
+                _name_as_both_do(output / "tokenizer_config.json")
         except BaseException:
             shutil.rmtree(output)
             raise
     return f"{output}: {what}, step {run.step}{'' if theirs else '; no tokenizer, as the data is no text'}"
+
+
+def _name_as_both_do(path: Path) -> None:
+    """Give a tokenizer the name, and the outputs, that transformers 4 and 5 agree on."""
+    written = json.loads(path.read_text())
+    written["tokenizer_class"] = "PreTrainedTokenizerFast"
+    written["model_input_names"] = ["input_ids", "attention_mask"]  # 4 would add token_type_ids, which generate refuses
+    path.write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n")
 
 
 def main(arguments: list[str]) -> None:

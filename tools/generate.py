@@ -5,6 +5,8 @@
     python -m tools.generate RUN prompt="def " temperature=0                     always the likeliest token
     python -m tools.generate RUN                                                 a document from its beginning
 
+Of a run on numbers (data=synthetic), the prompt is numbers too: prompt="3 1 4".
+
 Ends where the model ends the document, or after `num_tokens`. Of a text longer than `window` the model sees the end
 only. Control characters are shown as symbols on a terminal, and written as they are elsewhere.
 """
@@ -49,13 +51,34 @@ class GenerateConfig:
 
 def continuation(run: Any, prompt: list[int], config: GenerateConfig, window: int) -> Iterator[int]:
     """Token ids, up to and without the one that ends the document."""
+    from datamodules.tokenizers import NumberTokenizer
     from lightning_modules.generation import stream
 
+    tokenizer = run.datamodule.tokenizer
+    end = None if isinstance(tokenizer, NumberTokenizer) else tokenizer.end_of_document
     options = (config.num_tokens, config.temperature, [config.seed], window, config.top_k, config.top_p)
     for (token,) in stream(run.module.model, [prompt], *options):
-        if token == run.datamodule.tokenizer.end_of_document:
+        if token == end:
             return
         yield token
+
+
+def tokens_of(prompt: str, tokenizer: Any) -> list[int]:
+    """The prompt's token ids; none of an empty text.
+
+    Raises:
+        ConfigError: the run's data is numbers, and the prompt is not.
+    """
+    from datamodules.tokenizers import NumberTokenizer
+
+    if not isinstance(tokenizer, NumberTokenizer):
+        tokens: list[int] = tokenizer.encode(prompt.encode("utf-8", "surrogateescape")).tolist()
+        return tokens
+    words = prompt.split()
+    numbers = [int(word) for word in words if word.isascii() and word.isdigit() and int(word) < tokenizer.vocab_size]
+    valid = f"numbers from 0 to {tokenizer.vocab_size - 1}, as prompt='3 1 4': this run's data is no text"
+    require(bool(words) and len(numbers) == len(words), "prompt", prompt, valid)
+    return numbers
 
 
 def as_text(prompt: list[int], tokens: Iterable[int], tokenizer: Any) -> Iterator[str]:
@@ -84,7 +107,7 @@ def main(arguments: list[str]) -> None:
 
     run = open_run(Path(arguments[0]), config.checkpoint, config.allow)
     tokenizer, window = run.datamodule.tokenizer, config.window or run.datamodule.seq_len
-    prompt = tokenizer.encode(config.prompt.encode("utf-8", "surrogateescape")).tolist()
+    prompt = tokens_of(config.prompt, tokenizer)
     if len(prompt) > window:
         print(f"The prompt has {len(prompt)} tokens; the model sees the last {window} of them.", file=sys.stderr)
     shown = harmless if sys.stdout.isatty() else str

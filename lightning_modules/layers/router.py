@@ -71,6 +71,15 @@ def _mean_over_processes(counts: Tensor) -> Tensor:
     return wait_tensor(all_reduce(counts, "sum", everyone)) / everyone.size()
 
 
+class RouterLogits(nn.Linear):
+    """x W^T in fp32 or wider, whatever x and the weight are stored in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [tokens, dim] -> logits [tokens, num_experts]."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return F.linear(x.to(dtype), self.weight.to(dtype))
+
+
 class Router(nn.Module):
     """Scores over all experts, of which the top k are taken; in fp32 under any precision.
 
@@ -95,7 +104,7 @@ class Router(nn.Module):
         if config.moe.balancing not in BALANCINGS:
             valid = suggest(config.moe.balancing, BALANCINGS)
             raise ConfigError("model.moe.balancing", config.moe.balancing, valid)
-        self.layer = nn.Linear(config.dim, config.moe.num_experts, bias=False)
+        self.layer = RouterLogits(config.dim, config.moe.num_experts, bias=False)
         bias = torch.zeros(config.moe.num_experts, dtype=torch.float32) if config.moe.balancing == "bias" else None
         self.register_buffer("expert_bias", bias)
 
@@ -111,14 +120,17 @@ class Router(nn.Module):
         """x [tokens, dim] -> (weights [tokens, k] fp32, experts [tokens, k] int64, statistics)."""
         if self.training and self.moe.jitter > 0:
             x = x * torch.empty_like(x).uniform_(1 - self.moe.jitter, 1 + self.moe.jitter)
-        dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.to(dtype), self.layer.weight.to(dtype))
-            scores, probabilities = self.score(logits)
-            weights, experts = self._select(scores)
-            if self.moe.normalizes_weights:
-                weights = _share(weights)
-            return weights, experts, self._statistics(logits, probabilities, experts)
+            # By its forward, not by its weight: who offloads or adapts a layer does so around its forward.
+            return self.route(self.layer(x))
+
+    def route(self, logits: Tensor) -> tuple[Tensor, Tensor, RouterStats]:
+        """What forward gives, of logits [tokens, num_experts]."""
+        scores, probabilities = self.score(logits)
+        weights, experts = self._select(scores)
+        if self.moe.normalizes_weights:
+            weights = _share(weights)
+        return weights, experts, self._statistics(logits, probabilities, experts)
 
     def _select(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         if self.expert_bias is None:

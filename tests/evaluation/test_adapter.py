@@ -146,6 +146,49 @@ def test_it_draws_as_a_task_says() -> None:
     assert drawn[2] == drawn[3] != likeliest
 
 
+def test_sampling_without_a_temperature_is_at_one() -> None:
+    """As transformers does it; the likeliest tokens would be another answer than the one that was asked for."""
+    adapter, options = make_adapter(), {"max_gen_toks": 20, "do_sample": True}
+    found = adapter.generate_until([request("def f(x):", {**options, **more}) for more in ({}, {"temperature": 1.0})])
+    greedy = adapter.generate_until([request("def f(x):", {"max_gen_toks": 20})])
+    again = adapter.generate_until([request("def f(x):", options)])
+    assert found[0] == again[0] != greedy[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_beams": 10}, "generation_kwargs.num_beams=10 is not valid: expected 1: the task asks for what is not"),
+        ({"repetition_penalty": 1.1}, "generation_kwargs.repetition_penalty=1.1 is not valid: expected 1.0"),
+        ({"min_p": 0.1}, "generation_kwargs.min_p=0.1 is not valid: expected 0.0"),
+        ({"think_end_token": "x"}, "generation_kwargs.think_end_token='x' is not valid: expected a task that does wi"),
+        ({"temperature": -1.0}, "generation_kwargs.temperature=-1.0 is not valid: expected a number >= 0"),
+        ({"top_p": 0.0}, r"generation_kwargs.top_p=0.0 is not valid: expected a number in \(0, 1\]"),
+        ({"top_k": -1}, "generation_kwargs.top_k=-1 is not valid: expected an integer >= 0"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+def test_what_a_task_asks_for_in_vain_is_named(options: dict[str, Any], message: str) -> None:
+    requests = [request("a", {"max_gen_toks": 2}), request("a", {"max_gen_toks": 2, **options})]
+    with pytest.raises(ConfigError, match=message):
+        make_adapter().generate_until(requests)
+
+
+def test_what_changes_nothing_may_be_asked_for() -> None:
+    neutral = {
+        "num_beams": 1,
+        "repetition_penalty": 1,
+        "length_penalty": None,
+        "use_cache": False,
+        "num_return_sequences": 1,
+    }
+    adapter = make_adapter()
+    plain, same = adapter.generate_until(
+        [request("a", {"max_gen_toks": 4}), request("a", {"max_gen_toks": 4, **neutral})]
+    )
+    assert plain == same
+
+
 def test_of_continuations_that_do_not_fit_the_longest_is_named() -> None:
     pairs = [request("", text) for text in ("x" * (WINDOW + 1), "y" * (WINDOW + 9), "z" * (WINDOW + 5))]
     message = f"window={WINDOW} is not valid: expected at least {WINDOW + 9}, the tokens of the longest continuation"

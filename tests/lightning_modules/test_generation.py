@@ -130,6 +130,14 @@ def test_what_is_drawn_from(options: dict[str, Any], odds: tuple[float, ...]) ->
     assert torch.equal(frequencies == 0, expected == 0)
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-39, 5e-324])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_smallest_temperature_takes_the_likeliest_token(temperature: float, dtype: torch.dtype) -> None:
+    logits = torch.tensor([[-3.0, 40.0, 39.0], [7.0, -2.0, 0.0]], dtype=dtype)
+    generators = [torch.Generator().manual_seed(0)] * 2
+    assert choose(logits, temperature, None, 1.0, generators).tolist() == [1, 0]
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_mode_comes_back_and_the_model_can_train_on(training: bool) -> None:
     module = make_module(ffn="moe", moe={"jitter": 0.5})

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,9 @@ def test_the_papers_tasks_are_the_harness_own() -> None:
         (["data=a/x,b/x"], "data='a/x,b/x' is not valid: expected corpora whose folders' names differ, not x, x"),
         (["batches=0"], "batches=0 is not valid: expected an integer >= 1"),
         (["tasks=offline_choice", "window=5"], "window=5 is not valid: expected at least"),
+        (["tasks=offline", "batches=3"], "batches=3 is not valid: expected null with tasks"),
+        (["limit=3"], "limit=3 is not valid: expected null where there are no tasks"),
+        (["batch_size=3"], "batch_size=3 is not valid: expected null where there are no tasks"),
     ],
 )
 def test_a_mistake_is_one_clear_line(
@@ -139,3 +143,30 @@ def test_a_mistake_is_one_clear_line(
     with pytest.raises(SystemExit, match="2"):
         evaluate.cli.run(lambda: evaluate.main([str(run), *filled]))
     assert message.format(tmp=tmp_path) in capsys.readouterr().err
+
+
+def test_a_run_on_numbers_has_no_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run_on(tmp_path, *SMALL[:1], "data=synthetic", "data.seq_len=31")
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.cli.run(lambda: evaluate.main([str(folder), "tasks=offline"]))
+    err = capsys.readouterr().err
+    assert f"tasks='offline' is not valid: expected none: they are texts, and what {folder} was trained on is nu" in err
+    assert err.count("\n") == 1
+    assert not (folder / "evaluation").exists()
+    assert "val" in call(capsys, folder)
+
+
+def test_a_task_that_asks_for_beams_is_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task file of one's own, as configs/eval has them."""
+    from evaluation import harness
+
+    tasks = tmp_path / "eval"
+    shutil.copytree(harness.TASKS, tasks)
+    task = next(path for path in tasks.rglob("*.yaml") if "task: offline_continue" in path.read_text())
+    task.write_text(task.read_text().replace("  max_gen_toks: 8\n", "  max_gen_toks: 8\n  num_beams: 4\n"))
+    monkeypatch.setattr(harness, "TASKS", tasks)
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.cli.run(lambda: evaluate.main([str(run), "tasks=offline_continue"]))
+    assert "generation_kwargs.num_beams=4 is not valid: expected 1: the task asks" in capsys.readouterr().err

@@ -11,51 +11,23 @@ import pytest
 import torch
 from torch import nn
 
-from core.build import build
 from core.open_run import open_run
 from datamodules.tokenizers import Tokenizer
 from lightning_modules.placements.registry import PLACEMENTS
 from tests.helpers_run import run_on
+from tests.tools.exports import exported, loaded, remade, tokenizer_of
 from tests.tools.runs import SMALL, bpe_corpus, bpe_run, byte_run
 from tools import export
 
 TEXTS = ["def f(x):\n\treturn x", "", "é ß 漢字 🙂 \x00\x7f", "a<|endoftext|>b", "  two  spaces "]
 MODELS = [*((name, "moe") for name in PLACEMENTS), ("spannorm", "dense"), ("siamesenorm", "dense"), ("subln", "dense")]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _offline(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        patch.setattr(sys, "path", [*sys.path])
-        yield
+pytestmark = pytest.mark.usefixtures("hub_modules")
 
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return byte_run(tmp_path_factory.mktemp("bytes"), "experiment=dense_prenorm")
-
-
-def remade(first: Path, folder: Path, **model: Any) -> Path:
-    """The run with another model, of random weights under which a wrong norm or order would show; not trained."""
-    from omegaconf import OmegaConf
-
-    config: Any = OmegaConf.load(first / "config.yaml")
-    for part in (config.model, config.module.model):
-        part.merge_with(OmegaConf.create(model))
-    module = build(config, "module", vocab_size=257)
-    module.configure_model()
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
-    (folder / "checkpoints").mkdir(parents=True)
-    OmegaConf.save(config, folder / "config.yaml")
-    content = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams), "global_step": 7}
-    torch.save(content, folder / "checkpoints/last.ckpt")
-    return folder
-
-
-def exported(folder: Path, output: Path) -> str:
-    return export.export(folder, export.ExportConfig(str(output)))
 
 
 def assert_same_logits(folder: Path, output: Path, trusted: bool) -> Any:
@@ -115,6 +87,50 @@ def test_what_llama_does_not_have_goes_with_its_own_code(
     folder = remade(first, tmp_path / "run", **model)
     assert f": {reason} is in neither Llama nor Mixtral" in exported(folder, tmp_path / "out")
     assert_same_logits(folder, tmp_path / "out", trusted=True)
+
+
+@pytest.mark.parametrize("ffn", ["dense", "moe"])
+def test_rope_is_written_where_each_version_reads_it(ffn: str, first: Path, tmp_path: Path) -> None:
+    """transformers 4 reads rope_theta, and by another name of the tokenizer's class than 5 writes."""
+    from transformers import AutoConfig
+
+    folder = remade(first, tmp_path / "run", ffn=ffn, rope_theta=500.0)
+    exported(folder, tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 500.0
+    assert AutoConfig.from_pretrained(tmp_path / "out").rope_parameters["rope_theta"] == 500.0
+    assert config["bos_token_id"] == config["eos_token_id"] == 256
+    tokenizer = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert tokenizer["model_input_names"] == ["input_ids", "attention_mask"]
+
+
+@pytest.mark.parametrize("top_k", [2, 3])
+def test_a_mixtral_weighs_its_balance_as_the_run(top_k: int, first: Path, tmp_path: Path) -> None:
+    """Of one layer, where transformers' loss over all layers together and ours by layer are the same but for top_k."""
+    moe = {"top_k": top_k, "load_balancing_weight": 0.3, "z_loss_weight": 0.0, "normalize_weights": True}
+    folder = remade(first, tmp_path / "run", ffn="moe", num_layers=1, moe=moe)
+    exported(folder, tmp_path / "out")
+    theirs, ours = loaded(tmp_path / "out"), open_run(folder).module
+    batch = torch.randint(257, (3, 40))
+    with torch.no_grad():
+        _, (stats,) = ours(batch)
+        out = theirs(batch, labels=batch, output_router_logits=True)
+        entropy = theirs(batch, labels=batch).loss
+    torch.testing.assert_close(out.aux_loss, top_k * stats.load_balancing_loss)
+    torch.testing.assert_close(out.loss - entropy, 0.3 * stats.load_balancing_loss)
+
+
+def test_an_empty_prompt_begins_a_text(first: Path, tmp_path: Path) -> None:
+    from transformers import pipeline
+
+    exported(first, tmp_path / "out")
+    model, tokenizer = loaded(tmp_path / "out"), tokenizer_of(tmp_path / "out")
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
+    begun = model.generate(torch.tensor([[256]]), attention_mask=torch.ones(1, 1), **options).tolist()
+    assert model.generate(**options).tolist() == begun
+    (written,) = pipeline("text-generation", model=model, tokenizer=tokenizer)("", **options)
+    assert written["generated_text"] == tokenizer.decode(begun[0][1:], skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -181,7 +197,9 @@ def test_a_bpe_comes_along(tmp_path: Path) -> None:
 def test_numbers_have_no_tokenizer(tmp_path: Path) -> None:
     folder = run_on(tmp_path, *SMALL[:1], "data=synthetic", "data.seq_len=31", "model.placement=prenorm")
     assert exported(folder, tmp_path / "out").endswith("LlamaForCausalLM, step 3; no tokenizer, as the data is no text")
-    assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == 64
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["vocab_size"] == 64
+    assert config["eos_token_id"] is config["bos_token_id"] is None, "no number ends a text"
     assert not list((tmp_path / "out").glob("tokenizer*"))
 
 

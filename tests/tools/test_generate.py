@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from core.open_run import OpenRun, open_run
-from tests.helpers_run import ROOT
-from tests.tools.runs import bpe_corpus, bpe_run, byte_run
+from tests.helpers_run import ROOT, run_on
+from tests.tools.runs import SMALL, bpe_corpus, bpe_run, byte_run
 from tools import generate
 
 
@@ -119,6 +119,20 @@ def test_a_mistake_is_one_clear_line(
     err = capsys.readouterr().err
     assert message.format(run=run, tmp=tmp_path) in err
     assert err.count("\n") == 1
+
+
+def test_a_run_on_numbers_goes_on_with_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """To the last of num_tokens: no number ends a document."""
+    folder = run_on(tmp_path, *SMALL[:1], "data=synthetic", "data.seq_len=31", "data.vocab_size=4")
+    out, _ = call(capsys, folder, "prompt=3 1", "num_tokens=40", "temperature=1")
+    numbers = out.split()
+    assert numbers[:2] == ["3", "1"]
+    assert len(numbers) == 42
+    assert set(numbers) == {"0", "1", "2", "3"}
+    for prompt in ("", "def", "3 4", "-1"):
+        with pytest.raises(SystemExit, match="2"):
+            generate.cli.run(lambda prompt=prompt: generate.main([str(folder), f"prompt={prompt}"]))
+        assert f"prompt={prompt!r} is not valid: expected numbers from 0 to 3" in capsys.readouterr().err
 
 
 def test_a_model_that_diverged_is_said_to_be_one(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
