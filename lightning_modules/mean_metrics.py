@@ -1,7 +1,6 @@
 """Means over many batches, summed in fp32 or wider whatever precision the model is cast to."""
 
 from collections.abc import Callable, Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ class WideMetric(Metric):
             moved = fn(tensor)
             return moved if _bits(moved) >= _bits(tensor) else tensor.to(moved.device)
 
-        return cast(nn.Module, super()._apply(widened, exclude_state))
+        return super()._apply(widened, exclude_state)
 
 
 def _bits(tensor: Tensor) -> int:
