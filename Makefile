@@ -68,6 +68,8 @@ $(FOR_TRAINING): requirements.txt | $(MADE)
 
 $(FOR_TESTS): $(wildcard requirements*.txt) | $(MADE)
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	@# Without its dependencies: it asks for Optuna 2. See requirements-sweeps.txt.
+	$(BIN)/python -m pip install --quiet --no-deps hydra-optuna-sweeper==1.3.0
 	@# Without its dependencies: it asks for older versions than ours. Its build needs torch. See docs/megablocks.md.
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation megablocks==0.10.0 stanford-stk==0.7.1
 	@touch $@ $(FOR_TRAINING)

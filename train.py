@@ -11,7 +11,8 @@ from core import cli
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 @cli.job
-def main(config: DictConfig) -> None:
+def main(config: DictConfig) -> float:
+    """Train, and return the final validation loss, which Optuna's and other sweepers minimize."""
     # Here and not above, so that --help and shell completion do not wait for torch.
     import lightning as L
 
@@ -20,36 +21,39 @@ def main(config: DictConfig) -> None:
     from core.interruption import explained
     from core.parallel import accumulate
     from core.quiet import quieten
-    from core.run_folder import check_resumable, folder_name, locate
+    from core.run_folder import check_resumable, entered, folder_name
     from core.steps import check_length
+    from core.sweep import swept_overrides
+    from core.validation_loss import final_loss
 
     hydra_config = HydraConfig.get()
     overrides = [str(override) for override in OmegaConf.to_container(hydra_config.overrides.task, resolve=False)]
-    name = folder_name(time.strftime("%Y-%m-%d_%H-%M-%S"), overrides)
-    run = locate(config, hydra_config.runtime.choices.get("experiment"), name)
-    config.run_dir = str(run.path)
-    quieten()
-    require(type(config.seed) is int and 0 <= config.seed < 2**32, "seed", config.seed, "an integer in [0, 2**32)")
-    L.seed_everything(config.seed, workers=True, verbose=False)
+    name = folder_name(time.strftime("%Y-%m-%d_%H-%M-%S"), overrides, swept_overrides(overrides))
+    with entered(config, hydra_config.runtime.choices.get("experiment"), name) as run:
+        config.run_dir = str(run.path)
+        quieten()
+        require(type(config.seed) is int and 0 <= config.seed < 2**32, "seed", config.seed, "an integer in [0, 2**32)")
+        L.seed_everything(config.seed, workers=True, verbose=False)
 
-    datamodule = build(config, "data")
-    module = build(config, "module", vocab_size=datamodule.vocab_size)
-    trainer = build(
-        config,
-        "trainer",
-        callbacks=build_all(config, "callbacks"),
-        logger=build_all(config, "logger"),
-        default_root_dir=config.run_dir,
-    )
-    check_length(trainer)
-    datamodule.prepare_data()
-    datamodule.check()
-    accumulate(trainer, datamodule, config.micro_batch_size)
-    if run.ckpt_path is not None:
-        check_resumable(run, module, datamodule, trainer.max_steps)
+        datamodule = build(config, "data")
+        module = build(config, "module", vocab_size=datamodule.vocab_size)
+        trainer = build(
+            config,
+            "trainer",
+            callbacks=build_all(config, "callbacks"),
+            logger=build_all(config, "logger"),
+            default_root_dir=config.run_dir,
+        )
+        check_length(trainer)
+        datamodule.prepare_data()
+        datamodule.check()
+        accumulate(trainer, datamodule, config.micro_batch_size)
+        if run.ckpt_path is not None:
+            check_resumable(run, module, datamodule, trainer.max_steps)
 
-    with run.begun(trainer, config, overrides), explained(trainer, run.path):
-        trainer.fit(module, datamodule=datamodule, ckpt_path=run.ckpt_path, weights_only=True)
+        with run.begun(trainer, config, overrides), explained(trainer, run.path):
+            trainer.fit(module, datamodule=datamodule, ckpt_path=run.ckpt_path, weights_only=True)
+        return final_loss(trainer, run.path)
 
 
 if __name__ == "__main__":

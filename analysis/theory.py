@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
+from torch import Tensor
 
 from analysis.kernels import (
     Array,
@@ -19,6 +20,7 @@ from analysis.kernels import (
     normalize,
     through_norm,
 )
+from core.precision import at_least_fp32
 from lightning_modules.transformer import Block, Transformer
 
 
@@ -187,7 +189,7 @@ def predict_model(model: Transformer, seq_len: int) -> list[Prediction] | None:
         SCHEMES[config.placement](config.num_layers),
         [read_gains(block) for block in model.blocks if isinstance(block, Block)],
         seq_len,
-        float(model.embedding.weight.detach().square().mean()),
+        _mean_square(model.embedding.weight),
         1 / model.embedding.num_embeddings,
     )
 
@@ -196,8 +198,12 @@ def read_gains(block: Block) -> Gains:
     """The gains of a dense block's matrices, from their entries; ffn_up is the mean of gate's and up's."""
     gains: dict[str, list[float]] = defaultdict(list)
     for matrix in (*block.attn.matrices(), *block.ffn.matrices()):
-        gains[matrix.role].append(float(matrix.weight.detach().square().mean()) * matrix.fan_in)
+        gains[matrix.role].append(_mean_square(matrix.weight) * matrix.fan_in)
     return Gains(**{role: sum(values) / len(values) for role, values in gains.items()})
+
+
+def _mean_square(weight: Tensor) -> float:
+    return float(at_least_fp32(weight.detach()).square().mean())
 
 
 def _variance(kernel: Array) -> float:

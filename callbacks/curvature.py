@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from callbacks.scalars import write_scalars
 from callbacks.statistics import carry, gradient_statistics
 from core.errors import Refused, require
+from core.precision import at_least_fp32
 
 CARRIED = "curvature"
 
@@ -100,9 +101,10 @@ def top_eigenvalue(loss: Tensor, parameters: Sequence[Tensor], iterations: int) 
     vector = [torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype) for p in parameters]
     eigenvalue = loss.new_zeros(())
     for _ in range(iterations):
-        norm = torch.nn.utils.get_total_norm(vector)
-        vector = [v / norm for v in vector]
+        norm = torch.nn.utils.get_total_norm([at_least_fp32(v) for v in vector])
+        vector = [(v / norm).to(v.dtype) for v in vector]
         product = torch.autograd.grad(gradients, parameters, vector, retain_graph=True, materialize_grads=True)
-        eigenvalue = torch.stack([(v * p).sum() for v, p in zip(vector, product, strict=True)]).sum()
+        pairs = [(at_least_fp32(v), at_least_fp32(p)) for v, p in zip(vector, product, strict=True)]
+        eigenvalue = torch.stack([(v * p).sum() for v, p in pairs]).sum()
         vector = list(product)
     return eigenvalue.detach()

@@ -20,6 +20,7 @@ from callbacks.worst_group import GroupHistory, describe
 from core.cli import RunDiverged
 from core.errors import lookup, require
 from core.options import check_arguments
+from core.precision import at_least_fp32
 from core.steps import completes_step
 
 CARRIED = "divergence/loss"
@@ -85,7 +86,7 @@ class Divergence(L.Callback):
         self._last_batch = completes_step(trainer, batch_idx)
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        loss = loss.detach()  # Lightning has divided it by the number of batches of a step
+        loss = at_least_fp32(loss.detach())  # Lightning has divided it by the number of batches of a step
         self._loss = loss if self._loss is None else self._loss + loss
         if self._last_batch:
             carry(pl_module, CARRIED, self._loss[None])
@@ -173,5 +174,7 @@ def _reduce(trainer: L.Trainer, values: list[float], operation: str) -> list[flo
     if trainer.world_size == 1:
         return values
     device = trainer.strategy.root_device
-    reduced: Tensor = trainer.strategy.reduce(torch.tensor(values, device=device), reduce_op=operation)
+    reduced: Tensor = trainer.strategy.reduce(
+        torch.tensor(values, dtype=torch.float32, device=device), reduce_op=operation
+    )
     return reduced.tolist()

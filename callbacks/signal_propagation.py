@@ -81,5 +81,6 @@ def relative_entropy(logits: Tensor) -> Tensor:
         logits: [batch, heads, seq, seq], causal.
     """
     entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
-    seen = torch.arange(2, logits.size(-1) + 1, device=logits.device)
+    # Of a declared type: the logarithm of integers would come in torch's default one, bf16 under bf16-true.
+    seen = torch.arange(2, logits.size(-1) + 1, dtype=entropy.dtype, device=logits.device)
     return (entropy[..., 1:] / seen.log()).mean()

@@ -1,27 +1,27 @@
 """The command line: Hydra composes, mistakes end in one clear message, signals in a way to resume."""
 
 import functools
+import gc
 import os
 import re
-import shutil
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
-from typing import NoReturn
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, NoReturn
 
 from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from core import sweep
 from core.allocator import keep_freed_memory
 from core.errors import ConfigError, UserError, one_line, suggest
 from core.explain import explain_omegaconf
 from lightning_modules.config import ModelConfig, OptimConfig, writable_schema
 
+FAULT = 1
 USER_ERROR = 2
 DIVERGED = 3
 INTERRUPTED = 130
@@ -58,7 +58,7 @@ def run(main: Callable[[], None]) -> None:
     """Call a `hydra.main` function; what the user can mend is said without a traceback, exit code 2.
 
     A run that was given up as diverged exits with 3, and one that a signal ended with 128 and its number. A fault of
-    the project itself keeps its traceback and exits with 1.
+    the project itself keeps its traceback and exits with 1. A sweep exits as the first of its runs that failed.
     """
     # Before torch is imported: OpenMP threads that spin without end bring a busy machine to a halt (docs/decisions.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "100000")
@@ -67,11 +67,24 @@ def run(main: Callable[[], None]) -> None:
         os.environ.update({"HYDRA_FULL_ERROR": "1", OURS: "1"})
     sys.path.append(os.getcwd())  # your own classes may lie where you are
     register_schemas()
+    code = 0
+    try:
+        _call(main)
+    finally:
+        code = sweep.conclude()
+    if code:
+        raise SystemExit(code)
+
+
+def _call(main: Callable[[], None]) -> None:
     try:
         main()
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
+    except BrokenProcessPool as error:  # joblib's
+        print(f"Error: the sweep ends, as one of its processes was killed: {one_line(error)}", file=sys.stderr)
+        raise SystemExit(FAULT) from None
     except MISTAKES as error:
         _leave(error)
     except ValueError as error:  # not a HydraException, but Hydra's
@@ -80,15 +93,20 @@ def run(main: Callable[[], None]) -> None:
         _leave(HydraException(f"{error}; choose with GROUP=NAME, or leave it out with ~GROUP"))
 
 
-def job(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
-    """Decorate the function under `hydra.main`: its mistakes end here, before Hydra adds words of its own."""
+def job(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
+    """Decorate the function under `hydra.main`: its mistakes end here, before Hydra adds words of its own.
+
+    What it returns is what a sweeper minimizes. In a sweep what goes wrong ends the run alone, which then counts as
+    core.sweep.WORST_LOSS; signals end the sweep.
+    """
 
     @functools.wraps(task)
-    def wrapped(config: DictConfig) -> None:
+    def wrapped(config: DictConfig) -> Any:
+        if sweep.is_swept():
+            return _one_of_many(task, config)
         try:
-            task(config)
+            return task(config)
         except MISTAKES as error:
-            _forget_sweep()
             _leave(error)
         except RunDiverged:
             raise SystemExit(DIVERGED) from None
@@ -96,21 +114,35 @@ def job(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
     return wrapped
 
 
-def _forget_sweep() -> None:
-    """Hydra notes a sweep before its first run: where that is refused, there was none."""
-    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
-        return
-    folder, own = Path(HydraConfig.get().sweep.dir), Path(HydraConfig.get().runtime.output_dir)
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if "multirun.yaml" in names and names <= {"multirun.yaml", own.name} and not any(own.glob("*")):
-        shutil.rmtree(folder)
+def _one_of_many(task: Callable[[DictConfig], Any], config: DictConfig) -> Any:
+    sweep.note(ended=False)
+    try:
+        value = task(config)
+    except MISTAKES as error:
+        _say(error)
+        failure = sweep.Failure(USER_ERROR, explain(error))
+    except RunDiverged as error:
+        failure = sweep.Failure(DIVERGED, f"diverged: {error}")
+    except Exception as error:
+        traceback.print_exception(error)
+        failure = sweep.Failure(FAULT, f"{type(error).__name__}: {one_line(error)}")
+    else:
+        sweep.note(ended=True)
+        return value
+    sweep.note(ended=True, failure=failure)
+    gc.collect()  # a failed run's tensors must not take the next one's memory
+    return sweep.WORST_LOSS
 
 
 def _leave(error: Exception) -> NoReturn:
+    _say(error)
+    raise SystemExit(USER_ERROR) from None
+
+
+def _say(error: Exception) -> None:
     if DEBUGGING:
         traceback.print_exception(error)
-    print(f"Error: {explain(error)}", file=sys.stderr)
-    raise SystemExit(USER_ERROR) from None
+    print(f"Error: {explain(error)}", file=sys.stderr, flush=True)
 
 
 def explain(error: BaseException) -> str:

@@ -6,8 +6,8 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,12 +18,16 @@ from omegaconf import DictConfig, OmegaConf
 from core.errors import ConfigError, UserError, require, writing
 from core.mappings import flatten
 from core.run_lock import held
-from core.status import is_done
+from core.status import FILE as STATUS
+from core.status import LOCK, is_done
 from core.whole_file import damage_of, is_whole, write_whole
 from lightning_modules.config import ModelConfig, OptimConfig, parse, settings
 
 RUNS = Path("runs")
 NAME_LENGTH = 80  # file systems take 255 bytes; a table of runs takes less
+SWEPT_LENGTH = 200  # what runs differ in matters more than the table
+MAX_RETRIES = 100
+WITHOUT_RUN = "a folder without a run in it, or ckpt_path=last beside it to resume that run"
 LAST, PREVIOUS = Path("checkpoints/last.ckpt"), Path("checkpoints/previous.ckpt")
 MAY_CHANGE = {  # in a resumed run: how it computes, and what follows from the step alone
     *("model.compile", "model.activation_checkpointing", "model.checkpoint_every"),
@@ -35,38 +39,51 @@ ADDED = {"data.corpus", "data.task"}  # of which older checkpoints say nothing; 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run's folder, and the checkpoint that it resumes from, if any."""
+    """A run's folder, and the checkpoint that it resumes from, if any.
+
+    Attributes:
+        is_new: this process has made the folder.
+        holds_run: there was a run in it when this process got it, which goes on.
+    """
 
     path: Path
     ckpt_path: Path | None
+    is_new: bool = False
+    holds_run: bool = False
 
     @contextmanager
     def begun(self, trainer: Any, config: DictConfig, overrides: list[str]) -> Iterator[None]:
-        """While it lasts, this process trains here and no other one. What is refused before the first step leaves no
-        new folder.
+        """While it lasts, the run trains. What is refused before the first step leaves no trace of a run.
 
         Raises:
-            ConfigError: another process trains here, or the folder cannot be written to.
+            ConfigError: the folder cannot be written to, or has become another run's.
         """
         if not is_main_process():
             yield
             return
-        is_new = not self.path.exists()
-        with held(self.path):
-            try:
-                self.create(config, overrides)
-                print(f"Run folder: {self.path}")
-                yield
-            except UserError:
-                if is_new and trainer.global_step == 0:
-                    shutil.rmtree(self.path, ignore_errors=True)
-                raise
+        try:
+            self.create(config, overrides)
+            print(f"Run folder: {self.path}")
+            yield
+        except UserError:
+            if trainer.global_step == 0 and self.is_new:
+                shutil.rmtree(self.path, ignore_errors=True)
+            elif trainer.global_step == 0 and not self.holds_run:
+                for name in ("config.yaml", "overrides.yaml", STATUS):
+                    (self.path / name).unlink(missing_ok=True)
+            raise
 
     def create(self, config: DictConfig, overrides: list[str]) -> None:
-        """Make the folder and note what was asked for. A resumed run keeps the notes of its beginning."""
+        """Make the folder and note what was asked for. A resumed run keeps the notes of its beginning.
+
+        Raises:
+            ConfigError: the folder cannot be written to; or a run has come into it meanwhile, which the lock prevents
+                where the file system has locks.
+        """
         with writing("run_dir", self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             first = not (self.path / "config.yaml").exists()
+            require(first or self.holds_run, "run_dir", str(self.path), WITHOUT_RUN)
             suffix = "" if first else time.strftime("-resumed-%Y-%m-%d_%H-%M-%S")
             # The configuration last: a folder with one is a run's, and has all that a run needs to go on.
             for name, content, resolve in (("overrides", OmegaConf.create(overrides), False), ("config", config, True)):
@@ -74,28 +91,40 @@ class RunFolder:
                 write_whole(self.path / f"{name}{suffix}.yaml", save)
 
 
-def folder_name(now: str, overrides: list[str]) -> str:
+def folder_name(now: str, overrides: list[str], swept: Collection[str] = ()) -> str:
     """TIME, and after it what the command line asked for, `lr-1e-3_placement-postnorm`, as far as it fits.
 
-    What stands elsewhere is left out (the experiment, the folder), and every name is fit for a shell and for Hydra's
-    grammar without quotes: letters, digits, `.`, `-` and `_`.
+    What a sweep varies comes first, so that it is never what does not fit. What stands elsewhere is left out (the
+    experiment, the folder), and every name is fit for a shell and for Hydra's grammar without quotes: letters, digits,
+    `.`, `-` and `_`.
+
+    Args:
+        now: the time.
+        overrides: of the run.
+        swept: those among them that differ between the runs of a sweep.
     """
     name = now
-    for override in overrides:
+    for override in [*swept, *(override for override in overrides if override not in swept)]:
         field, _, value = override.lstrip("+~").partition("=")
         if field.lstrip("/") in ("experiment", "run_dir", "ckpt_path"):
             continue
         part = "-".join(re.findall(r"[A-Za-z0-9.]+", f"{re.split(r'[./]', field)[-1]} {value}".replace("_", " ")))
-        if part and len(f"{name}_{part}") <= NAME_LENGTH:
+        limit = SWEPT_LENGTH if override in swept else NAME_LENGTH
+        if part and len(f"{name}_{part}") <= limit:
             name = f"{name}_{part}"
     return name
 
 
-def locate(config: DictConfig, experiment: str | None, name: str) -> RunFolder:
-    """Decide on the folder from `run_dir` and `ckpt_path`; creates nothing.
+@contextmanager
+def entered(config: DictConfig, experiment: str | None, name: str) -> Iterator[RunFolder]:
+    """Decide on the folder from `run_dir` and `ckpt_path`; while it lasts, the folder is this process' alone.
 
     `ckpt_path=last` means the run in run_dir, or else this experiment's newest; a run that was killed before it saved
     anything begins again. A checkpoint of a run continues in the folder of that run, unless run_dir says otherwise.
+
+    The folder is claimed and locked before anything else, and only then looked at: nobody can train in it between the
+    look and the use. Where the run does not begin, what was made for it is removed again. Of several processes of one
+    run, the first one does all this.
 
     Args:
         config: the composed config.
@@ -103,36 +132,121 @@ def locate(config: DictConfig, experiment: str | None, name: str) -> RunFolder:
         name: of a new folder.
 
     Raises:
-        ConfigError: a checkpoint that is not there, or damaged, or a folder that holds a run already.
+        ConfigError: a checkpoint that is not there, or damaged, a folder that holds a run already, in which another
+            process trains, or that cannot be written to.
     """
+    path = _choose(config, RUNS / (experiment or "default"))
+    own = RUNS / (experiment or "default") / name
+    if not is_main_process():
+        yield RunFolder(path or own, _checkpoint(config, path or own))
+        return
+    with _claimed(path or own, by_another_name=path is None) as (path, is_new):
+        had_lock = (path / LOCK).exists()
+        with held(path):
+            try:
+                yield RunFolder(path, _checkpoint(config, path), is_new, _holds_run(path))
+            finally:
+                if not had_lock and not _holds_run(path):
+                    with suppress(OSError):
+                        (path / LOCK).unlink()
+
+
+@contextmanager
+def _claimed(path: Path, by_another_name: bool) -> Iterator[tuple[Path, bool]]:
+    """Make the folder, or, where there is one and another name will do, PATH-2, PATH-3, ...: the first that is new.
+
+    Making a folder fails where it exists, so that of several processes one gets it. At the end those that were made
+    here and are empty are removed, the folders above it included.
+
+    Returns:
+        The folder, and whether it is new.
+    """
+    name, numbers, retries = path.name, itertools.count(2), 0
+    made: list[Path] = []
+    with writing("run_dir", path):
+        while True:
+            try:
+                _make_parents(path, made)
+                path.mkdir()
+                made.append(path)
+                break
+            except FileNotFoundError:  # a folder above it was another process', which has removed it
+                retries += 1
+                if retries == MAX_RETRIES:  # or it is a link to nowhere
+                    raise
+            except FileExistsError:
+                if by_another_name:
+                    path = path.with_name(f"{name}-{next(numbers)}")
+                elif path.is_dir():
+                    break
+                else:
+                    raise
+    try:
+        yield path, path in made
+    finally:
+        for folder in reversed(made):
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _make_parents(path: Path, made: list[Path]) -> None:
+    """Make the folders above a path that are not there, and add them to a list."""
+    missing = list(itertools.takewhile(lambda folder: not folder.exists(), path.parents))
+    for folder in reversed(missing):
+        with suppress(FileExistsError):
+            folder.mkdir()
+            made.append(folder)
+
+
+def _holds_run(path: Path) -> bool:
+    return any((path / part).exists() for part in (LAST, PREVIOUS, "config.yaml"))
+
+
+def _resumable(path: Path) -> bool:
+    return (path / LAST).exists() or (path / PREVIOUS).exists()
+
+
+def _choose(config: DictConfig, siblings: Path) -> Path | None:
+    """The folder that the configuration names, by itself or by its checkpoint; None: a new one. Writes nothing."""
     plain = config.run_dir is None or isinstance(config.run_dir, str | int | float)
     require(plain, "run_dir", config.run_dir, "the name of a folder, or null")
     given = Path(str(config.run_dir)) if config.run_dir is not None else None
-    siblings = RUNS / (experiment or "default")
     if config.ckpt_path is None:
-        path = given or _fresh(siblings / name)
-        taken = any((path / part).exists() for part in (LAST, PREVIOUS, "config.yaml"))
-        valid = "a folder without a run in it, or ckpt_path=last beside it to resume that run"
-        require(not (taken and is_main_process()), "run_dir", str(path), valid)
-        return RunFolder(path, None)
+        return given
     if config.ckpt_path == "last":
+        if given and not _resumable(given) and (given / "config.yaml").exists():
+            return given
         runs = [given] if given else sorted(siblings.glob("*/"), key=_last_trained)
-        resumable = [path for path in runs if (path / LAST).exists() or (path / PREVIOUS).exists()]
-        if given and not resumable and (given / "config.yaml").exists():
-            if is_main_process():
-                print(f"The run in {given} has saved nothing yet: it begins again.")
-            return RunFolder(given, None)
+        resumable = [path for path in runs if _resumable(path)]
         valid = f"a run with a {LAST} in {given or siblings}, or the path of a checkpoint"
         require(bool(resumable), "ckpt_path", "last", valid)
-        return RunFolder(resumable[-1], newest_whole(resumable[-1]))
+        return resumable[-1]
     checkpoint = Path(str(config.ckpt_path))
     there = checkpoint.is_file() or (checkpoint / ".metadata").is_file()
     require(there, "ckpt_path", str(checkpoint), "last, or the path of a checkpoint")
+    owner = checkpoint.absolute().parent.parent
+    return given or (owner if (owner / "config.yaml").exists() else None)
+
+
+def _checkpoint(config: DictConfig, path: Path) -> Path | None:
+    """The one to resume from, once nobody else trains in the folder.
+
+    Raises:
+        ConfigError: it is damaged; or the run is to be a new one, and the folder holds a run.
+    """
+    if config.ckpt_path is None:
+        require(not (is_main_process() and _holds_run(path)), "run_dir", str(path), WITHOUT_RUN)
+        return None
+    if config.ckpt_path == "last":
+        if _resumable(path):
+            return newest_whole(path)
+        if is_main_process():
+            print(f"The run in {path} has saved nothing yet: it begins again.")
+        return None
+    checkpoint = Path(str(config.ckpt_path))
     wrong = damage_of(checkpoint, thorough=is_main_process())
     require(not wrong, "ckpt_path", str(checkpoint), f"a whole checkpoint of this project ({wrong})")
-    owner = checkpoint.absolute().parent.parent
-    home = owner if (owner / "config.yaml").exists() else _fresh(siblings / name)
-    return RunFolder(given or home, checkpoint)
+    return checkpoint
 
 
 def newest_whole(run: Path) -> Path:
@@ -149,13 +263,11 @@ def newest_whole(run: Path) -> Path:
 
 def _last_trained(run: Path) -> float:
     """When: what is evaluated of a run later touches its folder, but not this."""
-    return max((path.stat().st_mtime for path in (run / LAST, run / "config.yaml") if path.exists()), default=0.0)
-
-
-def _fresh(path: Path) -> Path:
-    """The path, or PATH-2, PATH-3, ...: the first that is not there yet."""
-    names = itertools.chain([path.name], (f"{path.name}-{n}" for n in itertools.count(2)))
-    return next(fresh for name in names if not (fresh := path.with_name(name)).exists())
+    times = [0.0]
+    for path in (run / LAST, run / "config.yaml"):
+        with suppress(OSError):  # not there, or not any more
+            times.append(path.stat().st_mtime)
+    return max(times)
 
 
 def check_resumable(run: RunFolder, module: Any, datamodule: Any, max_steps: int) -> None:

@@ -4,8 +4,9 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from core.errors import ConfigError, writing
 from core.status import LOCK
@@ -20,16 +21,39 @@ def held(run_dir: Path) -> Iterator[None]:
     Raises:
         ConfigError: another one has it, or it cannot be written to.
     """
-    with writing("run_dir", run_dir):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (run_dir / LOCK).open("w")
+    lock = _acquire(run_dir)
+    os.register_at_fork(after_in_child=lock.close)  # a data-loader process may outlive a killed run by seconds
     with lock:
-        if not _taken(lock.fileno()):
-            time.sleep(LOOK_SECONDS)  # it may have been no run, but a look
-            if not _taken(lock.fileno()):
-                raise ConfigError("run_dir", str(run_dir), "a folder in which no other process trains")
-        os.register_at_fork(after_in_child=lock.close)  # a data-loader process may outlive a killed run by seconds
         yield
+
+
+def _acquire(run_dir: Path) -> TextIO:
+    with writing("run_dir", run_dir):
+        while True:
+            lock = _open(run_dir)
+            if not _taken(lock.fileno()):
+                time.sleep(LOOK_SECONDS)  # it may have been no run, but a look
+                if not _taken(lock.fileno()):
+                    lock.close()
+                    raise ConfigError("run_dir", str(run_dir), "a folder in which no other process trains")
+            if _is_there(run_dir, lock):
+                return lock
+            lock.close()  # of a run that was refused, which has removed its folder before we had the lock
+
+
+def _open(run_dir: Path) -> TextIO:
+    while True:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # removed in between
+            return (run_dir / LOCK).open("w")
+
+
+def _is_there(run_dir: Path, lock: TextIO) -> bool:
+    """Whether the open file is the one that others find: a lock on a file without a name keeps nobody out."""
+    try:
+        return os.path.samestat((run_dir / LOCK).stat(), os.fstat(lock.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def _taken(descriptor: int) -> bool:

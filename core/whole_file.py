@@ -1,10 +1,11 @@
 """Files that are there whole or not at all, and how to tell one that has been damaged since."""
 
 import contextlib
+import fcntl
 import os
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ def unfinished_of(path: Path) -> Path:
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Have a file written under another name, wait until it is on the disk, and give it its own.
 
+    Processes that write the same file at the same time do so one after the other.
+
     Args:
         write: makes the file of the name that it is given.
 
@@ -36,13 +39,17 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     unfinished = unfinished_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(unfinished)
-        _sync(unfinished)
-        unfinished.replace(path)
+        with _alone(unfinished):
+            try:
+                write(unfinished)
+                _sync(unfinished)
+                unfinished.replace(path)
+            except (OSError, RuntimeError):
+                with contextlib.suppress(OSError):
+                    unfinished.unlink()
+                raise
         _sync(path.parent)
     except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
         raise NotWritten(path, _reason(error)) from error
 
 
@@ -101,6 +108,25 @@ def damage_of(checkpoint: Path, thorough: bool) -> str | None:
     from core import pieces
 
     return pieces.damage(checkpoint, thorough) if checkpoint.is_dir() else damage(checkpoint)
+
+
+@contextlib.contextmanager
+def _alone(unfinished: Path) -> Iterator[None]:
+    """Make the unfinished file, or take over one that a killed process has left, and lock it meanwhile."""
+    while True:
+        descriptor = os.open(unfinished, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            try:
+                is_ours = os.path.samestat(unfinished.stat(), os.fstat(descriptor))
+            except FileNotFoundError:
+                is_ours = False
+            if is_ours:  # and not the one that another process has finished meanwhile
+                yield
+                return
+        finally:
+            os.close(descriptor)
 
 
 def _sync(path: Path) -> None:

@@ -93,7 +93,7 @@ def measure(module: Any, data: Any, name: str, num_batches: int) -> list[Loss]:
     counts = torch.zeros(num_sources, dtype=torch.float64)
     for batch in _batches(data, num_batches):
         losses, source = token_losses(module, batch), batch.get("source", torch.zeros(len(batch["tokens"])).long())
-        sums.index_add_(0, source, losses.double().cpu())
+        sums.index_add_(0, source, losses.cpu().double())
         counts.index_add_(0, source, torch.ones(len(source), dtype=torch.float64))
     whole = _loss(name, sums.sum(0), counts.sum(), data)
     if not data.source_names:

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, Callback, ModelPruning
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
-from torchmetrics import MeanMetric
 
 from core.errors import Refused, require
 from core.steps import completes_step, is_logged
@@ -21,6 +20,7 @@ from lightning_modules.cross_entropy import LARGE_VOCABULARY
 from lightning_modules.generation import generate
 from lightning_modules.initialization import initialize
 from lightning_modules.layers.router import RouterStats
+from lightning_modules.mean_metrics import WeightedMean
 from lightning_modules.optim import make_optimizer, make_schedule, number_by_parameters, number_names
 from lightning_modules.router_health import router_health, tally, tokens_per_expert
 from lightning_modules.sharding import (
@@ -76,9 +76,7 @@ class LanguageModule(L.LightningModule):
         self.num_parameters = weightless.num_parameters()
         make_schedule(self.optim_config, num_steps=1)
         self.model = None
-        # A NaN stays one. By default the mean leaves it out, and a run that diverged looks as if it had not; "disable"
-        # keeps it, but ignores weights.
-        self.train_loss, self.val_loss = (MeanMetric(nan_strategy=math.nan) for _ in range(2))
+        self.train_loss, self.val_loss = WeightedMean(), WeightedMean()
         self.train_sources: SourceLoss | None = None
         self.val_sources: SourceLoss | None = None
         self._router_tally: Tensor | None = None
@@ -176,7 +174,7 @@ class LanguageModule(L.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss, router_stats = self._loss(batch, self.train_sources)
-        self.train_loss.update(loss.detach().clone())
+        self.train_loss.update(loss.detach())
         if not router_stats:
             return loss
         moe = self.model_config.moe

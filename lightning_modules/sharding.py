@@ -86,9 +86,16 @@ def part_of(whole: Tensor, like: DTensor) -> DTensor:
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     """l2 norm over all their gradients, the parts in other processes included."""
-    norms = [get_total_norm([p.grad for p in group if p.grad is not None]) for group in _by_mesh(parameters)]
+    norms = [_total_norm([p.grad for p in group if p.grad is not None]) for group in _by_mesh(parameters)]
     whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     return whole[0] if len(whole) == 1 else torch.linalg.vector_norm(torch.stack(whole))
+
+
+def _total_norm(gradients: list[Tensor]) -> Tensor:
+    """Return the l2 norm over all of them in fp32 or wider; torch's own comes in the gradients' type."""
+    if all(gradient.dtype in (torch.float32, torch.float64) for gradient in gradients):
+        return get_total_norm(gradients)
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)))
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> None:

@@ -4,10 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+
+from lightning_modules.mean_metrics import WideMetric
 
 
-class SourceLoss(Metric):
+class SourceLoss(WideMetric):
     """Mean cross-entropy by source, over the sequences since the last reset and over all processes.
 
     Args:
@@ -22,10 +23,10 @@ class SourceLoss(Metric):
         super().__init__()
         self.names, self.prefix = names, prefix
         for state in ("total", "count"):
-            self.add_state(state, torch.zeros(len(names)), dist_reduce_fx="sum")
+            self.add_state(state, torch.zeros(len(names), dtype=torch.float32), dist_reduce_fx="sum")
 
     def update(self, losses: Tensor, sources: Tensor) -> None:
-        """losses [sequences] in nats per token, sources [sequences]: numbers of their sources."""
+        """Add the losses [sequences], in nats per token, of the sources with the numbers `sources` [sequences]."""
         self.total = self.total.index_add(0, sources, losses.to(self.total.dtype))
         self.count = self.count.index_add(0, sources, torch.ones_like(losses, dtype=self.count.dtype))
 

@@ -11,7 +11,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from core.errors import ConfigError
-from core.run_folder import NAME_LENGTH, RunFolder, folder_name, locate, resume_command
+from core.run_folder import NAME_LENGTH, SWEPT_LENGTH, RunFolder, entered, folder_name, resume_command
+from core.run_lock import held
+from core.status import LOCK, is_running
 
 
 def asked(**values: Any) -> DictConfig:
@@ -23,13 +25,23 @@ def _cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+def place(config: DictConfig, experiment: str | None = "moe", name: str = "now") -> tuple[Path, Path | None]:
+    """Where a run would go, and from what: it does not begin, so that nothing of it stays."""
+    with entered(config, experiment, name) as run:
+        assert run.path.is_dir()
+        return run.path, run.ckpt_path
+
+
 def test_a_new_run_goes_below_its_experiment() -> None:
-    assert locate(asked(), "moe", "now") == RunFolder(Path("runs/moe/now"), None)
-    assert locate(asked(), None, "now") == RunFolder(Path("runs/default/now"), None)
-    assert locate(asked(run_dir=5), "moe", "now").path == Path("5")
+    assert place(asked()) == (Path("runs/moe/now"), None)
+    assert place(asked(), None) == (Path("runs/default/now"), None)
+    assert place(asked(run_dir=5)) == (Path("5"), None)
+    assert not list(Path().iterdir()), "what does not begin leaves nothing"
     Path("runs/moe/now").mkdir(parents=True)
-    assert locate(asked(), "moe", "now").path == Path("runs/moe/now-2")
-    assert not Path("runs/default").exists(), "deciding creates nothing"
+    assert place(asked()) == (Path("runs/moe/now-2"), None)
+    with entered(asked(), "moe", "now") as second, entered(asked(), "moe", "now") as third:
+        assert (second.path.name, third.path.name) == ("now-2", "now-3")
+    assert not list(Path("runs/moe/now").iterdir()), "of another process, which may be about to write to it"
 
 
 def test_a_checkpoint_from_elsewhere_starts_a_new_folder_and_one_of_a_run_goes_on_there() -> None:
@@ -38,24 +50,67 @@ def test_a_checkpoint_from_elsewhere_starts_a_new_folder_and_one_of_a_run_goes_o
         torch.save({}, folder / "x.ckpt")
     Path("run/config.yaml").touch()
     path = "somewhere/checkpoints/x.ckpt"
-    assert locate(asked(ckpt_path=path), "moe", "now") == RunFolder(Path("runs/moe/now"), Path(path))
+    assert place(asked(ckpt_path=path)) == (Path("runs/moe/now"), Path(path))
     path = "run/checkpoints/x.ckpt"
-    assert locate(asked(ckpt_path=path), "moe", "now") == RunFolder(Path("run").absolute(), Path(path))
-    assert locate(asked(ckpt_path=path, run_dir="other"), "moe", "now").path == Path("other")
+    assert place(asked(ckpt_path=path)) == (Path("run").absolute(), Path(path))
+    assert place(asked(ckpt_path=path, run_dir="other")) == (Path("other"), Path(path))
 
 
 @pytest.mark.parametrize(("values", "field"), [({"ckpt_path": "last"}, "ckpt_path"), ({"ckpt_path": "."}, "ckpt_path")])
 def test_what_is_not_there_is_refused(values: dict[str, str], field: str) -> None:
     with pytest.raises(ConfigError) as error:
-        locate(asked(**values), "moe", "now")
+        place(asked(**values))
     assert error.value.field == field
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("path", ["file", "file/run", "nowhere/run", "nowhere"])
+def test_what_cannot_be_a_folder_is_refused(path: str) -> None:
+    Path("file").write_text("")
+    Path("nowhere").symlink_to("missing")
+    with pytest.raises(ConfigError, match=f"run_dir='{path}' is not valid: expected a folder that can be written to"):
+        place(asked(run_dir=path))
+    assert sorted(path.name for path in Path().iterdir()) == ["file", "nowhere"]
+
+
+def test_a_folder_is_locked_before_it_is_looked_at() -> None:
+    with entered(asked(run_dir="run"), "moe", "now"):
+        with pytest.raises(ConfigError, match="a folder in which no other process trains"):
+            place(asked(run_dir="run"))
+        assert (Path("run") / LOCK).exists()
+    assert not Path("run").exists()
+
+
+def test_a_run_that_came_meanwhile_is_not_overwritten() -> None:
+    """As on a file system without locks."""
+    with entered(asked(run_dir="run"), "moe", "now") as run:
+        Path("run/config.yaml").write_text("seed: 1\n")
+        with pytest.raises(ConfigError, match="run_dir='run' is not valid: expected a folder without a run in it"):
+            run.create(asked(seed=2), [])
+    assert Path("run/config.yaml").read_text() == "seed: 1\n"
+
+
+def test_a_lock_that_was_removed_with_its_folder_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process before is refused and removes its folder, while the next one waits for the lock in it."""
+
+    def remove(_: float) -> None:
+        (Path("run") / LOCK).unlink()
+        Path("run").rmdir()
+        first.__exit__(None, None, None)
+
+    first = held(Path("run"))
+    first.__enter__()
+    monkeypatch.setattr("core.run_lock.time.sleep", remove)
+    with held(Path("run")):
+        assert is_running(Path("run")), "whoever comes now finds the lock"
 
 
 def test_the_command_repeats_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/some where/train.py"])
     overrides = ["experiment=moe", "+callbacks.mine={a: 1}", "trainer.max_steps=7", "run_dir=old", "ckpt_path=x.ckpt"]
-    run = RunFolder(Path("runs/moe/a run").absolute(), None)
-    run.create(asked(seed=1), overrides)
+    path = Path("runs/moe/a run").absolute()
+    RunFolder(path, None).create(asked(seed=1), overrides)
+    run = RunFolder(path, None, holds_run=True)
     run.create(asked(seed=2), ["seed=2"])
     assert OmegaConf.load(run.path / "config.yaml").seed == 1
     command = ["python", "/some where/train.py", *overrides[:2]]
@@ -98,3 +153,12 @@ def test_a_folder_is_named_after_what_was_asked_for(overrides: list[str], name: 
 
 def test_names_are_bounded() -> None:
     assert 60 < len(folder_name("now", [f"field={n}" for n in range(1000)])) <= NAME_LENGTH
+
+
+def test_what_a_sweep_varies_comes_first_and_is_never_left_out() -> None:
+    many = [f"model.some_long_field_{n}=value" for n in range(8)]
+    swept = ["optim.lr=1e-3", f"data.path={'x' * 60}"]
+    name = folder_name("now", [*many, *swept], swept)
+    assert name.startswith(f"now_lr-1e-3_path-{'x' * 60}")
+    assert len(name) <= NAME_LENGTH
+    assert len(folder_name("now", [], [f"field={n}" for n in range(1000)])) <= SWEPT_LENGTH

@@ -214,6 +214,7 @@ WAYS: list[tuple[str, Way]] = [
     (r"python train\.py .*(trainer=(ddp|fsdp|slurm)|trainer\.devices=)", composes("tests/distributed runs several")),
     (r"python train\.py .*\w+://", composes("needs a network; tests/datamodules reads such a corpus")),
     (r"python train\.py .*my_file\.", composes("the file is yours; tests/callbacks and docs/monitoring.md have one")),
+    (r"python train\.py .*hydra/sweeper=optuna", listed("tests/test_sweeps.py runs it where Optuna is installed")),
     (r"python train\.py", trains()),
     (r"python -m tools\.prepare inspect", calls()),
     (r"python -m tools\.prepare input=texts/ ", calls(output="data/again")),

@@ -109,6 +109,7 @@ def test_what_is_refused_once_the_trainer_runs_leaves_no_folder(tmp_path: Path) 
 
 
 def test_a_sweep_that_is_refused_leaves_nothing(tmp_path: Path) -> None:
-    refused = train(tmp_path, *tiny_job("-m", "model.num_heads=0,2"))
+    refused = train(tmp_path, "-m", *tiny_job("model.num_heads=0,3"))
     assert refused.code == 2
+    assert "\n2 of 2 runs of the sweep failed:\n" in refused.err
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from core.run_lock import held
 from core.status import LOCK, is_running
 from core.whole_file import NotWritten, damage, save
 from tests.faults.holder import holder
+from tests.faults.racing import racing
 from tests.helpers_run import load
 
 
@@ -59,6 +61,30 @@ def test_what_cannot_be_written_leaves_what_was_there(tmp_path: Path) -> None:
         save({"step": 2}, path)
     assert load(path) == {"step": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+WRITE = """
+def write(unfinished):
+    with unfinished.open("w") as file:
+        for _ in range(64):
+            file.write(sys.argv[1] * 4096)
+            file.flush()
+
+for _ in range(60):
+    write_whole(Path("a.txt"), write)
+"""
+
+
+def test_two_processes_that_write_one_file_do_not_mix(tmp_path: Path) -> None:
+    """As two calls of a tool for one run, which no lock of the run keeps apart."""
+    imports = "from pathlib import Path; from core.whole_file import write_whole"
+    with racing(tmp_path, imports, WRITE, "a", "b") as processes:
+        while any(process.poll() is None for process in processes):
+            with suppress(FileNotFoundError):
+                content = (tmp_path / "a.txt").read_text()
+                assert (len(content), len(set(content))) == (64 * 4096, 1)
+    assert [process.returncode for process in processes] == [0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
 def test_a_checkpoint_in_pieces_is_kept_too(tmp_path: Path) -> None:

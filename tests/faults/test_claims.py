@@ -1,0 +1,97 @@
+"""Two processes that want one folder: one gets it, whenever they look, and no folder holds parts of two runs."""
+
+import json
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+from omegaconf import OmegaConf
+
+from tests.faults.racing import racing
+from tests.helpers_run import TRAIN, load, run, tiny_job, train
+
+IMPORTS = """
+from omegaconf import OmegaConf
+from core.run_folder import entered, is_main_process
+is_main_process()  # which imports Lightning
+"""
+CLAIM = """
+config = OmegaConf.create({"run_dir": None, "ckpt_path": None})
+for number in range(50):
+    with entered(config, "moe", f"run_{number}") as run:
+        (run.path / "config.yaml").touch()  # it holds a run from now on
+        print(run.path, flush=True)
+"""
+
+
+def test_no_name_is_given_twice(tmp_path: Path) -> None:
+    """Two processes ask for the same fifty names at the same time."""
+    with racing(tmp_path, IMPORTS, CLAIM, "a", "b") as processes:
+        names = [name for process in processes for name in process.communicate(timeout=100)[0].split()]
+    assert len(names) == len(set(names)) == 100
+    assert {Path(name).name for name in names} >= {"run_0", "run_0-2"}
+
+
+class Wait(L.Callback):
+    """Takes the time that data take to prepare: until somebody says go."""
+
+    def __init__(self) -> None:
+        Path("preparing").touch()
+        while not Path("go").exists():
+            time.sleep(0.05)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_who_prepares_has_the_folder_already(resume: bool, tmp_path: Path) -> None:
+    """Else the second run would finish meanwhile, and the first one write over it."""
+    going_on = []
+    if resume:
+        run(tmp_path, "run")
+        going_on = ["ckpt_path=last", "trainer.max_steps=3"]
+    job = tiny_job("run_dir=run", *going_on)
+    waiting = [sys.executable, str(TRAIN), *job, "+callbacks.wait._target_=tests.faults.test_claims.Wait"]
+    first = subprocess.Popen(waiting, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    try:
+        while not (tmp_path / "preparing").exists():
+            assert first.poll() is None
+            time.sleep(0.05)
+        second = train(tmp_path, *job, *([] if resume else ["seed=2"]))
+        assert second.code == 2
+        assert second.err == "Error: run_dir='run' is not valid: expected a folder in which no other process trains\n"
+        (tmp_path / "go").touch()
+        assert first.wait(timeout=200) == 0
+    finally:
+        first.kill()
+    assert OmegaConf.load(tmp_path / "run/config.yaml").seed == 0
+    assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == (3 if resume else 2)
+    assert load(tmp_path / "run/checkpoints/last.ckpt")["global_step"] == (3 if resume else 2)
+
+
+def test_what_is_refused_leaves_a_folder_of_the_user_as_it_was(tmp_path: Path) -> None:
+    """Also where that is found only once the Trainer runs; the corrected command then works."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/notes.txt").write_text("mine")
+    for wrong in ("model.num_heads=3", "model.moe.expert_parallel=2"):
+        refused = train(tmp_path, *tiny_job("experiment=moe_spannorm", wrong), "run_dir=run")
+        assert refused.code == 2
+        assert wrong in refused.err
+        assert [path.name for path in (tmp_path / "run").iterdir() if path.is_file()] == ["notes.txt"]
+    assert train(tmp_path, *tiny_job(), "run_dir=run").code == 0
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("no such host"), RuntimeError("a bug")])
+def test_what_ends_before_it_begins_leaves_nothing(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("datamodules.token_datamodule.TokenDataModule.check", broken)
+    with suppress(OSError, RuntimeError):
+        assert train(tmp_path, *tiny_job()).code == 130
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,76 @@
+"""Runs in low precision report the losses that their weights have."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from callbacks.curvature import top_eigenvalue
+from callbacks.signal_propagation import relative_entropy
+from core.open_run import open_run
+from core.precision import at_least_fp32
+from evaluation.corpora import losses_of
+from lightning_modules.sharding import gradient_norm
+from tests.helpers_run import load, scalars, tiny_job, train
+
+MANY = ["data.batch_size=1", "data.seq_len=8", "data.val_batches=450"]
+LARGE = ["data=synthetic", "data.batch_size=8", "data.seq_len=512", "data.val_batches=8"]
+
+
+@pytest.mark.parametrize(
+    ("precision", "data", "passes"),
+    [
+        ("bf16-true", MANY, 400),  # a sum of equal terms ends at 256 of them
+        ("16-true", LARGE, 1),  # and here at 65504, which is 5.5 nats for each of 12,000 tokens
+    ],
+)
+def test_the_reported_losses_are_those_of_the_weights(
+    precision: str, data: list[str], passes: int, tmp_path: Path
+) -> None:
+    job = [argument for argument in tiny_job() if data is MANY or not argument.startswith("data.")]
+    steps = [f"trainer.accumulate_grad_batches={passes}", f"trainer.val_check_interval={passes}", "trainer.max_steps=1"]
+    steps += ["optim.eps=1e-4", "optim.lr=1e-5", "callbacks.divergence=null", "callbacks.flight_recorder=null"]
+    ended = train(tmp_path, *job, *data, *steps, f"trainer.precision={precision}", "run_dir=run")
+    assert ended.code == 0, ended.err
+    folder = tmp_path / "run"
+    (expected,) = losses_of(open_run(folder, "last"), [], None)
+    (validation,) = scalars(folder, "val/loss").values()
+    assert validation == pytest.approx(expected.loss, rel=2e-3)
+    (training,) = scalars(folder, "train/loss").values()
+    assert training == pytest.approx(expected.loss, rel=3e-2), "other text, but the same untrained weights"
+    score = load(folder / "checkpoints/best.ckpt")["callbacks"]
+    best = next(state["best_model_score"] for state in score.values() if "best_model_score" in state)
+    assert float(best) == pytest.approx(validation), "what picks the best checkpoint"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_and_sums_of_narrow_tensors_come_in_fp32(dtype: torch.dtype) -> None:
+    parameters = [torch.nn.Parameter(torch.randn(50, 50).to(dtype)) for _ in range(3)]
+    for parameter in parameters:
+        parameter.grad = torch.randn(50, 50).mul(3000).to(dtype)  # of a norm beyond float16
+    exact = torch.stack([parameter.grad.double().square().sum() for parameter in parameters]).sum().sqrt()
+    norm = gradient_norm(parameters)
+    assert norm.dtype == torch.float32
+    assert norm.item() == pytest.approx(exact.item(), rel=1e-6)
+    assert at_least_fp32(torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_the_curvature_of_a_narrow_model_is_not_rounded() -> None:
+    """Of 0.5 x A x the eigenvalue is the largest of A; a sum of 4096 products in bfloat16 keeps three digits."""
+    x = torch.zeros(4096, dtype=torch.bfloat16, requires_grad=True)
+    scale = torch.ones(4096).index_fill(0, torch.tensor([7]), 300.0)
+    loss = (0.5 * scale * x.float().square()).sum()
+    value = top_eigenvalue(loss, [x], iterations=3)
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(300, rel=1e-2)
+
+
+def test_what_a_monitor_computes_does_not_follow_the_default_type() -> None:
+    """Under bf16-true Lightning makes bfloat16 torch's default type during the forward pass."""
+    logits = torch.randn(2, 4, 33, 33).masked_fill(torch.ones(33, 33).triu(1).bool(), -torch.inf)
+    expected = relative_entropy(logits)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(relative_entropy(logits), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
