@@ -22,7 +22,9 @@ def held(run_dir: Path) -> Iterator[None]:
     """
     with writing("run_dir", run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (run_dir / LOCK).open("w")
+        # Neither waits for a pipe nor follows a link: a folder from elsewhere could have either under this name.
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        lock = os.fdopen(os.open(run_dir / LOCK, flags, 0o666), "w")
     with lock:
         if not _taken(lock.fileno()):
             time.sleep(LOOK_SECONDS)  # it may have been no run, but a look
