@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from core.errors import ConfigError, UserError, require, writing
 from core.mappings import flatten
+from core.printable import printable
 from core.run_lock import held
 from core.status import is_done
 from core.whole_file import damage_of, is_whole, write_whole
@@ -55,7 +56,7 @@ class RunFolder:
         with held(self.path):
             try:
                 self.create(config, overrides)
-                print(f"Run folder: {self.path}")
+                print(f"Run folder: {printable(self.path, limit=None)}")
                 yield
             except UserError:
                 if is_new and trainer.global_step == 0:
@@ -120,7 +121,7 @@ def locate(config: DictConfig, experiment: str | None, name: str) -> RunFolder:
         resumable = [path for path in runs if (path / LAST).exists() or (path / PREVIOUS).exists()]
         if given and not resumable and (given / "config.yaml").exists():
             if is_main_process():
-                print(f"The run in {given} has saved nothing yet: it begins again.")
+                print(f"The run in {printable(given)} has saved nothing yet: it begins again.")
             return RunFolder(given, None)
         valid = f"a run with a {LAST} in {given or siblings}, or the path of a checkpoint"
         require(bool(resumable), "ckpt_path", "last", valid)
@@ -193,7 +194,9 @@ def check_resumable(run: RunFolder, module: Any, datamodule: Any, max_steps: int
             raise ConfigError(field, new.get(field), f"{old.get(field)!r}, as in the checkpoint that is resumed")
     if step == max_steps and checkpoint.absolute() == (run.path / LAST).absolute() and not is_done(run.path, step):
         if is_main_process():
-            print(f"The run in {run.path} is trained to its last step, {step}; what it lacks is written now.")
+            print(
+                f"The run in {printable(run.path)} is trained to its last step, {step}; what it lacks is written now."
+            )
         return
     require(step < max_steps, "trainer.max_steps", max_steps, f"more than {step}, the step of the checkpoint")
 

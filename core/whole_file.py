@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import UserError, one_line
+from core.printable import printable
 
 
 class NotWritten(UserError):
@@ -36,6 +37,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     unfinished = unfinished_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if unfinished.is_symlink():  # in a folder from elsewhere it could lead to any file of the user's
+            unfinished.unlink()
         write(unfinished)
         _sync(unfinished)
         unfinished.replace(path)
@@ -92,7 +95,7 @@ def is_whole(checkpoint: Path, thorough: bool = True) -> bool:
     """
     wrong = damage_of(checkpoint, thorough)
     if wrong:
-        print(f"{checkpoint} is damaged and passed over: {wrong}", file=sys.stderr)
+        print(f"{printable(checkpoint)} is damaged and passed over: {printable(wrong)}", file=sys.stderr)
     return not wrong
 
 
