@@ -16,7 +16,7 @@ SPLITS = ("train", "val")
 DTYPES = ("uint16", "uint32")
 INDEX_BYTES = 64 * MIB  # of an index.json that is read: some 300,000 shards
 MAX_PAGES = 1 << 26  # of a split that is read, which holds a byte for each: 4.4e12 tokens in pages of 65,536
-MAX_VOCABULARY = 1 << 22
+MAX_VOCABULARY = (1 << 24) + 1  # as of a tokenizer's file
 HEADER_BYTES = 128  # of the .npy files that the writer makes; the same for any length, so that they can grow
 
 

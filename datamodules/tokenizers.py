@@ -8,15 +8,12 @@ import numpy as np
 import numpy.typing as npt
 
 from core.errors import UserError, one_line
-from core.untrusted import MIB
 from datamodules import tokenizer_file
 from datamodules.expression import NONE, Loss, compare
 from datamodules.index import CorpusError, Index
 from datamodules.storage import Storage
 
 Tokens = npt.NDArray[Any]
-TOKENIZER_BYTES = 64 * MIB
-"""Of a tokenizer's file that is read."""
 
 
 class Tokenizer(Protocol):
@@ -210,7 +207,7 @@ def read_tokenizer(storage: Storage, index: Index) -> Tokenizer:
     """
     if index.tokenizer_file is None:
         return ByteTokenizer()
-    content = storage.read(index.tokenizer_file, TOKENIZER_BYTES)
+    content = storage.read(index.tokenizer_file, tokenizer_file.LARGEST_FILE)
     if sha256(content).hexdigest() != index.tokenizer_sha256:
         where = f"{storage.address}/{index.tokenizer_file}"
         raise CorpusError(f"{where} is damaged: its sha256 is not the index's; {storage.remedy}")
