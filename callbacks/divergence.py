@@ -21,6 +21,7 @@ from core.cli import RunDiverged
 from core.errors import lookup, require
 from core.options import check_arguments
 from core.precision import at_least_fp32
+from core.printable import printable
 from core.steps import completes_step
 
 CARRIED = "divergence/loss"
@@ -121,7 +122,8 @@ class Divergence(L.Callback):
         except GiveUp as reason:
             line = self._report(step, f"stopped, as {reason}")
             if trainer.is_global_zero:
-                print(f"Stopped. How to go on: {write_report(self.run_dir, step, line, self.groups)}", flush=True)
+                report = write_report(self.run_dir, step, line, self.groups)
+                print(f"Stopped. How to go on: {printable(report, limit=None)}", flush=True)
             raise RunDiverged(step.number, line) from None
         if done is not None:
             self._report(step, done)

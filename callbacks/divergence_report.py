@@ -1,10 +1,12 @@
 """What a run that was stopped leaves behind for a person to read."""
 
 import math
+import shlex
 from pathlib import Path
 
 from callbacks.policies.base import Step
 from callbacks.worst_group import GroupHistory, describe
+from core.printable import printable
 
 
 def write_report(run_dir: str, step: Step, line: str, groups: GroupHistory) -> Path:
@@ -14,7 +16,7 @@ def write_report(run_dir: str, step: Step, line: str, groups: GroupHistory) -> P
     text = [
         f"# Stopped before the update of step {step.number}",
         "",
-        line,
+        printable(line, limit=None),
         "",
         f"Losses of the finite steps before, the newest last: {', '.join(losses)}, then {step.loss:.4g}.",
         f"Their gradient norms: {', '.join(norms)}, then {step.statistics.total_norm:.3g}.",
@@ -30,7 +32,7 @@ def write_report(run_dir: str, step: Step, line: str, groups: GroupHistory) -> P
         text.append(f"| {describe(group)} | {norm:.3g} | {before} | {100 * share:.3g} % |")
     text += [
         "",
-        f"Look at the step again: `python -m tools.replay {run_dir} --step {step.number}`.",
+        f"Look at the step again: `python -m tools.replay {printable(shlex.quote(run_dir))} --step {step.number}`.",
         "",
         "The last checkpoint is from before this step. Resumed as it is, the run comes to the same place; go on with",
         "another policy (`callbacks.divergence.policy=rollback`) or a lower `optim.lr`.",

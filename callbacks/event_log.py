@@ -9,6 +9,7 @@ import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from callbacks.scalars import write_scalars
+from core.printable import printable
 
 
 class EventLog:
@@ -31,7 +32,7 @@ class EventLog:
         """
         if not trainer.is_global_zero:
             return
-        print(line, flush=True)
+        print(printable(line, limit=None), flush=True)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(json.dumps({key: _plain(value) for key, value in event.items()}, allow_nan=False) + "\n")

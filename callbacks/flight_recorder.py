@@ -13,6 +13,7 @@ from callbacks.loss_scaling import refuse_loss_scaling
 from callbacks.samples import samples_of_step
 from callbacks.statistics import gradient_statistics
 from core.errors import require
+from core.printable import printable
 from core.whole_file import save
 
 FOLDER = "flight_recorder"
@@ -92,7 +93,7 @@ class FlightRecorder(L.Callback):
             self._write(trainer, f"{when}{type(exception).__name__}: {exception}")
         except Exception as failure:  # as of a device that is lost: it must not stand in for what the process dies of
             first_line = str(failure).partition("\n")[0]
-            print(f"The flight recorder wrote nothing: {type(failure).__name__}: {first_line}", flush=True)
+            print(f"The flight recorder wrote nothing: {type(failure).__name__}: {printable(first_line)}", flush=True)
 
     def write(self, trainer: L.Trainer, reason: str) -> None:
         """What is known of the step in progress and of those before."""

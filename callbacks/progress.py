@@ -59,7 +59,7 @@ class StepProgress(ProgressBar):
         if self._bar is not None:
             self._bar.update(self._task, completed=trainer.global_step, description=text)
         else:
-            self.console.print(f"{text}  {self._time_left(trainer, now)} left", highlight=False)
+            self.console.print(f"{text}  {self._time_left(trainer, now)} left", highlight=False, markup=False)
 
     def _time_left(self, trainer: L.Trainer, now: float) -> str:
         done, left = trainer.global_step - self._first_step, trainer.max_steps - trainer.global_step
@@ -69,7 +69,9 @@ class StepProgress(ProgressBar):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         loss = trainer.callback_metrics.get("val/loss")
         if self._enabled and loss is not None and not trainer.sanity_checking:
-            self.console.print(f"step {trainer.global_step}: validation loss {float(loss):.4f}", highlight=False)
+            self.console.print(
+                f"step {trainer.global_step}: validation loss {float(loss):.4f}", highlight=False, markup=False
+            )
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._stop()

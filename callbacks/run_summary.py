@@ -9,10 +9,10 @@ from typing import Any
 
 import lightning as L
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from callbacks.throughput import Throughput
+from core.printable import cell
 from core.run_folder import resume_command
 from core.whole_file import write_whole
 
@@ -71,7 +71,9 @@ class RunSummary(L.Callback):
         write_whole(self.run_dir / "summary.json", lambda unfinished: unfinished.write_text(text))
         table = Table(title="Run summary", show_header=False)
         for key, value in summary.items():
-            table.add_row(key.replace("_", " "), f"{value:,.4f}" if isinstance(value, float) else escape(_plain(value)))
+            table.add_row(
+                key.replace("_", " "), f"{value:,.4f}" if isinstance(value, float) else cell(_plain(value), None)
+            )
         Console(width=None if Console().is_terminal else 160).print(table)
 
     def _measure(self, trainer: L.Trainer) -> dict[str, Any]:

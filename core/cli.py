@@ -19,6 +19,7 @@ from core import sweep
 from core.allocator import keep_freed_memory
 from core.errors import ConfigError, UserError, one_line, suggest
 from core.explain import explain_omegaconf
+from core.printable import printable
 from lightning_modules.config import ModelConfig, OptimConfig, writable_schema
 
 FAULT = 1
@@ -142,7 +143,7 @@ def _leave(error: Exception) -> NoReturn:
 def _say(error: Exception) -> None:
     if DEBUGGING:
         traceback.print_exception(error)
-    print(f"Error: {explain(error)}", file=sys.stderr, flush=True)
+    print(f"Error: {printable(explain(error), limit=None)}", file=sys.stderr, flush=True)
 
 
 def explain(error: BaseException) -> str:

@@ -15,6 +15,7 @@ import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from core.errors import ConfigError, UserError, one_line
+from core.printable import printable
 from core.quiet import quiet_writers
 from core.run_folder import LAST, is_main_process, resume_command
 from core.together import leave_together, lost_a_peer
@@ -106,7 +107,7 @@ def _say(run_dir: Path, message: str) -> None:
 
 def _way_on(run_dir: Path) -> str:
     if (run_dir / LAST).exists():
-        return f"go on with\n  {resume_command(run_dir)}"
+        return f"go on with\n  {printable(resume_command(run_dir), limit=None)}"
     return "there was nothing to save."
 
 

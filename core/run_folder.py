@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from core.errors import ConfigError, UserError, require, writing
 from core.mappings import flatten
+from core.printable import printable
 from core.run_lock import held
 from core.status import FILE as STATUS
 from core.status import LOCK, is_done
@@ -63,7 +64,7 @@ class RunFolder:
             return
         try:
             self.create(config, overrides)
-            print(f"Run folder: {self.path}")
+            print(f"Run folder: {printable(self.path, limit=None)}")
             yield
         except UserError:
             if trainer.global_step == 0 and self.is_new:
@@ -241,7 +242,7 @@ def _checkpoint(config: DictConfig, path: Path) -> Path | None:
         if _resumable(path):
             return newest_whole(path)
         if is_main_process():
-            print(f"The run in {path} has saved nothing yet: it begins again.")
+            print(f"The run in {printable(path)} has saved nothing yet: it begins again.")
         return None
     checkpoint = Path(str(config.ckpt_path))
     wrong = damage_of(checkpoint, thorough=is_main_process())
@@ -305,7 +306,9 @@ def check_resumable(run: RunFolder, module: Any, datamodule: Any, max_steps: int
             raise ConfigError(field, new.get(field), f"{old.get(field)!r}, as in the checkpoint that is resumed")
     if step == max_steps and checkpoint.absolute() == (run.path / LAST).absolute() and not is_done(run.path, step):
         if is_main_process():
-            print(f"The run in {run.path} is trained to its last step, {step}; what it lacks is written now.")
+            print(
+                f"The run in {printable(run.path)} is trained to its last step, {step}; what it lacks is written now."
+            )
         return
     require(step < max_steps, "trainer.max_steps", max_steps, f"more than {step}, the step of the checkpoint")
 

@@ -45,7 +45,9 @@ def _open(run_dir: Path) -> TextIO:
     while True:
         run_dir.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):  # removed in between
-            return (run_dir / LOCK).open("w")
+            # Neither waits for a pipe nor follows a link: a folder from elsewhere could have either under this name.
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            return os.fdopen(os.open(run_dir / LOCK, flags, 0o666), "w")
 
 
 def _is_there(run_dir: Path, lock: TextIO) -> bool:

@@ -2,22 +2,69 @@
 torch."""
 
 import fcntl
-import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
+from core.untrusted import MIB, Untrusted, read_json
+
 FILE = "status.json"
+SUMMARY = "summary.json"
 LOCK = "lock"
+FILE_BYTES = MIB
+"""Of either file that is read; they have a few hundred."""
 RUNNING, DONE, STOPPED, DIVERGED, FAILED = "running", "done", "stopped", "diverged", "failed"
 
 
+COUNTS = ("step", "max_steps", "steps", "tokens", "parameters", "active_parameters")
+FIGURES = (
+    *("train_loss", "val_loss", "val_perplexity", "val_bits_per_byte", "bigram_loss"),
+    *("tokens_per_second", "seconds"),
+)
+WORDS = ("status", "reason")
+
+
 def read(run_dir: Path) -> dict[str, Any]:
-    """status.json as it stands; empty where there is none, or none that can be read."""
+    """Return status.json as it stands, less what is not of its type; empty where there is none that can be read."""
     try:
-        content = json.loads((run_dir / FILE).read_text())
-    except (OSError, ValueError):
+        return _typed(read_json(run_dir / FILE, limit=FILE_BYTES))
+    except Untrusted:
         return {}
-    return content if isinstance(content, dict) else {}
+
+
+def read_summary(run_dir: Path) -> dict[str, Any]:
+    """Return the numbers of summary.json: counts are integers, figures finite floats. Empty: the run has not ended.
+
+    Raises:
+        Untrusted: it cannot be read, or one of them is no such number: names it.
+    """
+    path = run_dir / SUMMARY
+    if not path.exists():
+        return {}
+    content = read_json(path, limit=FILE_BYTES)
+    if not isinstance(content, dict):
+        raise Untrusted(f"{path} is no summary of a run: expected an object")
+    found = _typed(content)
+    for field in (*COUNTS, *FIGURES):
+        if content.get(field) is not None and field not in found:
+            valid = "an integer >= 0" if field in COUNTS else "a finite number"
+            raise Untrusted(f"{path}: {field}={content[field]!r} is not valid: expected {valid}, or null")
+    return found
+
+
+def _typed(content: Any) -> dict[str, Any]:
+    """Return the known fields that are of their type, others left out."""
+    found: dict[str, Any] = {}
+    for field, value in content.items() if isinstance(content, dict) else ():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if field in COUNTS and isinstance(value, int) and number and 0 <= value < 2**63:
+            found[field] = value
+        elif field in FIGURES and number and abs(value) < 1e300 and math.isfinite(value):
+            found[field] = float(value)
+        elif field in WORDS and isinstance(value, str):
+            found[field] = value
+    return found
 
 
 def is_done(run_dir: Path, step: int) -> bool:
@@ -32,12 +79,17 @@ def is_running(run_dir: Path) -> bool:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process on this machine holds flock's lock on the file; looking takes no lock away."""
+    """Whether a process on this machine holds flock's lock on the file; looking takes no lock away, and never waits."""
     try:
-        with path.open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError):
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:
         return False
+    finally:
+        os.close(descriptor)
     return False

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import UserError, one_line
+from core.printable import printable
 
 
 class NotWritten(UserError):
@@ -99,7 +100,7 @@ def is_whole(checkpoint: Path, thorough: bool = True) -> bool:
     """
     wrong = damage_of(checkpoint, thorough)
     if wrong:
-        print(f"{checkpoint} is damaged and passed over: {wrong}", file=sys.stderr)
+        print(f"{printable(checkpoint)} is damaged and passed over: {printable(wrong)}", file=sys.stderr)
     return not wrong
 
 
@@ -114,7 +115,10 @@ def damage_of(checkpoint: Path, thorough: bool) -> str | None:
 def _alone(unfinished: Path) -> Iterator[None]:
     """Make the unfinished file, or take over one that a killed process has left, and lock it meanwhile."""
     while True:
-        descriptor = os.open(unfinished, os.O_RDWR | os.O_CREAT, 0o666)
+        # In a folder from elsewhere a link could lead to any file of the user's, and a pipe would take no end of it.
+        if unfinished.is_symlink() or unfinished.is_fifo():
+            unfinished.unlink()
+        descriptor = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(descriptor, fcntl.LOCK_EX)

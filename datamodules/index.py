@@ -1,19 +1,29 @@
 """index.json: which files a prepared corpus consists of, and how it was made."""
 
 import json
-import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import ConfigDict, Field
 
-from core.errors import UserError
+from core.errors import UserError, one_line
+from core.untrusted import MIB, Untrusted, beyond, bound, parse_json
 
 INDEX_VERSION = 2
 SPLITS = ("train", "val")
 DTYPES = ("uint16", "uint32")
+INDEX_BYTES = 64 * MIB  # of an index.json that is read: some 300,000 shards
+MAX_PAGES = 1 << 26  # of a split that is read, which holds a byte for each: 4.4e12 tokens in pages of 65,536
+MAX_VOCABULARY = (1 << 24) + 1  # as of a tokenizer's file
 HEADER_BYTES = 128  # of the .npy files that the writer makes; the same for any length, so that they can grow
+
+
+Name = Annotated[str, Field(min_length=1, max_length=255)]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Length = Annotated[int, Field(ge=1, le=2**53)]
 
 
 class CorpusError(UserError):
@@ -30,9 +40,11 @@ class ArrayFile:
         sha256: of the whole file.
     """
 
-    file: str
-    length: int
-    sha256: str
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    file: Name
+    length: Count
+    sha256: Digest
 
     def __post_init__(self) -> None:
         check_name(self.file)
@@ -54,9 +66,11 @@ class SplitIndex:
         checksums: uint32, zlib.crc32 of each Index.page_tokens tokens; a page never spans two shards.
     """
 
-    num_tokens: int
-    num_documents: int
-    num_bytes: int
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    num_tokens: Count
+    num_documents: Count
+    num_bytes: Count
     shards: list[ArrayFile]
     documents: ArrayFile
     checksums: ArrayFile
@@ -79,15 +93,17 @@ class Index:
         splits: train and val.
     """
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     dtype: str
-    vocab_size: int
-    end_of_document: int
-    shard_tokens: int
-    page_tokens: int
-    splits: dict[str, SplitIndex]
-    tokenizer: str = "byte"
-    tokenizer_file: str | None = None
-    tokenizer_sha256: str | None = None
+    vocab_size: Length
+    end_of_document: Count
+    shard_tokens: Length
+    page_tokens: Length
+    splits: dict[Name, SplitIndex]
+    tokenizer: Annotated[str, Field(max_length=4096)] = "byte"
+    tokenizer_file: Name | None = None
+    tokenizer_sha256: Digest | None = None
     source: str = ""
     made: dict[str, Any] = field(default_factory=dict)
     version: int = INDEX_VERSION
@@ -113,26 +129,25 @@ def parse_index(text: bytes, where: str) -> Index:
         CorpusError: not JSON, of another version, or not consistent with itself.
     """
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CorpusError(f"{where} cannot be read: {error}") from error
-    version = content.get("version") if isinstance(content, dict) else None
-    if version != INDEX_VERSION:
-        newer = isinstance(version, int) and version > INDEX_VERSION
-        remedy = "use a newer checkout of this project" if newer else "delete its folder and prepare the corpus again"
-        raise CorpusError(f"{where} has version {version!r}; this code reads version {INDEX_VERSION}: {remedy}")
+        content = parse_json(text, where)
+        version = content.get("version") if isinstance(content, dict) else None
+        if version != INDEX_VERSION:
+            newer = isinstance(version, int) and version > INDEX_VERSION
+            remedy = (
+                "use a newer checkout of this project" if newer else "delete its folder and prepare the corpus again"
+            )
+            raise CorpusError(f"{where} has version {version!r}; this code reads version {INDEX_VERSION}: {remedy}")
+        index: Index = parse_json(text, where, Index)
+    except Untrusted as error:
+        raise CorpusError(str(error)) from error
     try:
-        splits = {name: _split_index(content["splits"][name]) for name in SPLITS}
-        index = Index(**{**content, "splits": splits})
-        _check(index)
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise CorpusError(f"{where} is not a whole index: {type(error).__name__}: {error}") from error
+        index = replace(index, splits={name: index.splits[name] for name in SPLITS})
+        _check(index, where)
+    except KeyError as error:
+        raise CorpusError(f"{where} is not a whole index: there is no split {error}") from error
+    except ValueError as error:
+        raise CorpusError(f"{where} is not a whole index: {one_line(error)}") from error
     return index
-
-
-def _split_index(content: dict[str, Any]) -> SplitIndex:
-    arrays = {name: ArrayFile(**content[name]) for name in ("documents", "checksums")}
-    return SplitIndex(**{**content, **arrays, "shards": [ArrayFile(**shard) for shard in content["shards"]]})
 
 
 def check_name(file: str) -> None:
@@ -141,34 +156,35 @@ def check_name(file: str) -> None:
         raise ValueError(f"{file!r} is not the name of a file in its folder")
 
 
-def _check_file(array: ArrayFile) -> None:
-    check_name(array.file)
-    if not re.fullmatch("[0-9a-f]{64}", str(array.sha256)):  # a cache calls its files by it
-        raise ValueError(f"{array.file} has sha256 {array.sha256!r}, which is none")
-    if type(array.length) is not int or array.length < 0:
-        raise ValueError(f"{array.file} has length {array.length!r}")
+def _check(index: Index, where: str) -> None:
+    """Hold the fields of an index against each other.
 
-
-def _check(index: Index) -> None:
-    for split in index.splits.values():
-        for array in (*split.shards, split.documents, split.checksums):
-            _check_file(array)
+    Raises:
+        ValueError: they cannot all be true.
+        CorpusError: they go beyond a bound.
+    """
     if index.tokenizer_file is not None:
         check_name(index.tokenizer_file)
     if index.dtype not in DTYPES:
         raise ValueError(f"dtype {index.dtype!r} is none of {', '.join(DTYPES)}")
     if index.vocab_size > np.iinfo(index.dtype).max + 1:
         raise ValueError(f"vocab_size {index.vocab_size} does not fit {index.dtype}")
+    if index.vocab_size > bound(MAX_VOCABULARY):
+        raise CorpusError(beyond(f"{where} has vocab_size {index.vocab_size:,}", MAX_VOCABULARY))
     if index.end_of_document >= index.vocab_size:
         raise ValueError(f"end_of_document {index.end_of_document} is not below vocab_size {index.vocab_size}")
-    if not index.end_of_document >= 0:
-        raise ValueError(f"end_of_document {index.end_of_document} is negative")
-    if index.page_tokens < 1 or index.shard_tokens < 1 or index.shard_tokens % index.page_tokens:
+    if index.shard_tokens % index.page_tokens:
         raise ValueError(f"shard_tokens {index.shard_tokens} is no multiple of page_tokens {index.page_tokens}")
     for name, split in index.splits.items():
         whole, rest = divmod(split.num_tokens, index.shard_tokens)
-        expected = [index.shard_tokens] * whole + ([rest] if rest else [])
-        if [shard.length for shard in split.shards] != expected:
+        lengths = [shard.length for shard in split.shards]
+        last = [rest] if rest else []
+        # Compared by their number first: a list of what num_tokens promises could be of any length.
+        if len(lengths) != whole + len(last) or lengths != [index.shard_tokens] * whole + last:
             raise ValueError(f"the shards of {name} do not add up to its {split.num_tokens} tokens")
         if split.checksums.length != -(-split.num_tokens // index.page_tokens):
             raise ValueError(f"{name} has {split.checksums.length} checksums, which is not one a page")
+        if split.checksums.length > bound(MAX_PAGES):
+            raise CorpusError(beyond(f"{where} has {split.checksums.length:,} pages in {name}", MAX_PAGES))
+        if split.documents.length != split.num_documents or split.num_documents > split.num_tokens:
+            raise ValueError(f"{name} has {split.num_documents} documents, which its files do not have")

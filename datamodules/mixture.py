@@ -197,4 +197,4 @@ class Mixture(StreamDataModule):
         bytes_per_token = sum(
             count / BLOCK * split.num_bytes / split.num_tokens for count, split in zip(counts, splits, strict=True)
         )
-        return float(loss / np.log(2) / bytes_per_token)
+        return float(loss / np.log(2) / bytes_per_token) if bytes_per_token else None

@@ -7,7 +7,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from io import FileIO
@@ -19,6 +19,8 @@ from fsspec.config import conf
 from fsspec.core import url_to_fs
 
 from core.errors import Refused, UserError, one_line
+from core.printable import printable
+from core.untrusted import beyond, bound
 from datamodules.index import ArrayFile, CorpusError
 from datamodules.shard_cache import ShardCache
 from datamodules.storage import LocalFolder, Storage
@@ -28,7 +30,10 @@ log = logging.getLogger(__name__)
 TIMEOUT = 10.0  # seconds after which a request to which nothing (more) comes has failed
 WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds after a failure, before the next attempt
 RETRY = 1.0  # seconds after which a fetch ahead for which there was no room is tried again
-CHUNK = 1 << 24  # bytes asked for at a time; what an interrupted fetch loses at most
+CHUNK = 1 << 24  # bytes asked for at a time
+PIECE = 1 << 20  # bytes held at a time of what comes by HTTP
+PATIENCE, SLOWEST = 60.0, 1000.0  # seconds after which an answer has failed that brings fewer bytes a second
+PARTIAL = 206  # the HTTP status of a range
 FETCHES = 2  # of a file whose checksum is wrong
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "http": "aiohttp", "https": "aiohttp"}
 TRY_AGAIN = (408, 425, 429)  # of the HTTP statuses that blame the client
@@ -65,11 +70,21 @@ class RemoteFolder:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.cache = ShardCache(self.cache.folder, self.cache.limit)  # copy.copy would share the lease
+        self.cache = ShardCache(self.cache.given, self.cache.limit)  # copy.copy would share the lease
         self._begin()
 
-    def read(self, name: str) -> bytes:
-        return self._ask(name, lambda system, path: bytes(system.cat_file(path)))
+    def read(self, name: str, limit: int) -> bytes:
+        def whole(system: Any, path: str) -> bytes:
+            if _is_http(system):
+                with _response(system, path) as response:
+                    return b"".join(_pieces(response, most + 1))
+            return bytes(system.cat_file(path, start=0, end=most + 1))
+
+        most = bound(limit)
+        content = self._ask(name, whole)
+        if len(content) > most:
+            raise CorpusError(beyond(f"{self.address}/{name} has more than {most:,} bytes", limit))
+        return content
 
     def check(self, files: Iterable[tuple[ArrayFile, str]]) -> None:
         expected = {file.file: file.num_bytes(dtype) for file, dtype in files}
@@ -115,7 +130,7 @@ class RemoteFolder:
         except UserError:
             pass  # whoever reads the file will try again, and say so
         except Exception:  # a fault of ours, which may not show then
-            log.exception("%s/%s was not fetched ahead", self.address, file.file)
+            log.exception("%s/%s was not fetched ahead", self.address, printable(file.file))
         return True
 
     @property
@@ -126,6 +141,8 @@ class RemoteFolder:
     def _file_system(self) -> tuple[Any, str]:
         """(fsspec's file system, which it caches for each process and thread; the folder's path in it)."""
         protocol = self.address.partition("://")[0]
+        if "::" in self.address:  # fsspec's chains of file systems, some of which write
+            raise Refused("data.path", self.address, "an address of one file system; shards are cached as they are")
         try:
             system, path = url_to_fs(self.address, **_options(protocol))
         except ImportError as error:
@@ -141,13 +158,11 @@ class RemoteFolder:
     def _fetch(self, file: ArrayFile, num_bytes: int, part: FileIO) -> None:
         """Go on with the file where it ends."""
         for _ in range(FETCHES):
-            while (start := part.seek(0, os.SEEK_END)) < num_bytes:
-                content = self._ask(file.file, partial(_range, start, num_bytes))
-                if start + len(content) > num_bytes:  # all of it: the server knows no ranges
-                    part.truncate(0)
-                part.write(content)
+            while part.seek(0, os.SEEK_END) < num_bytes:
+                self._ask(file.file, partial(_append, part, num_bytes))
+            whole = part.seek(0, os.SEEK_END) == num_bytes
             part.seek(0)
-            if start == num_bytes and hashlib.file_digest(part, "sha256").hexdigest() == file.sha256:
+            if whole and hashlib.file_digest(part, "sha256").hexdigest() == file.sha256:
                 return
             part.truncate(0)
         remedy = "prepare the corpus again"
@@ -159,6 +174,7 @@ class RemoteFolder:
         Raises:
             CorpusError: it never is; names the address and the reason.
         """
+        is_http = self.address.startswith("http")
         for attempt, wait in enumerate((*WAITS, None), start=1):
             try:
                 system, folder = self._file_system()
@@ -168,8 +184,9 @@ class RemoteFolder:
             except Exception as error:  # file systems raise whatever their libraries do
                 if wait is None or _is_final(error):
                     tried = "" if _is_final(error) else f" ({attempt} attempt{'s' * (attempt > 1)})"
-                    reason = f"{type(error).__name__}: {one_line(error) or one_line(error.__cause__)}"
-                    raise CorpusError(f"{self.address}/{name} cannot be read: {reason}{tried}") from error
+                    raise CorpusError(
+                        f"{self.address}/{name} cannot be read: {_reason(error, is_http)}{tried}"
+                    ) from error
             time.sleep(wait)
         raise AssertionError
 
@@ -189,23 +206,96 @@ def _options(protocol: str) -> dict[str, dict[str, Any]]:
     return {name: {**ours, **conf.get(protocol, {}).get(name, {})}}
 
 
-def _range(start: int, num_bytes: int, system: Any, path: str) -> bytes:
-    """The next CHUNK of a file of num_bytes, or all of it."""
+def _append(part: FileIO, num_bytes: int, system: Any, path: str) -> None:
+    """Add the next CHUNK of a file of num_bytes, or, of a server that knows no ranges, all that is missing."""
+    start = part.seek(0, os.SEEK_END)
     stop = min(start + CHUNK, num_bytes)
-    content = bytes(system.cat_file(path, start=start, end=stop))
-    if len(content) not in (stop - start, num_bytes):
-        raise EOFError(f"{len(content)} bytes came instead of {stop - start}")
-    return content
+    if not _is_http(system):
+        content = bytes(system.cat_file(path, start=start, end=stop))
+        if len(content) != stop - start:
+            raise EOFError(f"{len(content)} bytes came instead of {stop - start}")
+        part.write(content)
+        return
+    with _response(system, path, {"Range": f"bytes={start}-{stop - 1}"}) as response:
+        if response.r.status == PARTIAL:
+            said = str(response.r.headers.get("Content-Range", ""))
+            if "Content-Encoding" in response.r.headers:
+                raise EOFError("a part of the file came, compressed, which was not asked for")
+            if said and not said.startswith(f"bytes {start}-"):
+                raise EOFError(f"bytes {start} to {stop - 1} were asked for, and {one_line(said)} came")
+        else:  # the whole file, compressed or not
+            start, stop = 0, num_bytes
+            part.truncate(0)
+            part.seek(0)
+        for piece in _pieces(response, stop - start):
+            part.write(piece)
+    came = part.seek(0, os.SEEK_END) - start
+    if came != stop - start:
+        raise EOFError(f"{came} bytes came instead of {stop - start}")
+
+
+def _is_http(system: Any) -> bool:
+    return "http" in system.protocol
+
+
+def _response(system: Any, path: str, headers: Mapping[str, str] | None = None) -> Any:
+    """Ask by HTTP; what comes is read piece by piece, so that a server decides neither how much it is nor how long.
+
+    Nothing compressed is asked for: the size and the ranges of a file are then those of its own bytes.
+    """
+    own = {**system.kwargs.get("headers", {}), "Accept-Encoding": "identity", **(headers or {})}
+    return system.open(path, "rb", block_size=0, size=1, headers=own)  # a size: it need not be asked for
+
+
+def _pieces(response: Any, most: int) -> Iterator[bytes]:
+    """Yield what comes, up to so many bytes.
+
+    Raises:
+        TimeoutError: it comes so slowly that it might never end.
+    """
+    began, came = time.monotonic(), 0
+    while came < most and (piece := response.read(min(PIECE, most - came))):
+        came += len(piece)
+        yield piece
+        seconds = time.monotonic() - began
+        if seconds > PATIENCE and came < SLOWEST * seconds:
+            raise TimeoutError(f"only {came} bytes came in {seconds:.0f} s")
+
+
+def _status(error: BaseException) -> int | None:
+    """Return the HTTP status that an error is about; fsspec calls all that servers say a missing file."""
+    status = getattr(error, "status", getattr(error.__cause__, "status", None))
+    status = getattr(getattr(error, "response", None), "status_code", status)  # huggingface_hub's
+    return status if isinstance(status, int) else None
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether asking again is of no use. fsspec calls all that HTTP servers say a missing file."""
-    status = getattr(error, "status", getattr(error.__cause__, "status", None))
-    status = getattr(getattr(error, "response", None), "status_code", status)  # huggingface_hub's
-    if status is not None:
-        return 400 <= status < 500 and status not in TRY_AGAIN
+    """Whether asking again is of no use."""
+    status = _status(error)
+    if status:
+        return 300 <= status < 500 and status not in TRY_AGAIN
+    if _redirected(error):
+        return True
     connection = type(error.__cause__).__module__.startswith("aiohttp")
     return isinstance(error, FileNotFoundError | PermissionError) and not connection
+
+
+def _redirected(error: BaseException) -> bool:
+    return "TooManyRedirects" in (type(error).__name__, type(error.__cause__).__name__)
+
+
+def _reason(error: Exception, is_http: bool) -> str:
+    """Return why, in words: of what HTTP servers say the status, which fsspec hides behind FileNotFoundError."""
+    hidden = is_http and isinstance(error, FileNotFoundError) and error.__cause__ is not None
+    told: BaseException = (error.__cause__ or error) if hidden else error
+    if _redirected(error):
+        return "it is redirected too often"
+    status = _status(error)
+    if status and type(told).__module__.startswith("aiohttp"):  # whose text has the whole address, signature included
+        return one_line(f"HTTP status {status} {getattr(told, 'message', '')}")
+    if is_http and isinstance(told, FileNotFoundError):
+        return "HTTP status 404 Not Found"
+    return f"{type(told).__name__}: {one_line(told) or one_line(told.__cause__)}"
 
 
 def _fetch_ahead(storage: "weakref.ref[RemoteFolder]", signal: "SimpleQueue[bool]") -> None:

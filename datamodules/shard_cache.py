@@ -1,7 +1,11 @@
 """A folder of fetched shards, shared by the processes of a machine and kept below a size."""
 
 import fcntl
+import hashlib
 import os
+import re
+import stat
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -10,17 +14,32 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from core.errors import writing
+from core.errors import ConfigError, writing
+from core.printable import printable
 
 Fetch = Callable[[FileIO], None]
 """Brings an open file, which may hold the beginning already, to its full and verified content."""
+OWN = "fetched-shards"
+"""The cache's own folder, below the one that it is given."""
+TAG = "CACHEDIR.TAG"  # https://bford.info/cachedir: backups pass such a folder by
+SIGNATURE = b"Signature: 8a477f597d28d172789f06886806bc55"
+MARKER = (
+    SIGNATURE + b"\n# Shards of corpora that lie elsewhere (data.cache_dir). They can be deleted and fetched again.\n"
+)
+NAMES = re.compile(r"([0-9a-f]{64})(?:\.npy|\.([0-9]{1,18})\.part)")
+LEASES = re.compile(r"[0-9a-f]{32}\.lease")
 
 
 class ShardCache:
     """Fetches a file once, whoever needs it. Picklable: each copy says by itself what it needs.
 
+    It removes files to stay below its limit. These are only its own: they lie in a folder of its own below the given
+    one, which it has made and marked, and have a name and a kind that it gives. Whatever else lies there, or beside
+    that folder, is neither counted nor touched.
+
     | file | what |
     |---|---|
+    | CACHEDIR.TAG | says whose folder it is |
     | SHA256.npy | a whole shard; the name keeps what is out of date from being read |
     | SHA256.BYTES.part | one being fetched, locked meanwhile; unlocked: interrupted, and to be gone on with |
     | ID.lease | which shards a ShardCache holds, in a process that lives as long as the file is locked |
@@ -28,16 +47,19 @@ class ShardCache:
 
     The locks are flock's: they end with their process, however it ends.
 
+    A cache of before there was a folder of its own has its shards in the given one. A shard that is asked for and found
+    there is taken over, once its content is what its name says; the others stay, which is said once.
+
     Args:
-        folder: made when it is needed.
+        given: the folder below which it lies; made when it is needed.
         limit: bytes of shards, unfinished ones counted in full.
 
     Raises:
-        ConfigError: in any call, the folder cannot be written to.
+        ConfigError: in any call, the folder cannot be written to, or its own one is somebody else's.
     """
 
-    def __init__(self, folder: Path, limit: int) -> None:
-        self.folder, self.limit = folder, limit
+    def __init__(self, given: Path, limit: int) -> None:
+        self.given, self.folder, self.limit = given, given / OWN, limit
         self._begin()
 
     def _begin(self) -> None:
@@ -46,7 +68,7 @@ class ShardCache:
         self._lease: int | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "limit": self.limit}
+        return {"given": self.given, "folder": self.folder, "limit": self.limit}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -78,7 +100,7 @@ class ShardCache:
         whole = self.folder / f"{shard}.npy"
         while True:
             with self._locked():
-                if whole.exists():
+                if is_regular(whole) or self._take_over(shard, num_bytes):
                     os.utime(whole)
                     return whole
                 part = self._part(shard, num_bytes).open("a+b", buffering=0)
@@ -107,18 +129,62 @@ class ShardCache:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        with writing("data.cache_dir", self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / "lock").open("w") as lock:
+        with writing("data.cache_dir", self.given):
+            self._claim()
+            lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            try:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 try:
                     yield
                 finally:
                     fcntl.flock(lock, fcntl.LOCK_UN)
+            finally:
+                os.close(lock)
+
+    def _claim(self) -> None:
+        """Make and mark the cache's own folder, or see by its mark that it is that."""
+        if self._is_marked():
+            return
+        new = self.given / f".{OWN}.{os.getpid()}"
+        new.mkdir(parents=True, exist_ok=True)
+        (new / TAG).write_bytes(MARKER)
+        try:
+            new.rename(self.folder)  # with the mark in it, and in the place of nothing but an empty folder
+        except OSError:
+            (new / TAG).unlink()
+            new.rmdir()
+            if not self._is_marked():  # nor has another process made it meanwhile
+                valid = f"a folder in which {OWN} is this project's: it has not made this one, and leaves it as it is"
+                raise ConfigError("data.cache_dir", str(self.given), valid) from None
+            return
+        old = [path for path in self.given.iterdir() if NAMES.fullmatch(path.name)]
+        if old and (self.given / "lock").exists():
+            print(
+                f"{printable(self.given)} holds {len(old)} shards of an older cache. Those that are needed are taken "
+                f"over into {OWN}/; the others stay, do not count in data.cache_gb, and can be deleted.",
+                file=sys.stderr,
+            )
+
+    def _is_marked(self) -> bool:
+        if self.folder.is_symlink() or not is_regular(self.folder / TAG):
+            return False
+        with (self.folder / TAG).open("rb") as file:
+            return file.read(len(SIGNATURE)) == SIGNATURE
+
+    def _take_over(self, shard: str, num_bytes: int) -> bool:
+        """Move a shard of an older cache into the folder, if there is one with just this content."""
+        old = self.given / f"{shard}.npy"
+        if not is_regular(old) or old.stat().st_size != num_bytes:
+            return False
+        with old.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != shard:
+                return False
+        old.replace(self.folder / old.name)
+        return True
 
     def _open_lease(self) -> int:
         self._leased()  # clears away those of the dead
-        descriptor = os.open(self.folder / f"{uuid4().hex}.lease", os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(self.folder / f"{uuid4().hex}.lease", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         weakref.finalize(self, _end_lease, descriptor, os.getpid())
         return descriptor
@@ -126,7 +192,9 @@ class ShardCache:
     def _leased(self) -> set[str]:
         """The shards that some living process holds."""
         shards: set[str] = set()
-        for path in self.folder.glob("*.lease"):
+        for path in self.folder.iterdir():
+            if not LEASES.fullmatch(path.name) or not is_regular(path):
+                continue
             with path.open() as lease:
                 if try_lock(lease.fileno()):
                     path.unlink()
@@ -136,7 +204,8 @@ class ShardCache:
 
     def _make_room(self, num_bytes: int, part: Path) -> bool:
         """Remove what was used longest ago, but nothing that is in use, until so many bytes fit beside the rest."""
-        sizes = {path: _size(path) for path in self.folder.iterdir() if path.suffix in (".npy", ".part")}
+        ours = ((path, NAMES.fullmatch(path.name)) for path in self.folder.iterdir())
+        sizes = {path: _size(path, name) for path, name in ours if name and is_regular(path)}
         sizes.pop(part, None)
         excess = sum(sizes.values()) + num_bytes - self.limit
         if excess <= 0:
@@ -150,9 +219,17 @@ class ShardCache:
         return False
 
 
-def _size(path: Path) -> int:
-    """Of a shard: what it has, or will have once it is whole."""
-    return path.stat().st_size if path.suffix == ".npy" else int(path.name.split(".")[1])
+def is_regular(path: Path) -> bool:
+    """Whether it is a file, and no link to one."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def _size(path: Path, name: re.Match[str]) -> int:
+    """Return what a shard has, or will have once it is whole."""
+    return path.stat().st_size if name[2] is None else int(name[2])
 
 
 def _remove(path: Path) -> bool:

@@ -1,14 +1,18 @@
 """Where the files of a prepared corpus come from: a folder of this machine, or (remote.py) anywhere else."""
 
 import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.format import open_memmap
 
-from datamodules.index import ArrayFile, CorpusError, Index, parse_index
+from core.errors import one_line
+from core.untrusted import Untrusted, read_bytes
+from datamodules.index import INDEX_BYTES, ArrayFile, CorpusError, Index, parse_index
 
 Tokens = npt.NDArray[Any]
 
@@ -24,11 +28,15 @@ class Storage(Protocol):
     address: str
     remedy: str
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, limit: int) -> bytes:
         """The content of a small file.
 
+        Args:
+            name: of the file.
+            limit: bytes that it may have, before READ_LIMITS (core/untrusted.py).
+
         Raises:
-            CorpusError: it cannot be had; says why.
+            CorpusError: it cannot be had, or is larger; says why.
         """
         ...
 
@@ -63,11 +71,11 @@ class LocalFolder:
         self.folder, self.address = folder, str(folder)
         self.remedy = f"delete {folder} and prepare the corpus again"
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, limit: int) -> bytes:
         try:
-            return self._inside(name).read_bytes()
-        except OSError as error:
-            raise CorpusError(f"{self.folder / name} cannot be read: {error.strerror}") from error
+            return read_bytes(self._inside(name), limit)
+        except Untrusted as error:
+            raise CorpusError(str(error)) from error
 
     def check(self, files: Iterable[tuple[ArrayFile, str]]) -> None:
         for file, dtype in files:
@@ -90,10 +98,11 @@ class LocalFolder:
 
 def check_size(path: Path, num_bytes: int, remedy: str) -> None:
     """Raise CorpusError unless the file is there with that size."""
-    actual = path.stat().st_size if path.exists() else None
-    if actual != num_bytes:
-        found = "is missing" if actual is None else f"has {actual} bytes"
-        raise CorpusError(f"{path} {found}, its index says {num_bytes}; {remedy}")
+    found = path.stat() if path.exists() else None
+    if found is None or not stat.S_ISREG(found.st_mode) or found.st_size != num_bytes:
+        kind = "is no regular file" if found and not stat.S_ISREG(found.st_mode) else None
+        words = kind or ("is missing" if found is None else f"has {found.st_size} bytes")
+        raise CorpusError(f"{path} {words}, its index says {num_bytes}; {remedy}")
 
 
 def load(path: Path, file: ArrayFile, dtype: str, remedy: str) -> Tokens:
@@ -103,9 +112,10 @@ def load(path: Path, file: ArrayFile, dtype: str, remedy: str) -> Tokens:
         CorpusError: its header says something else than the index.
     """
     try:
-        array = np.load(path, mmap_mode="r").view(np.ndarray)  # slices of a memmap cost several times as much
-    except (OSError, ValueError, EOFError) as error:
-        raise CorpusError(f"{path} cannot be read: {error}; {remedy}") from error
+        # Not np.load, which opens an archive or a pickle where the first bytes are those of one.
+        array = open_memmap(path, mode="r").view(np.ndarray)  # slices of a memmap cost several times as much
+    except Exception as error:  # numpy evaluates the header as Python's literals, which fails in many ways
+        raise CorpusError(f"{path} cannot be read: {one_line(error)}; {remedy}") from error
     if array.dtype != dtype or array.shape != (file.length,):
         found = f"{array.dtype} of shape {array.shape}"
         raise CorpusError(f"{path} holds {found}, its index says {dtype} of shape ({file.length},); {remedy}")
@@ -118,4 +128,4 @@ def read_index(storage: Storage) -> Index:
     Raises:
         CorpusError: there is none, it cannot be read, or another version of this project wrote it.
     """
-    return parse_index(storage.read("index.json"), f"{storage.address}/index.json")
+    return parse_index(storage.read("index.json", INDEX_BYTES), f"{storage.address}/index.json")

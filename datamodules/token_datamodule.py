@@ -104,6 +104,8 @@ class TokenDataModule(StreamDataModule):
 
     def bits_per_byte(self, loss: float) -> float | None:
         split = self.split("val")
+        if not split.num_bytes:  # documents without text, or an index that says so
+            return None
         return loss / np.log(2) * split.num_tokens / split.num_bytes
 
     def baseline_loss(self) -> float | None:

@@ -207,7 +207,7 @@ def read_tokenizer(storage: Storage, index: Index) -> Tokenizer:
     """
     if index.tokenizer_file is None:
         return ByteTokenizer()
-    content = storage.read(index.tokenizer_file)
+    content = storage.read(index.tokenizer_file, tokenizer_file.LARGEST_FILE)
     if sha256(content).hexdigest() != index.tokenizer_sha256:
         where = f"{storage.address}/{index.tokenizer_file}"
         raise CorpusError(f"{where} is damaged: its sha256 is not the index's; {storage.remedy}")

@@ -9,7 +9,7 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
 
-from core.errors import ConfigError, UserError, one_line
+from core.errors import ConfigError, UserError, one_line, writing
 from core.open_run import OpenRun
 from evaluation.adapter import Adapter, check_generation
 
@@ -66,12 +66,13 @@ def run_tasks(
         raise UserError(f"the data of {', '.join(tasks)} cannot be had: {one_line(error)}") from error
     assert found is not None
     samples = found.pop("samples")
-    tracker.save_results_aggregated(found, samples)
-    for task, of_task in samples.items():
-        tracker.save_results_samples(task, of_task)
-    print(make_table(found))
+    print(make_table(found))  # first: the folder may be on a disk that is full, or that cannot be written to
     if "groups" in found:
         print(make_table(found, "groups"))
+    with writing("RUN", run.folder):
+        tracker.save_results_aggregated(found, samples)
+        for task, of_task in samples.items():
+            tracker.save_results_samples(task, of_task)
     return {name: _metrics(values) for name, values in found["results"].items()}
 
 

@@ -2,10 +2,13 @@
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from core.printable import printable
+from core.whole_file import write_whole
 from studies.grid import Study
 from studies.record import Record
 from studies.tables import Cell, Point
@@ -23,24 +26,49 @@ DEPTH_PANELS = {
     "cosine of a state before and after the block": "representation/block_{}/block_cosine",
 }
 LINEAR = ("token_cosine", "effective_rank", "block_cosine")
+MAX_INCHES = 60.0
+"""Of a picture's side: larger grids are drawn smaller, not larger pictures."""
+DRAWN = 1e30
+"""Values beyond it are left out of a picture: matplotlib's scales overflow."""
+LABEL = 80
+"""Characters of a label that are drawn."""
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """Return matplotlib's pyplot, which draws into files, and text as it stands: a dollar sign begins no formula."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    plt.rcParams["text.parse_math"] = False
     return plt
+
+
+def drawn_label(label: str) -> str:
+    """Return a label as it is drawn; matplotlib would leave one out that begins with an underscore."""
+    text = printable(label, LABEL)
+    return f" {text}" if text.startswith("_") else text
+
+
+def drawable(values: Sequence[float]) -> list[float]:
+    """Return the values, those that no scale holds as NaN."""
+    return [value if abs(value) < DRAWN else math.nan for value in values]
+
+
+def _size(width: float, height: float) -> tuple[float, float]:
+    return min(width, MAX_INCHES), min(height, MAX_INCHES)
 
 
 def draw_map(study: Study, grid: Mapping[Point, Cell], output: Path) -> None:
     """Mean final validation loss, first axis down and the others across; cells with a failure are hatched."""
-    plt = _pyplot()
+    plt = pyplot()
     rows = list(next(iter(study.axes.values())))
     columns = list(itertools.product(*list(study.axes.values())[1:]))
     figure, axes = plt.subplots(
-        figsize=(2.0 + 0.08 * max(map(len, rows)) + 1.15 * len(columns), 1.4 + 0.42 * len(rows)),
+        figsize=_size(
+            2.0 + 0.08 * max(len(drawn_label(row)) for row in rows) + 1.15 * len(columns), 1.4 + 0.42 * len(rows)
+        ),
         layout="constrained",
         squeeze=True,
     )
@@ -56,16 +84,16 @@ def draw_map(study: Study, grid: Mapping[Point, Cell], output: Path) -> None:
             text = "-" if cell.mean is None else f"{cell.mean:.3f}"
         box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1.5}
         axes.text(j, i, text, ha="center", va="center", fontsize=8, bbox=box)
-    axes.set_xticks(range(len(columns)), [" ".join(column) for column in columns])
-    axes.set_yticks(range(len(rows)), rows)
-    axes.set_xlabel(", ".join(list(study.axes)[1:]))
+    axes.set_xticks(range(len(columns)), [drawn_label(" ".join(column)) for column in columns])
+    axes.set_yticks(range(len(rows)), [drawn_label(row) for row in rows])
+    axes.set_xlabel(drawn_label(", ".join(list(study.axes)[1:])))
     figure.colorbar(image, label="final validation loss")
     _save(figure, output)
 
 
 def draw_trend(study: Study, grid: Mapping[Point, Cell], output: Path) -> None:
     """Final validation loss over the second axis, a line for each point of the first; failures are crosses on top."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     columns = list(itertools.product(*list(study.axes.values())[1:]))
     means = [cell.mean for cell in grid.values() if cell.mean is not None]
@@ -77,35 +105,44 @@ def draw_trend(study: Study, grid: Mapping[Point, Cell], output: Path) -> None:
         color = f"C{i}"
         if known:
             where, mean, spread = zip(*known, strict=True)
-            axes.errorbar(where, mean, spread, color=color, marker="o", capsize=3, label=row)
+            axes.errorbar(where, mean, spread, color=color, marker="o", capsize=3, label=drawn_label(row))
         shifted = [j + 0.06 * (i - len(study.axes) / 2) for j in failed]
         if failed:
-            axes.plot(shifted, [top] * len(failed), "x", color=color, label=None if known else row)
-    axes.set_xticks(range(len(columns)), [" ".join(column) for column in columns])
-    axes.set(xlabel=", ".join(list(study.axes)[1:]), ylabel="final validation loss (crosses on top: failed)")
+            axes.plot(shifted, [top] * len(failed), "x", color=color, label=None if known else drawn_label(row))
+    axes.set_xticks(range(len(columns)), [drawn_label(" ".join(column)) for column in columns])
+    axes.set(
+        xlabel=drawn_label(", ".join(list(study.axes)[1:])), ylabel="final validation loss (crosses on top: failed)"
+    )
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
     _save(figure, output)
 
 
 def draw_curves(study: Study, grid: Mapping[Point, Cell], output: Path) -> None:
     """Training loss of every run, a panel for each point of the first axis."""
-    plt = _pyplot()
+    plt = pyplot()
     rows = list(next(iter(study.axes.values())))
     columns = list(itertools.product(*list(study.axes.values())[1:]))
     across = min(3, len(rows))
     down = -(-len(rows) // across)
     figure, panels = plt.subplots(
-        down, across, figsize=(4 * across, 2.8 * down), sharex=True, sharey=True, squeeze=False, layout="constrained"
+        down,
+        across,
+        figsize=_size(4 * across, 2.8 * down),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     for row, axes in zip(rows, panels.flat, strict=False):
         for j, column in enumerate(columns):
             for k, record in enumerate(grid[(row, *column)].records):
-                label = " ".join(column) if k == 0 else None
-                axes.plot(*record.train_loss, color=f"C{j}", linewidth=1, label=label)
-        axes.set_title(row)
+                label = drawn_label(" ".join(column)) if k == 0 else None
+                axes.plot(record.train_loss[0], drawable(record.train_loss[1]), color=f"C{j}", linewidth=1, label=label)
+        axes.set_title(drawn_label(row))
         axes.grid(alpha=0.3)
-    finite = [x for cell in grid.values() for r in cell.records for x in r.train_loss[1] if math.isfinite(x)]
+    finite = [x for cell in grid.values() for r in cell.records for x in r.train_loss[1] if abs(x) < DRAWN]
     panels[0, 0].set_ylim(min(finite, default=0) - 0.1, min(max(finite, default=1), 6.0))
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6)
@@ -121,12 +158,12 @@ def profile(record: Record, tag: str, last: bool) -> Profile:
         return [], []
     by_block = steps[(max if last else min)(steps, key=int)]
     blocks = sorted(by_block, key=int)
-    return [int(block) / int(blocks[-1]) for block in blocks], [by_block[block] for block in blocks]
+    return [int(block) / int(blocks[-1]) for block in blocks], drawable([by_block[block] for block in blocks])
 
 
 def draw_depth(study: Study, grid: Mapping[Point, Cell], column: Point, output: Path) -> None:
     """What the monitors saw over depth, at the first step (dotted) and at the end (solid), of one seed."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, panels = plt.subplots(2, 4, figsize=(16, 6.5), sharex=True, layout="constrained")
     for axes, (title, tag) in zip(panels.flat, DEPTH_PANELS.items(), strict=False):
         for i, row in enumerate(next(iter(study.axes.values()))):
@@ -135,13 +172,14 @@ def draw_depth(study: Study, grid: Mapping[Point, Cell], column: Point, output: 
                     depth, values = profile(record, tag, last)
                     if tag == DEPTH_PANELS["gradient of the parameters, over the last block's"] and values:
                         values = [value / values[-1] if values[-1] else math.nan for value in values]
-                    axes.plot(depth, values, style, color=f"C{i}", label=row if last else None)
+                    axes.plot(depth, values, style, color=f"C{i}", label=drawn_label(row) if last else None)
         axes.set(title=title, yscale="linear" if tag.split("/")[-1] in LINEAR else "log")
         axes.grid(alpha=0.3)
     handles, labels = panels[0, 0].get_legend_handles_labels()
     panels[-1, -1].axis("off")
     panels[-1, -1].legend(handles, labels, loc="center", title="dotted: first step\nsolid: end")
-    figure.suptitle(", ".join(f"{axis} {label}" for axis, label in zip(list(study.axes)[1:], column, strict=True)))
+    title = ", ".join(f"{axis} {label}" for axis, label in zip(list(study.axes)[1:], column, strict=True))
+    figure.suptitle(drawn_label(title))
     figure.supxlabel("depth (share of the blocks)")
     _save(figure, output)
 
@@ -152,13 +190,19 @@ def draw_decay(decays: Mapping[str, tuple[Sequence[float], Sequence[float] | Non
     Args:
         decays: {label: (measured, predicted or None)}, by block.
     """
-    plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(9, max(4.2, 0.2 * len(decays))), layout="constrained")
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=_size(9, max(4.2, 0.2 * len(decays))), layout="constrained")
     for i, (label, (measured, predicted)) in enumerate(decays.items()):
         depth = [(block + 1) / len(measured) for block in range(len(measured))]
-        axes.plot(depth, measured, color=f"C{i}", label=label)
+        axes.plot(depth, drawable(measured), color=f"C{i}", label=drawn_label(label))
         if predicted is not None:
-            axes.plot(depth, predicted, "--", color=f"C{i}", alpha=0.6)
+            axes.plot(
+                [(block + 1) / len(predicted) for block in range(len(predicted))],
+                drawable(predicted),
+                "--",
+                color=f"C{i}",
+                alpha=0.6,
+            )
     axes.set(yscale="log", xlabel="depth (share of the blocks)", ylabel="hidden gradient over the last block's")
     axes.set_title("measured at initialization (solid) and predicted (dashed)")
     axes.grid(alpha=0.3)
@@ -168,9 +212,9 @@ def draw_decay(decays: Mapping[str, tuple[Sequence[float], Sequence[float] | Non
 
 def draw_cost(seconds: Mapping[str, float], output: Path) -> None:
     """Time of a run, a bar each."""
-    plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(7, 0.8 + 0.32 * len(seconds)), layout="constrained")
-    axes.barh(list(seconds), list(seconds.values()))
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=_size(7, 0.8 + 0.32 * len(seconds)), layout="constrained")
+    axes.barh([drawn_label(label) for label in seconds], list(seconds.values()))
     axes.invert_yaxis()
     axes.set_xlabel("seconds of training a run, median; runs shared their machine")
     _save(figure, output)
@@ -180,6 +224,7 @@ Draw = Callable[..., None]
 
 
 def _save(figure: Any, output: Path) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=80)
-    _pyplot().close(figure)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        write_whole(output, lambda unfinished: figure.savefig(unfinished, dpi=80, format="png"))
+    pyplot().close(figure)

@@ -1,18 +1,29 @@
 """A study: a question, and the grid of runs that is to answer it. Read from configs/study/NAME.yaml."""
 
 import itertools
+import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from omegaconf import DictConfig, OmegaConf
+from pydantic import ConfigDict, Field
 
 from core.errors import ConfigError, require, suggest
+from core.untrusted import Untrusted, beyond, bound, parse_json, read_yaml
+from core.whole_file import write_whole
 
-Axis = dict[str, list[str]]
+# What the file of a study may hold, which may come from anywhere.
+Label = Annotated[str, Field(max_length=200)]
+Override = Annotated[str, Field(max_length=4000)]
+Seed = Annotated[int, Field(ge=0, lt=2**64)]
+Axis = Annotated[dict[Label, Annotated[list[Override], Field(max_length=100)]], Field(min_length=1, max_length=1000)]
 """What each of the axis' points is called, and the overrides of train.py that it stands for."""
+MAX_RUNS = 10_000
+"""Of a study whose file is read; points times seeds."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +58,16 @@ class Study:
         overrides: of train.py, for every run.
     """
 
-    name: str
-    scale: str
-    question: str
-    needs: str
-    axes: dict[str, Axis]
-    baseline: str | None
-    seeds: tuple[int, ...]
-    overrides: tuple[str, ...]
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    name: Label
+    scale: Label
+    question: Annotated[str, Field(max_length=4000)]
+    needs: Annotated[str, Field(max_length=1000)]
+    axes: Annotated[dict[Label, Axis], Field(min_length=1, max_length=8)]
+    baseline: Label | None
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1, max_length=1000)]
+    overrides: Annotated[tuple[Override, ...], Field(max_length=1000)]
 
     def runs(self) -> list[Planned]:
         """Seed by seed: a study that is broken off has few seeds of everything rather than all of a part."""
@@ -67,18 +80,28 @@ class Study:
         return runs
 
     def save(self, path: Path) -> None:
-        """As YAML that `load` reads."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(
-            OmegaConf.create({**vars(self), "seeds": list(self.seeds), "overrides": list(self.overrides)}), path
-        )
+        """Write it as YAML that `load` reads, whole or not at all."""
+        content = OmegaConf.create({**vars(self), "seeds": list(self.seeds), "overrides": list(self.overrides)})
+        write_whole(path, lambda unfinished: OmegaConf.save(content, unfinished))
 
     @classmethod
     def load(cls, path: Path) -> "Study":
-        """What `save` wrote."""
-        content: Any = OmegaConf.to_container(OmegaConf.load(path))
-        tuples = {name: tuple(content[name]) for name in ("seeds", "overrides")}
-        return cls(**{**content, **tuples})
+        """Read what `save` wrote, as data.
+
+        Raises:
+            Untrusted: it is no such file, or of more runs than MAX_RUNS.
+        """
+        try:
+            text = json.dumps(read_yaml(path))
+        except (TypeError, ValueError) as error:  # a date, bytes, a number of thousands of digits
+            raise Untrusted(f"{path} cannot be read: {error}") from error
+        study: Study = parse_json(text, path, cls)
+        runs = len(study.seeds) * math.prod(len(axis) for axis in study.axes.values())
+        if runs > bound(MAX_RUNS):
+            raise Untrusted(beyond(f"{path} plans {runs:,} runs", MAX_RUNS))
+        if study.baseline is not None and study.baseline not in next(iter(study.axes.values())):
+            raise Untrusted(f"{path} cannot be read: baseline={study.baseline!r} is no label of its first axis")
+        return study
 
 
 def read(name: str, config: DictConfig, scale: str, seeds: Sequence[int] | None = None) -> Study:

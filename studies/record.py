@@ -5,10 +5,14 @@ import math
 import statistics
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import AfterValidator, ConfigDict, Field
+
+from core.untrusted import MIB, Untrusted, read_json
 from core.whole_file import write_whole
-from studies.grid import Planned
+from studies.decay import Decay
+from studies.grid import Label, Override, Planned, Seed
 from tools.compare import LATE, Run
 from tools.curves import has_curves
 
@@ -27,6 +31,22 @@ BY_BLOCK = (
     *("representation/block_{}/effective_rank", "representation/block_{}/block_cosine"),
 )
 MAX_BLOCKS, MAX_POINTS, MAX_TIMES = 1024, 60, 4
+MAX_BYTES = 4 * MIB
+"""Of a record's file; those of this project have a few kilobytes."""
+
+
+def _known(status: str) -> str:
+    if status != FINISHED and status not in FAILURES:
+        raise ValueError(f"expected one of {', '.join((FINISHED, *FAILURES))}")
+    return status
+
+
+# What a record's file may hold. A loss may be no number, which JSON of this project writes as NaN.
+Amount = Annotated[float, Field(ge=0, le=1e15)]
+Loss = Annotated[float, Field(ge=-1e9, le=1e9)]
+Tag = Annotated[str, Field(pattern=r"^[a-z0-9_{}/.-]+$", max_length=200)]
+StepText = Annotated[str, Field(pattern=r"^[0-9]{1,15}$")]
+BlockText = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,3}$")]
 
 
 @dataclass(frozen=True)
@@ -45,22 +65,30 @@ class Record:
         tokens_per_second: likewise.
         train_loss: (steps, losses), each the mean since the one before; at most MAX_POINTS.
         by_block: {tag with {} for the block: {step: {block: value}}}, at MAX_TIMES of each monitor's steps.
+        decay: of the gradient at initialization; None: not measured.
     """
 
-    name: str
-    point: dict[str, str]
-    seed: int
-    overrides: list[str]
-    status: str
-    folder: str
-    reason: str = ""
-    val_loss: float | None = None
-    bigram_loss: float | None = None
-    parameters: int | None = None
-    seconds: float | None = None
-    tokens_per_second: float | None = None
-    train_loss: tuple[list[int], list[float]] = field(default_factory=lambda: ([], []))
-    by_block: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$", max_length=255)]
+    point: Annotated[dict[Label, Label], Field(max_length=16)]
+    seed: Seed
+    overrides: Annotated[list[Override], Field(max_length=1000)]
+    status: Annotated[str, AfterValidator(_known)]
+    folder: Annotated[str, Field(max_length=4096)]
+    reason: Annotated[str, Field(max_length=100_000)] = ""
+    val_loss: Loss | None = None
+    bigram_loss: Loss | None = None
+    parameters: Annotated[int, Field(ge=0, le=10**15)] | None = None
+    seconds: Amount | None = None
+    tokens_per_second: Amount | None = None
+    train_loss: tuple[list[Annotated[int, Field(ge=0, le=10**15)]], list[float]] = field(
+        default_factory=lambda: ([], [])
+    )
+    by_block: dict[Tag, dict[StepText, Annotated[dict[BlockText, float], Field(min_length=1)]]] = field(
+        default_factory=dict
+    )
+    decay: Decay | None = None
 
     @property
     def finished(self) -> bool:
@@ -73,9 +101,15 @@ class Record:
 
     @classmethod
     def load(cls, path: Path) -> "Record":
-        """What `save` wrote."""
-        content = json.loads(path.read_text())
-        return cls(**{**content, "train_loss": tuple(content["train_loss"])})
+        """Read what `save` wrote, as data: nothing that it names is imported, composed or built.
+
+        Raises:
+            Untrusted: it is no such record: names the field, its value and what would be valid.
+        """
+        record: Record = read_json(path, cls, MAX_BYTES)
+        if len(record.train_loss[0]) != len(record.train_loss[1]):
+            raise Untrusted(f"{path} cannot be read: train_loss has steps and losses of different lengths")
+        return record
 
 
 def collect(planned: Planned, folder: Path, broken: str | None = None) -> Record:

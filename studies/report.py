@@ -4,140 +4,188 @@
     python -m studies.report runs/studies/learning_rate/laptop
 
 Takes the folder of a study's records, or that of its runs; what is missing, unfinished or failed is shown as such. The
-report is written beside the records.
+report is written beside the records, or into --output FOLDER.
 """
 
 import argparse
-import base64
 import itertools
 import os
 import re
 import statistics
 import sys
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from core import cli
 from core.errors import ConfigError, UserError
+from core.printable import printable
+from core.whole_file import write_whole
 from studies import figures
-from studies.grid import Study
+from studies.decay import Decay
+from studies.document import (
+    Block,
+    Bullets,
+    Code,
+    Heading,
+    Inline,
+    Link,
+    Paragraph,
+    Picture,
+    Strong,
+    Table,
+    Words,
+    html,
+    markdown,
+)
+from studies.grid import Planned, Study
 from studies.record import FAILURES, Record, collect
-from studies.tables import LEARNING_RATE, Cell, Point, cells, compare, markdown, tuned
+from studies.tables import LEARNING_RATE, Cell, Point, cells, compare, tuned
 
-LARGEST_BUILT = 50_000_000
-"""Parameters of a model that the report builds anew, to measure its gradient at initialization."""
 SURE = 0.05
+MAX_DEPTH_PICTURES = 12
+"""Pictures over depth, one for each point of the other axes; further ones are left out, which the report says."""
+MAX_DRAWN = 1000
+"""Points of a grid that is drawn; the tables have all of a larger one."""
+NAMED = 20
+"""Of the runs that are left out."""
 
 
-def load(folder: Path) -> tuple[Study, list[Record], list[str]]:
-    """The study of a folder, the records of its runs, and the names of those that are half written.
+def load(folder: Path) -> tuple[Study, list[Record], dict[str, str]]:
+    """Return the study of a folder, the records of its runs, and, by name, why other runs are left out.
+
+    Records and runs are read as data. Nothing that they name is imported, composed or built.
 
     Raises:
         ConfigError: no study is there.
+        Untrusted: its file cannot be read as one.
     """
     path = folder / "study.yaml"
     if not path.exists():
         valid = "the folder of a study's records or runs, as docs/results/studies/STUDY/SCALE: it holds a study.yaml"
         raise ConfigError("RUNS", str(folder), valid)
-    study, records, unfinished = Study.load(path), [], []
+    study, records, unfinished = Study.load(path), [], {}
     for run in study.runs():
         path = folder / f"{run.name}.json"
         try:
             if path.exists():
-                records.append(Record.load(path))
+                records.append(_checked(Record.load(path), run, path))
             elif (folder / run.name / "summary.json").exists():
                 records.append(collect(run, folder / run.name))
             elif (folder / run.name).exists():
-                unfinished.append(run.name)
-        except (ValueError, TypeError):  # cut off, or of another make
-            unfinished.append(run.name)
+                unfinished[run.name] = "it has not ended"
+        except (UserError, OSError) as error:  # cut off, of another make, or something else
+            unfinished[run.name] = str(error)
     return study, records, unfinished
 
 
-def write(folder: Path) -> Path:
-    """Make the report, and return its path."""
+def _checked(record: Record, run: Planned, path: Path) -> Record:
+    if (record.name, dict(record.point), record.seed) != (run.name, dict(run.point), run.seed):
+        raise UserError(f"{path} is the record of another run ({record.name}, seed {record.seed})")
+    return record
+
+
+def write(folder: Path, output: Path | None = None) -> Path:
+    """Make the report, and return its path.
+
+    Args:
+        folder: of the records or runs.
+        output: where the report and its pictures go; None: beside the records.
+
+    Raises:
+        UserError: there is no study, or the report cannot be written.
+    """
+    output = output or folder
     study, records, unfinished = load(folder)
-    grid = cells(study, records)
-    linked = {point: _linked(cell, folder) for point, cell in grid.items()}
-    parts = [
-        f"# {study.name}, {study.scale} scale",
-        study.question,
-        _extent(study, grid, unfinished),
-        "## Final validation loss\n\nNats per token: mean ± standard deviation over seeds (how many).",
-        _loss_table(study, linked),
-        _figure(folder, "map", "What each point came to", partial(figures.draw_map, study, grid)),
-    ]
-    if len(study.axes) > 1:
-        parts.append(_figure(folder, "trend", "Across the second axis", partial(figures.draw_trend, study, grid)))
-    if LEARNING_RATE in study.axes:
-        parts.append("## Each at its own best learning rate\n\n" + _tuned_table(study, grid))
-    if study.baseline is not None:
-        parts.append(f"## Against {study.baseline}\n\n" + _comparisons(study, grid))
-    parts += ["## Training failure\n\n" + _failures(grid)]
-    parts += ["## Curves", _figure(folder, "curves", "Training loss", partial(figures.draw_curves, study, grid))]
-    parts.append("## Over depth")
-    for column in itertools.product(*list(study.axes.values())[1:]):
-        name = "_".join(["depth", *column])
-        parts.append(
-            _figure(folder, name, f"Over depth: {' '.join(column)}", partial(figures.draw_depth, study, grid, column))
-        )
-    decays = _decays(study, grid)
-    if decays:
-        parts.append("## Gradient decay, measured and predicted\n\n" + _decay_table(decays))
-        parts.append(_figure(folder, "decay", "Gradient decay", partial(figures.draw_decay, decays)))
-    seconds = _seconds(grid)
-    if seconds:
-        parts += ["## Cost", _figure(folder, "cost", "Time of a run", partial(figures.draw_cost, seconds))]
-    parts.append("## Runs\n\n" + _runs_table(grid, folder))
-    report = folder / "report.md"
-    report.write_text("\n\n".join(parts) + "\n")
-    (folder / "report.html").write_text(html(report.read_text(), folder))
+    for name, reason in list(unfinished.items())[:NAMED]:
+        print(f"Left out: {printable(name)}: {printable(reason)}", file=sys.stderr)
+    blocks = compile_report(study, cells(study, records), list(unfinished), folder, output)
+    report = output / "report.md"
+    write_whole(report, lambda unfinished: unfinished.write_text(markdown(blocks)))
+    write_whole(output / "report.html", lambda unfinished: unfinished.write_text(html(blocks, output)))
     return report
 
 
-def html(text: str, folder: Path) -> str:
-    """The report as one file: Markdown rendered, pictures inside."""
-    from markdown import markdown as render
+def compile_report(
+    study: Study, grid: dict[Point, Cell], unfinished: Sequence[str], folder: Path, output: Path
+) -> list[Block]:
+    """Return what the report says; its pictures are drawn into `output`."""
+    small = len(grid) <= MAX_DRAWN
 
-    def inline(match: re.Match[str]) -> str:
-        content = base64.b64encode((folder / match[1]).read_bytes()).decode()
-        return f'src="data:image/png;base64,{content}"'
+    def draw(name: str, title: str, drawing: figures.Draw) -> Block:
+        if not small:
+            return Paragraph(f"{title}: not drawn, as the grid has more than {MAX_DRAWN} points.")
+        drawing(output / f"{name}.png")
+        return Picture(title, f"{name}.png")
 
-    body = re.sub(r'src="([^":]+\.png)"', inline, render(text, extensions=["tables", "toc"]))
-    title = text.partition("\n")[0].removeprefix("# ")
-    style = "body{font-family:sans-serif;max-width:72em;margin:2em auto}img{max-width:100%}td,th{padding:.2em .8em}"
-    return f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{style}</style>{body}\n"
+    blocks: list[Block] = [
+        Heading(f"{study.name}, {study.scale} scale", 1),
+        Paragraph(study.question),
+        _extent(study, grid, unfinished),
+        Heading("Final validation loss"),
+        Paragraph("Nats per token: mean ± standard deviation over seeds (how many)."),
+        _loss_table(study, grid),
+        draw("map", "What each point came to", partial(figures.draw_map, study, grid)),
+    ]
+    if len(study.axes) > 1:
+        blocks.append(draw("trend", "Across the second axis", partial(figures.draw_trend, study, grid)))
+    if LEARNING_RATE in study.axes:
+        blocks += [Heading("Each at its own best learning rate"), _tuned_table(study, grid)]
+    if study.baseline is not None:
+        blocks += [Heading(f"Against {study.baseline}"), *_comparisons(study, grid)]
+    blocks += [Heading("Training failure"), *_failures(grid)]
+    blocks += [Heading("Curves"), draw("curves", "Training loss", partial(figures.draw_curves, study, grid))]
+    blocks.append(Heading("Over depth"))
+    columns = list(itertools.product(*list(study.axes.values())[1:]))
+    for number, column in enumerate(columns[: MAX_DEPTH_PICTURES if small else 0]):
+        name = _file_name("_".join(["depth", *column]), [block.file for block in blocks if isinstance(block, Picture)])
+        title = f"Over depth: {' '.join(column)}"
+        blocks.append(draw(name or f"depth_{number}", title, partial(figures.draw_depth, study, grid, column)))
+    if small and len(columns) > MAX_DEPTH_PICTURES:
+        blocks.append(Paragraph(f"Of {len(columns)} pictures the first {MAX_DEPTH_PICTURES} are drawn."))
+    decays = _decays(grid)
+    if decays:
+        blocks += [Heading("Gradient decay, measured and predicted"), *_decay_table(decays)]
+        blocks.append(draw("decay", "Gradient decay", partial(figures.draw_decay, _series(decays))))
+    seconds = _seconds(grid)
+    if seconds:
+        blocks += [Heading("Cost"), draw("cost", "Time of a run", partial(figures.draw_cost, seconds))]
+    return [*blocks, Heading("Runs"), *_runs_table(grid, folder, output)]
 
 
-def _extent(study: Study, grid: dict[Point, Cell], unfinished: list[str]) -> str:
+def _extent(study: Study, grid: dict[Point, Cell], unfinished: Sequence[str]) -> Paragraph:
     found = sum(len(cell.records) for cell in grid.values())
     planned = sum(cell.planned for cell in grid.values())
     failed = sum(len(cell.failed) for cell in grid.values())
-    missing = f" **{planned - found} are missing.**" if found < planned else ""
-    missing += f" Half written, and left out: {', '.join(unfinished)}." if unfinished else ""
-    return (
+    words: list[Inline] = [
         f"{planned} runs are planned ({' x '.join(study.axes)} x {len(study.seeds)} seeds); {found} have ended, of "
-        f"which training failed in {failed}.{missing} Every run: `{' '.join(study.overrides)}`. Needs: {study.needs}."
-    )
+        f"which training failed in {failed}."
+    ]
+    if found < planned:
+        words += [" ", Strong(f"{planned - found} are missing.")]
+    if unfinished:
+        more = f" and {len(unfinished) - NAMED} more" if len(unfinished) > NAMED else ""
+        words.append(f" Half written, and left out: {', '.join(unfinished[:NAMED])}{more}.")
+    return Paragraph([*words, " Every run: ", Code(" ".join(study.overrides)), f". Needs: {study.needs}."])
 
 
-def _linked(cell: Cell, folder: Path) -> str:
-    return f"[{cell}](#runs)" if cell.records else str(cell)
-
-
-def _loss_table(study: Study, linked: dict[Point, str]) -> str:
+def _loss_table(study: Study, grid: dict[Point, Cell]) -> Table:
     axes = list(study.axes.values())
     columns = list(itertools.product(*axes[1:]))
-    rows = [[row, *(linked[(row, *column)] for column in columns)] for row in axes[0]]
-    return markdown([" / ".join(study.axes), *(" ".join(column) for column in columns)], rows)
+    rows = [[row, *(_linked(grid[(row, *column)]) for column in columns)] for row in axes[0]]
+    return Table([" / ".join(study.axes), *(" ".join(column) for column in columns)], rows)
 
 
-def _tuned_table(study: Study, grid: dict[Point, Cell]) -> str:
+def _linked(cell: Cell) -> Words:
+    return Link(str(cell), "#runs") if cell.records else str(cell)
+
+
+def _tuned_table(study: Study, grid: dict[Point, Cell]) -> Table:
     best = tuned(study, grid)
     at = list(study.axes).index(LEARNING_RATE)
     others = [axis for axis in study.axes if axis != LEARNING_RATE]
     rates = list(study.axes[LEARNING_RATE])
-    rows = []
+    rows: list[list[Words]] = []
     for point in itertools.product(*(study.axes[axis] for axis in others)):
         every = [grid[(*point[:at], rate, *point[at:])] for rate in rates]
         lasting = [rate for rate, cell in zip(rates, every, strict=True) if cell.mean is not None]
@@ -148,16 +196,16 @@ def _tuned_table(study: Study, grid: dict[Point, Cell]) -> str:
         rate = best[point][at]
         edge = " (at the edge of the grid)" if rate in (rates[0], rates[-1]) else ""
         rows.append([" ".join(point), f"{rate}{edge}", str(grid[best[point]]), ", ".join(lasting)])
-    return markdown([" / ".join(others), "best learning rate", "loss there", "rates without a failure"], rows)
+    return Table([" / ".join(others), "best learning rate", "loss there", "rates without a failure"], rows)
 
 
-def _comparisons(study: Study, grid: dict[Point, Cell]) -> str:
+def _comparisons(study: Study, grid: dict[Point, Cell]) -> list[Block]:
     """Point by point, or, where learning rates are tuned, best against best."""
     assert study.baseline is not None
     tuning = LEARNING_RATE in study.axes
     best = tuned(study, grid) if tuning else {}
     chosen = {rest: best.get(rest) for rest in best} if tuning else {point: point for point in grid}
-    rows = []
+    rows: list[list[Words]] = []
     for point, ours in chosen.items():
         theirs = chosen.get((study.baseline, *point[1:]))
         if point[0] == study.baseline or ours is None:
@@ -177,40 +225,34 @@ def _comparisons(study: Study, grid: dict[Point, Cell]) -> str:
         "even differences can be told apart."
     )
     words += " Each at its own best learning rate." if tuning else ""
-    return f"{words}\n\n{markdown([*axes, 'difference', 'p', 'verdict'], rows)}"
+    return [Paragraph(words), Table([*axes, "difference", "p", "verdict"], rows)]
 
 
-def _failures(grid: dict[Point, Cell]) -> str:
-    definition = "\n".join(f"- **{name}**: {words}." for name, words in FAILURES.items())
+def _failures(grid: dict[Point, Cell]) -> list[Block]:
+    definition = Bullets([[Strong(name), f": {words}."] for name, words in FAILURES.items()])
     failed = [record for cell in grid.values() for record in cell.failed]
-    rows = [[record.name, record.status, record.reason.replace("|", "/")] for record in failed]
-    table = markdown(["run", "failure", "what it said"], rows) if rows else "None of these runs failed."
-    return f"Training has failed (`studies/record.py`) where\n\n{definition}\n\n{table}"
+    rows = [[record.name, record.status, record.reason] for record in failed]
+    found = Table(["run", "failure", "what it said"], rows) if rows else Paragraph("None of these runs failed.")
+    return [Paragraph(["Training has failed (", Code("studies/record.py"), ") where"]), definition, found]
 
 
-def _decays(study: Study, grid: dict[Point, Cell]) -> dict[str, tuple[list[float], list[float] | None]]:
-    """Of every point whose model is small enough, by a forward and backward pass of random tokens; see tools.signal."""
-    from tools.signal import report
-
-    decays: dict[str, tuple[list[float], list[float] | None]] = {}
-    for point, cell in grid.items():
-        if not cell.records or not 0 < (cell.records[0].parameters or 0) <= LARGEST_BUILT:
-            continue
-        result = report([*cell.records[0].overrides, f"seed={cell.records[0].seed}"])
-        unit = result.signals[-1].hidden_gradient or float("nan")
-        predicted = result.predicted("hidden_gradient")
-        measured = [signal.hidden_gradient / unit for signal in result.signals]
-        decays[" ".join(point)] = measured, None if predicted is None else [value / unit for value in predicted]
-    return decays
+def _decays(grid: dict[Point, Cell]) -> dict[str, Decay]:
+    """Return what the record of each point's first seed has noted; older records have not."""
+    noted = {" ".join(point): cell.records[0].decay for point, cell in grid.items() if cell.records}
+    return {label: decay for label, decay in noted.items() if decay is not None}
 
 
-def _decay_table(decays: dict[str, tuple[list[float], list[float] | None]]) -> str:
+def _series(decays: Mapping[str, Decay]) -> dict[str, tuple[list[float], list[float] | None]]:
+    return {label: (decay.measured, decay.predicted) for label, decay in decays.items()}
+
+
+def _decay_table(decays: Mapping[str, Decay]) -> list[Block]:
     words = "Gradient norm of the hidden state after the first block over that after the last, at initialization."
     rows = [
-        [label, f"{measured[0]:.3g}", "no theory" if predicted is None else f"{predicted[0]:.3g}"]
-        for label, (measured, predicted) in decays.items()
+        [label, f"{decay.measured[0]:.3g}", "no theory" if decay.predicted is None else f"{decay.predicted[0]:.3g}"]
+        for label, decay in decays.items()
     ]
-    return f"{words}\n\n{markdown(['', 'measured', 'predicted'], rows)}"
+    return [Paragraph(words), Table(["", "measured", "predicted"], rows)]
 
 
 def _seconds(grid: dict[Point, Cell]) -> dict[str, float]:
@@ -220,24 +262,33 @@ def _seconds(grid: dict[Point, Cell]) -> dict[str, float]:
     return {label: statistics.median(seconds) for label, seconds in found.items() if seconds}
 
 
-def _runs_table(grid: dict[Point, Cell], folder: Path) -> str:
-    rows = []
+def _runs_table(grid: dict[Point, Cell], folder: Path, output: Path) -> list[Block]:
+    rows: list[list[Words]] = []
     for cell in grid.values():
         for record in cell.records:
-            run = Path(record.folder)
-            target = Path(os.path.relpath(run, folder)) if run.exists() else Path(f"{record.name}.json")
+            run = _run_of(record)
+            target = os.path.relpath(run if run is not None else folder / f"{record.name}.json", output)
             loss = "-" if record.val_loss is None else f"{record.val_loss:.4f}"
             seconds = "-" if record.seconds is None else f"{record.seconds:.0f}"
-            rows.append([f"[{record.name}]({target})", record.status, loss, seconds])
-    return "Links lead to a run's folder where it is on this machine, and else to its record.\n\n" + markdown(
-        ["run", "status", "validation loss", "seconds"], rows
-    )
+            rows.append([Link(record.name, target), record.status, loss, seconds])
+    words = "Links lead to a run's folder where it is on this machine, and else to its record."
+    return [Paragraph(words), Table(["run", "status", "validation loss", "seconds"], rows)]
 
 
-def _figure(folder: Path, name: str, title: str, draw: figures.Draw) -> str:
-    file = re.sub(r"[^\w.-]+", "-", name) + ".png"
-    draw(folder / file)
-    return f"![{title}]({file})"
+def _run_of(record: Record) -> Path | None:
+    """Return the run's folder if it is on this machine, below the working folder, and one of a run of this name."""
+    path = Path(record.folder)
+    try:
+        inside = path.name == record.name and path.resolve().is_relative_to(Path.cwd().resolve())
+        return path if inside and (path / "config.yaml").is_file() else None
+    except (OSError, ValueError, RuntimeError):  # a name that no file system takes; links in circles
+        return None
+
+
+def _file_name(name: str, taken: Sequence[str]) -> str | None:
+    """Return the name as one of a file; None: another picture has it."""
+    fit = re.sub(r"[^\w.-]+", "-", name)[:200]
+    return None if f"{fit}.png" in taken else fit
 
 
 def main() -> None:
@@ -245,12 +296,13 @@ def main() -> None:
         prog="python -m studies.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="folders of records")
+    parser.add_argument("--output", type=Path, help="the folder of the report; default: beside the records")
     arguments = parser.parse_args()
     for folder in arguments.runs:
         try:
-            print(f"Report: {write(folder)}")
+            print(f"Report: {write(folder, arguments.output)}")
         except UserError as error:
-            print(f"Error: {error}", file=sys.stderr)
+            print(f"Error: {printable(error, limit=None)}", file=sys.stderr)
             raise SystemExit(cli.USER_ERROR) from None
 
 

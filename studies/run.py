@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,10 +25,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from core import cli
-from core.errors import ConfigError, suggest
+from core.errors import ConfigError, one_line, suggest
+from core.printable import printable
 from core.run_folder import LAST
+from studies.decay import LARGEST_BUILT, measure
 from studies.grid import Planned, Study, read
-from studies.record import Record, collect
+from studies.record import BROKEN, Record, collect
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
@@ -81,8 +84,25 @@ def run_one(config: DictConfig) -> None:
             if record is None:
                 print(f"{run.name}: killed; start the study again and it resumes", flush=True)
                 return
+            record = with_decay(record)
             record.save(path)
-            print(f"{run.name}: {record.status}{f', {record.reason}' if record.reason else ''}", flush=True)
+            print(f"{run.name}: {record.status}{f', {printable(record.reason)}' if record.reason else ''}", flush=True)
+
+
+def with_decay(record: Record) -> Record:
+    """Return the record with its model's gradient at initialization measured, unless it is too large for that.
+
+    It is measured here, where the overrides are the user's own: a report only reads.
+    """
+    if record.status == BROKEN or not 0 < (record.parameters or 0) <= LARGEST_BUILT:
+        return record
+    try:
+        return replace(record, decay=measure(record.overrides, record.seed))
+    except Exception as error:  # a backend or a device that only training has: a trained run keeps its record
+        print(
+            f"{record.name}: no gradient at initialization: {printable(one_line(error))}", file=sys.stderr, flush=True
+        )
+        return record
 
 
 def is_done(path: Path, run: Planned) -> bool:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from core import cli
+from core.printable import cell
 from core.status import is_locked
 from studies.grid import Study
 from studies.record import FINISHED, Record
@@ -24,22 +25,25 @@ from studies.run import is_done, lock_of, planned
 def show(study: Study, results: Path, runs: Path) -> None:
     """Print it."""
     done, waiting = [], []
-    table = Table("run", "state", "validation loss", "seconds", title=f"{study.name}, {study.scale}")
+    table = Table("run", "state", "validation loss", "seconds", title=cell(f"{study.name}, {study.scale}"))
     for run in study.runs():
         path, folder = results / f"{run.name}.json", runs / run.name
         if is_done(path, run):
             record = Record.load(path)
             done.append(record)
             seconds = "" if record.seconds is None else f"{record.seconds:.0f}"
-            table.add_row(run.name, record.status, "" if record.val_loss is None else f"{record.val_loss:.4f}", seconds)
+            table.add_row(
+                cell(run.name), record.status, "" if record.val_loss is None else f"{record.val_loss:.4f}", seconds
+            )
         elif is_locked(lock_of(folder)):
             waiting.append(run)
             table.add_row(
-                run.name, f"running for {time.time() - folder.stat().st_ctime:.0f} s" if folder.exists() else "starting"
+                cell(run.name),
+                f"running for {time.time() - folder.stat().st_ctime:.0f} s" if folder.exists() else "starting",
             )
         else:
             waiting.append(run)
-            table.add_row(run.name, "broken off: resumes" if folder.exists() else "to do")
+            table.add_row(cell(run.name), "broken off: resumes" if folder.exists() else "to do")
     console = Console(width=None if Console().is_terminal else 120)
     console.print(table)
     failed = sum(record.status != FINISHED for record in done)

@@ -2,7 +2,7 @@
 
 import itertools
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -116,9 +116,3 @@ def compare(ours: Cell, baseline: Cell) -> Comparison | None:
     if len(shared) > 1 and len(set(differences)) > 1:
         p = float(stats.ttest_rel([mine[seed] for seed in shared], [theirs[seed] for seed in shared]).pvalue)
     return Comparison(statistics.fmean(differences), p, len(shared))
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table."""
-    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])

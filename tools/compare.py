@@ -7,7 +7,7 @@ Reads summaries, TensorBoard's event files and CSV tables; writes the picture an
 """
 
 import argparse
-import json
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,8 @@ from rich.table import Table
 
 from core import cli
 from core.errors import require, writing
+from core.printable import cell, printable
+from core.status import read_summary
 from tools.curves import Curve, has_curves, read_curves
 
 COLUMNS = ("train_loss", "val_loss", "val_bits_per_byte", "bigram_loss", "tokens", "tokens_per_second")
@@ -31,13 +33,15 @@ class Run:
 
     Attributes:
         folder: the run's.
-        summary: summary.json; empty where the run has not ended.
+        summary: the numbers of summary.json; empty where the run has not ended.
+
+    Raises:
+        Untrusted: a file of the run cannot be read as what it is.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        path = folder / "summary.json"
-        self.summary: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        self.summary: dict[str, Any] = read_summary(folder)
         self._curves = read_curves(folder)
 
     def curve(self, tag: str) -> Curve:
@@ -66,16 +70,16 @@ def make_table(runs: Sequence[Run], tags: Sequence[str]) -> Table:
         for column in COLUMNS:
             table.add_column(column.replace("_", " "))
         for run in runs:
-            cells = (run.summary.get(column) for column in COLUMNS)
-            table.add_row(str(run.folder), *("-" if cell is None else f"{cell:,.4g}" for cell in cells))
+            values = (run.summary.get(column) for column in COLUMNS)
+            table.add_row(cell(run.folder), *("-" if value is None else f"{value:,.4g}" for value in values))
         return table
     table.title = f"mean (largest) over the last {LATE:.0%} of the run"
     for tag in tags:
-        table.add_column(tag)
+        table.add_column(cell(tag))
     for run in runs:
         late = [run.late(tag) for tag in tags]
         cells = (f"{sum(v) / len(v):,.4g} ({max(v):,.4g})" if v else "-" for v in late)
-        table.add_row(str(run.folder), *cells)
+        table.add_row(cell(run.folder), *cells)
     return table
 
 
@@ -86,10 +90,13 @@ def draw(runs: Sequence[Run], tags: Sequence[str], output: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    height = 4.5 if not tags else 3 * len(tags)
+    warnings.filterwarnings("ignore", "Glyph .* missing from font")
+    plt.rcParams["text.parse_math"] = False  # a dollar sign in a name begins no formula
+    height = 4.5 if not tags else min(3 * len(tags), 100)
     figure, grid = plt.subplots(max(1, len(tags)), squeeze=False, figsize=(8, height), layout="constrained")
     for tag, axes in zip(tags or ["loss (nats per token)"], grid.flat, strict=True):
-        for run, label in zip(runs, labels(runs), strict=True):
+        for run, name in zip(runs, labels(runs), strict=True):
+            label = f" {printable(name, 80)}" if name.startswith("_") else printable(name, 80)  # "_x" is not shown
             if tags:
                 axes.plot(*run.curve(tag), linewidth=1, label=label)
                 continue
@@ -97,7 +104,7 @@ def draw(runs: Sequence[Run], tags: Sequence[str], output: Path) -> None:
             axes.plot(*run.curve("val/loss"), "o", color=line.get_color(), label=f"{label}, validation")
         if not tags and runs[0].summary.get("bigram_loss") is not None:
             axes.axhline(runs[0].summary["bigram_loss"], color="gray", linestyle="--", label="bigram baseline")
-        axes.set(ylabel=tag)
+        axes.set(ylabel=printable(tag, 80))
         axes.grid(alpha=0.3)
         axes.legend()
     grid[-1, 0].set_xlabel("optimizer step")
@@ -117,7 +124,7 @@ def main(arguments: argparse.Namespace) -> None:
         require(any(run.curve(tag)[0] for run in runs), "--tags", tag, "a scalar that one of the runs has written")
     Console(width=None if Console().is_terminal else 160).print(make_table(runs, arguments.tags))
     draw(runs, arguments.tags, output)
-    print(f"Curves: {output}")
+    print(f"Curves: {printable(output, limit=None)}")
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -1,24 +1,45 @@
-"""The curves that a run's loggers left: TensorBoard's event files, CSV tables, or both."""
+"""The curves that a run's loggers left: TensorBoard's event files, CSV tables, or both.
+
+A run may come from anywhere. Its files are held against bounds before a library reads them, and what is no curve of a
+run is refused in a line that names the file.
+"""
 
 import csv
+import os
+import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from core.errors import one_line
+from core.untrusted import MIB, Untrusted, beyond, bound
+
 Curve = tuple[list[int], list[float]]
 """Optimizer steps, and the value at each."""
 
+EVENTS = "tensorboard"
 TABLES = "csv/version_*/metrics.csv"
+FILE_BYTES = 4096 * MIB
+"""Of all the files of a run's curves together."""
+RECORD_BYTES = 64 * MIB
+"""Of one event, which TensorBoard's reader allocates before it sees whether the file is that long."""
+FRAME, CHECKSUM = 12, 4  # bytes before and after an event: its length and that one's checksum, its own checksum
+MAX_STEP = 10**15
 
 
 def has_curves(run: Path) -> bool:
     """Whether the folder is one of a run under logger=tensorboard or logger=csv."""
-    return (run / "tensorboard").is_dir() or any(run.glob(TABLES))
+    return (run / EVENTS).is_dir() or any(run.glob(TABLES))
 
 
 def read_curves(run: Path) -> dict[str, Curve]:
-    """{tag: its curve}. Where a resumed run went over a step again, the later value counts."""
+    """Return {tag: its curve}. Where a resumed run went over a step again, the later value counts.
+
+    Raises:
+        Untrusted: a file is none of a run's curves, or beyond a bound.
+    """
     found: dict[str, dict[int, float]] = {}
     for tag, step, value in (*_of_tables(run), *_of_events(run)):
         found.setdefault(tag, {})[step] = value
@@ -26,16 +47,66 @@ def read_curves(run: Path) -> dict[str, Curve]:
 
 
 def _of_tables(run: Path) -> Iterator[tuple[str, int, float]]:
-    for path in sorted(run.glob(TABLES), key=lambda path: int(path.parent.name.removeprefix("version_"))):
-        with path.open() as file:
-            for row in csv.DictReader(file):
-                step = int(row.pop("step"))
-                yield from ((tag, step, float(value)) for tag, value in row.items() if value)
+    numbered = ((re.fullmatch(r"version_(\d{1,15})", path.parent.name), path) for path in run.glob(TABLES))
+    paths = [path for number, path in sorted((int(match[1]), path) for match, path in numbered if match)]
+    _check_sizes(run, paths)
+    for path in paths:
+        with path.open(newline="", errors="replace") as file:
+            try:
+                whole = (line for line in file if line.endswith("\n"))  # the last one may still be written
+                for row in csv.DictReader(whole):
+                    step = _step(row.pop("step"))
+                    yield from ((tag, step, float(value)) for tag, value in row.items() if tag and value)
+            except (csv.Error, ValueError, TypeError, KeyError) as error:
+                reason = f"there is no column {error}" if isinstance(error, KeyError) else one_line(error)
+                raise Untrusted(f"{path} cannot be read as a table of curves: {reason}") from error
+
+
+def _step(text: str | None) -> int:
+    step = int(text or "")
+    if not 0 <= step <= MAX_STEP:
+        raise ValueError(f"step {step} is none of 0 to {MAX_STEP}")
+    return step
 
 
 def _of_events(run: Path) -> Iterator[tuple[str, int, float]]:
-    if not (run / "tensorboard").is_dir():
+    folder = run / EVENTS
+    if not folder.is_dir():
         return
-    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-    for tag in events.Tags()["scalars"]:
-        yield from ((tag, event.step, event.value) for event in events.Scalars(tag))
+    paths = [path for path in folder.iterdir() if "tfevents" in path.name]  # which TensorBoard reads
+    _check_sizes(run, paths)
+    for path in paths:
+        _check_frames(path)
+    try:
+        events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+        found = [(tag, event) for tag in events.Tags()["scalars"] for event in events.Scalars(tag)]
+    except Exception as error:  # of protobuf's and TensorBoard's kinds
+        raise Untrusted(f"{folder} cannot be read as TensorBoard's events: {one_line(error)}") from error
+    for tag, event in found:
+        if not 0 <= event.step <= MAX_STEP:
+            raise Untrusted(f"{folder}: {tag[:200]} has a step {event.step}, which is none of 0 to {MAX_STEP}")
+        yield tag, event.step, event.value
+
+
+def _check_sizes(run: Path, paths: list[Path]) -> None:
+    total = 0
+    for path in paths:
+        found = path.stat() if path.exists() else None
+        if found is None or not stat.S_ISREG(found.st_mode):
+            raise Untrusted(f"{path} is no regular file")
+        total += found.st_size
+    if total > bound(FILE_BYTES):
+        raise Untrusted(beyond(f"the curves of {run} have {total:,} bytes", FILE_BYTES))
+
+
+def _check_frames(path: Path) -> None:
+    """Go from event to event without reading any; the last one may be cut off, as its run may go on."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        at = 0
+        while at + FRAME <= size:
+            file.seek(at, os.SEEK_SET)
+            length = int.from_bytes(file.read(8), "little")
+            if length > bound(RECORD_BYTES):
+                raise Untrusted(beyond(f"{path} has an event of {length:,} bytes", RECORD_BYTES))
+            at += FRAME + length + CHECKSUM

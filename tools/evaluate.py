@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core import cli
-from core.errors import UserError, require
+from core.errors import UserError, require, writing
 from core.fields import parse_fields
+from core.whole_file import write_whole
 
 if TYPE_CHECKING:
     from core.open_run import OpenRun
@@ -63,14 +64,14 @@ def evaluate_corpora(run: "OpenRun", config: EvaluateConfig) -> dict[str, float]
     from evaluation.corpora import losses_of
 
     losses = losses_of(run, names(config.data), config.batches)
+    show(losses)  # first: the folder may be on a disk that is full, or that cannot be written to
     folder = run.folder / "evaluation" / f"step_{run.step}"
-    folder.mkdir(parents=True, exist_ok=True)
     scalars: dict[str, float] = {}
     for loss in losses:
-        (folder / f"loss_{loss.name}.json").write_text(json.dumps(asdict(loss), indent=2) + "\n")
+        write = partial(Path.write_text, data=json.dumps(asdict(loss), indent=2) + "\n")
+        write_whole(folder / f"loss_{loss.name}.json", write)
         figures = {"loss": loss.loss, "perplexity": loss.perplexity, "bits_per_byte": loss.bits_per_byte}
         scalars.update((f"eval/{loss.name}/{key}", value) for key, value in figures.items() if value is not None)
-    show(losses)
     print(f"Every position: {folder}/loss_NAME.json")
     return scalars
 
@@ -125,7 +126,7 @@ def main(arguments: list[str]) -> None:
 
     run = open_run(Path(arguments[0]), config.checkpoint, config.allow)
     scalars = (evaluate_tasks if config.tasks else evaluate_corpora)(run, config)
-    with SummaryWriter(run.folder / "tensorboard") as writer:
+    with writing("RUN", run.folder), SummaryWriter(run.folder / "tensorboard") as writer:
         for tag, value in scalars.items():
             writer.add_scalar(tag, value, run.step)
 

@@ -15,13 +15,13 @@ from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from core import cli
 from core.errors import require
 from core.fields import parse_fields
+from core.printable import cell, printable
 from datamodules.index import SPLITS
 from datamodules.preparation.inspect import describe, statistics, verify
 from datamodules.preparation.prepare import PrepareConfig, prepare
@@ -48,7 +48,7 @@ def run_prepare(config: PrepareConfig) -> None:
     for name in SPLITS:
         split = index.splits[name]
         print(f"{name}: {split.num_tokens:,} tokens of {split.num_documents:,} documents, {split.num_bytes:,} bytes")
-    print(f"Train on it: python train.py data=shards data.path={config.output}")
+    print(f"Train on it: python train.py data=shards data.path={printable(config.output, limit=None)}")
 
 
 def run_inspect(path: str) -> None:
@@ -58,9 +58,9 @@ def run_inspect(path: str) -> None:
     num_files = num_bytes = 0
     for _, size in verify(storage, index):
         num_files, num_bytes = num_files + 1, num_bytes + size
-    table = Table(title=path, show_header=False)
+    table = Table(title=cell(path), show_header=False)
     for key, value in describe(index):
-        table.add_row(key, escape(value))
+        table.add_row(key, cell(value, 2000))
     console.print(table)
     found = {name: statistics(storage, name) for name in SPLITS}
     table = Table("", *(name for name in SPLITS))
@@ -69,7 +69,7 @@ def run_inspect(path: str) -> None:
     console.print(table)
     for name in SPLITS:
         for sample in found[name].samples:
-            print(f"{name}: {sample!r}")
+            print(f"{name}: {printable(repr(sample), limit=None)}")
     print(f"{num_files} files, {num_bytes:,} bytes: every checksum is right")
 
 

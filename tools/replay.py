@@ -10,19 +10,20 @@ What does not come out as it was recorded was caused by neither the weights nor 
 """
 
 import argparse
-import json
 import math
 import re
 import sys
 import tempfile
 import warnings
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import lightning as L
 import torch
 from omegaconf import DictConfig
+from pydantic import ConfigDict, Field
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -32,10 +33,12 @@ from analysis.propagation import BlockSignal, measure
 from callbacks.flight_recorder import FOLDER
 from core import cli
 from core.build import build, build_all
-from core.checkpoint import load_beside_weights
-from core.errors import require
+from core.checkpoint import load, load_beside_weights
+from core.errors import UserError, one_line, require
+from core.printable import printable
 from core.quiet import quieten
 from core.saved_config import add_allow_option, load_config
+from core.untrusted import MIB, parse_json, read_bytes
 from core.whole_file import is_whole
 
 STEERING = {"random_state", "divergence"}  # of this project's callbacks, those that the weights depend on
@@ -49,6 +52,20 @@ HEADERS = (
     "ffn\ngrad",
     "recorded:\nnot finite",
 )
+
+
+EVENT_BYTES = 64 * MIB
+"""Of events.jsonl, which has a few hundred a line."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """What is used of a line of events.jsonl (callbacks/divergence.py)."""
+
+    __pydantic_config__ = ConfigDict(extra="ignore")
+
+    step: Annotated[int, Field(ge=0, le=10**15)]
+    done: str
 
 
 class Arrived(Exception):
@@ -71,7 +88,7 @@ def recorded_steps(run: Path) -> dict[int, list[Path]]:
     found: dict[int, list[Path]] = {}
     for path in sorted((run / FOLDER).glob("step_*_rank_*.pt")):
         match = re.fullmatch(r"step_(\d+)_rank_\d+\.pt", path.name)
-        if match:
+        if match and path.is_file():
             found.setdefault(int(match[1]), []).append(path)
     return dict(sorted(found.items()))
 
@@ -83,7 +100,9 @@ def checkpoint_before(run: Path, step: int) -> tuple[Path | None, int]:
     """
     steps = {}
     for path in filter(is_whole, (run / "checkpoints").glob("*.ckpt")):
-        steps[path] = load_beside_weights(path)["global_step"]
+        at = load_beside_weights(path)["global_step"]
+        require(type(at) is int and at >= 0, f"{path}: global_step", at, "an integer >= 0")
+        steps[path] = at
     undone = [range(snapshot + 1, at) for at, snapshot in rollbacks(run) if at < step]
     usable = {path: at for path, at in steps.items() if at < step and not any(at in span for span in undone)}
     newest = max(usable, key=lambda path: usable[path], default=None)
@@ -93,9 +112,49 @@ def checkpoint_before(run: Path, step: int) -> tuple[Path | None, int]:
 def rollbacks(run: Path) -> list[tuple[int, int]]:
     """(step of the event, step of the snapshot that it went back to)."""
     log = run / "events.jsonl"
-    events = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    found = [(event["step"], re.match(r"rolled back to step (\d+)", event["done"])) for event in events]
+    lines = read_bytes(log, EVENT_BYTES).splitlines() if log.exists() else []
+    events: list[Event] = [
+        parse_json(line, f"{log}, line {number}", Event) for number, line in enumerate(lines, start=1)
+    ]
+    found = [(event.step, re.match(r"rolled back to step (\d{1,15})\b", event.done)) for event in events]
     return [(step, int(match[1])) for step, match in found if match]
+
+
+def load_record(path: Path) -> dict[str, Any]:
+    """Return what the flight recorder wrote; see callbacks/flight_recorder.py.
+
+    Raises:
+        UserError: it is not whole, or no such record: says what is wrong.
+    """
+    try:
+        content = load(path)
+        _check_record(content)
+    except Exception as error:  # of torch's, pickle's and zipfile's many kinds
+        raise UserError(f"{path} cannot be read as a recorded step: {one_line(error)}") from error
+    return content
+
+
+def _check_record(content: Any) -> None:
+    """Raise ValueError unless it has what a record has, of the types that it has them."""
+    kinds = {"reason": str, "step": int, "world_size": int, "batches": list, "steps": list, "groups": list}
+    if not isinstance(content, dict) or any(type(content.get(name)) is not kind for name, kind in kinds.items()):
+        raise ValueError(f"expected {', '.join(f'{name}: {kind.__name__}' for name, kind in kinds.items())}")
+    samples = content.get("samples")
+    if samples is not None and not (isinstance(samples, list) and [type(part) for part in samples] == [int, int]):
+        raise ValueError("samples is neither null nor two integers")
+    for batch in content["batches"]:
+        tensors = isinstance(batch, dict) and all(isinstance(tensor, Tensor) for tensor in batch.values())
+        if not tensors or "tokens" not in batch or batch["tokens"].ndim != 2 or batch["tokens"].is_floating_point():
+            raise ValueError("a batch is no dictionary of tensors with tokens [sequences, seq + 1]")
+    for step in content["steps"]:
+        known = isinstance(step, dict) and type(step.get("step")) is int and isinstance(step.get("grad_norm"), float)
+        numbers = (step.get(name) for name in ("losses", "norms", "nonfinite")) if known else (None,)
+        if not all(isinstance(these, list) and all(isinstance(x, float) for x in these) for these in numbers):
+            raise ValueError("steps holds something else than step, losses, grad_norm, norms, nonfinite")
+        if len(step["nonfinite"]) != len(content["groups"]):
+            raise ValueError("a step has not one figure for each of its groups")
+    if not all(isinstance(group, list) and len(group) == 2 for group in content["groups"]):
+        raise ValueError("groups holds something else than [block, kind]")
 
 
 def arrive(config: DictConfig, step: int, checkpoint: Path | None, scratch: Path) -> Any:
@@ -166,11 +225,12 @@ def main(arguments: argparse.Namespace) -> None:
     step = arguments.step or next(iter(steps))
     require(step in steps, "--step", step, f"one of {', '.join(map(str, steps))}")
     config = load_config(run, arguments.allow)
-    records = [torch.load(path, weights_only=True) for path in steps[step]]
+    records = [load_record(path) for path in steps[step]]
     checkpoint, at = checkpoint_before(run, step)
     samples = "samples {} to {}".format(*records[0]["samples"]) if records[0]["samples"] else "its batch"
-    print(f"Step {step} of {run}, {samples}. It was recorded for this reason:\n  {records[0]['reason']}")
-    print(f"From {checkpoint or 'the beginning'}, {step - 1 - at} steps to catch up with.", flush=True)
+    print(f"Step {step} of {printable(run)}, {samples}. It was recorded for this reason:")
+    print(f"  {printable(records[0]['reason'], 2000)}")
+    print(f"From {printable(checkpoint or 'the beginning')}, {step - 1 - at} steps to catch up with.", flush=True)
     quieten()
     with tempfile.TemporaryDirectory() as scratch:
         module = arrive(config, step, checkpoint, Path(scratch))

@@ -8,7 +8,6 @@ Reads only; a run may go on meanwhile. Age is the time since anything was last w
 """
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -16,14 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from core.status import DIVERGED, DONE, FAILED, RUNNING, STOPPED, is_running, read
+from core.printable import cell, printable
+from core.status import DIVERGED, DONE, FAILED, RUNNING, STOPPED, SUMMARY, is_running, read, read_summary
+from core.untrusted import Untrusted, bound
 
 STYLES = {RUNNING: "cyan", DONE: "green", STOPPED: "yellow", DIVERGED: "red", FAILED: "red"}
 WRITTEN = ("status.json", "summary.json", "divergence.md", "events.jsonl", "checkpoints", "config.yaml", "tensorboard")
 KILLED = "the process was killed"
+DEEP, BEHIND_LINKS = 8, 2
+"""Levels of folders that are looked at, and of those how many behind a link, which may lead anywhere."""
+MOST = 100_000
+"""Folders that are looked at."""
 
 
 @dataclass(frozen=True)
@@ -66,16 +71,16 @@ def look(folder: Path, now: float) -> Row | None:
 def _modified(path: Path) -> float | None:
     try:
         return path.stat().st_mtime
-    except OSError:  # not there, or not any more
+    except (OSError, ValueError):  # not there, or not any more
         return None
 
 
 def _without_status(folder: Path, seconds: float) -> Row:
     try:
-        summary = json.loads((folder / "summary.json").read_text())
-    except (OSError, ValueError):
+        summary = read_summary(folder) if (folder / SUMMARY).is_file() else None
+    except Untrusted:
         summary = None
-    if isinstance(summary, dict):
+    if summary is not None:
         return Row(folder, DONE, summary.get("steps"), None, summary.get("val_loss"), seconds, "")
     diverged = (folder / "divergence.md").exists()
     status = RUNNING if is_running(folder) else DIVERGED if diverged else FAILED
@@ -83,14 +88,37 @@ def _without_status(folder: Path, seconds: float) -> Row:
 
 
 def find(root: Path) -> list[Path]:
-    """The run folders at and below a folder: those that hold a config.yaml. Does not look inside of runs."""
-    if (root / "config.yaml").is_file():
-        return [root]
-    try:
-        below = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    except OSError:  # moved away meanwhile, or not ours to read
-        return []
-    return [run for path in below for run in find(path)]
+    """Return the run folders at and below a folder: those that hold a config.yaml. Does not look inside of runs.
+
+    Each folder is looked at once, whatever links lead to it, and no more than DEEP levels of them, BEHIND_LINKS behind
+    a link, and MOST in all, which is said.
+    """
+    runs: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    waiting, linked = [(root, DEEP)], list[tuple[Path, int]]()
+    most = bound(MOST)
+    while waiting or linked:  # links last: of a folder and a link to it, the folder's own name counts
+        folder, levels = (waiting or linked).pop()
+        try:
+            place = folder.stat()
+            if (place.st_dev, place.st_ino) in seen:
+                continue
+            seen.add((place.st_dev, place.st_ino))
+            if (folder / "config.yaml").is_file():
+                runs.append(folder)
+                continue
+            if levels == 0:
+                continue
+            below = [path for path in folder.iterdir() if not path.name.startswith(".") and path.is_dir()]
+            links = {path for path in below if path.is_symlink()}
+        except (OSError, ValueError):  # moved away meanwhile, or not ours to read
+            continue
+        waiting += [(path, levels - 1) for path in below if path not in links]
+        linked += [(path, min(levels - 1, BEHIND_LINKS)) for path in links]
+        if len(seen) > most:
+            print(f"Only the first {most:,} folders below {printable(root)} were looked at.", file=sys.stderr)
+            break
+    return sorted(runs)
 
 
 def make_table(rows: list[Row], root: Path) -> Table:
@@ -105,8 +133,8 @@ def make_table(rows: list[Row], root: Path) -> Table:
         steps = "-" if row.step is None else f"{row.step}/{row.max_steps}" if row.max_steps else str(row.step)
         loss = "-" if row.val_loss is None else f"{row.val_loss:.4f}"
         name = row.folder.relative_to(root) if row.folder != root else row.folder
-        status = f"[{STYLES[row.status]}]{row.status}[/]"
-        table.add_row(escape(str(name)), status, steps, loss, age(row.seconds), escape(row.reason))
+        status = Text(row.status, style=STYLES[row.status])
+        table.add_row(cell(name), status, steps, loss, age(row.seconds), cell(row.reason))
     return table
 
 
@@ -127,7 +155,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     if not arguments.folder.is_dir():
-        print(f"Error: {arguments.folder} is no folder", file=sys.stderr)
+        print(f"Error: {printable(arguments.folder)} is no folder", file=sys.stderr)
         raise SystemExit(2)
     now = time.time()
     seen = [look(folder, now) for folder in find(arguments.folder)]
@@ -138,7 +166,7 @@ def main() -> None:
     else:
         rows.sort(key=lambda row: -row.seconds)
     console = Console(width=None if Console().is_terminal else 160)
-    console.print(make_table(rows, arguments.folder) if rows else f"No such runs in {arguments.folder}.")
+    console.print(make_table(rows, arguments.folder) if rows else cell(f"No such runs in {arguments.folder}."))
 
 
 if __name__ == "__main__":

@@ -46,8 +46,9 @@ class SnapshotFile:
             return []
         path = self._path(folder_beside(Path(self.trainer.ckpt_path), self.trainer.global_step))
         found: dict[str, Any] = {}
-        if path.exists() and damage(path) is None:
-            found = torch.load(path, map_location="cpu", weights_only=True)
+        if path.is_file() and damage(path) is None:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            found = content if isinstance(content, dict) else {}
         mine = {key: found.get(key) for key in self._identity(detectors)} == self._identity(detectors)
         return [Snapshot.from_state_dict(state) for state in found["snapshots"]] if self._all(mine) else []
 

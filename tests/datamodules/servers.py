@@ -1,11 +1,12 @@
 """Servers of a folder on this machine: by HTTP (with faults, if asked for), as S3, as a hub; and one that hangs."""
 
+import gzip
 import json
 import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -30,6 +31,14 @@ class Server(ThreadingHTTPServer):
         seconds: that an answer takes.
         hanging: files that are asked for in vain.
         asked: files whose content was asked for.
+        zipping: which files are sent with `Content-Encoding: gzip`, whatever was asked for; their ranges too.
+        elsewhere: address that requests for a file are sent on to.
+        endless: files of which something comes again and again, in pieces of so many bytes, and no end.
+        shifted: files of which other ranges come than were asked for.
+        unavailable: files to which any request, for the size too, is answered by status 503.
+        sent: bytes sent of endless files.
+        encodings: what `Accept-Encoding` the requests had.
+        secrets: what their `Authorization` was.
     """
 
     daemon_threads = True
@@ -39,6 +48,9 @@ class Server(ThreadingHTTPServer):
         self.folder, self.address = folder, f"http://127.0.0.1:{self.server_port}"
         self.fetched, self.failing, self.truncating = Counter[str](), Counter[str](), Counter[str]()
         self.ranges, self.seconds, self.hanging, self.asked = True, 0.0, set[str](), set[str]()
+        self.zipping, self.shifted, self.endless = set[str](), set[str](), dict[str, int]()
+        self.elsewhere, self.encodings, self.secrets = dict[str, str](), set[str | None](), set[str | None]()
+        self.unavailable, self.sent = set[str](), 0
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -60,7 +72,15 @@ class Handler(BaseHTTPRequestHandler):
             if name in self.server.hanging:
                 self.connection.recv(1)  # until the other side has gone
                 return
-        if not path.is_file():
+        self.server.encodings.add(self.headers.get("Accept-Encoding"))
+        self.server.secrets.add(self.headers.get("Authorization"))
+        if name in self.server.elsewhere:
+            self._send(302, headers={"Location": self.server.elsewhere[name]})
+        elif name in self.server.unavailable:
+            self._send(503)
+        elif name in self.server.endless:
+            self._send_without_end(self.server.endless[name], with_content)
+        elif not path.is_file():
             self._send(404)
         elif with_content and self.server.failing[name] > 0:
             self.server.failing[name] -= 1
@@ -69,20 +89,46 @@ class Handler(BaseHTTPRequestHandler):
             self._send(200, length=path.stat().st_size)
         else:
             time.sleep(self.server.seconds)
-            content, status = path.read_bytes(), 200
+            content, status, headers = path.read_bytes(), 200, dict[str, str]()
+            if name in self.server.zipping:
+                content = gzip.compress(content)
+                headers["Content-Encoding"] = "gzip"
             if self.server.ranges and (wanted := self.headers.get("Range")):
-                first, _, last = wanted.removeprefix("bytes=").partition("-")
-                content, status = content[int(first) : int(last) + 1], 206
+                first, last = (int(number) for number in wanted.removeprefix("bytes=").split("-"))
+                if name in self.server.shifted:
+                    first += 8
+                headers["Content-Range"] = f"bytes {first}-{min(last, len(content) - 1)}/{len(content)}"
+                content, status = content[first : last + 1], 206
             length = len(content)
             if self.server.truncating[name] > 0:
                 self.server.truncating[name] -= 1
                 content = content[: length // 2]
                 self.close_connection = True
             self.server.fetched[name] += len(content)
-            self._send(status, content, length)
+            self._send(status, content, length, headers)
 
-    def _send(self, status: int, content: bytes = b"", length: int | None = None) -> None:
+    def _send_without_end(self, size: int, with_content: bool) -> None:
+        self.send_response(200)
+        self.send_header("Connection", "close")
+        self.end_headers()
+        with suppress(OSError):  # the other side has gone
+            while with_content:
+                self.wfile.write(b" " * size)
+                self.wfile.flush()
+                self.server.sent += size
+                if size < 1000:
+                    time.sleep(0.01)
+
+    def _send(
+        self,
+        status: int,
+        content: bytes = b"",
+        length: int | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(len(content) if length is None else length))
         self.end_headers()
         self.wfile.write(content)

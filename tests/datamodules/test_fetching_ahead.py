@@ -15,7 +15,7 @@ import pytest
 from datamodules import remote
 from datamodules.index import ArrayFile, CorpusError
 from datamodules.remote import RemoteFolder
-from datamodules.shard_cache import ShardCache, _size
+from datamodules.shard_cache import NAMES, OWN, ShardCache, _size
 from datamodules.shard_corpus import ShardCorpus
 from datamodules.shards import Split, open_split
 from tests.datamodules.servers import Server, http_server
@@ -33,12 +33,12 @@ def server(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def fetched(cache: Path) -> set[str]:
-    return {path.stem for path in cache.glob("*.npy")}
+    return {path.stem for path in (cache / OWN).glob("*.npy")}
 
 
 def held(cache: Path) -> set[str]:
     """By anyone."""
-    return {shard for lease in cache.glob("*.lease") for shard in lease.read_text().split()}
+    return {shard for lease in (cache / OWN).glob("*.lease") for shard in lease.read_text().split()}
 
 
 def shards_of(split: Split) -> list[str]:
@@ -71,7 +71,8 @@ def test_a_run_with_its_baseline_stays_below_the_limit(
     def measured(self: RemoteFolder, *arguments: Any) -> None:
         fetch(self, *arguments)
         with self.cache._locked():  # else a file that gets its name meanwhile counts twice
-            used.append(sum(_size(path) for path in tmp_path.iterdir() if path.suffix in (".npy", ".part")))
+            ours = ((path, NAMES.fullmatch(path.name)) for path in self.cache.folder.iterdir())
+            used.append(sum(_size(path, name) for path, name in ours if name))
 
     monkeypatch.setattr(RemoteFolder, "_fetch", measured)
     data = remote_data(server, tmp_path)
@@ -117,7 +118,8 @@ def test_what_there_was_no_room_for_is_fetched_when_there_is(
 def test_what_somebody_else_fetches_is_passed_by_meanwhile(server: Server, tmp_path: Path) -> None:
     storage, files = storage_of(server, tmp_path)
     (first, _), (second, _), *_ = files
-    with (tmp_path / f"{first.sha256}.{BYTES}.part").open("wb") as part:
+    storage.cache.hold([])  # which makes the folder
+    with (tmp_path / OWN / f"{first.sha256}.{BYTES}.part").open("wb") as part:
         fcntl.flock(part, fcntl.LOCK_EX)
         storage.keep(files[:2])
         wait_for(lambda: second.sha256 in fetched(tmp_path))
@@ -180,7 +182,7 @@ import sys
 from pathlib import Path
 from datamodules import remote
 from datamodules.index import ArrayFile, CorpusError
-from datamodules.shard_cache import ShardCache
+from datamodules.shard_cache import OWN, ShardCache
 from datamodules.shards import open_split
 
 remote.TIMEOUT = 1000

@@ -15,7 +15,7 @@ from datamodules import remote
 from datamodules.index import CorpusError
 from datamodules.remote import RemoteFolder, open_storage
 from datamodules.samples import ShuffledSplit
-from datamodules.shard_cache import ShardCache
+from datamodules.shard_cache import OWN, ShardCache
 from datamodules.shard_corpus import ShardCorpus
 from datamodules.shards import Split, open_split
 from datamodules.storage import read_index
@@ -113,7 +113,7 @@ def damaged(corpus: Path, folder: Path, content: bytes | None) -> Path:
     ("content", "reason"),
     [
         (bytes(100), r"has 100 bytes, its index says 8320"),
-        (None, r"cannot be read: FileNotFoundError"),
+        (None, r"cannot be read: HTTP status 404 Not Found"),
         (bytes(SHARD_BYTES), r"is damaged: its sha256 is not the index's"),
     ],
     ids=["truncated", "missing", "flipped"],
@@ -124,17 +124,18 @@ def test_a_damaged_shard_is_named_and_never_read(
     server.folder = damaged(corpus, tmp_path / "damaged", content)
     with pytest.raises(CorpusError, match=rf"{server.address}/{FILE} {reason}"):
         read_shard(remote_split(server, tmp_path / "cache"))
-    assert not list((tmp_path / "cache").glob("*.npy")) or content == bytes(SHARD_BYTES)
+    assert not list((tmp_path / "cache" / OWN).glob("*.npy")) or content == bytes(SHARD_BYTES)
 
 
 def test_an_interrupted_fetch_goes_on_where_it_was(server: Server, corpus: Path, tmp_path: Path) -> None:
     split = remote_split(server, tmp_path)
     sha256 = split.files.shards[3].sha256
+    split.storage.keep([])  # which makes the folder
     content = (corpus / FILE).read_bytes()
     for beginning, fetched in ((content[:5000], SHARD_BYTES - 5000), (bytes(5000), 2 * SHARD_BYTES - 5000)):
         server.fetched.clear()
-        (tmp_path / f"{sha256}.npy").unlink(missing_ok=True)
-        (tmp_path / f"{sha256}.{SHARD_BYTES}.part").write_bytes(beginning)
+        (tmp_path / OWN / f"{sha256}.npy").unlink(missing_ok=True)
+        (tmp_path / OWN / f"{sha256}.{SHARD_BYTES}.part").write_bytes(beginning)
         assert read_shard(remote_split(server, tmp_path)) == read_shard(open_split(corpus, "train"))
         assert server.fetched[FILE] == fetched, "the rest; all, once the checksum has told that it is another file's"
 
@@ -152,9 +153,9 @@ def test_a_block_and_the_next_one_are_fetched_ahead(server: Server, corpus: Path
     split = remote_split(server, tmp_path)
     samples, local = ShuffledSplit(split, 64, 0, size), ShuffledSplit(open_split(corpus, "train"), 64, 0, size)
     samples.read(np.arange(1))
-    (lease,) = tmp_path.glob("*.lease")
+    (lease,) = (tmp_path / OWN).glob("*.lease")
     held = lease.read_text().split()
-    wait_for(lambda: all((tmp_path / f"{shard}.npy").exists() for shard in held))
+    wait_for(lambda: all((tmp_path / OWN / f"{shard}.npy").exists() for shard in held))
     assert 4 <= len(held) <= 7, "two blocks of two shards, that may begin amid one, and the checksums"
     server.failing.update({path.name: 10**9 for path in corpus.iterdir()})
     for numbers in np.array_split(np.arange(2 * size), 8):

@@ -137,7 +137,7 @@ def empty(folder: Path) -> None:
         (make_newer, "index.json", "has version 3; this code reads version 2: use a newer checkout"),
         (make_older, "index.json", "has version 1; this code reads version 2: delete its folder and prepare"),
         (lose_a_shard, "index.json", r"the shards of train do not add up to its \d+ tokens"),
-        (lose_a_split, "index.json", "is not a whole index: KeyError: 'train'"),
+        (lose_a_split, "index.json", "is not a whole index: there is no split 'train'"),
         (garble, "index.json", "cannot be read"),
         (empty, "index.json", "cannot be read: No such file"),
     ],
@@ -216,5 +216,5 @@ def test_a_file_of_an_index_is_what_its_fields_may_be(tmp_path: Path, field: str
     write_corpus(folder, documents(), 256, DESCRIPTION)
     content = json.loads((folder / "index.json").read_text())
     content["splits"]["val"]["shards"][0][field] = value
-    with pytest.raises(CorpusError, match=f"{field} {re.escape(repr(value))}|do not add up"):
+    with pytest.raises(CorpusError, match=f"{field}={re.escape(repr(value)[:60])}"):
         parse_index(json.dumps(content), "index.json")

@@ -59,6 +59,11 @@ def test_a_study_from_beginning_to_report(tmp_path: Path) -> None:
         list(scalars(tmp_path / RUNS / good.name, "train/loss").values()), rel=1e-4
     )
     assert set(good.by_block["gradients/block_{}/all"]) == {"0", "1"}
+    assert broken.decay is None
+    assert good.decay is not None
+    assert good.decay.measured[-1] == 1.0
+    assert good.decay.predicted is not None
+    assert len(good.decay.measured) == len(good.decay.predicted) == 2
 
     written_at = {path: path.stat().st_mtime_ns for path in (tmp_path / RECORDS).glob("*.json")}
     assert "2 of 2 runs are done" in call(tmp_path, "run", "seeds=[0]", "hydra/launcher=basic")

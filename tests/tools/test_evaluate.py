@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from core import cli
 from core.open_run import open_run
 from tests.helpers_run import TEXT, events, run_on, scalars
 from tests.tools.runs import SMALL, bpe_corpus, bpe_run, byte_run
@@ -170,3 +171,19 @@ def test_a_task_that_asks_for_beams_is_refused(
     with pytest.raises(SystemExit, match="2"):
         evaluate.cli.run(lambda: evaluate.main([str(run), "tasks=offline_continue"]))
     assert "generation_kwargs.num_beams=4 is not valid: expected 1: the task asks" in capsys.readouterr().err
+@pytest.mark.parametrize("place", ["evaluation", "tensorboard"])
+def test_figures_are_printed_where_they_cannot_be_written(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    """A file is where the folder would be, which not even root can write into."""
+    copy = shutil.copytree(run, tmp_path / "copy")
+    shutil.rmtree(copy / place, ignore_errors=True)
+    (copy / place).touch()
+    monkeypatch.setattr("sys.argv", ["evaluate", str(copy)])
+    with pytest.raises(SystemExit, match="2"):
+        cli.run(lambda: evaluate.main([str(copy)]))
+    out, err = capsys.readouterr()
+    assert f"{json.loads((run / 'summary.json').read_text())['val_loss']:.4f}" in out
+    assert err.startswith("Error: ")
+    assert f"{copy}" in err
+    assert err.count("\n") == 1
