@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from core.allocator import keep_freed_memory
 from core.errors import ConfigError, UserError, one_line, suggest
 from core.explain import explain_omegaconf
+from core.printable import printable
 from lightning_modules.config import ModelConfig, OptimConfig, writable_schema
 
 USER_ERROR = 2
@@ -109,7 +110,7 @@ def _forget_sweep() -> None:
 def _leave(error: Exception) -> NoReturn:
     if DEBUGGING:
         traceback.print_exception(error)
-    print(f"Error: {explain(error)}", file=sys.stderr)
+    print(f"Error: {printable(explain(error), limit=None)}", file=sys.stderr)
     raise SystemExit(USER_ERROR) from None
 
 

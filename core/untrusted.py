@@ -1,0 +1,166 @@
+"""Readers of files that may come from a stranger: they wait for nothing, take bounded memory, and build plain data.
+
+Every bound is a number here or beside the reader that uses it. The environment variable READ_LIMITS multiplies them all:
+whoever trusts a file that is beyond one sets READ_LIMITS=10.
+"""
+
+import functools
+import math
+import os
+import stat
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json
+
+from core.errors import UserError, one_line
+
+T = TypeVar("T")
+VARIABLE = "READ_LIMITS"
+MIB = 1 << 20
+JSON_BYTES = 16 * MIB
+JSON_DEPTH = 200  # of pydantic's parser
+YAML_BYTES, YAML_NODES, YAML_DEPTH, YAML_SCALAR = MIB, 20_000, 64, 4096
+NAMED = 3  # of the faults that a schema finds
+
+
+class Untrusted(UserError):
+    """A file that is refused; says which and why."""
+
+
+def bound(number: int) -> int:
+    """Return the bound as the user wants it: READ_LIMITS times as large.
+
+    Raises:
+        UserError: READ_LIMITS is no number of at least 1.
+    """
+    given = os.environ.get(VARIABLE) or "1"
+    try:
+        factor = float(given)
+    except ValueError:
+        factor = math.nan
+    if not 1 <= factor <= 1e9:
+        raise UserError(f"{VARIABLE}={given!r} is not valid: expected a number from 1 to 1e9, by which bounds grow")
+    return int(number * factor)
+
+
+def beyond(what: str, number: int) -> str:
+    """Return the words for what is beyond a bound: `what` says it, `number` is the bound before READ_LIMITS."""
+    return f"{what}; the bound is {bound(number):,}, and {VARIABLE}=10 in the environment makes it ten times as large"
+
+
+def read_bytes(path: Path, limit: int = JSON_BYTES) -> bytes:
+    """Return the content of a regular file of at most `bound(limit)` bytes; a pipe or a device is not waited for.
+
+    Raises:
+        Untrusted: it is not there, no regular file, cannot be read, or larger.
+    """
+    most = bound(limit)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise Untrusted(f"{path} is no regular file")
+            content = file.read(most + 1) if os.fstat(descriptor).st_size <= most else None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise Untrusted(f"{path} cannot be read: {getattr(error, 'strerror', None) or one_line(error)}") from error
+    if content is None or len(content) > most:
+        raise Untrusted(beyond(f"{path} has more than {most:,} bytes", limit))
+    return content
+
+
+def parse_json(text: bytes | str, where: object, schema: type[T] | Any = Any) -> T:
+    """Return what a JSON text holds, at most JSON_DEPTH levels deep, as the schema's type.
+
+    Args:
+        text: UTF-8.
+        where: what it is of, for the message.
+        schema: a dataclass or another type that pydantic knows; its values are taken as they stand, none is converted.
+
+    Raises:
+        Untrusted: it is no JSON, too deep, or not of the schema: names the field, the value and what would be valid.
+    """
+    try:
+        if schema is Any:
+            return from_json(text)  # type: ignore[no-any-return]
+        return _adapter(schema).validate_json(text, strict=True)  # type: ignore[no-any-return]
+    except ValidationError as error:
+        raise Untrusted(f"{where} cannot be read: {faults(error)}") from error
+    except ValueError as error:
+        deep = "recursion limit" in str(error)
+        reason = f"it is nested more than {JSON_DEPTH} levels deep" if deep else one_line(error)
+        raise Untrusted(f"{where} cannot be read: {reason}") from error
+
+
+def faults(error: ValidationError) -> str:
+    """Return the first faults that pydantic found, each with its field and its value, in one line."""
+    said = []
+    for fault in error.errors(include_url=False)[:NAMED]:
+        field = ".".join(str(part) for part in fault["loc"]) or "the whole"
+        value = repr(fault["input"])
+        whole = isinstance(fault["input"], dict | list) or fault["type"] == "json_invalid"
+        shown = "" if whole else f"={value if len(value) <= 60 else value[:60] + '…'}"
+        reason = one_line(fault["msg"])
+        if "recursion limit" in reason:
+            field, shown, reason = "the whole", "", f"it is nested more than {JSON_DEPTH} levels deep"
+        said.append(f"{field if len(field) <= 200 else field[:200] + '…'}{shown}: {reason}")
+    rest = error.error_count() - len(said)
+    return "; ".join(said) + (f"; and {rest} more" if rest else "")
+
+
+def read_json(path: Path, schema: type[T] | Any = Any, limit: int = JSON_BYTES) -> T:
+    """Return what a JSON file holds; see `read_bytes` and `parse_json`."""
+    return parse_json(read_bytes(path, limit), path, schema)
+
+
+def check_yaml(text: bytes | str, where: object) -> None:
+    """Refuse a YAML text whose reading could take long, much memory, or all of the stack, before anything is built.
+
+    Aliases are refused altogether: nothing that this project writes has any, and a few of them unfold to anything.
+
+    Raises:
+        Untrusted: it is no YAML, has aliases, too many or too long values, or is nested too deep.
+    """
+    import yaml
+
+    depth = nodes = 0
+    try:
+        for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+            if isinstance(event, yaml.AliasEvent):
+                raise Untrusted(f"{where} holds the alias *{event.anchor}; a file of this project has none")
+            if isinstance(event, yaml.NodeEvent):
+                nodes += 1
+            if isinstance(event, yaml.CollectionStartEvent):
+                depth += 1
+            elif isinstance(event, yaml.CollectionEndEvent):
+                depth -= 1
+            if nodes > bound(YAML_NODES):
+                raise Untrusted(beyond(f"{where} has too many values", YAML_NODES))
+            if depth > YAML_DEPTH:
+                raise Untrusted(f"{where} is nested more than {YAML_DEPTH} levels deep")
+            if isinstance(event, yaml.ScalarEvent) and len(event.value) > bound(YAML_SCALAR):
+                raise Untrusted(beyond(f"{where} has a value of {len(event.value):,} characters", YAML_SCALAR))
+    except (yaml.YAMLError, ValueError) as error:
+        raise Untrusted(f"{where} cannot be read: {one_line(error)}") from error
+
+
+def read_yaml(path: Path) -> Any:
+    """Return what a YAML file holds: mappings, lists, texts, numbers, nothing else.
+
+    Raises:
+        Untrusted: as of `read_bytes` and `check_yaml`, or it names types of its own.
+    """
+    import yaml
+
+    text = read_bytes(path, YAML_BYTES)
+    check_yaml(text, path)
+    try:
+        return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
+        raise Untrusted(f"{path} cannot be read: {one_line(error)}") from error
+
+
+@functools.cache
+def _adapter(schema: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(schema)
