@@ -30,15 +30,17 @@ from torch import Tensor
 
 from analysis.propagation import BlockSignal, measure
 from callbacks.flight_recorder import FOLDER
-from core import cli
+from core import cli, tensor_archive
 from core.build import build, build_all
-from core.checkpoint import load_beside_weights
+from core.checkpoint import CheckpointIO, load_beside_weights
 from core.errors import require
+from core.open_run import open_data
 from core.quiet import quieten
-from core.saved_config import add_allow_option, load_config
+from core.saved_config import PACKAGES, add_allow_option, load_config
 from core.whole_file import is_whole
 
-STEERING = {"random_state", "divergence"}  # of this project's callbacks, those that the weights depend on
+STEERING = {"callbacks.random_state.RandomState", "callbacks.divergence.Divergence"}
+"""Of this project's callbacks, those that the weights depend on."""
 COLUMNS = ("variance", "attn_ratio", "ffn_ratio", "hidden_gradient", "attn_gradient", "ffn_gradient")
 HEADERS = (
     "variance",
@@ -102,7 +104,7 @@ def arrive(config: DictConfig, step: int, checkpoint: Path | None, scratch: Path
     """The LightningModule as it was before the step."""
     # Hooks see neither well, and results are the same. Of the module's own copy: a saved one has no references.
     config.module.model.compile = config.module.model.activation_checkpointing = False
-    config.callbacks = {name: node for name, node in config.callbacks.items() if node and steers(name, node)}
+    config.callbacks = {name: node for name, node in config.callbacks.items() if node and steers(node)}
     for node in config.callbacks.values():
         if "run_dir" in node:
             node.run_dir = str(scratch)
@@ -110,22 +112,24 @@ def arrive(config: DictConfig, step: int, checkpoint: Path | None, scratch: Path
     for switch in ("enable_progress_bar", "enable_checkpointing", "enable_model_summary"):
         config.trainer[switch] = False
     L.seed_everything(config.seed, workers=True, verbose=False)
-    datamodule = build(config, "data")
+    datamodule = open_data(config)
     module = build(config, "module", vocab_size=datamodule.vocab_size)
     callbacks = [*build_all(config, "callbacks"), Halt(step)]
-    trainer = build(config, "trainer", callbacks=callbacks, logger=False, default_root_dir=str(scratch))
+    own = {"plugins": [CheckpointIO()], "logger": False, "default_root_dir": str(scratch)}
+    trainer = build(config, "trainer", callbacks=callbacks, **own)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint.*")  # those left out above
-            trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint)
+            trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
     except Arrived:
         return module
     raise AssertionError("the run ended before the step")
 
 
-def steers(name: str, node: DictConfig) -> bool:
+def steers(node: DictConfig) -> bool:
     """Whether a callback may change what is learnt: a few of ours, and whatever is the user's own."""
-    return name in STEERING or not str(node["_target_"]).startswith(("callbacks.", "lightning."))
+    target = str(node["_target_"])
+    return target in STEERING or target.partition(".")[0] not in PACKAGES
 
 
 def make_table(signals: list[BlockSignal], record: dict[str, Any]) -> Table:
@@ -166,7 +170,7 @@ def main(arguments: argparse.Namespace) -> None:
     step = arguments.step or next(iter(steps))
     require(step in steps, "--step", step, f"one of {', '.join(map(str, steps))}")
     config = load_config(run, arguments.allow)
-    records = [torch.load(path, weights_only=True) for path in steps[step]]
+    records = [tensor_archive.load(path) for path in steps[step]]
     checkpoint, at = checkpoint_before(run, step)
     samples = "samples {} to {}".format(*records[0]["samples"]) if records[0]["samples"] else "its batch"
     print(f"Step {step} of {run}, {samples}. It was recorded for this reason:\n  {records[0]['reason']}")
