@@ -13,12 +13,20 @@ from torch.distributed.tensor import DTensor
 from callbacks.dashboard import block_chart
 from callbacks.noise_scale import CARRIED, NoiseScale, PartialGradient
 from callbacks.scalars import write_scalars, written_blocks
-from callbacks.statistics import GradientStatistics, Group, gradient_statistics, watch_update
+from callbacks.statistics import (
+    GradientStatistics,
+    Group,
+    gradient_statistics,
+    restore_update,
+    update_to_save,
+    watch_update,
+)
 from core.errors import require
 from core.steps import is_logged
 
 TREND_POINTS = 20
 VANISHING, EXPLODING = 1e-3, 1e3
+UPDATE = "last_update"  # in a checkpoint
 
 
 class GradientHealth(L.Callback):
@@ -38,7 +46,7 @@ class GradientHealth(L.Callback):
 
     Kinds: attn_in, attn_out, ffn_up, ffn_down, norm, router, experts. Outside of the blocks: gradients/embedding, ...,
     gradients/head, .... Blocks count from 1; of more than 16 a choice is written. An update is that of the optimizer
-    step before the logged one, so that all is known at one time; a process' first step has none before it.
+    step before the logged one, so that all is known at one time; a run's first step has none before it.
 
     Prints a line when the first block's gradient falls below a thousandth of the last one's, or rises above a
     thousandfold.
@@ -61,9 +69,19 @@ class GradientHealth(L.Callback):
         self._sequences = 0  # of one process in one forward pass
         self._verdict = ""
         self._ratios: deque[tuple[int, float]] = deque(maxlen=TREND_POINTS)  # step, log of first over last
+        self._update: list[float] = []  # see update_to_save; of the checkpoint that the run goes on from
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._partial = PartialGradient(trainer)
+        restore_update(trainer, pl_module, self._update)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint[UPDATE] = update_to_save(trainer, pl_module)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get(UPDATE)  # older ones have none
+        whole = isinstance(saved, list) and all(isinstance(norm, float) for norm in saved)
+        self._update = saved if isinstance(saved, list) and whole else []
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int

@@ -59,6 +59,7 @@ class _Cache:
     Attributes:
         batch: number of the step's last batch, and a gradient of that step: they tell whether `statistics` still hold.
         watched: the parameters as they were before step `watched_step`.
+        restored: of a resumed run, the norms of that step's update, by parameter, which another process has measured.
         carried: what waits for the next transfer.
         trainer: for which `labelled` holds; the parameters of a run stay the same objects.
         labelled: every parameter, with its group.
@@ -70,6 +71,7 @@ class _Cache:
         self.batch, self.gradient = -1, lambda: None
         self.statistics: GradientStatistics | None = None
         self.watched: dict[Tensor, Tensor] = {}
+        self.restored: dict[Tensor, float] = {}
         self.watched_step = -1
         self.carried: dict[str, Tensor] = {}
 
@@ -109,7 +111,32 @@ def watch_update(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
 
 def forget_update(pl_module: L.LightningModule) -> None:
     """The parameters were replaced: what they were before says nothing of the optimizer's update."""
-    _CACHES.setdefault(pl_module, _Cache()).watched = {}
+    cache = _CACHES.setdefault(pl_module, _Cache())
+    cache.watched, cache.restored = {}, {}
+
+
+def update_to_save(trainer: L.Trainer, pl_module: L.LightningModule) -> list[float]:
+    """The l2 norms of the last step's update, parameter by parameter, where the next step's statistics are to know it.
+
+    They go into the checkpoint: a process that goes on from there does not have the weights of before. To be called by
+    all processes together; empty where nobody has watched.
+    """
+    cache = _CACHES.setdefault(pl_module, _Cache())
+    parameters = [parameter for _, parameter in _labelled(trainer, pl_module)]
+    if cache.watched_step != trainer.global_step:
+        return []
+    if all(p in cache.watched for p in parameters):
+        return _update_norms(cache, parameters).tolist()
+    return [cache.restored[p] for p in parameters] if all(p in cache.restored for p in parameters) else []
+
+
+def restore_update(trainer: L.Trainer, pl_module: L.LightningModule, norms: Sequence[float]) -> None:
+    """In a run that has just been resumed: what `update_to_save` gave; of another model, it is left out."""
+    cache = _CACHES.setdefault(pl_module, _Cache())
+    parameters = [parameter for _, parameter in _labelled(trainer, pl_module)]
+    if len(parameters) == len(norms):
+        cache.restored = dict(zip(parameters, norms, strict=True))
+        cache.watched_step = trainer.global_step
 
 
 def carry(pl_module: L.LightningModule, name: str, values: Tensor) -> None:
@@ -136,11 +163,13 @@ def _compute(labelled: list[tuple[Group, Any]], cache: _Cache, step: int, logged
     measured = [norms([p.grad for p in parameters], parameters)]
     if logged:
         measured.append(norms(parameters, parameters))
-    if logged and cache.watched_step == step - 1 and all(p in cache.watched for p in parameters):
-        before = [cache.watched[p] for p in parameters]
-        measured.append(norms(torch._foreach_sub([_local(p.detach()) for p in parameters], before), parameters))
+    before = logged and cache.watched_step == step - 1
+    if before and all(p in cache.watched for p in parameters):
+        measured.append(_update_norms(cache, parameters))
+    elif before and all(p in cache.restored for p in parameters):
+        measured.append(torch.tensor([cache.restored[p] for p in parameters], device=measured[0].device))
     if cache.watched_step < step:
-        cache.watched = {}
+        cache.watched, cache.restored = {}, {}
     carried, cache.carried = cache.carried, {}
     sizes = [len(parameters)] * len(measured) + [len(values) for values in carried.values()]
     flat = iter(torch.cat([*measured, *(values.float() for values in carried.values())]).tolist())  # the one transfer
@@ -161,6 +190,12 @@ def _compute(labelled: list[tuple[Group, Any]], cache: _Cache, step: int, logged
         update_norms=by_group[2] if len(by_group) > 2 else [],
         carried=dict(zip(carried, rows[len(measured) :], strict=True)),
     )
+
+
+@torch.no_grad()
+def _update_norms(cache: _Cache, parameters: Sequence[Tensor]) -> Tensor:
+    before = [cache.watched[p] for p in parameters]
+    return norms(torch._foreach_sub([_local(p.detach()) for p in parameters], before), parameters)
 
 
 @torch.no_grad()

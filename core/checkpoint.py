@@ -1,24 +1,26 @@
-"""A checkpoint is one file, or a folder of torch.distributed.checkpoint, which any number of processes reads."""
+"""A checkpoint is one file, or a folder in pieces, which any number of processes reads: core/pieces.py."""
 
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-from lightning.fabric.utilities.load import _METADATA_FILENAME, _load_distributed_checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from core.pieces import refuse_foreign_code
+from core import pieces, tensor_archive
+from core.checkpoint_values import checked
 from core.whole_file import save, unfinished_of
 
 
 def load(path: Path) -> dict[str, Any]:
-    """All of it, on the host; of a folder, the optimizer's state goes by parameters' names, as optimizer_0."""
-    if path.is_dir():
-        refuse_foreign_code(path)
-        return _load_distributed_checkpoint(path)
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    """All of it, on the host; of a folder, the optimizer's state goes by parameters' names, as optimizer_0.
+
+    Nothing but plain values and tensors is made, and no more of them than the file has; the latter are mapped.
+
+    Raises:
+        Exception: of many kinds; it is not whole, or no checkpoint at all.
+    """
+    return checked(pieces.load(path) if path.is_dir() else tensor_archive.load(path, mapped=True))
 
 
 def load_beside_weights(path: Path) -> dict[str, Any]:
@@ -29,10 +31,8 @@ def load_beside_weights(path: Path) -> dict[str, Any]:
     """
     if not path.is_dir():
         return load(path)  # which maps the weights, and does not read them
-    if not (path / ".metadata").is_file():  # torch writes it last
-        raise FileNotFoundError(path / ".metadata")
-    refuse_foreign_code(path)
-    return torch.load(path / _METADATA_FILENAME, map_location="cpu", weights_only=True)
+    pieces.read_index(path)
+    return checked(pieces.load_meta(path))
 
 
 class CheckpointIO(TorchCheckpointIO):
@@ -51,7 +51,8 @@ class CheckpointIO(TorchCheckpointIO):
         put_in_place(whole, path)
 
     def load_checkpoint(self, path: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
-        return load(Path(path)) if Path(path).is_dir() else super().load_checkpoint(path, *arguments, **options)
+        # Not mapped: the run would go on to use the file's memory for the optimizer's state.
+        return load(Path(path)) if Path(path).is_dir() else checked(tensor_archive.load(Path(path)))
 
 
 def put_in_place(whole: Path, path: Path) -> None:

@@ -7,8 +7,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from core.build import build
-from core.errors import ConfigError, require
+from core.errors import ConfigError, one_line, require
 from core.saved_config import load_config
+
+WRITTEN = {"root": "data", "cache_dir": "data/cache"}
+"""Of configs/data: where a run writes unless its user says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,9 @@ def open_run(folder: Path, checkpoint: str = "last", allow: str = "") -> OpenRun
     named = checkpoint in ("last", "best")
     path = folder / f"checkpoints/{checkpoint}.ckpt" if named else Path(checkpoint)
     require(path.exists(), "checkpoint", checkpoint, f"last, best, or the path of a checkpoint; {path} is not there")
+    module_config = config.get("module")
+    known = isinstance(module_config, DictConfig) and isinstance(module_config.get("model"), DictConfig)
+    require(known, "RUN", str(folder), "a configuration with a module.model")
     # Of the module's own copy: a saved configuration has no references.
     config.module.model.compile = config.module.model.activation_checkpointing = False
     # The one it was trained with may not compute in fp32, or not be had here; all compute the same.
@@ -58,12 +64,41 @@ def open_run(folder: Path, checkpoint: str = "last", allow: str = "") -> OpenRun
         vocab_size, step = content["hyper_parameters"]["vocab_size"], content["global_step"]
         weights = content["state_dict"]
     except Exception as error:  # truncated, no checkpoint at all, or one with code in it
-        raise ConfigError("checkpoint", str(path), "a whole checkpoint; this file cannot be read as one") from error
+        valid = f"a whole checkpoint; this file cannot be read as one ({one_line(error)})"
+        raise ConfigError("checkpoint", str(path), valid) from error
+    described = f"a checkpoint of the model that {folder} describes"
+    # Before anything is made of the configuration, which may describe any size: a block has weights of its own.
+    layers = config.module.model.get("num_layers")
+    require(type(layers) is int and layers <= len(weights), "checkpoint", str(path), described)
     module = build(config, "module", vocab_size=vocab_size)
+    there = sum(weight.numel() for weight in weights.values())
+    require(module.num_parameters[0] <= there, "checkpoint", str(path), described)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         module.configure_model()
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:
-        raise ConfigError("checkpoint", str(path), f"a checkpoint of the model that {folder} describes") from error
-    return OpenRun(folder, config, module.eval(), build(config, "data"), step)
+        raise ConfigError("checkpoint", str(path), described) from error
+    return OpenRun(folder, config, module.eval(), open_data(config), step)
+
+
+def open_data(config: DictConfig) -> Any:
+    """The DataModule of a saved configuration, which writes nowhere but where a new run does by itself.
+
+    A corpus that is there already is read wherever the configuration says. What has to be written first (the standard
+    library's corpus, shards from elsewhere) goes into the working folder's `data`.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    data = config.get("data")
+    require(isinstance(data, DictConfig), "data", data, "a group with a _target_")
+    if "cache_dir" in data:
+        data.cache_dir = WRITTEN["cache_dir"]
+    datamodule = build(config, "data")
+    if "root" in data and data.root != WRITTEN["root"]:
+        corpus = getattr(datamodule, "folder", None)
+        if corpus is None or not (corpus / "index.json").is_file():
+            data.root = WRITTEN["root"]
+            datamodule = build(config, "data")
+    return datamodule

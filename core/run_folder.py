@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from core.errors import ConfigError, UserError, require, writing
+from core.errors import ConfigError, UserError, one_line, require, writing
 from core.mappings import flatten
 from core.printable import printable
 from core.run_lock import held
@@ -222,8 +222,10 @@ def _choose(config: DictConfig, siblings: Path) -> Path | None:
         valid = f"a run with a {LAST} in {given or siblings}, or the path of a checkpoint"
         require(bool(resumable), "ckpt_path", "last", valid)
         return resumable[-1]
+    from core import pieces
+
     checkpoint = Path(str(config.ckpt_path))
-    there = checkpoint.is_file() or (checkpoint / ".metadata").is_file()
+    there = checkpoint.is_file() or pieces.is_there(checkpoint)
     require(there, "ckpt_path", str(checkpoint), "last, or the path of a checkpoint")
     owner = checkpoint.absolute().parent.parent
     return given or (owner if (owner / "config.yaml").exists() else None)
@@ -294,12 +296,13 @@ def check_resumable(run: RunFolder, module: Any, datamodule: Any, max_steps: int
         content = load_beside_weights(checkpoint)
         saved, step = content["hyper_parameters"], content["global_step"]
     except Exception as error:  # whole, but something else, or in pieces of which one is missing
-        valid = "a whole checkpoint of this project; this file cannot be read as one"
+        valid = f"a whole checkpoint of this project ({one_line(error)})"
         raise ConfigError("ckpt_path", str(checkpoint), valid) from error
     position = content.get(type(datamodule).__qualname__, {})
+    identity = position.get("stream_identity", {}) if isinstance(position, dict) else {}
     ours = isinstance(getattr(module, "model_config", None), ModelConfig)
     take = _settings if ours else partial(flatten, separator=".")
-    old = take({**saved, "data": position.get("stream_identity", {})})
+    old = take({**saved, "data": identity})
     new = take({**module.hparams, "data": getattr(datamodule, "stream_identity", {})})
     for field in sorted((old.keys() | new.keys()) - MAY_CHANGE - (ADDED - old.keys())):
         if old.get(field) != new.get(field):
@@ -328,8 +331,10 @@ def resume_command(run_dir: Path, max_steps: int | None = None) -> str:
         run_dir: the run's folder.
         max_steps: another end than the run's own.
     """
+    from core.saved_config import read_config
+
     # As they were given, references and all.
-    given: Any = OmegaConf.to_container(OmegaConf.load(run_dir / "overrides.yaml"), resolve=False)
+    given: Any = OmegaConf.to_container(read_config(run_dir / "overrides.yaml"), resolve=False)
     overrides = [str(override) for override in given]
     replaced = {"run_dir", "ckpt_path", *(["trainer.max_steps"] if max_steps else [])}
     kept = [item for item in overrides if item.split("=")[0] not in replaced]

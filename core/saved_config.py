@@ -13,7 +13,8 @@ from lightning.pytorch.strategies import Strategy
 from omegaconf import DictConfig, OmegaConf
 
 from core.build import locate
-from core.errors import Refused, UserError, require
+from core.errors import Refused, UserError, one_line, require
+from core.untrusted import YAML_BYTES, check_yaml, read_bytes
 
 PACKAGES = ("callbacks", "core", "datamodules", "lightning_modules", "lightning", "torch")
 # Of which only classes that a run is made of: torch.hub.load and its like are in these packages too.
@@ -36,14 +37,25 @@ def load_config(run: Path, allow: Collection[str] = ()) -> DictConfig:
     """
     found = sorted(run.glob("config*.yaml"), key=lambda path: path.stat().st_mtime)
     require(bool(found), "RUN", str(run), "the folder of a run, with its config.yaml")
-    try:
-        config = OmegaConf.load(found[-1])
-    except Exception as error:  # of YAML's, OmegaConf's and the file system's many kinds
-        raise UserError(f"{found[-1]} cannot be read as a configuration: {error}") from error
+    config = read_config(found[-1])
     require(isinstance(config, DictConfig), "RUN", str(run), f"a configuration in {found[-1].name}")
     assert isinstance(config, DictConfig)
     refuse_foreign_code(config, allow)
     return config
+
+
+def read_config(path: Path) -> Any:
+    """What OmegaConf makes of a file, within the bounds of core/untrusted.py: its size, values, depth; no aliases.
+
+    Raises:
+        UserError: it is not there, or cannot be read.
+    """
+    try:
+        text = read_bytes(path, YAML_BYTES)
+        check_yaml(text, path)
+        return OmegaConf.create(text.decode())
+    except Exception as error:  # of YAML's, OmegaConf's and the file system's many kinds
+        raise UserError(f"{path} cannot be read as a configuration: {one_line(error)}") from error
 
 
 def refuse_foreign_code(config: DictConfig, allow: Collection[str] = ()) -> None:

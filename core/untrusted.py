@@ -9,7 +9,7 @@ import math
 import os
 import stat
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json
@@ -67,6 +67,20 @@ def read_bytes(path: Path, limit: int = JSON_BYTES) -> bytes:
     if content is None or len(content) > most:
         raise Untrusted(beyond(f"{path} has more than {most:,} bytes", limit))
     return content
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """Return a regular file, opened to be read in parts; a pipe or a device is not waited for.
+
+    Raises:
+        OSError: it is not there, or may not be read.
+        Untrusted: it is no regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise Untrusted(f"{path} is no regular file")
+    return os.fdopen(descriptor, "rb")
 
 
 def parse_json(text: bytes | str, where: object, schema: Any = Any) -> Any:

@@ -4,9 +4,7 @@ import contextlib
 import fcntl
 import os
 import sys
-import zipfile
 from collections.abc import Callable, Iterator
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +41,13 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         with _alone(unfinished):
             try:
                 write(unfinished)
-                _sync(unfinished)
+                sync(unfinished)
                 unfinished.replace(path)
             except (OSError, RuntimeError):
                 with contextlib.suppress(OSError):
                     unfinished.unlink()
                 raise
-        _sync(path.parent)
+        sync(path.parent)
     except (OSError, RuntimeError) as error:
         raise NotWritten(path, _reason(error)) from error
 
@@ -69,25 +67,19 @@ def save(content: Any, path: Path) -> None:
     write_whole(path, write)
 
 
-def damage(path: Path | BytesIO) -> str | None:
-    """What is wrong with a file of torch.save, or its content, in words; None: nothing.
+def damage(path: Path) -> str | None:
+    """What is wrong with a file of torch.save, in words; None: nothing.
 
-    It is a zip archive of uncompressed parts with a CRC-32 of each: every byte is read, no code in it is
-    run. Holds all of it in memory for a moment, as resuming does.
+    It is a zip archive of uncompressed parts with a CRC-32 of each: every byte is read, a little at a time, no code in
+    it is run.
     """
-    import torch
+    from core import tensor_archive
 
     try:
-        with zipfile.ZipFile(path) as archive:
-            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
-                return "torch compresses nothing, this file's parts are compressed"
-            if part := archive.testzip():
-                return f"the checksum of {part} does not hold"
-        if isinstance(path, BytesIO):
-            path.seek(0)
-        # Not mapped: torch then reads the parts' headers too, of which zipfile does not look at every field.
-        torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of zipfile's, torch's and pickle's many kinds
+        if part := tensor_archive.check_sums(path):
+            return f"the checksum of {part} does not hold"
+        tensor_archive.load(path, mapped=True)
+    except Exception as error:  # of zipfile's and the file system's many kinds
         return one_line(error).partition(". ")[0] or type(error).__name__  # zipfile's EOFError says nothing
     return None
 
@@ -133,7 +125,8 @@ def _alone(unfinished: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

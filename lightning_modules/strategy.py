@@ -11,19 +11,25 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from lightning.fabric.utilities.load import _METADATA_FILENAME
+from lightning.fabric.strategies.model_parallel import _load_raw_module_state, _rekey_optimizer_state_if_needed
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
-from core.checkpoint import put_in_place, remove
+from core.checkpoint import load, load_beside_weights, put_in_place, remove
 from core.errors import one_line, require
-from core.pieces import seal
+from core.pieces import META, VALUES, joined, name_of, read_index, split
+from core.pieces_of_processes import PiecesWriter, fill
 from core.together import failing_together
-from core.whole_file import unfinished_of
+from core.whole_file import save, unfinished_of
 
 
 class DataParallelStrategy(DDPStrategy):
@@ -49,7 +55,7 @@ class DataParallelStrategy(DDPStrategy):
 class ShardedStrategy(ModelParallelStrategy):
     """One model over all processes: trainer=fsdp.
 
-    A checkpoint is a folder of torch.distributed.checkpoint, which any number of processes loads. Saving copies the
+    A checkpoint is a folder of core/pieces.py, which any number of processes loads. Saving copies the
     weights to the host, and goes on writing while the next steps run. The folder has its name once it is whole, so a
     kill leaves the one before.
 
@@ -94,17 +100,21 @@ class ShardedStrategy(ModelParallelStrategy):
         state = {"state_dict": checkpoint.pop("state_dict")}
         for number, optimizer in enumerate(checkpoint.pop("optimizer_states", [])):
             state[f"optimizer_{number}"] = optimizer
+        values, tensors = split(state)
+        writer = PiecesWriter(unfinished, {name_of(path): path for path in tensors})
+        named: dict[str, Any] = {name_of(path): tensor for path, tensor in tensors.items()}
         with failing_together():
             if self.is_global_zero:
                 remove(unfinished)
                 unfinished.mkdir(parents=True)
-                torch.save(checkpoint, unfinished / _METADATA_FILENAME)
+                save(checkpoint, unfinished / META)
+                save(values, unfinished / VALUES)
         if not self.asynchronous:
             with failing_together(), _in_words():
-                dcp.save(state, checkpoint_id=unfinished, process_group=self._saving_group)
+                dcp.save(named, storage_writer=writer, process_group=self._saving_group)
                 self._put_in_place(unfinished, path)
             return
-        saving = dcp.async_save(state, checkpoint_id=unfinished, process_group=self._saving_group)
+        saving = dcp.async_save(named, storage_writer=writer, process_group=self._saving_group)
         assert isinstance(saving, Future)
         # Another future: the first one is done before those who wait for it to be done have acted.
         in_place: Future[None] = Future()
@@ -137,7 +147,8 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         self.finish_saving()
-        return super().load_checkpoint(checkpoint_path, weights_only)
+        path = Path(self.broadcast(checkpoint_path))  # the first process alone has looked at every byte
+        return self._load_pieces(path) if path.is_dir() else self._load_file(path)
 
     def on_train_end(self) -> None:
         self.finish_saving()
@@ -159,8 +170,34 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def _put_in_place(self, unfinished: Path, path: Path) -> None:
         if self.is_global_zero:
-            seal(unfinished)
             put_in_place(unfinished, path)
+
+    # As Lightning's ModelParallelStrategy has it, whose own way goes through pickles.
+    def _load_pieces(self, path: Path) -> dict[str, Any]:
+        assert self.model is not None
+        pieces = read_index(path)
+        saved = pieces.plain_values()
+        weights: dict[str, Any] = get_model_state_dict(self.model)
+        fill({("state_dict", name): tensor for name, tensor in weights.items()}, pieces)
+        self.model.load_state_dict(weights)
+        for number, optimizer in enumerate(self.optimizers):
+            own = {f"optimizer_{number}": get_optimizer_state_dict(self.model, optimizer)}
+            _, tensors = split(own)
+            fill(tensors, pieces)
+            state = joined({f"optimizer_{number}": saved[f"optimizer_{number}"]}, tensors)[f"optimizer_{number}"]
+            options = StateDictOptions(cpu_offload=True)
+            set_optimizer_state_dict(self.model, optimizer, optim_state_dict=state, options=options)
+        return load_beside_weights(path)
+
+    def _load_file(self, path: Path) -> dict[str, Any]:
+        assert self.model is not None
+        checkpoint = load(path)
+        _load_raw_module_state(checkpoint.pop("state_dict"), self.model)
+        options = StateDictOptions(broadcast_from_rank0=True, full_state_dict=True)
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            state = _rekey_optimizer_state_if_needed(saved, self.model)
+            set_optimizer_state_dict(self.model, optimizer, optim_state_dict=state, options=options)
+        return checkpoint
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from core import cli
 from core.checkpoint import load
-from core.errors import UserError
+from core.errors import UserError, one_line
 from core.whole_file import write_whole
 
 PREFIX = "model."
@@ -36,11 +36,12 @@ def consolidate(checkpoint: Path, output: Path) -> int:
         content = load(checkpoint)
         weights: dict[str, Tensor] = content["state_dict"]
         metadata = {"step": str(content["global_step"]), "hyper_parameters": json.dumps(content["hyper_parameters"])}
+        tied = content["hyper_parameters"]["model"].get("tie_embeddings")
     except Exception as error:  # truncated, not there, no checkpoint at all, or one with code in it
-        raise UserError(f"{checkpoint} cannot be read as a checkpoint of this project ({error})") from error
+        raise UserError(f"{checkpoint} cannot be read as a checkpoint of this project ({one_line(error)})") from error
     kept = {n.removeprefix(PREFIX): tensor.contiguous() for n, tensor in weights.items() if n.startswith(PREFIX)}
-    if content["hyper_parameters"]["model"].get("tie_embeddings"):
-        del kept["head.weight"]  # is the embedding's
+    if tied:
+        kept.pop("head.weight", None)  # is the embedding's
     write_whole(output, lambda unfinished: save_file(kept, unfinished, metadata={"format": "pt", **metadata}))
     return len(kept)
 

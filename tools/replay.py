@@ -31,17 +31,19 @@ from torch import Tensor
 
 from analysis.propagation import BlockSignal, measure
 from callbacks.flight_recorder import FOLDER
-from core import cli
+from core import cli, tensor_archive
 from core.build import build, build_all
-from core.checkpoint import load, load_beside_weights
+from core.checkpoint import CheckpointIO, load_beside_weights
 from core.errors import UserError, one_line, require
+from core.open_run import open_data
 from core.printable import printable
 from core.quiet import quieten
-from core.saved_config import add_allow_option, load_config
+from core.saved_config import PACKAGES, add_allow_option, load_config
 from core.untrusted import MIB, parse_json, read_bytes
 from core.whole_file import is_whole
 
-STEERING = {"random_state", "divergence"}  # of this project's callbacks, those that the weights depend on
+STEERING = {"callbacks.random_state.RandomState", "callbacks.divergence.Divergence"}
+"""Of this project's callbacks, those that the weights depend on."""
 COLUMNS = ("variance", "attn_ratio", "ffn_ratio", "hidden_gradient", "attn_gradient", "ffn_gradient")
 HEADERS = (
     "variance",
@@ -127,7 +129,7 @@ def load_record(path: Path) -> dict[str, Any]:
         UserError: it is not whole, or no such record: says what is wrong.
     """
     try:
-        content = load(path)
+        content = tensor_archive.load(path)
         _check_record(content)
     except Exception as error:  # of torch's, pickle's and zipfile's many kinds
         raise UserError(f"{path} cannot be read as a recorded step: {one_line(error)}") from error
@@ -161,7 +163,7 @@ def arrive(config: DictConfig, step: int, checkpoint: Path | None, scratch: Path
     """The LightningModule as it was before the step."""
     # Hooks see neither well, and results are the same. Of the module's own copy: a saved one has no references.
     config.module.model.compile = config.module.model.activation_checkpointing = False
-    config.callbacks = {name: node for name, node in config.callbacks.items() if node and steers(name, node)}
+    config.callbacks = {name: node for name, node in config.callbacks.items() if node and steers(node)}
     for node in config.callbacks.values():
         if "run_dir" in node:
             node.run_dir = str(scratch)
@@ -169,22 +171,24 @@ def arrive(config: DictConfig, step: int, checkpoint: Path | None, scratch: Path
     for switch in ("enable_progress_bar", "enable_checkpointing", "enable_model_summary"):
         config.trainer[switch] = False
     L.seed_everything(config.seed, workers=True, verbose=False)
-    datamodule = build(config, "data")
+    datamodule = open_data(config)
     module = build(config, "module", vocab_size=datamodule.vocab_size)
     callbacks = [*build_all(config, "callbacks"), Halt(step)]
-    trainer = build(config, "trainer", callbacks=callbacks, logger=False, default_root_dir=str(scratch))
+    own = {"plugins": [CheckpointIO()], "logger": False, "default_root_dir": str(scratch)}
+    trainer = build(config, "trainer", callbacks=callbacks, **own)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint.*")  # those left out above
-            trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint)
+            trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
     except Arrived:
         return module
     raise AssertionError("the run ended before the step")
 
 
-def steers(name: str, node: DictConfig) -> bool:
+def steers(node: DictConfig) -> bool:
     """Whether a callback may change what is learnt: a few of ours, and whatever is the user's own."""
-    return name in STEERING or not str(node["_target_"]).startswith(("callbacks.", "lightning."))
+    target = str(node["_target_"])
+    return target in STEERING or target.partition(".")[0] not in PACKAGES
 
 
 def make_table(signals: list[BlockSignal], record: dict[str, Any]) -> Table:

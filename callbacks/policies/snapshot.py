@@ -59,10 +59,22 @@ class Snapshot:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> "Snapshot":
-        """The same again, in another process."""
+        """The same again, in another process.
+
+        Raises:
+            ValueError: it is not the state of one.
+        """
+        if state.keys() != _KINDS.keys() or not all(isinstance(state[name], kind) for name, kind in _KINDS.items()):
+            raise ValueError("this is no snapshot's state")
         snapshot = cls.__new__(cls)
         vars(snapshot).update(state)
         return snapshot
+
+
+_KINDS: dict[str, Any] = {
+    **{"step": int, "detectors": dict, "restored_at": int | None},
+    **{"_weights": dict, "_optimizer": dict, "_random": Tensor, "_cuda_random": Tensor | None},
+}
 
 
 def _copy(value: Any) -> Any:

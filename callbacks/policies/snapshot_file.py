@@ -10,6 +10,7 @@ import torch
 from callbacks.detectors import Detectors
 from callbacks.last_checkpoint import LastCheckpoint, folder_beside
 from callbacks.policies.snapshot import Snapshot
+from core import tensor_archive
 from core.whole_file import damage, save
 
 
@@ -45,12 +46,15 @@ class SnapshotFile:
         if self.trainer.ckpt_path is None:
             return []
         path = self._path(folder_beside(Path(self.trainer.ckpt_path), self.trainer.global_step))
-        found: dict[str, Any] = {}
-        if path.is_file() and damage(path) is None:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            found = content if isinstance(content, dict) else {}
+        content = tensor_archive.load(path) if path.exists() and damage(path) is None else None
+        found: dict[str, Any] = content if isinstance(content, dict) else {}
         mine = {key: found.get(key) for key in self._identity(detectors)} == self._identity(detectors)
-        return [Snapshot.from_state_dict(state) for state in found["snapshots"]] if self._all(mine) else []
+        snapshots: list[Snapshot] = []
+        try:
+            snapshots = [Snapshot.from_state_dict(state) for state in found.get("snapshots", [])]
+        except (ValueError, TypeError, AttributeError):  # the file says that it is ours, but is not
+            mine = False
+        return snapshots if self._all(mine) else []
 
     def _path(self, folder: Path) -> Path:
         return folder / f"snapshots-rank-{self.trainer.global_rank}.pt"

@@ -59,6 +59,13 @@ def test_what_was_saved_comes_back(tmp_path: Path, snapshot: Snapshot) -> None:
     assert found.restored_at == 6
 
 
+@pytest.mark.parametrize("snapshots", [[{"restore": 1}], [7], 7, [{}]])
+def test_what_is_no_snapshot_is_left_out(tmp_path: Path, snapshot: Snapshot, snapshots: Any) -> None:
+    path = tmp_path / "step_7/snapshots-rank-0.pt"
+    torch.save({**torch.load(path), "snapshots": snapshots}, path)
+    assert load(trainer(tmp_path)) == []
+
+
 def test_what_belongs_to_another_checkpoint_does_not(tmp_path: Path, snapshot: Snapshot) -> None:
     assert load(trainer(tmp_path, global_step=8)) == []
     assert load(trainer(tmp_path, world_size=1)) == []

@@ -15,7 +15,7 @@ from tests.helpers_run import Finished, assert_began, tiny_job, train
 from tests.test_train import assert_equal
 
 LAST, PREVIOUS = "checkpoints/last.ckpt", "checkpoints/previous.ckpt"
-PIECES = "__1_0.distcp"  # of the second process
+PIECES = "rank-00001.safetensors"  # of the second process
 STEPS = ["callbacks.last_checkpoint.every_n_train_steps=1", "optim.schedule=constant"]
 GOING_ON = [*tiny_job(*STEPS, "trainer.max_steps=4"), "ckpt_path=last"]
 
@@ -46,7 +46,7 @@ def assert_passed_over(run: Path, ended: Finished) -> None:
     [
         (truncate, PIECES),
         (flip, PIECES),
-        (flip, ".metadata"),
+        (flip, "index.json"),
         (flip, "meta.pt"),
         (Path.unlink, PIECES),
     ],

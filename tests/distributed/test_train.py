@@ -26,7 +26,7 @@ def job(run_dir: str, *arguments: str) -> list[str]:
 def assert_same(ours: Path, theirs: Path, at: int) -> None:
     """It went on at that step as the other one had, bit for bit."""
     assert_began(ours, at)
-    for tag in ("train/loss", "val/loss", "optim/grad_norm"):
+    for tag in ("train/loss", "val/loss", "optim/grad_norm", "updates/block_1/attn_out"):
         assert scalars(ours, tag) == scalars(theirs, tag), tag
     mine, others = (load(path / "checkpoints/last.ckpt") for path in (ours, theirs))
     for part in ("state_dict", "optimizer_0", "lr_schedulers", "PythonStdlib"):

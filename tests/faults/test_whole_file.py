@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from core import run_lock
+from core import run_lock, tensor_archive
 from core.checkpoint import keep
 from core.errors import ConfigError
 from core.run_lock import held
@@ -43,7 +43,7 @@ def test_every_bit_counts(tmp_path: Path) -> None:
         if damage(path):
             noticed += 1
         else:
-            assert torch.equal(load(path)["weight"], torch.arange(100)), place
+            assert torch.equal(tensor_archive.load(path)["weight"], torch.arange(100)), place
     assert noticed > 100
 
 

@@ -171,6 +171,8 @@ def test_a_task_that_asks_for_beams_is_refused(
     with pytest.raises(SystemExit, match="2"):
         evaluate.cli.run(lambda: evaluate.main([str(run), "tasks=offline_continue"]))
     assert "generation_kwargs.num_beams=4 is not valid: expected 1: the task asks" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("place", ["evaluation", "tensorboard"])
 def test_figures_are_printed_where_they_cannot_be_written(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str

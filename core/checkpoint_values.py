@@ -1,0 +1,71 @@
+"""What a checkpoint says of its run is typed and bounded here, before anybody counts with it or makes a path of it."""
+
+from collections.abc import Iterator
+from pathlib import PurePath
+from typing import Any
+
+from torch import Tensor
+
+from core.untrusted import Untrusted
+
+STEPS = 1 << 53  # that a float still counts one by one
+PATHS = ("best_model_path", "kth_best_model_path", "last_model_path", "dirpath")  # of Lightning's ModelCheckpoint
+
+
+def checked(content: Any) -> dict[str, Any]:
+    """The same content, of which each part that is there has the type that this project and Lightning give it.
+
+    Raises:
+        Untrusted: names the part, what it is and what would be valid.
+    """
+    if not isinstance(content, dict):
+        raise Untrusted(f"it holds a {type(content).__name__}, not the parts of a checkpoint")
+    for name in ("global_step", "epoch"):
+        if name in content:
+            _count(name, content[name])
+    for name in ("hyper_parameters", "callbacks", "loops", "state_dict"):
+        if not isinstance(content.get(name, {}), dict):
+            raise _wrong(name, content[name], "a group of values")
+    for name, weight in content.get("state_dict", {}).items():
+        if not isinstance(name, str) or not isinstance(weight, Tensor):
+            raise _wrong(f"state_dict.{name}", weight, "a tensor")
+    if "vocab_size" in content.get("hyper_parameters", {}):
+        _count("hyper_parameters.vocab_size", content["hyper_parameters"]["vocab_size"])
+    for name, value in _leaves(content.get("loops", {}), "loops"):
+        if not isinstance(value, bool | None):
+            _count(name, value)
+    for name, state in content.get("callbacks", {}).items():
+        if isinstance(state, dict) and str(name).startswith("ModelCheckpoint"):
+            _check_paths(str(name), state)
+    return content
+
+
+def _check_paths(name: str, state: dict[Any, Any]) -> None:
+    """Lightning removes what is worse than the best; what it removes lies in the folder of checkpoints."""
+    best = state.get("best_k_models", {})
+    if not isinstance(best, dict):
+        raise _wrong(f"callbacks.{name}.best_k_models", best, "a group of values")
+    for path in (*(state[key] for key in PATHS if state.get(key) is not None), *best):
+        if not isinstance(path, str) or ".." in PurePath(path).parts or "\0" in path:
+            raise _wrong(f"callbacks.{name}", path, "the path of a checkpoint, without ..")
+
+
+def _count(name: str, value: Any) -> None:
+    if type(value) is not int or not 0 <= value < STEPS:
+        raise _wrong(name, value, "an integer in [0, 2**53)")
+
+
+def _wrong(name: str, value: Any, valid: str) -> Untrusted:
+    shown = repr(value)[:60] if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
+    return Untrusted(f"its {name[:100]} is {shown}, where {valid} should be")
+
+
+def _leaves(node: Any, name: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _leaves(value, f"{name}.{key}")
+    elif isinstance(node, list | tuple):
+        for number, value in enumerate(node):
+            yield from _leaves(value, f"{name}.{number}")
+    else:
+        yield name, node

@@ -1,0 +1,225 @@
+"""A checkpoint from a stranger, opened by all that open one: it runs nothing, writes nothing and takes little."""
+
+import io
+import os
+import pickle
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, StorageMeta
+
+from core.errors import ConfigError, UserError
+from core.open_run import open_data, open_run
+from core.saved_config import load_config
+from tests.faults.test_old_checkpoints import FIXTURES
+from tests.helpers_run import ROOT, corpus_root
+
+EVIL = "__9_0.distcp"
+
+
+class Payload:
+    """Unpickled without care, it makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def fragment(value: Any) -> bytes:
+    """Its pickle, to stand amid another one."""
+    buffer = io.BytesIO()
+    pickler = pickle.Pickler(buffer, 2)
+    pickler.fast = True
+    pickler.dump(value)
+    return buffer.getvalue()[2:-1]
+
+
+def set_attribute(of: type, name: str, value: Any) -> bytes:
+    """Opcodes that set an attribute of a class: BUILD with a state for slots, then POP."""
+    return fragment(of) + fragment((None, {name: value})) + b"b0"
+
+
+def renamed(harmless: Metadata, evil: Metadata) -> bytes:
+    """The class of entries that are no tensors no longer has the name by which a look knows it."""
+    return b"\x80\x02" + set_attribute(BytesStorageMetadata, "__name__", "u") + fragment(evil) + b"."
+
+
+def two_faced(harmless: Metadata, evil: Metadata) -> bytes:
+    """Made as one, then given the state of another; but the second time it is loaded, no state is taken any more."""
+    made = fragment(Metadata) + fragment((evil.state_dict_metadata, None, evil.storage_data)) + b"R"
+    built = made + fragment(vars(harmless)) + b"b"
+    return b"\x80\x02" + built + set_attribute(Metadata, "__setstate__", StorageMeta) + b"."
+
+
+FORMS = {"renamed": renamed, "two-faced": two_faced}
+
+
+def arm(folder: Path, form: Callable[[Metadata, Metadata], bytes], canary: Path) -> None:
+    """Put a pickle that makes the canary among the pieces of a checkpoint of torch.distributed.checkpoint."""
+    harmless, evil = (pickle.loads((folder / ".metadata").read_bytes()) for _ in range(2))
+    torch.save(Payload(canary), folder / EVIL)
+    evil.state_dict_metadata["extra"] = BytesStorageMetadata()
+    piece = _StorageInfo(EVIL, 0, (folder / EVIL).stat().st_size)
+    evil.storage_data[MetadataIndex("extra")] = piece
+    evil.planner_data["extra"] = ("extra",)
+    (folder / ".metadata").write_bytes(form(harmless, evil))
+    (folder / "metadata.crc32").unlink()
+
+
+READERS = """
+import sys
+from pathlib import Path
+from core.checkpoint import load, load_beside_weights
+from core.open_run import open_run
+from core.run_folder import newest_whole
+from core.whole_file import damage_of
+from tools.consolidate import consolidate
+for run in map(Path, sys.argv[1:]):
+    path = run / "checkpoints/last.ckpt"
+    for read in (
+        lambda: load(path), lambda: load(path), lambda: damage_of(path, True), lambda: load_beside_weights(path),
+        lambda: consolidate(path, run.parent / "weights.safetensors"), lambda: open_run(run), lambda: newest_whole(run),
+    ):
+        try:
+            print("read", type(read()).__name__)
+        except Exception as error:
+            print("refused", type(error).__name__, " ".join(str(error).split())[:300])
+"""
+
+
+def opened_by_all(*runs: Path, seconds: float = 200) -> list[list[str]]:
+    """What each reader says of each run's last checkpoint, in one process, which may take 8 GB of addresses."""
+    ended = subprocess.run(
+        [sys.executable, "-c", READERS, *map(str, runs)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=seconds,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30)),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "Traceback" not in ended.stderr
+    lines = ended.stdout.splitlines()
+    assert len(lines) == 7 * len(runs)
+    return [lines[7 * n : 7 * n + 7] for n in range(len(runs))]
+
+
+def test_no_reader_runs_what_is_among_the_pieces(tmp_path: Path) -> None:
+    runs = []
+    for name, form in FORMS.items():
+        runs.append(Path(shutil.copytree(FIXTURES / "in_pieces", tmp_path / name / "run")))
+        arm(runs[-1] / "checkpoints/last.ckpt", form, tmp_path / name / "ran")
+    opened_by_all(*runs)
+    for name in FORMS:
+        assert not (tmp_path / name / "ran").exists(), name
+    torch.load(runs[0] / "checkpoints/last.ckpt" / EVIL, weights_only=False)
+    assert (tmp_path / "renamed/ran").exists(), "torch alone would have run it"
+
+
+def edited(tmp_path: Path, name: str, edit: Callable[[dict[str, Any]], None]) -> Path:
+    """A copy of a whole run whose checkpoint says something else."""
+    run = Path(shutil.copytree(FIXTURES / "one_file", tmp_path / name / "run"))
+    path = run / "checkpoints/last.ckpt"
+    content = torch.load(path, weights_only=True)
+    edit(content)
+    torch.save(content, path)
+    return run
+
+
+def at(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    def edit(content: dict[str, Any]) -> None:
+        *groups, last = path.split("/")
+        for group in groups:
+            content = content[group]
+        content[last] = value
+
+    return edit
+
+
+def shared(levels: int) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for _ in range(levels):
+        value = {"a": value, "b": value}
+    return value
+
+
+BEST = {"best_k_models": {"/x/run/checkpoints/../../victim": 1.0}, "best_model_path": ""}
+EDITS: dict[str, tuple[str, Any]] = {
+    "a step that is a path": ("global_step", "x/../../../PWN"),
+    "a step in the loops": ("loops/fit_loop/epoch_loop.batch_progress/total/ready", "../x"),
+    "a negative step": ("global_step", -1),
+    "a file to remove": ("callbacks/ModelCheckpoint{}", BEST),
+    "weights that are none": ("state_dict/model.head.weight", "x"),
+    "a vocabulary of 10^15": ("hyper_parameters/vocab_size", 10**15),
+    "2^40 values": ("hyper_parameters/x", shared(40)),
+    "256 GiB of one": ("state_dict/model.head.weight", torch.zeros(1).expand(1 << 36)),
+}
+
+
+def test_what_cannot_be_is_refused_by_all_that_open_a_run(tmp_path: Path) -> None:
+    runs = [edited(tmp_path, f"run{n}", at(*edit)) for n, edit in enumerate(EDITS.values())]
+    for name, (first, _, _, beside, consolidated, opened, _) in zip(EDITS, opened_by_all(*runs), strict=True):
+        if name != "a vocabulary of 10^15":  # which no file contradicts, but the model's weights do
+            assert first.startswith("refused Untrusted"), f"{name}: {first}"
+            assert beside.startswith("refused Untrusted"), f"{name}: {beside}"
+            assert consolidated.startswith("refused UserError"), f"{name}: {consolidated}"
+        assert opened.startswith("refused ConfigError checkpoint="), f"{name}: {opened}"
+
+
+CONFIGS = {
+    "aliases": "a: &a [x,x,x,x,x,x,x,x,x]\n"
+    + "\n".join(f"{chr(98 + n)}: &{chr(98 + n)} [{','.join(['*' + chr(97 + n)] * 9)}]" for n in range(12)),
+    "depth": "a: " + "[" * 5000,
+    "size": "a: '" + "x" * (2 << 20) + "'",
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_configuration_that_unfolds_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.yaml").write_text(CONFIGS[name])
+    with pytest.raises(UserError, match="cannot be read as a configuration"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("module.model.num_layers", 10**7), ("module.model.dim", 2**20), ("module.model.ffn_dim", 2**30)],
+)
+def test_a_model_that_the_checkpoint_does_not_have_is_not_made(tmp_path: Path, field: str, value: int) -> None:
+    run = Path(shutil.copytree(FIXTURES / "one_file", tmp_path / "run"))
+    config = OmegaConf.load(run / "config.yaml")
+    OmegaConf.update(config, field, value)
+    OmegaConf.save(config, run / "config.yaml")
+    with pytest.raises(ConfigError, match="a checkpoint of the model that"):
+        open_run(run)
+
+
+def test_opening_a_run_writes_nowhere_but_in_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A corpus that is there is read where it is; one that has to be written goes where a new run would put it."""
+    run = Path(shutil.copytree(FIXTURES / "one_file", tmp_path / "run"))
+    config = OmegaConf.load(run / "config.yaml")
+    data = {"_target_": "datamodules.python_stdlib.PythonStdlib", "root": str(tmp_path / "anywhere")}
+    config.data = {**data, "seq_len": 32, "batch_size": 4}
+    OmegaConf.save(config, run / "config.yaml")
+    assert open_run(run).datamodule.root == Path("data")
+    config.data.root = str(corpus_root())
+    OmegaConf.save(config, run / "config.yaml")
+    assert open_run(run).datamodule.root == corpus_root()
+    shards = {"_target_": "datamodules.shard_corpus.ShardCorpus", "path": "x", "cache_dir": str(tmp_path / "anywhere")}
+    config.data = {**shards, "seq_len": 32, "batch_size": 4, "val_batches": 1}
+    assert open_data(config).hparams["cache_dir"] == "data/cache"
+    assert not (tmp_path / "anywhere").exists()
