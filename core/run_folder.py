@@ -183,6 +183,7 @@ def check_resumable(run: RunFolder, module: Any, datamodule: Any, max_steps: int
         valid = "a whole checkpoint of this project; this file cannot be read as one"
         raise ConfigError("ckpt_path", str(checkpoint), valid) from error
     position = content.get(type(datamodule).__qualname__, {})
+    _check_same_data(content, datamodule)
     old = flatten({**saved, "data": position.get("stream_identity", {})}, ".")
     new = flatten({**module.hparams, "data": getattr(datamodule, "stream_identity", {})}, ".")
     for field in sorted((old.keys() | new.keys()) - MAY_CHANGE - (ADDED - old.keys())):
@@ -193,6 +194,22 @@ def check_resumable(run: RunFolder, module: Any, datamodule: Any, max_steps: int
             print(f"The run in {run.path} is trained to its last step, {step}; what it lacks is written now.")
         return
     require(step < max_steps, "trainer.max_steps", max_steps, f"more than {step}, the step of the checkpoint")
+
+
+def _check_same_data(content: dict[str, Any], datamodule: Any) -> None:
+    """Refuse a DataModule of another class than the checkpoint's: a position in its stream means nothing in another.
+
+    Lightning keeps a DataModule's state under the name of its class; `stream_identity` marks those of this project.
+    """
+    saved = [name for name, state in content.items() if isinstance(state, dict) and "stream_identity" in state]
+    own = type(datamodule).__qualname__
+    if own not in saved and (saved or hasattr(datamodule, "stream_identity")):
+        valid = (
+            f"{' or '.join(saved)}, as in the checkpoint that is resumed"
+            if saved
+            else ("a DataModule that keeps no position: the checkpoint that is resumed has none")
+        )
+        raise ConfigError("data._target_", own, valid)
 
 
 def resume_command(run_dir: Path, max_steps: int | None = None) -> str:

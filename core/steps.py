@@ -1,16 +1,46 @@
 """Optimizer steps as against batches: under accumulation several batches make one step."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from core.errors import require
 
 
 def completes_step(trainer: L.Trainer, batch_idx: int) -> bool:
-    """Whether the batch is the last of its optimizer step."""
-    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+    """Whether the batch is the last of its optimizer step: Lightning also steps on the last batch of an epoch."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or bool(trainer.is_last_batch)
+
+
+def num_steps(trainer: L.Trainer) -> float:
+    """How many optimizer steps the Trainer will do in all, however its length is given; math.inf where nothing says it.
+
+    Call it from `configure_optimizers` on: the length may follow from the training data, which Lightning then loads.
+    """
+    limit = trainer.limit_train_batches
+    endless = getattr(getattr(trainer, "datamodule", None), "endless", False)
+    if endless and trainer.max_epochs != -1:
+        # Not by Lightning's estimate: it would load the data of a resumed run before their position is known.
+        assert trainer.max_epochs is not None
+        of_epochs = math.ceil(limit / trainer.accumulate_grad_batches) * trainer.max_epochs
+        steps: float = of_epochs if isinstance(limit, int) else math.inf
+        return min(steps, trainer.max_steps) if trainer.max_steps >= 0 else steps
+    steps = trainer.estimated_stepping_batches
+    scheduler = _accumulation_scheduler(trainer)
+    if scheduler is not None and trainer.max_epochs != -1 and math.isfinite(steps):
+        assert trainer.max_epochs is not None
+        sizes = [scheduler.get_accumulate_grad_batches(epoch) for epoch in range(trainer.max_epochs)]
+        by_epochs = sum(math.ceil(trainer.num_training_batches / size) for size in sizes)
+        return min(by_epochs, trainer.max_steps) if trainer.max_steps >= 0 else by_epochs
+    return steps if steps >= 0 else math.inf  # Lightning says -1 of data without a length
+
+
+def at_the_end(trainer: L.Trainer) -> bool:
+    """Whether the run has done the `max_steps` that it was to do; a run that is so many epochs long has none."""
+    return 0 <= trainer.max_steps <= trainer.global_step
 
 
 def begin_step(trainer: L.Trainer) -> None:
@@ -22,10 +52,40 @@ def begin_step(trainer: L.Trainer) -> None:
     if not trainer.fit_loop.restarting:
         return
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress
-    shift = trainer.global_step * trainer.accumulate_grad_batches - progress.total.processed
+    shift = trainer.global_step * _batches_per_step(trainer) - progress.total.processed
     for counts in (progress.total, progress.current):
         for name in ("ready", "started", "processed", "completed"):
             setattr(counts, name, getattr(counts, name) + shift)
+
+
+def _batches_per_step(trainer: L.Trainer) -> int:
+    """As it will be once the epoch begins, which is after the data were loaded."""
+    scheduler = _accumulation_scheduler(trainer)
+    if scheduler is None:
+        return trainer.accumulate_grad_batches
+    return scheduler.get_accumulate_grad_batches(trainer.current_epoch)
+
+
+def _accumulation_scheduler(trainer: L.Trainer) -> GradientAccumulationScheduler | None:
+    return next((c for c in _callbacks(trainer) if isinstance(c, GradientAccumulationScheduler)), None)
+
+
+def _callbacks(trainer: L.Trainer) -> Iterable[L.Callback]:
+    callbacks: Iterable[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
+
+
+def begin_epoch(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    """Call `on_train_epoch_start` where Lightning leaves it out: in a process that resumes a run amid an epoch.
+
+    Callbacks set themselves up there: GradientAccumulationScheduler its number of batches, a progress bar its bar. To
+    be called in the LightningModule's `on_train_start`, when those of all callbacks are done.
+    """
+    loop = trainer.fit_loop
+    if loop.restarted_mid_epoch or loop.restarted_on_epoch_end:
+        for callback in _callbacks(trainer):
+            callback.on_train_epoch_start(trainer, pl_module)
+        pl_module.on_train_epoch_start()
 
 
 def is_logged(trainer: L.Trainer, step: int) -> bool:
@@ -35,8 +95,12 @@ def is_logged(trainer: L.Trainer, step: int) -> bool:
     return step == trainer.max_steps or (every > 0 and step % every == 0)
 
 
-def check_length(trainer: L.Trainer) -> None:
+def check_length(trainer: L.Trainer, val_check_interval: object = None) -> None:
     """Refuse a Trainer that would never end, or never step.
+
+    Args:
+        trainer: as train.py has built it.
+        val_check_interval: as it was given to the Trainer.
 
     Raises:
         ConfigError: the run's length is not given in steps, or a step in batches.
@@ -48,7 +112,7 @@ def check_length(trainer: L.Trainer) -> None:
     require(trainer.max_epochs == -1, "trainer.max_epochs", trainer.max_epochs, "-1; give trainer.max_steps instead")
     batches = trainer.accumulate_grad_batches
     require(batches >= 1, "trainer.accumulate_grad_batches", batches, "an integer >= 1")
-    every = trainer.val_check_interval
+    every = getattr(trainer, "val_check_interval", val_check_interval)  # a time is kept elsewhere by Lightning
     valid = f"an integer, a multiple of trainer.accumulate_grad_batches={batches}: a step is validated and saved whole"
     whole = isinstance(every, int) and every >= 1 and every % batches == 0
     require(whole, "trainer.val_check_interval", every, valid)
