@@ -14,9 +14,9 @@ from core.together import failing_together
 class BestCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint, with a fixed name for the best one where `save_top_k` asks for several.
 
-    Under one `filename` without a field such as {step}, Lightning writes all of them to the same path, so that it holds
-    the last one that was good enough. Here each gets its step (best-step=200.ckpt), and `filename` itself stays a second
-    name of the best one: a hard link, which takes no room. The arguments are ModelCheckpoint's.
+    Under one `filename` without a field such as {step}, Lightning writes all of them to the same path, so that it
+    holds the last one that was good enough. Here each gets its step (best-step=200.ckpt), and `filename` itself stays
+    a second name of the best one: a hard link, which takes no room. The arguments are ModelCheckpoint's.
     """
 
     _named = ""  # the checkpoint that has the second name, as far as this process has given it

@@ -45,7 +45,7 @@ class RunDiverged(Exception):
 
 
 def register_schemas() -> None:
-    """Give Hydra the typed `model` and `optim` groups, which configs/train.yaml starts from, and the resolver of ours."""
+    """Give Hydra the typed `model` and `optim` groups, which configs/train.yaml starts from, and our resolver."""
     register_resolver()
     store = ConfigStore.instance()
     for name, schema in (("model", ModelConfig), ("optim", OptimConfig)):

@@ -1,4 +1,4 @@
-"""Callbacks of Lightning's that assume what a run here is not: several epochs, or settings that may change by themselves."""
+"""Callbacks of Lightning's that assume what a run here is not: several epochs, or settings that may change."""
 
 from pathlib import Path
 from typing import Any

@@ -18,7 +18,7 @@ CHOICES = [path.relative_to(ROOT / "configs").with_suffix("") for path in sorted
 CHOICES = [choice for choice in CHOICES if choice.parent.name not in ("study", "eval")]  # of other commands
 FILLED_IN = {"module": {"vocab_size"}, "trainer": {"callbacks", "logger", "default_root_dir"}}
 ON_A_CPU = ["trainer.accelerator=cpu", "model.compile=false"]
-ON_SHARDS = ("study_gpu", "study_paper")
+ON_SHARDS = ("dense_7b", "study_gpu", "study_paper")
 
 
 def composed(*overrides: str) -> DictConfig:
