@@ -14,6 +14,7 @@ def trainer(**values: Any) -> Any:
         "max_steps": 10,
         "max_epochs": -1,
         "accumulate_grad_batches": 3,
+        "is_last_batch": False,
         "log_every_n_steps": 4,
         "val_check_interval": 6,
         "limit_train_batches": 1.0,
@@ -25,6 +26,10 @@ def trainer(**values: Any) -> Any:
 
 def test_the_last_of_the_accumulated_batches_completes_the_step() -> None:
     assert [index for index in range(9) if completes_step(trainer(), index)] == [2, 5, 8]
+
+
+def test_the_last_batch_of_an_epoch_completes_a_step_too() -> None:
+    assert completes_step(trainer(is_last_batch=True), 0), "Lightning steps with the remainder"
 
 
 def test_every_nth_step_is_logged_and_the_last() -> None:
