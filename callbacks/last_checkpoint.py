@@ -113,7 +113,8 @@ class LastCheckpoint(Checkpoint):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Without a validation at the end. Not later: in their on_train_end, callbacks may put other weights in the
         # place of the trained ones, as WeightAveraging does.
-        if trainer.global_step not in self._steps:
+        ends = trainer.should_stop or at_the_end(trainer) or trainer.current_epoch + 1 == trainer.max_epochs
+        if ends and trainer.global_step not in self._steps:
             self._save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

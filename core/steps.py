@@ -20,22 +20,19 @@ def num_steps(trainer: L.Trainer) -> float:
 
     Call it from `configure_optimizers` on: the length may follow from the training data, which Lightning then loads.
     """
-    limit = trainer.limit_train_batches
-    endless = getattr(getattr(trainer, "datamodule", None), "endless", False)
-    if endless and trainer.max_epochs != -1:
-        # Not by Lightning's estimate: it would load the data of a resumed run before their position is known.
-        assert trainer.max_epochs is not None
-        of_epochs = math.ceil(limit / trainer.accumulate_grad_batches) * trainer.max_epochs
-        steps: float = of_epochs if isinstance(limit, int) else math.inf
-        return min(steps, trainer.max_steps) if trainer.max_steps >= 0 else steps
-    steps = trainer.estimated_stepping_batches
-    scheduler = _accumulation_scheduler(trainer)
-    if scheduler is not None and trainer.max_epochs != -1 and math.isfinite(steps):
-        assert trainer.max_epochs is not None
-        sizes = [scheduler.get_accumulate_grad_batches(epoch) for epoch in range(trainer.max_epochs)]
-        by_epochs = sum(math.ceil(trainer.num_training_batches / size) for size in sizes)
-        return min(by_epochs, trainer.max_steps) if trainer.max_steps >= 0 else by_epochs
-    return steps if steps >= 0 else math.inf  # Lightning says -1 of data without a length
+    end = trainer.max_steps if trainer.max_steps >= 0 else math.inf
+    if trainer.max_epochs == -1:
+        return end
+    if getattr(getattr(trainer, "datamodule", None), "endless", False):
+        # Its data are not loaded for this: those of a resumed run must not be before their position is known.
+        limit = trainer.limit_train_batches
+        batches: float = limit if isinstance(limit, int) else math.inf
+    else:
+        _ = trainer.estimated_stepping_batches  # loads the data, but takes all steps to be of the first one's size
+        batches = trainer.num_training_batches
+    assert trainer.max_epochs is not None
+    sizes = [_batches_per_step(trainer, epoch) for epoch in range(max(trainer.max_epochs, 1))]
+    return min(end, sum(math.ceil(batches / size) for size in sizes) if math.isfinite(batches) else math.inf)
 
 
 def at_the_end(trainer: L.Trainer) -> bool:
@@ -49,25 +46,25 @@ def begin_step(trainer: L.Trainer) -> None:
     Lightning counts on from the batches of the checkpoint. Where that was saved amid a step, or by a run that made its
     steps of another number of batches, the first step would be made of too few, and data that go by steps would be off.
     """
-    if not trainer.fit_loop.restarting:
+    batches, limit = _batches_per_step(trainer, trainer.current_epoch), trainer.limit_train_batches
+    remainder = (
+        isinstance(limit, int) and limit % batches
+    )  # which is a step too, in each epoch of a Trainer of one's own
+    if not trainer.fit_loop.restarting or remainder:
         return
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress
-    shift = trainer.global_step * _batches_per_step(trainer) - progress.total.processed
+    shift = trainer.global_step * batches - progress.total.processed
     for counts in (progress.total, progress.current):
         for name in ("ready", "started", "processed", "completed"):
             setattr(counts, name, getattr(counts, name) + shift)
 
 
-def _batches_per_step(trainer: L.Trainer) -> int:
+def _batches_per_step(trainer: L.Trainer, epoch: int) -> int:
     """As it will be once the epoch begins, which is after the data were loaded."""
-    scheduler = _accumulation_scheduler(trainer)
-    if scheduler is None:
-        return trainer.accumulate_grad_batches
-    return scheduler.get_accumulate_grad_batches(trainer.current_epoch)
-
-
-def _accumulation_scheduler(trainer: L.Trainer) -> GradientAccumulationScheduler | None:
-    return next((c for c in _callbacks(trainer) if isinstance(c, GradientAccumulationScheduler)), None)
+    for callback in _callbacks(trainer):
+        if isinstance(callback, GradientAccumulationScheduler):
+            return callback.get_accumulate_grad_batches(epoch)
+    return trainer.accumulate_grad_batches
 
 
 def _callbacks(trainer: L.Trainer) -> Iterable[L.Callback]:
@@ -110,6 +107,9 @@ def check_length(trainer: L.Trainer, val_check_interval: object = None) -> None:
     valid = "an integer >= 1: the token stream has no end, a run is so many optimizer steps long"
     require(trainer.max_steps >= 1, "trainer.max_steps", trainer.max_steps, valid)
     require(trainer.max_epochs == -1, "trainer.max_epochs", trainer.max_epochs, "-1; give trainer.max_steps instead")
+    require(not trainer.min_epochs, "trainer.min_epochs", trainer.min_epochs, "null; give trainer.min_steps instead")
+    # Left out, Lightning makes it 1 beside min_steps, and nothing could stop the run before its only epoch is over.
+    trainer.fit_loop.min_epochs = 0
     batches = trainer.accumulate_grad_batches
     require(batches >= 1, "trainer.accumulate_grad_batches", batches, "an integer >= 1")
     every = getattr(trainer, "val_check_interval", val_check_interval)  # a time is kept elsewhere by Lightning

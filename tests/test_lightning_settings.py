@@ -9,7 +9,7 @@ import lightning as L
 import pytest
 import torch
 
-from tests.helpers_run import load, run, scalars, tiny_job, train
+from tests.helpers_run import events, load, run, scalars, tiny_job, train
 
 LIGHTNING = "lightning.pytorch.callbacks"
 ACCUMULATE = f"+callbacks.mine={{_target_: {LIGHTNING}.GradientAccumulationScheduler, scheduling: {{0: 2}}}}"
@@ -120,7 +120,7 @@ class Epochs(L.Callback):
         assert self.ready
 
 
-@pytest.mark.parametrize("validated", [True, False])
+@pytest.mark.parametrize("validated", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_callbacks_that_set_themselves_up_in_an_epoch_do_so_in_a_resumed_one(validated: bool, tmp_path: Path) -> None:
     epochs = "+callbacks.epochs._target_=tests.test_lightning_settings.Epochs"
     every = ["trainer.val_check_interval=6", "optim.schedule=constant", epochs, ACCUMULATE]
@@ -138,7 +138,8 @@ def test_callbacks_that_set_themselves_up_in_an_epoch_do_so_in_a_resumed_one(val
     assert all(torch.equal(ours["state_dict"][name], theirs["state_dict"][name]) for name in theirs["state_dict"])
 
 
-@pytest.mark.parametrize("validated", [True, False])
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
+@pytest.mark.parametrize("validated", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_an_average_of_the_weights_does_not_take_their_place(validated: bool, tmp_path: Path) -> None:
     average = f"+callbacks.mine={{_target_: {LIGHTNING}.EMAWeightAveraging, decay: 0.9}}"
     none = [] if validated else ["trainer.limit_val_batches=0", "callbacks.best_checkpoint=null"]
@@ -157,11 +158,15 @@ def test_an_average_of_the_weights_does_not_take_their_place(validated: bool, tm
 @pytest.mark.parametrize("ffn", ["dense", "moe"])
 def test_double_precision_trains(ffn: str, tmp_path: Path) -> None:
     folder = run(tmp_path, "run", f"experiment={ffn}_spannorm", "trainer.precision=64-true")
-    single = run(tmp_path, "single", f"experiment={ffn}_spannorm")
     weights = load(folder / "checkpoints/last.ckpt")["state_dict"]
     assert weights["model.embedding.weight"].dtype == torch.float64
-    assert scalars(folder, "val/loss") == pytest.approx(scalars(single, "val/loss"), rel=1e-2)
-    assert scalars(folder, "optim/grad_norm").keys() == scalars(single, "optim/grad_norm").keys()
+    assert all(5 < loss < 7 for loss in scalars(folder, "val/loss").values())  # ln 257 = 5.5
+    parts = [f"gradients/{part}" for part in ("block_1/all", "block_2/all", "embedding", "head")]
+    parts += [tag for tag in ("gradients/norm",) if tag in events(folder).Tags()["scalars"]]
+    for step, norm in scalars(folder, "optim/grad_norm").items():
+        squares = [scalars(folder, part)[step] ** 2 for part in parts]
+        assert sum(squares) ** 0.5 <= norm * (1 + 1e-6)
+        assert sum(squares) ** 0.5 == pytest.approx(norm, rel=1e-2), "but for the norm behind the last block"
 
 
 LENGTHEN = ["optim.warmup_steps=2", "trainer.max_steps=8"]

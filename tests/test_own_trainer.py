@@ -93,14 +93,14 @@ def test_each_epoch_of_the_endless_stream_goes_on_where_the_one_before_ended(tmp
     assert epochs.rates == whole.rates
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")  # the position is ours
 def test_epochs_of_the_endless_stream_resume(tmp_path: Path) -> None:
-    trainer, whole = fit(tmp_path, max_epochs=3, limit_train_batches=2)
-    half, first = fit(tmp_path, max_epochs=3, limit_train_batches=2, max_steps=3)
-    half.save_checkpoint(tmp_path / "half.ckpt")
-    resumed, second = fit(tmp_path, max_epochs=3, limit_train_batches=2, ckpt_path=tmp_path / "half.ckpt")
-    assert resumed.global_step == trainer.global_step == 6
-    seen = [batch.tolist() for batch in [*first.seen, *second.seen]]
-    assert seen == [batch.tolist() for batch in whole.seen]
+    lengths = {"max_epochs": 3, "limit_train_batches": 2, "enable_checkpointing": True}
+    _, whole = fit(tmp_path, LastCheckpoint(str(tmp_path), 3), **lengths)
+    resumed, rest = fit(tmp_path, ckpt_path=tmp_path / "previous.ckpt", **lengths)  # amid the second epoch
+    assert resumed.global_step == 6
+    assert rest.rates == whole.rates[3:]
+    assert [batch.tolist() for batch in rest.seen] == [batch.tolist() for batch in whole.seen[3:]]
 
 
 def test_an_endless_stream_needs_an_end(tmp_path: Path) -> None:
@@ -109,16 +109,13 @@ def test_an_endless_stream_needs_an_end(tmp_path: Path) -> None:
 
 
 def test_accumulation_by_a_scheduler_goes_on_after_a_stop_amid_an_epoch(tmp_path: Path) -> None:
-    _, whole = fit(tmp_path, GradientAccumulationScheduler({0: 2}), max_steps=4)
-    half, first = fit(tmp_path, GradientAccumulationScheduler({0: 2}), LastCheckpoint(str(tmp_path), 1), max_steps=3)
-    assert half.global_step == 3
-    resumed, second = fit(
-        tmp_path, GradientAccumulationScheduler({0: 2}), max_steps=4, ckpt_path=tmp_path / "previous.ckpt"
-    )
+    last = LastCheckpoint(str(tmp_path), 3)
+    _, whole = fit(tmp_path, GradientAccumulationScheduler({0: 2}), last, max_steps=5, enable_checkpointing=True)
+    stopped = tmp_path / "previous.ckpt"  # of step 3
+    resumed, rest = fit(tmp_path, GradientAccumulationScheduler({0: 2}), max_steps=5, ckpt_path=stopped)
     assert resumed.accumulate_grad_batches == 2, "Lightning's loop would go on with 1"
-    assert len(second.rates) == 2, "from step 2 on"
-    assert [b.tolist() for b in second.seen] == [b.tolist() for b in whole.seen[4:]]
-    assert [b.tolist() for b in first.seen] == [b.tolist() for b in whole.seen[:6]]
+    assert rest.rates == whole.rates[3:]
+    assert [batch.tolist() for batch in rest.seen] == [batch.tolist() for batch in whole.seen[6:]]
 
 
 def test_our_callbacks_know_epochs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

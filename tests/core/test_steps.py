@@ -13,6 +13,8 @@ def trainer(**values: Any) -> Any:
     defaults = {
         "max_steps": 10,
         "max_epochs": -1,
+        "min_epochs": None,
+        "fit_loop": SimpleNamespace(),
         "accumulate_grad_batches": 3,
         "is_last_batch": False,
         "log_every_n_steps": 4,
@@ -43,6 +45,7 @@ def test_every_nth_step_is_logged_and_the_last() -> None:
         ("max_steps", -1),
         ("max_steps", 0),
         ("max_epochs", 3),
+        ("min_epochs", 1),
         ("accumulate_grad_batches", 0),
         ("val_check_interval", 7),
         ("val_check_interval", 0),
