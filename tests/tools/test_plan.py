@@ -141,7 +141,7 @@ def test_a_7b_run_is_planned_without_its_weights() -> None:
     assert sharded.activations < cut.activations < 2 * sharded.activations, "twice the sequences, half of the inside"
 
 
-SMALL = ["data=synthetic", "data.task=copy", "model.num_layers=2", "trainer.devices=2"]
+SMALL = ["data=synthetic", "data.task=copy", "data.seq_len=64", "model.num_layers=2", "trainer.devices=2"]
 
 
 @pytest.mark.parametrize("trainer", ["ddp", "fsdp", "slurm"])
@@ -169,8 +169,8 @@ def test_the_hours_follow_the_precision(precision: str, peak: int, capsys: pytes
 
 
 def test_a_corpus_that_is_not_here_is_planned_by_its_vocabulary() -> None:
-    config = compose_config(["experiment=dense_7b", "trainer=fsdp", "trainer.devices=8"])
-    with pytest.raises(ConfigError, match=r"--vocab-size=None .* data/slimpajama/index.json cannot be read"):
+    config = compose_config(["experiment=dense_7b", "trainer=fsdp", "trainer.devices=8", "model.num_layers=1"])
+    with pytest.raises(ConfigError, match=r"--vocab-size=None .*data/slimpajama/index.json cannot be read"):
         plan(config)
     assert plan(config, 32768).parameters - plan(config, 257).parameters == 2 * 4096 * (32768 - 257)
 
@@ -185,7 +185,7 @@ def test_what_a_setting_changes() -> None:
     assert [2 * size for size in half[2:6]] == list(plain[2:6]), "weights, gradients, buckets, optimizer"
     double = of("trainer.precision=64-true")
     assert list(double[2:6]) == [2 * size for size in plain[2:6]]
-    assert half.activations < 0.6 * plain.activations < plain.activations < 0.6 * double.activations
+    assert half.activations < 0.9 * plain.activations < 0.9 * 0.7 * double.activations
     two = of("trainer=fsdp", "trainer.devices=2")
     assert of("trainer=fsdp", "trainer.devices=1", "trainer.num_nodes=2") == two
     assert plain.hours(0.4, 1e12) == pytest.approx(2 * two.hours(0.4, 1e12))
