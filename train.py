@@ -17,8 +17,10 @@ def main(config: DictConfig) -> float:
     import lightning as L
 
     from core.build import build, build_all
+    from core.ending import check_time_left, tell_early_end
     from core.errors import require
     from core.interruption import explained
+    from core.lightning_callbacks import check_callbacks
     from core.parallel import accumulate
     from core.quiet import quieten
     from core.run_folder import check_resumable, entered, folder_name
@@ -44,15 +46,19 @@ def main(config: DictConfig) -> float:
             logger=build_all(config, "logger"),
             default_root_dir=config.run_dir,
         )
-        check_length(trainer)
+        check_length(trainer, config.trainer.val_check_interval)
         datamodule.prepare_data()
         datamodule.check()
         accumulate(trainer, datamodule, config.micro_batch_size)
+        check_callbacks(trainer, config)
+        module.check_schedule(trainer)
         if run.ckpt_path is not None:
             check_resumable(run, module, datamodule, trainer.max_steps)
+            check_time_left(trainer, run.ckpt_path)
 
         with run.begun(trainer, config, overrides), explained(trainer, run.path):
             trainer.fit(module, datamodule=datamodule, ckpt_path=run.ckpt_path, weights_only=True)
+            tell_early_end(trainer)
         return final_loss(trainer, run.path)
 
 

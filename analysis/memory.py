@@ -6,7 +6,8 @@ is not, nor is it known what a compiler would fuse away.
 """
 
 from collections import defaultdict
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class Saved(NamedTuple):
@@ -45,9 +56,15 @@ class Saved(NamedTuple):
 
 
 def saved_activations(
-    build: Any, batch_size: int, seq_len: int, chunked: bool, cut: int = 1, dtype: torch.dtype | None = None
+    build: Any,
+    batch_size: int,
+    seq_len: int,
+    chunked: bool,
+    cut: int = 1,
+    dtype: torch.dtype | None = None,
+    weights: torch.dtype = torch.float32,
 ) -> Saved:
-    """Of a model's forward pass and its loss.
+    """What a model's forward pass and its loss keep for the backward pass.
 
     Args:
         build: makes the model, which has `blocks` with `attn` and `ffn`; it must not recompute its blocks.
@@ -55,6 +72,7 @@ def saved_activations(
         chunked: whether the model takes the loss itself, of a part of the logits at a time.
         cut: processes that tensor parallelism cuts attention and dense FFN over.
         dtype: of autocast; None: there is none.
+        weights: dtype of the weights, and so of all else where there is no autocast.
     """
     kept: dict[int, int] = defaultdict(int)  # block -> bytes
     states: list[int] = []
@@ -81,7 +99,8 @@ def saved_activations(
         return lambda *_: place.update({name: value})
 
     with FakeTensorMode():
-        model = build()
+        with _default_dtype(weights):
+            model = build()
         seen.update(StorageWeakRef(p.untyped_storage()) for p in (*model.parameters(), *model.buffers()))
         for number, block in enumerate(model.blocks, start=1):
             block.register_forward_pre_hook(lambda _, inputs, number=number: enter_block(number, inputs))

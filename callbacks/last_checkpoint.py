@@ -15,7 +15,7 @@ from core.checkpoint import keep, remove
 from core.errors import require
 from core.interruption import TrainingInterrupted
 from core.signals import STOPPING
-from core.steps import completes_step
+from core.steps import at_the_end, completes_step
 from core.together import failing_together
 
 
@@ -100,15 +100,22 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         if not completes_step(trainer, batch_idx):
             return
-        if trainer.global_step >= trainer.max_steps:
+        if at_the_end(trainer):
             trainer.should_stop = True  # makes Lightning validate after the last step, wherever the interval falls
             return
         self._leaving = self._agreed_signal(trainer)
         self._due = bool(self._leaving) or trainer.global_step % self.every_n_train_steps == 0
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.global_step >= trainer.max_steps and not trainer.sanity_checking:
+        if at_the_end(trainer) and not trainer.sanity_checking:
             self._save(trainer)  # before anything at the end of training can fail
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Without a validation at the end. Not later: in their on_train_end, callbacks may put other weights in the
+        # place of the trained ones, as WeightAveraging does.
+        ends = trainer.should_stop or at_the_end(trainer) or trainer.current_epoch + 1 == trainer.max_epochs
+        if ends and trainer.global_step not in self._steps:
+            self._save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._restore_handlers()

@@ -1,5 +1,6 @@
 """A progress bar over optimizer steps; plain lines where the output is no terminal."""
 
+import math
 import time
 from typing import Any
 
@@ -8,7 +9,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from core.steps import completes_step
+from core.steps import completes_step, num_steps
 
 
 class StepProgress(ProgressBar):
@@ -26,7 +27,7 @@ class StepProgress(ProgressBar):
         self.console = Console()
         self.period = refresh_seconds if self.console.is_terminal else line_seconds
         self._bar: Progress | None = None
-        self._enabled = True
+        self._enabled, self._num_steps = True, math.inf
 
     def disable(self) -> None:
         self._enabled = False
@@ -36,33 +37,40 @@ class StepProgress(ProgressBar):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._first_step, self._first_time, self._last_shown = trainer.global_step, time.monotonic(), 0.0
+        self._num_steps = num_steps(trainer)
         if self._enabled and self.console.is_terminal:
             columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn())
             self._bar = Progress(*columns, console=self.console)
-            self._task = self._bar.add_task("starting", total=trainer.max_steps, completed=trainer.global_step)
+            self._task = self._bar.add_task(
+                "starting",
+                total=self._num_steps if math.isfinite(self._num_steps) else None,
+                completed=trainer.global_step,
+            )
             self._bar.start()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        now, finished = time.monotonic(), trainer.global_step >= trainer.max_steps
+        now, finished = time.monotonic(), trainer.global_step >= self._num_steps
         due = finished or now - self._last_shown >= self.period
         if not (self._enabled and due and completes_step(trainer, batch_idx)):
             return
         self._last_shown = now
         # Lightning divides what training_step returns by the number of batches that make a step.
         loss = outputs["loss"].item() * trainer.accumulate_grad_batches
-        text = f"step {trainer.global_step}/{trainer.max_steps}  loss {loss:.3f}"
+        of = f"/{self._num_steps}" if math.isfinite(self._num_steps) else ""
+        text = f"step {trainer.global_step}{of}  loss {loss:.3f}"
         rate = trainer.callback_metrics.get("train/tokens_per_second")
         if rate is not None:
             text += f"  {float(rate):,.0f} tokens/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=trainer.global_step, description=text)
         else:
-            self.console.print(f"{text}  {self._time_left(trainer, now)} left", highlight=False, markup=False)
+            left = f"  {self._time_left(trainer, now)} left" if of else ""
+            self.console.print(f"{text}{left}", highlight=False, markup=False)
 
     def _time_left(self, trainer: L.Trainer, now: float) -> str:
-        done, left = trainer.global_step - self._first_step, trainer.max_steps - trainer.global_step
+        done, left = trainer.global_step - self._first_step, self._num_steps - trainer.global_step
         seconds = (now - self._first_time) / max(done, 1) * left
         return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
 

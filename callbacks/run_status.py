@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 
 from core.cli import RunDiverged
+from core.ending import early_end
 from core.interruption import TrainingInterrupted
 from core.status import DIVERGED, DONE, FAILED, FILE, RUNNING, STOPPED, read
 from core.steps import completes_step
@@ -20,8 +21,8 @@ class RunStatus(L.Callback):
 
     | key | |
     |---|---|
-    | status | running, done, stopped (by a signal), diverged, failed |
-    | step, max_steps | optimizer steps |
+    | status | running, done, stopped (by a signal, by its time, by a callback), diverged, failed |
+    | step, max_steps | optimizer steps; null where a run of one's own Trainer is so many epochs long |
     | train_loss, val_loss | nats per token, the last ones known; null where there is none that is finite |
     | reason | why it ended early, in a line; null otherwise |
 
@@ -63,7 +64,8 @@ class RunStatus(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._note_losses(trainer)
-        self._write(trainer, DONE)
+        reason = early_end(trainer)
+        self._write(trainer, DONE if reason is None else STOPPED, reason)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         # With the losses noted before: Lightning may reduce a metric when it is asked for, and here one process asks.
@@ -87,7 +89,7 @@ class RunStatus(L.Callback):
     def _write(self, trainer: L.Trainer, status: str, reason: str | None = None) -> None:
         if not self._writes(trainer):
             return
-        step = {"step": trainer.global_step, "max_steps": trainer.max_steps}
+        step = {"step": trainer.global_step, "max_steps": trainer.max_steps if trainer.max_steps >= 0 else None}
         new = self.run_dir / f"{FILE}.new"
         new.write_text(json.dumps({"status": status, **step, **self._losses, "reason": reason}, indent=2) + "\n")
         os.replace(new, self.run_dir / FILE)  # whoever reads meanwhile sees the old one or the new one

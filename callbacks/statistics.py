@@ -172,7 +172,9 @@ def _compute(labelled: list[tuple[Group, Any]], cache: _Cache, step: int, logged
         cache.watched, cache.restored = {}, {}
     carried, cache.carried = cache.carried, {}
     sizes = [len(parameters)] * len(measured) + [len(values) for values in carried.values()]
-    flat = iter(torch.cat([*measured, *(values.float() for values in carried.values())]).tolist())  # the one transfer
+    flat = iter(
+        torch.cat([*measured, *(values.to(measured[0].dtype) for values in carried.values())]).tolist()
+    )  # the one transfer
     rows = [list(islice(flat, size)) for size in sizes]
 
     groups = tuple(dict.fromkeys(group for group, _ in labelled))
@@ -200,13 +202,16 @@ def _update_norms(cache: _Cache, parameters: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def norms(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> Tensor:
-    """l2 norm of each, [tensors], on their device; of the whole tensor where processes hold a part each.
+    """l2 norm of each, [tensors], on their device; of the whole tensor where processes hold a part each. Summed up in
+    fp32, or in fp64 where there are tensors in fp64.
 
     Args:
         tensors: or the local parts of distributed ones.
         like: the parameters, whose distribution counts.
     """
-    local = torch.stack(torch._foreach_norm([_local(t) for t in tensors], 2, dtype=torch.float32))
+    parts = [_local(t) for t in tensors]
+    dtype = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
+    local = torch.stack(torch._foreach_norm(parts, 2, dtype=dtype))
     return _over_processes(local.square(), like).sqrt() if any(isinstance(p, DTensor) for p in like) else local
 
 

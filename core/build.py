@@ -3,7 +3,7 @@
 import pydoc
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -27,7 +27,9 @@ def build(config: DictConfig, field: str, **filled_in: Any) -> Any:
     node = OmegaConf.select(config, field)
     require(isinstance(node, DictConfig) and "_target_" in node, field, node, "a group with a _target_")
     target = locate(f"{field}._target_", node["_target_"])
-    given = instantiate(DictConfig({k: v for k, v in node.items() if k != "_target_"}), _convert_="all")
+    # Resolved here: a reference further down does not find the rest of the configuration from a part of it.
+    content = cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))
+    given = instantiate(DictConfig({k: v for k, v in content.items() if k != "_target_"}), _convert_="all")
     arguments = {name: value for name, value in given.items() if not name.startswith("_")}
     check_arguments(field, target, {**arguments, **filled_in})
     try:

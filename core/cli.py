@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from core import sweep
+from core.accelerator import register_resolver
 from core.allocator import keep_freed_memory
 from core.errors import ConfigError, UserError, one_line, suggest
 from core.explain import explain_omegaconf
@@ -45,7 +46,8 @@ class RunDiverged(Exception):
 
 
 def register_schemas() -> None:
-    """Give Hydra the typed `model` and `optim` groups; configs/train.yaml starts from them."""
+    """Give Hydra the typed `model` and `optim` groups, which configs/train.yaml starts from, and our resolver."""
+    register_resolver()
     store = ConfigStore.instance()
     for name, schema in (("model", ModelConfig), ("optim", OptimConfig)):
         node = writable_schema(schema)

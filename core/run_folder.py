@@ -299,6 +299,7 @@ def check_resumable(run: RunFolder, module: Any, datamodule: Any, max_steps: int
         valid = f"a whole checkpoint of this project ({one_line(error)})"
         raise ConfigError("ckpt_path", str(checkpoint), valid) from error
     position = content.get(type(datamodule).__qualname__, {})
+    _check_same_data(content, datamodule)
     identity = position.get("stream_identity", {}) if isinstance(position, dict) else {}
     ours = isinstance(getattr(module, "model_config", None), ModelConfig)
     take = _settings if ours else partial(flatten, separator=".")
@@ -322,6 +323,22 @@ def _settings(hyper_parameters: Mapping[str, Any]) -> dict[str, Any]:
     model = parse(ModelConfig, "model", hyper_parameters["model"])
     optim = parse(OptimConfig, "optim", hyper_parameters["optim"])
     return {**flatten(rest, "."), **settings(model, "model"), **settings(optim, "optim")}
+
+
+def _check_same_data(content: dict[str, Any], datamodule: Any) -> None:
+    """Refuse a DataModule of another class than the checkpoint's: a position in its stream means nothing in another.
+
+    Lightning keeps a DataModule's state under the name of its class; `stream_identity` marks those of this project.
+    """
+    saved = [name for name, state in content.items() if isinstance(state, dict) and "stream_identity" in state]
+    own = type(datamodule).__qualname__
+    if own not in saved and (saved or hasattr(datamodule, "stream_identity")):
+        valid = (
+            f"{' or '.join(saved)}, as in the checkpoint that is resumed"
+            if saved
+            else ("a DataModule that keeps no position: the checkpoint that is resumed has none")
+        )
+        raise ConfigError("data._target_", own, valid)
 
 
 def resume_command(run_dir: Path, max_steps: int | None = None) -> str:

@@ -1,16 +1,43 @@
 """Optimizer steps as against batches: under accumulation several batches make one step."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from core.errors import require
 
 
 def completes_step(trainer: L.Trainer, batch_idx: int) -> bool:
-    """Whether the batch is the last of its optimizer step."""
-    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+    """Whether the batch is the last of its optimizer step: Lightning also steps on the last batch of an epoch."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or bool(trainer.is_last_batch)
+
+
+def num_steps(trainer: L.Trainer) -> float:
+    """How many optimizer steps the Trainer will do in all, however its length is given; math.inf where nothing says it.
+
+    Call it from `configure_optimizers` on: the length may follow from the training data, which Lightning then loads.
+    """
+    end = trainer.max_steps if trainer.max_steps >= 0 else math.inf
+    if trainer.max_epochs == -1:
+        return end
+    if getattr(getattr(trainer, "datamodule", None), "endless", False):
+        # Its data are not loaded for this: those of a resumed run must not be before their position is known.
+        limit = trainer.limit_train_batches
+        batches: float = limit if isinstance(limit, int) else math.inf
+    else:
+        _ = trainer.estimated_stepping_batches  # loads the data, but takes all steps to be of the first one's size
+        batches = trainer.num_training_batches
+    assert trainer.max_epochs is not None
+    sizes = [_batches_per_step(trainer, epoch) for epoch in range(max(trainer.max_epochs, 1))]
+    return min(end, sum(math.ceil(batches / size) for size in sizes) if math.isfinite(batches) else math.inf)
+
+
+def at_the_end(trainer: L.Trainer) -> bool:
+    """Whether the run has done the `max_steps` that it was to do; a run that is so many epochs long has none."""
+    return 0 <= trainer.max_steps <= trainer.global_step
 
 
 def begin_step(trainer: L.Trainer) -> None:
@@ -19,13 +46,43 @@ def begin_step(trainer: L.Trainer) -> None:
     Lightning counts on from the batches of the checkpoint. Where that was saved amid a step, or by a run that made its
     steps of another number of batches, the first step would be made of too few, and data that go by steps would be off.
     """
-    if not trainer.fit_loop.restarting:
+    batches, limit = _batches_per_step(trainer, trainer.current_epoch), trainer.limit_train_batches
+    remainder = (
+        isinstance(limit, int) and limit % batches
+    )  # which is a step too, in each epoch of a Trainer of one's own
+    if not trainer.fit_loop.restarting or remainder:
         return
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress
-    shift = trainer.global_step * trainer.accumulate_grad_batches - progress.total.processed
+    shift = trainer.global_step * batches - progress.total.processed
     for counts in (progress.total, progress.current):
         for name in ("ready", "started", "processed", "completed"):
             setattr(counts, name, getattr(counts, name) + shift)
+
+
+def _batches_per_step(trainer: L.Trainer, epoch: int) -> int:
+    """As it will be once the epoch begins, which is after the data were loaded."""
+    for callback in _callbacks(trainer):
+        if isinstance(callback, GradientAccumulationScheduler):
+            return callback.get_accumulate_grad_batches(epoch)
+    return trainer.accumulate_grad_batches
+
+
+def _callbacks(trainer: L.Trainer) -> Iterable[L.Callback]:
+    callbacks: Iterable[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
+
+
+def begin_epoch(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    """Call `on_train_epoch_start` where Lightning leaves it out: in a process that resumes a run amid an epoch.
+
+    Callbacks set themselves up there: GradientAccumulationScheduler its number of batches, a progress bar its bar. To
+    be called in the LightningModule's `on_train_start`, when those of all callbacks are done.
+    """
+    loop = trainer.fit_loop
+    if loop.restarted_mid_epoch or loop.restarted_on_epoch_end:
+        for callback in _callbacks(trainer):
+            callback.on_train_epoch_start(trainer, pl_module)
+        pl_module.on_train_epoch_start()
 
 
 def is_logged(trainer: L.Trainer, step: int) -> bool:
@@ -35,8 +92,12 @@ def is_logged(trainer: L.Trainer, step: int) -> bool:
     return step == trainer.max_steps or (every > 0 and step % every == 0)
 
 
-def check_length(trainer: L.Trainer) -> None:
+def check_length(trainer: L.Trainer, val_check_interval: object = None) -> None:
     """Refuse a Trainer that would never end, or never step.
+
+    Args:
+        trainer: as train.py has built it.
+        val_check_interval: as it was given to the Trainer.
 
     Raises:
         ConfigError: the run's length is not given in steps, or a step in batches.
@@ -46,9 +107,12 @@ def check_length(trainer: L.Trainer) -> None:
     valid = "an integer >= 1: the token stream has no end, a run is so many optimizer steps long"
     require(trainer.max_steps >= 1, "trainer.max_steps", trainer.max_steps, valid)
     require(trainer.max_epochs == -1, "trainer.max_epochs", trainer.max_epochs, "-1; give trainer.max_steps instead")
+    require(not trainer.min_epochs, "trainer.min_epochs", trainer.min_epochs, "null; give trainer.min_steps instead")
+    # Left out, Lightning makes it 1 beside min_steps, and nothing could stop the run before its only epoch is over.
+    trainer.fit_loop.min_epochs = 0
     batches = trainer.accumulate_grad_batches
     require(batches >= 1, "trainer.accumulate_grad_batches", batches, "an integer >= 1")
-    every = trainer.val_check_interval
+    every = getattr(trainer, "val_check_interval", val_check_interval)  # a time is kept elsewhere by Lightning
     valid = f"an integer, a multiple of trainer.accumulate_grad_batches={batches}: a step is validated and saved whole"
     whole = isinstance(every, int) and every >= 1 and every % batches == 0
     require(whole, "trainer.val_check_interval", every, valid)

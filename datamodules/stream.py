@@ -1,8 +1,8 @@
 """An endless, stateless stream of batches: batch n is the same tokens at any number of ranks and workers."""
 
 import itertools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -86,8 +86,11 @@ class StreamLoader(DataLoader[Batch | UserError]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.worker_init_fn = obey_parent_alone
+        self.position: Callable[[], int] | None = None  # the sample that an iterator begins at; None: the stream's own
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        if self.position is not None:
+            cast(TokenStream, self.dataset).first_sample = self.position()
         with held_back():
             batches = super().__iter__()
         for batch in batches:

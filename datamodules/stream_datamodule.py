@@ -28,6 +28,7 @@ class StreamDataModule(L.LightningDataModule):
         seed: of the training order.
 
     Attributes:
+        endless: the training data have no length; an epoch is what trainer.limit_train_batches says.
         source_names: where samples come from, if from several sources; a batch's "source" counts in this list.
 
     Raises:
@@ -35,6 +36,7 @@ class StreamDataModule(L.LightningDataModule):
     """
 
     source_names: tuple[str, ...] = ()
+    endless = True
 
     def __init__(self, seq_len: int, batch_size: int, val_batches: int, num_workers: int, seed: int) -> None:
         super().__init__()
@@ -94,7 +96,11 @@ class StreamDataModule(L.LightningDataModule):
         # A generator of its own: a loader draws a seed for its workers, and one more validation must not shift torch's.
         generator = torch.Generator().manual_seed(self.seed)
         workers = self.num_workers
-        return StreamLoader(stream, batch_size=None, num_workers=workers, pin_memory=pinned, generator=generator)
+        loader = StreamLoader(stream, batch_size=None, num_workers=workers, pin_memory=pinned, generator=generator)
+        if split == "train" and self.trainer:
+            # A Trainer of one's own may go through several epochs: each goes on where the one before has ended.
+            loader.position = lambda: self.state_dict()["samples"]
+        return loader
 
     def train_dataloader(self) -> StreamLoader:
         if self.trainer:

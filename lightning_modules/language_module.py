@@ -14,14 +14,21 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from core.errors import Refused, require
-from core.steps import completes_step, is_logged
+from core.steps import begin_epoch, completes_step, is_logged, num_steps
 from lightning_modules.config import ModelConfig, OptimConfig, parse
 from lightning_modules.cross_entropy import LARGE_VOCABULARY
 from lightning_modules.generation import generate
 from lightning_modules.initialization import initialize
 from lightning_modules.layers.router import RouterStats
 from lightning_modules.mean_metrics import WeightedMean
-from lightning_modules.optim import make_optimizer, make_schedule, number_by_parameters, number_names
+from lightning_modules.optim import (
+    check_schedule,
+    make_optimizer,
+    make_schedule,
+    number_by_parameters,
+    number_names,
+)
+from lightning_modules.resumed_schedule import describe_change
 from lightning_modules.router_health import router_health, tally, tokens_per_expert
 from lightning_modules.sharding import (
     check_mesh,
@@ -36,6 +43,9 @@ from lightning_modules.transformer import Transformer
 from lightning_modules.width_scaling import width_scaling
 
 log = logging.getLogger(__name__)
+
+SCHEDULE_STEPS = "schedule_steps"
+"""In a checkpoint: the number of optimizer steps that the learning-rate schedule was made for."""
 
 
 class LanguageModule(L.LightningModule):
@@ -80,6 +90,8 @@ class LanguageModule(L.LightningModule):
         self.train_sources: SourceLoss | None = None
         self.val_sources: SourceLoss | None = None
         self._router_tally: Tensor | None = None
+        self._num_steps: float = math.nan  # that the learning-rate schedule goes by
+        self._num_steps_before: float | None = None  # likewise, in the run that is resumed; None: it did not say
 
     def configure_callbacks(self) -> list[Callback]:
         """None of its own. Lightning asks before any callback's setup, where some of its own look for the weights."""
@@ -206,9 +218,6 @@ class LanguageModule(L.LightningModule):
             assert self.model is not None
             self.log_dict(router_health(self._router_tally.cpu(), list(self.model.mixtures())))
 
-    def on_train_start(self) -> None:
-        self._check_router()
-
     def on_after_backward(self) -> None:
         """Not later: callbacks may clip the gradient before the optimizer's own hook comes to it."""
         if self._logs_this_step and completes_step(self.trainer, self.trainer.fit_loop.batch_idx):
@@ -266,15 +275,30 @@ class LanguageModule(L.LightningModule):
         with self._precision():
             return generate(self.model, tokens, num_tokens, temperature, seed, window).tolist()
 
+    def check_schedule(self, trainer: L.Trainer) -> None:
+        """Refuse a learning-rate schedule that the Trainer's run cannot have; see optim.check_schedule."""
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # a step or a few, whatever the schedule
+            check_schedule(self.optim_config, num_steps(trainer))
+
     def configure_optimizers(self) -> Any:
         assert self.model is not None
-        optimizer = make_optimizer(self.model, self.optim_config)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, make_schedule(self.optim_config, self.trainer.max_steps)
-        )
+        self.check_schedule(self.trainer)
+        optimizer, self._num_steps = make_optimizer(self.model, self.optim_config), num_steps(self.trainer)
+        length = int(self._num_steps) if math.isfinite(self._num_steps) else 1  # to the constant one it is the same
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, make_schedule(self.optim_config, length))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_train_start(self) -> None:
+        self._check_router()
+        begin_epoch(self.trainer, self)
+        scheduler = self.lr_schedulers()
+        if self.trainer.is_global_zero and isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+            change = describe_change(self.optim_config, scheduler, self._num_steps, self._num_steps_before)
+            if change is not None:
+                print(change)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[SCHEDULE_STEPS] = self._num_steps
         # Not where only the weights are saved; and what several processes save in pieces goes by names.
         if "optimizer_states" in checkpoint and not getattr(self.trainer.strategy, "_save_distributed_checkpoint", 0):
             checkpoint["optimizer_states"] = [
@@ -283,6 +307,7 @@ class LanguageModule(L.LightningModule):
             ]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._num_steps_before = checkpoint.get(SCHEDULE_STEPS)
         if "optimizer_0" in checkpoint:  # of several processes, in this one
             assert self.model is not None
             optimizer = make_optimizer(self.model, self.optim_config)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.errors import lookup
+from core.errors import lookup, require
 from lightning_modules.config import OptimConfig
 from lightning_modules.transformer import Transformer
 from lightning_modules.width_scaling import width_scaling
@@ -101,12 +101,17 @@ def cosine(config: OptimConfig, num_steps: int) -> Schedule:
     return factor
 
 
+def decay_length(config: OptimConfig, num_steps: int) -> int:
+    """Over how many steps at the end of the run `wsd` decays."""
+    return max(1, round(config.decay_fraction * num_steps))
+
+
 def wsd(config: OptimConfig, num_steps: int) -> Schedule:
     """Constant, then down to min_lr_ratio over the last decay_fraction of the run.
 
     By decay_shape: linear, or exponential, by the same factor at each step, as 2404.06395 has it.
     """
-    length = max(1, round(config.decay_fraction * num_steps))
+    length = decay_length(config, num_steps)
 
     def factor(step: int) -> float:
         progress = min(1.0, max(0.0, (step - (num_steps - length)) / length))
@@ -123,6 +128,27 @@ def constant(config: OptimConfig, num_steps: int) -> Schedule:
 
 
 SCHEDULES: dict[str, Callable[[OptimConfig, int], Schedule]] = {"cosine": cosine, "wsd": wsd, "constant": constant}
+
+
+def check_schedule(config: OptimConfig, num_steps: float) -> None:
+    """Refuse a schedule that a run of this length cannot have.
+
+    Args:
+        config: whose schedule is known.
+        num_steps: optimizer steps of the whole run; math.inf: nothing says how many.
+
+    Raises:
+        ConfigError: the run has no length, which the schedule goes by; or wsd would decay before it is warmed up, and
+            jump where the warm-up ends.
+    """
+    if config.schedule == "constant":
+        return
+    valid = f"an integer >= 1: optim.schedule={config.schedule} goes by the run's length; constant does not"
+    require(math.isfinite(num_steps), "trainer.max_steps", -1, valid)
+    if config.schedule == "wsd":
+        steps, length = int(num_steps), decay_length(config, int(num_steps))
+        valid = f"at most {steps - length}: of {steps} steps wsd decays over the last {length} (optim.decay_fraction)"
+        require(config.warmup_steps <= steps - length, "optim.warmup_steps", config.warmup_steps, valid)
 
 
 def make_schedule(config: OptimConfig, num_steps: int) -> Schedule:

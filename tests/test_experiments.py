@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
@@ -18,7 +19,7 @@ CHOICES = [path.relative_to(ROOT / "configs").with_suffix("") for path in sorted
 CHOICES = [choice for choice in CHOICES if choice.parent.name not in ("study", "eval")]  # of other commands
 FILLED_IN = {"module": {"vocab_size"}, "trainer": {"callbacks", "logger", "default_root_dir"}}
 ON_A_CPU = ["trainer.accelerator=cpu", "model.compile=false"]
-ON_SHARDS = ("study_gpu", "study_paper")
+ON_SHARDS = ("dense_7b", "study_gpu", "study_paper")
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -39,6 +40,27 @@ def test_every_shipped_file_composes_and_fits_what_it_configures(choice: Path) -
         assert inspect.isclass(target), where
         filled_in = dict.fromkeys(FILLED_IN.get(where, ()))
         inspect.signature(target).bind(**{**filled_in, **node})
+
+
+@pytest.mark.parametrize("choice", ["trainer=ddp", "trainer=fsdp", "trainer=slurm", "experiment=dense_7b"])
+@pytest.mark.parametrize(
+    ("accelerator", "has_gpu", "expected"),
+    [
+        ("gpu", False, ("bf16-mixed", True)),
+        ("cuda", False, ("bf16-mixed", True)),
+        ("auto", True, ("bf16-mixed", True)),
+        ("auto", False, ("32-true", False)),
+        ("cpu", True, ("32-true", False)),
+    ],
+)
+def test_clusters_train_in_bf16_and_compiled_on_gpus(
+    choice: str, accelerator: str, has_gpu: bool, expected: tuple[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    config = composed(choice, f"trainer.accelerator={accelerator}")
+    assert (config.trainer.precision, config.model.compile) == expected
+    config = composed(choice, f"trainer.accelerator={accelerator}", "trainer.precision=16-mixed", "model.compile=true")
+    assert (config.trainer.precision, config.model.compile) == ("16-mixed", True)
 
 
 def find_targets(node: Any, where: str = "") -> Iterator[tuple[str, dict[str, Any]]]:

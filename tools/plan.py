@@ -2,13 +2,16 @@
 
     python -m tools.plan experiment=dense_7b trainer=fsdp trainer.devices=8 trainer.num_nodes=2
     python -m tools.plan experiment=moe_spannorm_gpu --mfu 0.35 --peak-flops 312e12
+    python -m tools.plan experiment=dense_7b trainer=fsdp trainer.devices=8 --vocab-size 32768    # no corpus yet
 
-Takes the same overrides as train.py. Weights, gradients and optimizer state are counted, activations are traced on
-shapes (analysis/memory.py); what FSDP gathers is an upper bound. Not in it: the CUDA context, NCCL's buffers, and the
-allocator's fragments. docs/scaling.md says how close it came to what was measured.
+Takes the same overrides as train.py, and plans for GPUs unless they say trainer.accelerator=cpu. Weights, gradients and
+optimizer state are counted, activations are traced on shapes (analysis/memory.py); what FSDP gathers is an upper bound.
+Hours are arithmetic: an H100's peak in the run's precision, times --mfu. Not in the memory: the CUDA context, NCCL's
+buffers, and the allocator's fragments. docs/scaling.md says how close it came to what was measured.
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -26,7 +29,7 @@ from torch import nn
 from analysis.memory import saved_activations
 from core import cli
 from core.build import build
-from core.errors import require
+from core.errors import ConfigError, UserError, lookup, require
 from core.parallel import num_models, num_passes
 from lightning_modules.config import ModelConfig
 from lightning_modules.cross_entropy import LARGE_VOCABULARY
@@ -37,6 +40,32 @@ from lightning_modules.transformer import Block, Transformer
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GIB = 2**30
+
+
+class Precision(NamedTuple):
+    """What a value of trainer.precision means.
+
+    Attributes:
+        weights: dtype of weights, gradients and the optimizer's state.
+        autocast: dtype that matrix products are cast to; None: that of the weights.
+        peak_flops: FLOP/s of an H100 (SXM), dense, in NVIDIA's data sheet; fp32 without TF32, as torch has it unless
+            it is told otherwise.
+    """
+
+    weights: torch.dtype
+    autocast: torch.dtype | None
+    peak_flops: float
+
+
+PRECISIONS = {
+    "64-true": Precision(torch.float64, None, 67e12),
+    "32-true": Precision(torch.float32, None, 67e12),
+    "16-mixed": Precision(torch.float32, torch.float16, 989e12),
+    "bf16-mixed": Precision(torch.float32, torch.bfloat16, 989e12),
+    "16-true": Precision(torch.float16, None, 989e12),
+    "bf16-true": Precision(torch.bfloat16, None, 989e12),
+}
+SHORT = {"64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "None": "32-true"}  # Lightning's
 
 
 class Mesh(NamedTuple):
@@ -60,6 +89,8 @@ class Plan(NamedTuple):
     Attributes:
         buckets: DDP's copies of the gradients.
         gathered: what FSDP has in full at a time: embedding and head, two blocks, and the gradients of one.
+        precision: a key of PRECISIONS.
+        compiled: whether torch.compile makes the blocks' kernels; what it fuses away is not known.
     """
 
     parameters: int
@@ -73,6 +104,8 @@ class Plan(NamedTuple):
     flops_per_token: float
     tokens: int
     mesh: Mesh
+    precision: str
+    compiled: bool
 
     @property
     def memory(self) -> int:
@@ -83,33 +116,42 @@ class Plan(NamedTuple):
         return self.flops_per_token * self.tokens / (mfu * peak_flops * self.mesh.data * self.mesh.tensor) / 3600
 
 
-def plan(config: DictConfig) -> Plan:
-    """Of a composed configuration.
+def plan(config: DictConfig, vocab_size: int | None = None) -> Plan:
+    """The plan of a composed configuration.
+
+    Args:
+        config: as `compose_config` returns it.
+        vocab_size: that of a corpus which is not prepared yet; None: the configured data's own.
 
     Raises:
-        ConfigError: the model cannot be built, or training would refuse how it or the batch is shared out.
+        ConfigError: the model cannot be built, training would refuse how it or the batch is shared out, or its data are
+            not here and no vocab_size was given.
     """
     datamodule: Any = build(config, "data")
-    module: Any = build(config, "module", vocab_size=datamodule.vocab_size)
+    tokens = vocab_size or _vocab_size(datamodule)
+    module: Any = build(config, "module", vocab_size=tokens)
     model: ModelConfig = module.model_config
-    mesh, precision = find_mesh(config), str(config.trainer.precision)
+    given = str(config.trainer.precision)
+    name, mesh = SHORT.get(given, given), find_mesh(config)
+    precision = lookup("trainer.precision", name, PRECISIONS)
     passes = num_passes(mesh.data * mesh.tensor, mesh.tensor, datamodule.batch_size, config.micro_batch_size)
     if mesh.sharded:
         check_mesh(model, mesh.data, mesh.tensor)
     else:
         check_unsharded(model)
     with torch.device("meta"):
-        weightless = Transformer(model, datamodule.vocab_size)
+        weightless = Transformer(model, tokens)
 
-    size = 2 if precision in ("bf16-true", "16-true") else 4
+    size = precision.weights.itemsize
     held = num_held(weightless, mesh) * size
     saved = saved_activations(
-        partial(Transformer, replace(model, activation_checkpointing=False, compile=False), datamodule.vocab_size),
+        partial(Transformer, replace(model, activation_checkpointing=False, compile=False), tokens),
         datamodule.batch_size // mesh.data // passes,
         datamodule.seq_len,
-        datamodule.vocab_size >= LARGE_VOCABULARY,
+        tokens >= LARGE_VOCABULARY,
         mesh.tensor,
-        torch.bfloat16 if precision.endswith("-mixed") else None,
+        precision.autocast,
+        precision.weights,
     )
     total, active = module.num_parameters
     sequences = config.trainer.accumulate_grad_batches * datamodule.batch_size
@@ -125,7 +167,18 @@ def plan(config: DictConfig) -> Plan:
         flops_per_token=weightless.flops_per_token(datamodule.seq_len),
         tokens=config.trainer.max_steps * sequences * datamodule.seq_len,
         mesh=mesh,
+        precision=name,
+        compiled=model.compile,
     )
+
+
+def _vocab_size(datamodule: Any) -> int:
+    try:
+        size: int = datamodule.vocab_size
+    except UserError as error:
+        valid = f"the size of the vocabulary that the data will have, as they are not here ({error})"
+        raise ConfigError("--vocab-size", None, valid) from error
+    return size
 
 
 def find_mesh(config: DictConfig) -> Mesh:
@@ -180,9 +233,13 @@ def num_cut(block: Block) -> int:
 
 
 def compose_config(overrides: Sequence[str]) -> DictConfig:
+    """The configuration that train.py would have of these overrides on a machine with GPUs."""
     cli.register_schemas()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose("train", list(overrides))
+        config = compose("train", list(overrides))
+    if config.trainer.accelerator == "auto":
+        config.trainer.accelerator = "gpu"  # ${on_gpu:...} would look for those of this machine
+    return config
 
 
 def make_table(planned: Plan, mfu: float, peak_flops: float) -> Table:
@@ -192,6 +249,7 @@ def make_table(planned: Plan, mfu: float, peak_flops: float) -> Table:
     rows = {
         "processes": f"{mesh.data} data parallel x {mesh.tensor} tensor parallel, model {kind}",
         "parameters": f"{planned.parameters:,} ({planned.active_parameters:,} active)",
+        "precision": f"{planned.precision}, {'compiled' if planned.compiled else 'not compiled'}",
     }
     parts = ("weights", "gradients", "buckets", "optimizer", "activations", "gathered", "memory")
     for name in parts:
@@ -207,9 +265,12 @@ def make_table(planned: Plan, mfu: float, peak_flops: float) -> Table:
 
 def main(arguments: argparse.Namespace) -> None:
     require(0 < arguments.mfu <= 1, "--mfu", arguments.mfu, "a number in (0, 1]")
-    require(arguments.peak_flops > 0, "--peak-flops", arguments.peak_flops, "a number > 0")
+    peak, vocab_size = arguments.peak_flops, arguments.vocab_size
+    require(peak is None or 0 < peak < math.inf, "--peak-flops", peak, "a number > 0")
+    require(vocab_size is None or vocab_size >= 2, "--vocab-size", vocab_size, "an integer >= 2")
     console = Console()
-    table = make_table(plan(compose_config(arguments.overrides)), arguments.mfu, arguments.peak_flops)
+    planned = plan(compose_config(arguments.overrides), vocab_size)
+    table = make_table(planned, arguments.mfu, peak or PRECISIONS[planned.precision].peak_flops)
     Console(width=max(console.width, 100)).print(table)
 
 
@@ -219,7 +280,10 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="as for train.py")
     parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that the run reaches; default 0.4")
-    parser.add_argument("--peak-flops", type=float, default=989e12, help="of a device; default: an H100's in bf16")
+    peak = "FLOP/s of a device in the run's precision; default: an H100's, 989e12 in bf16 and fp16, 67e12 in fp32"
+    parser.add_argument("--peak-flops", type=float, default=None, help=peak)
+    vocabulary = "of a corpus that is not prepared yet; default: that of the data"
+    parser.add_argument("--vocab-size", type=int, default=None, help=vocabulary)
     return parser.parse_intermixed_args()
 
 

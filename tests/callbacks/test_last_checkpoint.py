@@ -23,6 +23,7 @@ class Trainer:
         progress = SimpleNamespace(total=SimpleNamespace(ready=0, started=0))
         self.fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
         self.should_stop, self.sanity_checking, self.saved = False, False, []
+        self.is_last_batch = False
         largest = lambda mine, reduce_op: torch.maximum(mine, torch.tensor(other_rank))  # noqa: E731
         self.strategy = SimpleNamespace(root_device="cpu", reduce=largest, barrier=lambda name: None)
         self.loggers, self.is_global_zero, self.local_rank, self.ckpt_path = [], True, 0, None

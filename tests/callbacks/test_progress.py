@@ -41,7 +41,8 @@ def test_on_a_terminal_it_is_a_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_time_left_follows_the_steps_of_this_process(capsys: pytest.CaptureFixture[str]) -> None:
     progress = StepProgress()
     progress._first_step, progress._first_time = 20, 1000.0
-    trainer = SimpleNamespace(global_step=30, max_steps=60)
+    progress._num_steps = 60
+    trainer = SimpleNamespace(global_step=30)
     assert progress._time_left(trainer, 1025.0) == "1:15"  # type: ignore[arg-type]
 
 

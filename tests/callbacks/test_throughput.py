@@ -30,7 +30,7 @@ class Module:
 
 class Trainer:
     world_size, accumulate_grad_batches, log_every_n_steps, max_steps, global_step = 2, 2, 2, 100, 0
-    is_global_zero, precision = True, "32-true"
+    is_global_zero, precision, is_last_batch = True, "32-true", False
 
     def __init__(self) -> None:
         self.strategy = SimpleNamespace(root_device=torch.device("cpu"))

@@ -13,7 +13,10 @@ def trainer(**values: Any) -> Any:
     defaults = {
         "max_steps": 10,
         "max_epochs": -1,
+        "min_epochs": None,
+        "fit_loop": SimpleNamespace(),
         "accumulate_grad_batches": 3,
+        "is_last_batch": False,
         "log_every_n_steps": 4,
         "val_check_interval": 6,
         "limit_train_batches": 1.0,
@@ -27,6 +30,10 @@ def test_the_last_of_the_accumulated_batches_completes_the_step() -> None:
     assert [index for index in range(9) if completes_step(trainer(), index)] == [2, 5, 8]
 
 
+def test_the_last_batch_of_an_epoch_completes_a_step_too() -> None:
+    assert completes_step(trainer(is_last_batch=True), 0), "Lightning steps with the remainder"
+
+
 def test_every_nth_step_is_logged_and_the_last() -> None:
     assert [step for step in range(1, 11) if is_logged(trainer(), step)] == [4, 8, 10]
     assert [step for step in range(1, 11) if is_logged(trainer(log_every_n_steps=0), step)] == [10]
@@ -38,6 +45,7 @@ def test_every_nth_step_is_logged_and_the_last() -> None:
         ("max_steps", -1),
         ("max_steps", 0),
         ("max_epochs", 3),
+        ("min_epochs", 1),
         ("accumulate_grad_batches", 0),
         ("val_check_interval", 7),
         ("val_check_interval", 0),

@@ -34,7 +34,12 @@ class Case(NamedTuple):
         fields |= {"model.ffn": self.ffn, "model.moe.expert_parallel": self.experts}
         fields |= {"data": "synthetic", "data.task": "copy", "data.vocab_size": VOCAB_SIZE}
         fields |= {"data.seq_len": SEQ_LEN, "data.batch_size": BATCH}
-        fields |= {"trainer": "fsdp", "trainer.devices": 2, "trainer.strategy.tensor_parallel_size": self.tensor}
+        fields |= {
+            "trainer": "fsdp",
+            "trainer.accelerator": "cpu",
+            "trainer.devices": 2,
+            "trainer.strategy.tensor_parallel_size": self.tensor,
+        }
         return plan(compose_config([f"{name}={value}" for name, value in fields.items()]))
 
 

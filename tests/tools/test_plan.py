@@ -1,5 +1,6 @@
 """What is planned against what real steps take, and a 7B run planned in seconds."""
 
+import argparse
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from lightning_modules.language_module import LanguageModule
 from lightning_modules.layers import expert_products, expert_swiglu
 from lightning_modules.optim import make_optimizer
 from tests.conftest import make_module, tiny_values, tokens
-from tools.plan import Plan, compose_config, plan
+from tools.plan import PRECISIONS, Plan, compose_config, main, plan
 
 BATCH, SEQ_LEN = 4, 32
 WIDE: dict[str, Any] = {"num_layers": 3, "dim": 64, "ffn_dim": 176}
@@ -26,6 +27,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "moe": {**WIDE, "ffn": "moe", "moe": {"expert_dim": 64, "num_shared_experts": 1}},
     "large vocabulary": WIDE,
     "bf16-mixed": WIDE,
+    "64-true": WIDE,
+    "bf16-true": WIDE,
 }
 
 
@@ -42,7 +45,7 @@ def planned(name: str) -> Any:
     overrides += [f"model.moe.{name}={value}" for name, value in moe.items()] if "moe" in model else []
     sizes = ["data=synthetic", "data.task=copy", f"data.vocab_size={vocab_size(name)}"]
     sizes += [f"data.seq_len={SEQ_LEN}", f"data.batch_size={BATCH}"]
-    sizes += [f"trainer.precision={name}"] if name == "bf16-mixed" else []
+    sizes += [f"trainer.precision={name}"] if name in PRECISIONS else []
     return plan(compose_config([*overrides, *sizes]))
 
 
@@ -80,6 +83,7 @@ def test_memory_and_flops_are_those_of_a_real_step(name: str) -> None:
     expected = planned(name)
     module = LanguageModule(tiny_values(**MODELS[name]), {"warmup_steps": 0}, vocab_size(name))
     module.configure_model()
+    module.to(PRECISIONS[name].weights if name in PRECISIONS else torch.float32)
     model: Any = module.model
     optimizer = make_optimizer(model, module.optim_config)
     batch = {"tokens": torch.randint(vocab_size(name), (BATCH, SEQ_LEN + 1))}
@@ -114,10 +118,11 @@ def test_memory_and_flops_are_those_of_a_real_step(name: str) -> None:
 
 
 def test_a_7b_run_is_planned_without_its_weights() -> None:
-    eight = ["experiment=dense_7b", "trainer.precision=bf16-mixed", "trainer.devices=8"]
-    whole, sharded = (plan(compose_config([*eight, f"trainer={name}"])) for name in ("ddp", "fsdp"))
+    eight = ["experiment=dense_7b", "trainer.devices=8"]
+    whole, sharded = (plan(compose_config([*eight, f"trainer={name}"]), 257) for name in ("ddp", "fsdp"))
+    assert (sharded.precision, sharded.compiled) == (whole.precision, whole.compiled) == ("bf16-mixed", True)
     tensor = ["trainer=fsdp", "trainer.strategy.tensor_parallel_size=2", "micro_batch_size=2"]
-    cut = plan(compose_config([*eight, *tensor]))
+    cut = plan(compose_config([*eight, *tensor]), 257)
     blocks = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
     norms, embeddings = (2 * 32 + 1) * 4096, 2 * 257 * 4096
     assert whole.parameters == sharded.parameters == blocks + norms + embeddings
@@ -136,6 +141,40 @@ def test_a_7b_run_is_planned_without_its_weights() -> None:
     assert sharded.activations < cut.activations < 2 * sharded.activations, "twice the sequences, half of the inside"
 
 
+SMALL = ["data=synthetic", "data.task=copy", "data.seq_len=64", "model.num_layers=2", "trainer.devices=2"]
+
+
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp", "slurm"])
+def test_several_gpus_are_planned_in_bf16_and_several_cpus_in_fp32(trainer: str) -> None:
+    devices = [*SMALL, f"trainer={trainer}"]
+    gpus, cpus = plan(compose_config(devices)), plan(compose_config([*devices, "trainer.accelerator=cpu"]))
+    assert (gpus.precision, gpus.compiled, cpus.precision, cpus.compiled) == ("bf16-mixed", True, "32-true", False)
+    asked = plan(compose_config([*devices, "trainer.precision=32-true", "model.compile=false"]))
+    assert (asked.precision, asked.compiled) == ("32-true", False)
+
+
+@pytest.mark.parametrize(
+    ("precision", "peak"), [("bf16-mixed", 989), ("bf16", 989), ("16-true", 989), ("32-true", 67), ("64-true", 67)]
+)
+def test_the_hours_follow_the_precision(precision: str, peak: int, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = [*SMALL, "trainer=fsdp", "trainer.max_steps=100000000", f"trainer.precision={precision}"]
+    arguments = argparse.Namespace(overrides=overrides, mfu=0.4, peak_flops=None, vocab_size=None)
+    main(arguments)
+    said = capsys.readouterr().out
+    hours = plan(compose_config(overrides)).hours(0.4, peak * 1e12)
+    assert f"{hours:,.1f} at 40% of {peak} TFLOP/s a device" in said
+    arguments.peak_flops = 1e12
+    main(arguments)
+    assert "of 1 TFLOP/s a device" in capsys.readouterr().out
+
+
+def test_a_corpus_that_is_not_here_is_planned_by_its_vocabulary() -> None:
+    config = compose_config(["experiment=dense_7b", "trainer=fsdp", "trainer.devices=8", "model.num_layers=1"])
+    with pytest.raises(ConfigError, match=r"--vocab-size=None .*data/slimpajama/index.json cannot be read"):
+        plan(config)
+    assert plan(config, 32768).parameters - plan(config, 257).parameters == 2 * 4096 * (32768 - 257)
+
+
 def test_what_a_setting_changes() -> None:
     def of(*overrides: str) -> Plan:
         return plan(compose_config(["data=synthetic", "data.batch_size=4", "model.num_layers=2", *overrides]))
@@ -144,6 +183,9 @@ def test_what_a_setting_changes() -> None:
     assert of("micro_batch_size=1") == of("data.batch_size=1")._replace(tokens=plain.tokens)
     assert of("trainer.accumulate_grad_batches=3") == plain._replace(tokens=3 * plain.tokens)
     assert [2 * size for size in half[2:6]] == list(plain[2:6]), "weights, gradients, buckets, optimizer"
+    double = of("trainer.precision=64-true")
+    assert list(double[2:6]) == [2 * size for size in plain[2:6]]
+    assert half.activations < 0.9 * plain.activations < 0.9 * 0.7 * double.activations
     two = of("trainer=fsdp", "trainer.devices=2")
     assert of("trainer=fsdp", "trainer.devices=1", "trainer.num_nodes=2") == two
     assert plain.hours(0.4, 1e12) == pytest.approx(2 * two.hours(0.4, 1e12))
@@ -200,6 +242,7 @@ SHARED = ["model.moe.num_shared_experts=1", "model.moe.shared_expert_dim=25"]
     ("overrides", "field"),
     [
         (["trainer.devices=auto"], "trainer.devices"),
+        (["trainer.precision=bf15"], "trainer.precision"),
         (["trainer.devices=0"], "trainer.devices"),
         (["data.batch_size=3"], "data.batch_size"),
         (["data.batch_size=4", "micro_batch_size=3"], "micro_batch_size"),

@@ -1,0 +1,70 @@
+"""Why a run ended before its last step without an error: its time is up, or a callback has stopped it."""
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import EarlyStopping, Timer
+
+from core.checkpoint import load_beside_weights
+from core.errors import ConfigError, one_line
+from core.steps import at_the_end
+
+
+def early_end(trainer: L.Trainer) -> str | None:
+    """Why training has stopped before the run's last step, in one line; None: it has not."""
+    if at_the_end(trainer) or not trainer.should_stop:
+        return None
+    reasons = [reason for callback in _callbacks(trainer) if (reason := _reason_of(callback))]
+    return "; ".join(reasons) or "a callback has set trainer.should_stop"
+
+
+def tell_early_end(trainer: L.Trainer) -> None:
+    """Print it, once for all processes."""
+    reason = early_end(trainer)
+    if reason is not None and trainer.is_global_zero:
+        of = f" of {trainer.max_steps}" if trainer.max_steps >= 0 else ""
+        print(f"Ended early, after step {trainer.global_step}{of}: {reason}.", flush=True)
+
+
+def check_time_left(trainer: L.Trainer, checkpoint: Path) -> None:
+    """Refuse to resume a run whose time is up: Lightning would train nothing, and say nothing.
+
+    Args:
+        trainer: not yet fitting; one with `max_time` has a Timer among its callbacks.
+        checkpoint: which the run is to go on from.
+
+    Raises:
+        ConfigError: the run has trained for as long as it may.
+    """
+    content = load_beside_weights(checkpoint)
+    if content["global_step"] >= trainer.max_steps:  # nothing is trained in any case
+        return
+    for callback in _callbacks(trainer):
+        state = content["callbacks"].get(callback.state_key)
+        if not isinstance(callback, Timer) or state is None:
+            continue
+        callback.load_state_dict(state)  # as Lightning will once more
+        left = callback.time_remaining()
+        if left is not None and left <= 0:
+            used = timedelta(seconds=int(callback.time_elapsed()))
+            given = timedelta(seconds=int(callback.time_elapsed() + left))
+            valid = f"more than {used}, which the run has trained already: the time counts from its first step"
+            raise ConfigError("trainer.max_time", str(given), valid)
+
+
+def _reason_of(callback: Any) -> str | None:
+    if isinstance(callback, Timer):
+        left = callback.time_remaining()
+        if left is not None and left <= 0:
+            given = timedelta(seconds=round(callback.time_elapsed() + left))
+            return f"trainer.max_time={given} is used up, and counts from the run's first step"
+    if isinstance(callback, EarlyStopping) and callback.stopping_reason_message is not None:
+        return f"EarlyStopping: {one_line(callback.stopping_reason_message).rstrip('.')}"
+    return None
+
+
+def _callbacks(trainer: L.Trainer) -> list[L.Callback]:
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks

@@ -1,0 +1,60 @@
+"""Callbacks of Lightning's that assume what a run here is not: several epochs, or settings that may change."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
+from omegaconf import DictConfig
+
+from core.errors import ConfigError, Refused, require
+
+REFUSED: dict[type[L.Callback], str] = {
+    LearningRateFinder: "it would train at another rate than optim.lr says; sweep that instead: -m optim.lr=1e-3,3e-3",
+    BatchSizeFinder: "it would train on other batches than data.batch_size says; micro_batch_size is how many of their "
+    "sequences a device takes at once, and changes no result",
+    StochasticWeightAveraging: "it averages from epoch to epoch, and a run is a single epoch of trainer.max_steps; "
+    "lightning.pytorch.callbacks.EMAWeightAveraging and WeightAveraging go by steps",
+}
+
+
+def check_callbacks(trainer: L.Trainer, config: DictConfig) -> None:
+    """Refuse callbacks under which a run would be another one than its configuration says.
+
+    Args:
+        trainer: with its callbacks, after `core.parallel.accumulate`.
+        config: the composed configuration, for the name of the field.
+
+    Raises:
+        ConfigError: names the callback, and what does the same here.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for kind, reason in REFUSED.items():
+            if isinstance(callback, kind):
+                raise Refused(f"{_field(callback, config)}._target_", type(callback).__name__, reason)
+        if isinstance(callback, GradientAccumulationScheduler):
+            _check_accumulation(callback, trainer, f"{_field(callback, config)}.scheduling")
+
+
+def _check_accumulation(callback: GradientAccumulationScheduler, trainer: L.Trainer, field: str) -> None:
+    own, batches = trainer.accumulate_grad_batches, callback.get_accumulate_grad_batches(0)
+    single = own == 1
+    valid = "no such callback beside trainer.accumulate_grad_batches or micro_batch_size, which make a step of "
+    require(single, field, callback.scheduling, f"{valid}{own} batches already")
+    require(set(callback.scheduling) == {0}, field, callback.scheduling, "{0: BATCHES}: a run is a single epoch")
+    every = trainer.val_check_interval
+    if isinstance(every, int) and every % batches:
+        valid = f"an integer, a multiple of {batches}, by {field}: a step is validated and saved whole"
+        raise ConfigError("trainer.val_check_interval", every, valid)
+
+
+def _field(callback: L.Callback, config: DictConfig) -> str:
+    """The name under which the configuration has the callback."""
+    nodes: dict[Any, Any] = {name: node for name, node in (config.get("callbacks") or {}).items() if node is not None}
+    names = [n for n, node in nodes.items() if Path(str(node.get("_target_"))).suffix == f".{type(callback).__name__}"]
+    return f"callbacks.{names[0]}" if names else "callbacks"

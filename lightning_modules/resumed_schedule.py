@@ -1,0 +1,52 @@
+"""Says what becomes of the learning rate where a resumed run's schedule is not the one that it was trained with."""
+
+import math
+
+from torch.optim.lr_scheduler import LambdaLR
+
+from lightning_modules.config import OptimConfig
+from lightning_modules.optim import decay_length
+
+
+def describe_change(config: OptimConfig, scheduler: LambdaLR, num_steps: float, before: float | None) -> str | None:
+    """Compare the schedule with the one of the checkpoint, from the next optimizer step on.
+
+    Args:
+        config: of this run.
+        scheduler: with this run's schedule, and the state of the checkpoint; its optimizer has that one's rate.
+        num_steps: optimizer steps that the schedule goes by.
+        before: likewise, in the run that is resumed; None: its checkpoint does not say.
+
+    Returns:
+        One line that says how the rate goes on and what would avoid it; None: it goes on as it would have.
+    """
+    step, peak, factor = scheduler.last_epoch, scheduler.base_lrs[0], scheduler.lr_lambdas[0]
+    held = float(scheduler.optimizer.param_groups[0]["lr"])
+    jumps = not math.isclose(held, peak * factor(step), rel_tol=1e-6, abs_tol=1e-12)
+    longer = before not in (None, num_steps) and config.schedule != "constant"
+    if step == 0 or not (jumps or longer):
+        return None
+    if longer:
+        cause = f"optim.schedule={config.schedule} goes by trainer.max_steps, {before:g} before and {num_steps:g} now"
+    else:
+        cause = f"optim.schedule={config.schedule} is not the checkpoint's schedule"
+    following = peak * factor(step + 1)
+    points = [f"{held:.3g} at step {step + 1}", f"{following:.3g} at step {step + 2}"]
+    if math.isfinite(num_steps):
+        points.append(f"{peak * factor(int(num_steps) - 1):.3g} at the end, step {num_steps:g}")
+    return f"Learning rate: {cause}; it is {', '.join(points)}. {_advice(config, step, before, following > held)}"
+
+
+def _advice(config: OptimConfig, step: int, before: float | None, rises: bool) -> str:
+    advice = []
+    if before is not None and before > step:
+        advice.append(f"trainer.max_steps={before:g} with the same optim settings keeps the curve")
+    if rises and config.schedule == "wsd" and before is not None and math.isfinite(before):
+        last = int(before) - decay_length(config, int(before))
+        advice.append(f"a checkpoint of step {last} or before, where the decay begins, goes on without a rise")
+    elif rises:
+        advice.append(
+            "to train longer without such a rise, begin with the final trainer.max_steps, or with optim.schedule=wsd "
+            "and resume from a checkpoint before its decay"
+        )
+    return ("; ".join(advice) or "The same optim settings as before keep the curve").capitalize() + "."
