@@ -18,6 +18,7 @@ def main(config: DictConfig) -> None:
     from core.build import build, build_all
     from core.errors import require
     from core.interruption import explained
+    from core.memory import check_memory
     from core.parallel import accumulate
     from core.quiet import quieten
     from core.run_folder import check_resumable, folder_name, locate
@@ -42,6 +43,7 @@ def main(config: DictConfig) -> None:
         default_root_dir=config.run_dir,
     )
     check_length(trainer)
+    check_memory(trainer, module)
     datamodule.prepare_data()
     datamodule.check()
     accumulate(trainer, datamodule, config.micro_batch_size)

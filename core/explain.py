@@ -25,6 +25,8 @@ def explain_omegaconf(error: OmegaConfBaseException, prefix: str = "", value: An
     """
     field = ".".join(part for part in (prefix, error.full_key or str(error.key or "")) if part)
     message = str(error.msg or error).splitlines()[0]
+    if message.startswith("Cannot merge DictConfig with"):
+        return ConfigError(field, value, "a group of fields")
     if isinstance(error, ConfigKeyError | AttributeError):
         return _unknown(field, value, error)
     if isinstance(error, ValidationError) and (wanted := _wanted(error)):

@@ -106,6 +106,10 @@ def locate(config: DictConfig, experiment: str | None, name: str) -> RunFolder:
     """
     plain = config.run_dir is None or isinstance(config.run_dir, str | int | float)
     require(plain, "run_dir", config.run_dir, "the name of a folder, or null")
+    valid = (
+        "the name of a folder, or null: empty, as from a variable of the shell that is not set, it would be this one"
+    )
+    require(str(config.run_dir).strip() != "", "run_dir", config.run_dir, valid)
     given = Path(str(config.run_dir)) if config.run_dir is not None else None
     siblings = RUNS / (experiment or "default")
     if config.ckpt_path is None:

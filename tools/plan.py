@@ -15,9 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import lightning as L
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -27,6 +28,7 @@ from analysis.memory import saved_activations
 from core import cli
 from core.build import build
 from core.errors import require
+from core.options import check_arguments
 from core.parallel import num_models, num_passes
 from lightning_modules.config import ModelConfig
 from lightning_modules.cross_entropy import LARGE_VOCABULARY
@@ -37,6 +39,7 @@ from lightning_modules.transformer import Block, Transformer
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GIB = 2**30
+CHECKED = ("max_steps", "accumulate_grad_batches", "precision")
 
 
 class Mesh(NamedTuple):
@@ -89,6 +92,9 @@ def plan(config: DictConfig) -> Plan:
     Raises:
         ConfigError: the model cannot be built, or training would refuse how it or the batch is shared out.
     """
+    require(isinstance(config.trainer, DictConfig), "trainer", config.trainer, "a group with a _target_")
+    trainer: Any = OmegaConf.to_container(config.trainer)
+    check_arguments("trainer", L.Trainer, {name: value for name, value in trainer.items() if name in CHECKED})
     datamodule: Any = build(config, "data")
     module: Any = build(config, "module", vocab_size=datamodule.vocab_size)
     model: ModelConfig = module.model_config
