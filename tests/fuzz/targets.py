@@ -17,14 +17,7 @@ INSPECT = ("tools.prepare", "inspect", "{}")
 TRAIN = ("train.py", "data=shards", "data.path={}")
 REPORT = ("studies.report", "{}")
 PREPARE = ("tools.prepare", "input={}", "output=new", "validation=0.4", "processes=1")
-TOKENIZE = (
-    "tools.prepare",
-    "input=texts",
-    "output=new",
-    "validation=0.4",
-    "processes=1",
-    "tokenizer={}/tokenizer.json",
-)
+TOKENIZE = (*("tools.prepare", "input=texts", "output=new", "validation=0.4"), "tokenizer={}/tokenizer.json")
 LOAD = ("tests.fuzz.load_export", "{}")
 READ_ONLY = ("tools.runs", "tools.generate", "tools.replay", "tests.fuzz.load_export")
 """What changes nothing in its working folder, however it ends."""
