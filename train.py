@@ -19,7 +19,7 @@ def main(config: DictConfig) -> None:
     from core.errors import require
     from core.interruption import explained
     from core.memory import check_memory
-    from core.parallel import accumulate
+    from core.parallel import accumulate, check_parts
     from core.quiet import quieten
     from core.run_folder import check_resumable, folder_name, locate
     from core.steps import check_length
@@ -44,6 +44,7 @@ def main(config: DictConfig) -> None:
     )
     check_length(trainer)
     check_memory(trainer, module)
+    check_parts(trainer, datamodule, config.micro_batch_size)
     datamodule.prepare_data()
     datamodule.check()
     accumulate(trainer, datamodule, config.micro_batch_size)

@@ -35,7 +35,6 @@ NOT_OURS = {
 """Of the file system's answers, those that are about a name that was given, or about the disk."""
 OURS = "HYDRA_FULL_ERROR_IS_OURS"
 """In the environment of the processes that a run starts: HYDRA_FULL_ERROR is not what the user asked for."""
-GRAMMAR = "FIELD=VALUE, +FIELD=VALUE for a new field, or ~FIELD to leave one out"
 DEBUGGING = os.environ.get("HYDRA_FULL_ERROR") == "1" and OURS not in os.environ
 
 
@@ -167,11 +166,21 @@ def explain(error: BaseException) -> str:
     text = re.split(r"\nSee https://|\n?Config search path|\n    full_key:", str(error))[0]
     text = re.sub(r"^In '\w+': |\.$", "", one_line(text))
     if isinstance(error, OverrideParseException):
-        return str(Refused("argument", _unparsed(error) or "", f"{text}; expected {GRAMMAR}"))
+        return str(Refused("argument", _unparsed(error) or "", f"{text}; expected {overrides.GRAMMAR}"))
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
-        return str(ConfigError(group, name, suggest(name, error.options)))
+        return str(_no_such_choice(group, name) or ConfigError(group, name, suggest(name, error.options)))
+    if missing := re.search("Could not load '(.+)/(.+)'", text):
+        return str(_no_such_choice(missing[1], missing[2]) or text)
     return text
+
+
+def _no_such_choice(group: str, name: str) -> ConfigError | None:
+    """The error of a group, or of one above where there is none of this name: a name may have slashes in it."""
+    while group and not overrides.choices(group):
+        group, _, above = group.rpartition("/")
+        name = f"{above}/{name}"
+    return ConfigError(group, name, suggest(name, overrides.choices(group))) if group else None
 
 
 def _given(error: OmegaConfBaseException) -> Any:

@@ -11,8 +11,9 @@ from typing import Any
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
-from core.errors import ConfigError, Refused, UnknownField
+from core.errors import ConfigError, Refused, UnknownField, suggest
 from core.options import describe
+from core.overrides import choices as group_choices
 
 
 def explain_omegaconf(error: OmegaConfBaseException, prefix: str = "", value: Any = None) -> ConfigError:
@@ -43,6 +44,8 @@ def _wanted(error: ValidationError) -> str | None:
 
 
 def _unknown(field: str, value: Any, error: OmegaConfBaseException) -> ConfigError:
+    if names := group_choices(field):
+        return ConfigError(field, value, f"{suggest(str(value), names)}, chosen before anything in it is set")
     siblings = _siblings(error)
     choices = [name for name in siblings if not name.startswith("_")]
     if "_target_" not in siblings:

@@ -25,7 +25,11 @@ def check_arguments(field: str, function: Callable[..., Any], arguments: Mapping
     Raises:
         ConfigError: names the first argument that does not fit, and what would.
     """
-    parameters = inspect.signature(function).parameters
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError as error:  # of some that are written in C
+        name = getattr(function, "__qualname__", function)
+        raise ConfigError(f"{field}._target_", name, "a class or function that says what it takes") from error
     collecting = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     names = [name for name, p in parameters.items() if name not in hidden and p.kind not in collecting]
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())

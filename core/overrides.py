@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException
 
 from core.errors import ConfigError, suggest
 
+GRAMMAR = "FIELD=VALUE, +FIELD=VALUE for a new field, or ~FIELD to leave one out"
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
@@ -34,22 +35,34 @@ def choices(group: str) -> list[str]:
 def not_a_choice(arguments: Iterable[str]) -> ConfigError | None:
     """Return the error that says which configuration group is set to what is no name, and no list of names."""
     for override in parse(arguments):
-        names = choices(str(override.key_or_group))
-        value = override.value()
-        if not names or isinstance(value, dict) or (override.is_delete() and value is None):
-            continue
-        for given in value.list if override.is_choice_sweep() else [value]:
-            group, text = str(override.key_or_group), str(override.input_line).partition("=")[2]
-            if isinstance(given, dict):
-                continue
-            if isinstance(given, list) and not override.is_delete():
-                wrong: Any = [name for name in given if not isinstance(name, str) or not name]
-            else:
-                wrong = not isinstance(given, str) or not given
-            if wrong:
-                without = f"; ~{group} leaves it out" if given is None else ""
-                return ConfigError(group, text, f"{suggest(text, names)}, or a list of such names{without}")
+        group, text = str(override.key_or_group), str(override.input_line).partition("=")[2]
+        if not group:
+            return ConfigError("argument", override.input_line, GRAMMAR)
+        names = choices(group)
+        wrong = any(_is_no_choice(override, value) for value in _values(override))
+        if wrong and group.partition("/")[0] in ("hydra", "schema"):
+            return ConfigError(group, text, "the name of one of its configurations")
+        if wrong and names:
+            without = f"; ~{group} leaves it out" if override.value() is None else ""
+            return ConfigError(group, text, f"{suggest(text, names)}, or a list of such names{without}")
     return None
+
+
+def _values(override: Override) -> list[Any]:
+    """Return the values of a sweep over choices, or the only one; none of a sweep of another kind."""
+    value: Any = override.value()
+    if isinstance(value, ChoiceSweep):
+        return list(value.list)
+    return [] if override.is_sweep_override() else [value]
+
+
+def _is_no_choice(override: Override, value: Any) -> bool:
+    if isinstance(value, dict):  # fields of the group
+        return False
+    if override.is_delete():
+        return value is not None and not isinstance(value, str)
+    names = value if isinstance(value, list) else [value]
+    return not all(isinstance(name, str) and name for name in names)
 
 
 def given(field: str, arguments: Iterable[str]) -> Any:

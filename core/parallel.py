@@ -51,6 +51,15 @@ def accumulate(trainer: L.Trainer, datamodule: Any, micro_batch_size: int | None
             setattr(trainer, name, batches * passes)
 
 
+def check_parts(trainer: L.Trainer, datamodule: Any, micro_batch_size: int | None) -> None:
+    """Refuse what `accumulate` would, before a corpus is written.
+
+    Raises:
+        ConfigError: see `num_passes`.
+    """
+    num_passes(trainer.world_size, _cut(trainer), getattr(datamodule, "batch_size", None), micro_batch_size)
+
+
 def num_models(world: int, cut: int) -> int:
     """How many copies of the model there are among so many processes, each of which `cut` of them share.
 
@@ -78,6 +87,8 @@ def num_passes(world: int, cut: int, batch_size: int | None, micro_batch_size: i
     parts = num_models(world, cut)
     if batch_size is None:
         return 1
+    valid = f"at most {batch_size} data-parallel processes (times trainer.num_nodes): data.batch_size={batch_size}"
+    require(parts <= batch_size or batch_size < 1, "trainer.devices", parts, valid)
     valid = (
         f"a multiple of {parts}, the number of data-parallel processes (trainer.devices, trainer.num_nodes): "
         f"{_multiples_near(batch_size, parts)}"

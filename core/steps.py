@@ -6,6 +6,9 @@ from typing import Any
 import lightning as L
 
 from core.errors import require
+from core.limits import require_at_most
+
+MAX_STEPS, MAX_BATCHES = 10**9, 2**20  # of a run, and of one step
 
 
 def completes_step(trainer: L.Trainer, batch_idx: int) -> bool:
@@ -48,6 +51,8 @@ def check_length(trainer: L.Trainer) -> None:
     require(trainer.max_epochs == -1, "trainer.max_epochs", trainer.max_epochs, "-1; give trainer.max_steps instead")
     batches = trainer.accumulate_grad_batches
     require(batches >= 1, "trainer.accumulate_grad_batches", batches, "an integer >= 1")
+    require_at_most(MAX_STEPS, "trainer.max_steps", trainer.max_steps)
+    require_at_most(MAX_BATCHES, "trainer.accumulate_grad_batches", batches)
     every = trainer.val_check_interval
     valid = f"an integer, a multiple of trainer.accumulate_grad_batches={batches}: a step is validated and saved whole"
     whole = isinstance(every, int) and every >= 1 and every % batches == 0

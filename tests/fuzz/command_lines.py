@@ -48,7 +48,13 @@ BROKEN = ("", "=", "[1", "{a", "'", "a=b", "a,b", ":", "#")
 VALUES = (*SCALARS, *LARGE, *COLLECTIONS, *TEXTS, *BROKEN)
 KINDS = ("0", "x", "[]", "[0.9]", "null", "{}", "{a: 1}", "", "true", "1e3")
 """What a group can be set to that is none: a scalar, a list, nothing, a mapping."""
-SLOW = {"trainer.devices": ("2", "10000000"), "trainer.num_nodes": ("2",), "model.compile": ("true",)}
+SLOW = {
+    "trainer.max_steps": LARGE[:2],
+    "trainer.accumulate_grad_batches": LARGE[:1],
+    "trainer.devices": ("2", "10000000"),
+    "trainer.num_nodes": ("2",),
+    "model.compile": ("true",),
+}
 """Values that are right, and cost more than a test has."""
 
 

@@ -12,6 +12,7 @@ import resource
 import runpy
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -82,6 +83,7 @@ def become(case: dict[str, Any]) -> Callable[[], object]:
     report = os.open(case["report"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.chdir(case["cwd"])
     os.environ.update(case["environment"])
+    tempfile.tempdir = None  # it remembers the server's
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + case["memory"],) * 2)
     resource.setrlimit(resource.RLIMIT_FSIZE, (case["file_size"],) * 2)
@@ -97,6 +99,11 @@ def become(case: dict[str, Any]) -> Callable[[], object]:
         sys.path[0] = str(script.parent)
         return lambda: runpy.run_path(str(script), run_name="__main__")
     return lambda: runpy.run_module(program, run_name="__main__", alter_sys=True)
+
+
+def resident() -> int:
+    """Return the bytes of memory that this process has, of which a child begins with the same."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def serve(answers: TextIO) -> Callable[[], object]:
@@ -118,7 +125,7 @@ def serve(answers: TextIO) -> Callable[[], object]:
             left = False
         answer = {"code": os.waitstatus_to_exitcode(status), "seconds": seconds, "left": left}
         answer["cpu_seconds"] = usage.ru_utime + usage.ru_stime
-        answer["memory"] = max(0, usage.ru_maxrss - resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
+        answer["memory"] = max(0, usage.ru_maxrss * 1024 - resident())
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
     return lambda: None
