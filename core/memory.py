@@ -1,6 +1,7 @@
 """What the machine's memory can hold: asked before a model's weights are made, and named where it was not enough."""
 
 import os
+import re
 from typing import Any
 
 import torch
@@ -57,6 +58,6 @@ def explain_lack(error: BaseException) -> UserError | None:
     )
     if not lacks:
         return None
-    said = one_line(error).partition(" If reserved but")[0].removeprefix("[enforce fail at alloc_cpu.cpp:")
+    said = re.sub(r"^\[enforce fail .*?DefaultCPUAllocator: ", "", one_line(error)).partition(" If reserved but")[0]
     way = "data.batch_size, micro_batch_size, data.seq_len and the model's sizes decide: python -m tools.plan"
     return UserError(f"The memory is not enough ({said or type(error).__name__}); {way}")
