@@ -110,6 +110,10 @@ def locate(config: DictConfig, experiment: str | None, name: str) -> RunFolder:
         "the name of a folder, or null: empty, as from a variable of the shell that is not set, it would be this one"
     )
     require(str(config.run_dir).strip() != "", "run_dir", config.run_dir, valid)
+    there = config.ckpt_path is None or (
+        isinstance(config.ckpt_path, str | int | float) and str(config.ckpt_path).strip()
+    )
+    require(bool(there), "ckpt_path", config.ckpt_path, "last, or the path of a checkpoint")
     given = Path(str(config.run_dir)) if config.run_dir is not None else None
     siblings = RUNS / (experiment or "default")
     if config.ckpt_path is None:

@@ -68,6 +68,8 @@ BAD = [  # (arguments, what the message must hold)
     ([f"ckpt_path={'a' * 300}"], ("ckpt_path='aaa", "File name too long")),
     ([f"data.root={'a' * 300}"], ("data.root='aaa", "File name too long")),
     (["run_dir=a\0b"], ("run_dir='a\\x00b'", "null character")),
+    (["ckpt_path="], ("ckpt_path=''", "last, or the path of a checkpoint")),
+    (["ckpt_path=[]"], ("ckpt_path=[]", "last, or the path of a checkpoint")),
     (["data.root="], ("data.root=''", "the path of a folder")),
     (["callbacks.run_summary.run_dir="], ("callbacks.run_summary.run_dir=''", "the path of a folder")),
     (["callbacks=null"], ("callbacks='null'", "one of default", "~callbacks")),
