@@ -21,7 +21,8 @@ def main(config: DictConfig) -> float:
     from core.errors import require
     from core.interruption import explained
     from core.lightning_callbacks import check_callbacks
-    from core.parallel import accumulate
+    from core.memory import check_memory
+    from core.parallel import accumulate, check_parts
     from core.quiet import quieten
     from core.run_folder import check_resumable, entered, folder_name
     from core.steps import check_length
@@ -47,6 +48,8 @@ def main(config: DictConfig) -> float:
             default_root_dir=config.run_dir,
         )
         check_length(trainer, config.trainer.val_check_interval)
+        check_memory(trainer, module)
+        check_parts(trainer, datamodule, config.micro_batch_size)
         datamodule.prepare_data()
         datamodule.check()
         accumulate(trainer, datamodule, config.micro_batch_size)

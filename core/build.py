@@ -12,6 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from core.errors import ConfigError, Refused, UserError, one_line, require
 from core.options import check_arguments
 
+PATHS = {"root", "path", "cache_dir", "run_dir", "dirpath", "save_dir", "default_root_dir"}
+"""Arguments, of whatever takes them, that are folders."""
+
 
 def build(config: DictConfig, field: str, **filled_in: Any) -> Any:
     """The object that `config.FIELD` describes.
@@ -31,6 +34,11 @@ def build(config: DictConfig, field: str, **filled_in: Any) -> Any:
     content = cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))
     given = instantiate(DictConfig({k: v for k, v in content.items() if k != "_target_"}), _convert_="all")
     arguments = {name: value for name, value in given.items() if not name.startswith("_")}
+    for name in PATHS & arguments.keys():
+        valid = (
+            "the path of a folder: empty, as from a variable of the shell that is not set, it would be the working one"
+        )
+        require(arguments[name] != "", f"{field}.{name}", arguments[name], valid)
     check_arguments(field, target, {**arguments, **filled_in})
     try:
         return target(**{**arguments, **filled_in})

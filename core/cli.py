@@ -1,5 +1,6 @@
 """The command line: Hydra composes, mistakes end in one clear message, signals in a way to resume."""
 
+import errno
 import functools
 import gc
 import os
@@ -8,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra.core.config_store import ConfigStore
@@ -15,10 +17,10 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from core import sweep
+from core import overrides, sweep
 from core.accelerator import register_resolver
 from core.allocator import keep_freed_memory
-from core.errors import ConfigError, UserError, one_line, suggest
+from core.errors import ConfigError, Refused, UserError, one_line, suggest
 from core.explain import explain_omegaconf
 from core.printable import printable
 from lightning_modules.config import ModelConfig, OptimConfig, writable_schema
@@ -28,6 +30,11 @@ USER_ERROR = 2
 DIVERGED = 3
 INTERRUPTED = 130
 MISTAKES = (UserError, HydraException, OmegaConfBaseException)
+NOT_OURS = {
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM),
+    *(errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.EILSEQ),
+}
+"""Of the file system's answers, those that are about a name that was given, or about the disk."""
 OURS = "HYDRA_FULL_ERROR_IS_OURS"
 """In the environment of the processes that a run starts: HYDRA_FULL_ERROR is not what the user asked for."""
 DEBUGGING = os.environ.get("HYDRA_FULL_ERROR") == "1" and OURS not in os.environ
@@ -90,10 +97,9 @@ def _call(main: Callable[[], None]) -> None:
         raise SystemExit(FAULT) from None
     except MISTAKES as error:
         _leave(error)
-    except ValueError as error:  # not a HydraException, but Hydra's
-        if not str(error).startswith("Config group override"):
-            raise
-        _leave(HydraException(f"{error}; choose with GROUP=NAME, or leave it out with ~GROUP"))
+    except Exception as error:  # among them Hydra's own about groups, which name none
+        _leave_if_given(error)
+        raise
 
 
 def job(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
@@ -113,6 +119,9 @@ def job(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
             _leave(error)
         except RunDiverged:
             raise SystemExit(DIVERGED) from None
+        except Exception as error:
+            _leave_if_given(error)
+            raise
 
     return wrapped
 
@@ -148,29 +157,75 @@ def _say(error: Exception) -> None:
     print(f"Error: {printable(explain(error), limit=None)}", file=sys.stderr, flush=True)
 
 
+def _leave_if_given(error: Exception) -> None:
+    """End in one line where an error is about what stands on the command line, or about the disk, and not a fault."""
+    if (mistake := about_a_group(error) or about_a_file(error)) is not None:
+        mistake.__cause__ = error
+        _leave(mistake)
+
+
+def about_a_group(error: Exception) -> UserError | None:
+    """Return what is wrong with a configuration group on the command line, where composing has failed at one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if not any(Path(frame.filename).match("hydra/_internal/*.py") for frame in frames[-6:]):
+        return None
+    return overrides.not_a_choice(sys.argv[1:])
+
+
+def about_a_file(error: Exception) -> UserError | None:
+    """Return what is wrong with a path, or the disk that it is on: with the field where the command line names it."""
+    null = isinstance(error, ValueError) and "embedded null" in str(error)
+    if not null and not (isinstance(error, OSError) and error.errno in NOT_OURS and error.filename is not None):
+        return None
+    name = "" if null else os.fsdecode(error.filename) if not isinstance(error.filename, int) else ""  # type: ignore[attr-defined]
+    reason = "it has a null character in it" if null else str(error.strerror)  # type: ignore[attr-defined]
+    for argument in reversed(sys.argv[1:]):
+        field, equals, value = argument.partition("=")
+        field, value = (field.lstrip("+~-"), value.strip("'\"")) if equals else ("argument", argument)
+        if value and (value in name or (null and "\0" in value)):
+            return Refused(field, value, reason)
+    return UserError(f"{name}: {reason}") if name else None
+
+
 def explain(error: BaseException) -> str:
     """The message for the user, with the valid choices where they are known."""
+    if isinstance(error, HydraException) and (wrong := overrides.not_a_choice(sys.argv[1:])) is not None:
+        return str(wrong)
     chain: BaseException | None = error
     while chain is not None:
         if isinstance(chain, UserError):
             return str(chain)
         if isinstance(chain, OmegaConfBaseException) and chain.full_key:
-            return str(explain_omegaconf(chain, value=_given(chain.full_key)))
+            return str(explain_omegaconf(chain, value=_given(chain)))
         chain = chain.__cause__
     text = re.split(r"\nSee https://|\n?Config search path|\n    full_key:", str(error))[0]
     text = re.sub(r"^In '\w+': |\.$", "", one_line(text))
     if isinstance(error, OverrideParseException):
-        return f"{text}; expected FIELD=VALUE, +FIELD=VALUE for a new field, or ~FIELD to leave one out"
+        return str(Refused("argument", _unparsed(error) or "", f"{text}; expected {overrides.GRAMMAR}"))
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
-        return str(ConfigError(group, name, suggest(name, error.options)))
+        return str(_no_such_choice(group, name) or ConfigError(group, name, suggest(name, error.options)))
+    if missing := re.search("Could not load '(.+)/(.+)'", text):
+        return str(_no_such_choice(missing[1], missing[2]) or text)
     return text
 
 
-def _given(field: str) -> str | None:
-    """What the command line set a field, or one below it, to: the last of several overrides counts."""
-    for argument in reversed(sys.argv[1:]):
-        name, _, value = argument.partition("=")
-        if f"{name.lstrip('+')}.".startswith(f"{field}."):
-            return value
-    return None
+def _no_such_choice(group: str, name: str) -> ConfigError | None:
+    """The error of a group, or of one above where there is none of this name: a name may have slashes in it."""
+    while group and not overrides.choices(group):
+        group, _, above = group.rpartition("/")
+        name = f"{above}/{name}"
+    return ConfigError(group, name, suggest(name, overrides.choices(group))) if group else None
+
+
+def _given(error: OmegaConfBaseException) -> Any:
+    """What the command line set the field of an error to: of several overrides the last, or one of a group above."""
+    return overrides.given(str(error.full_key), sys.argv[1:])
+
+
+def _unparsed(error: OverrideParseException) -> str | None:
+    """The argument that is not of Hydra's grammar."""
+    if error.override:
+        return str(error.override)
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
+    return next((argument for argument in arguments if not overrides.parse([argument])), None)

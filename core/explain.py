@@ -11,8 +11,9 @@ from typing import Any
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
-from core.errors import ConfigError, Refused, UnknownField
+from core.errors import ConfigError, Refused, UnknownField, suggest
 from core.options import describe
+from core.overrides import choices as group_choices
 
 
 def explain_omegaconf(error: OmegaConfBaseException, prefix: str = "", value: Any = None) -> ConfigError:
@@ -25,6 +26,8 @@ def explain_omegaconf(error: OmegaConfBaseException, prefix: str = "", value: An
     """
     field = ".".join(part for part in (prefix, error.full_key or str(error.key or "")) if part)
     message = str(error.msg or error).splitlines()[0]
+    if message.startswith("Cannot merge DictConfig with"):
+        return ConfigError(field, value, "a group of fields")
     if isinstance(error, ConfigKeyError | AttributeError):
         return _unknown(field, value, error)
     if isinstance(error, ValidationError) and (wanted := _wanted(error)):
@@ -41,6 +44,8 @@ def _wanted(error: ValidationError) -> str | None:
 
 
 def _unknown(field: str, value: Any, error: OmegaConfBaseException) -> ConfigError:
+    if names := group_choices(field):
+        return ConfigError(field, value, f"{suggest(str(value), names)}, chosen before anything in it is set")
     siblings = _siblings(error)
     choices = [name for name in siblings if not name.startswith("_")]
     if "_target_" not in siblings:

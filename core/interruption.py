@@ -15,6 +15,7 @@ import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from core.errors import ConfigError, UserError, one_line
+from core.memory import explain_lack
 from core.printable import printable
 from core.quiet import quiet_writers
 from core.run_folder import LAST, is_main_process, resume_command
@@ -61,6 +62,8 @@ def explained(trainer: L.Trainer, run_dir: Path) -> Iterator[None]:
         sys.exit(128 + signal.SIGINT)
     except MisconfigurationException as error:
         raise UserError(one_line(error)) from error
+    except MemoryError as error:
+        raise explain_lack(error) or error from error
     except OSError as error:
         if _cannot_share(error):
             raise _no_shared_memory(trainer) from error
@@ -71,6 +74,8 @@ def explained(trainer: L.Trainer, run_dir: Path) -> Iterator[None]:
     except RuntimeError as error:
         if str(error).startswith("DataLoader worker") or _cannot_share(error):
             raise _no_shared_memory(trainer) from error
+        if (lack := explain_lack(error)) is not None:
+            raise lack from error
         if not lost_a_peer(error):
             raise
         # By whoever is left: it may be the first process that is gone, which alone knows the folder for sure.

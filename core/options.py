@@ -4,11 +4,12 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from core.errors import ConfigError, UnknownField, require
 
+_COLLECTIONS = (Collection, Iterable, Sequence)
 _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
 
@@ -24,7 +25,11 @@ def check_arguments(field: str, function: Callable[..., Any], arguments: Mapping
     Raises:
         ConfigError: names the first argument that does not fit, and what would.
     """
-    parameters = inspect.signature(function).parameters
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError as error:  # of some that are written in C
+        name = getattr(function, "__qualname__", function)
+        raise ConfigError(f"{field}._target_", name, "a class or function that says what it takes") from error
     collecting = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     names = [name for name, p in parameters.items() if name not in hidden and p.kind not in collecting]
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
@@ -66,11 +71,17 @@ def accepts(hint: Any, value: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is str:
         return isinstance(value, str)
-    if origin in (list, tuple) or hint in (list, tuple):
+    if origin is tuple or hint is tuple:
         return isinstance(value, list | tuple)
-    if origin is dict or hint is dict:
-        return isinstance(value, dict)
-    return hint is Any or not isinstance(value, bool | int | float | str | None)
+    kind = origin if inspect.isclass(origin) else hint
+    if kind is Any or not inspect.isclass(kind) or not isinstance(value, bool | int | float | str | list | dict | None):
+        return True
+    if kind in (list, *_COLLECTIONS) and isinstance(value, list | tuple):
+        return not arguments or all(accepts(arguments[0], item) for item in value)
+    try:
+        return isinstance(value, kind)  # and no plain value where an object is wanted
+    except TypeError:  # a Protocol or a TypedDict
+        return True
 
 
 def describe(hint: Any) -> str:

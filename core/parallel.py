@@ -6,6 +6,9 @@ import lightning as L
 
 from core.errors import require
 
+LISTED = 4096
+"""The largest part of a batch of which all divisors are listed."""
+
 
 def num_data_parts(trainer: L.Trainer) -> int:
     """In how many parts a batch goes to the processes; those that cut one model have the same part."""
@@ -48,6 +51,15 @@ def accumulate(trainer: L.Trainer, datamodule: Any, micro_batch_size: int | None
             setattr(trainer, name, batches * passes)
 
 
+def check_parts(trainer: L.Trainer, datamodule: Any, micro_batch_size: int | None) -> None:
+    """Refuse what `accumulate` would, before a corpus is written.
+
+    Raises:
+        ConfigError: see `num_passes`.
+    """
+    num_passes(trainer.world_size, _cut(trainer), getattr(datamodule, "batch_size", None), micro_batch_size)
+
+
 def num_models(world: int, cut: int) -> int:
     """How many copies of the model there are among so many processes, each of which `cut` of them share.
 
@@ -75,15 +87,23 @@ def num_passes(world: int, cut: int, batch_size: int | None, micro_batch_size: i
     parts = num_models(world, cut)
     if batch_size is None:
         return 1
-    valid = f"a multiple of {parts}, the number of data-parallel processes: {_multiples_near(batch_size, parts)}"
+    valid = f"at most {batch_size} data-parallel processes (times trainer.num_nodes): data.batch_size={batch_size}"
+    require(parts <= batch_size or batch_size < 1, "trainer.devices", parts, valid)
+    valid = (
+        f"a multiple of {parts}, the number of data-parallel processes (trainer.devices, trainer.num_nodes): "
+        f"{_multiples_near(batch_size, parts)}"
+    )
     require(batch_size % parts == 0, "data.batch_size", batch_size, valid)
     share = batch_size // parts
-    divisors = [n for n in range(1, share + 1) if share % n == 0]
-    valid = (
-        f"null, or one of {divisors}: {parts} data-parallel processes take {share} each of data.batch_size={batch_size}"
+    if micro_batch_size is None:
+        return 1
+    fits = type(micro_batch_size) is int and micro_batch_size >= 1 and share % micro_batch_size == 0
+    divisors = (
+        f"one of {[n for n in range(1, share + 1) if share % n == 0]}" if share <= LISTED else f"a divisor of {share}"
     )
-    require(micro_batch_size in (None, *divisors), "micro_batch_size", micro_batch_size, valid)
-    return 1 if micro_batch_size is None else share // micro_batch_size
+    valid = f"null, or {divisors}: {parts} data-parallel processes take {share} each of data.batch_size={batch_size}"
+    require(fits, "micro_batch_size", micro_batch_size, valid)
+    return share // micro_batch_size
 
 
 def _multiples_near(size: int, parts: int) -> str:

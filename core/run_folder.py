@@ -211,6 +211,14 @@ def _choose(config: DictConfig, siblings: Path) -> Path | None:
     """The folder that the configuration names, by itself or by its checkpoint; None: a new one. Writes nothing."""
     plain = config.run_dir is None or isinstance(config.run_dir, str | int | float)
     require(plain, "run_dir", config.run_dir, "the name of a folder, or null")
+    valid = (
+        "the name of a folder, or null: empty, as from a variable of the shell that is not set, it would be this one"
+    )
+    require(str(config.run_dir).strip() != "", "run_dir", config.run_dir, valid)
+    there = config.ckpt_path is None or (
+        isinstance(config.ckpt_path, str | int | float) and str(config.ckpt_path).strip()
+    )
+    require(bool(there), "ckpt_path", config.ckpt_path, "last, or the path of a checkpoint")
     given = Path(str(config.run_dir)) if config.run_dir is not None else None
     if config.ckpt_path is None:
         return given

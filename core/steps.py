@@ -8,6 +8,9 @@ import lightning as L
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from core.errors import require
+from core.limits import require_at_most
+
+MAX_STEPS, MAX_BATCHES = 10**9, 2**20  # of a run, and of one step
 
 
 def completes_step(trainer: L.Trainer, batch_idx: int) -> bool:
@@ -112,6 +115,8 @@ def check_length(trainer: L.Trainer, val_check_interval: object = None) -> None:
     trainer.fit_loop.min_epochs = 0
     batches = trainer.accumulate_grad_batches
     require(batches >= 1, "trainer.accumulate_grad_batches", batches, "an integer >= 1")
+    require_at_most(MAX_STEPS, "trainer.max_steps", trainer.max_steps)
+    require_at_most(MAX_BATCHES, "trainer.accumulate_grad_batches", batches)
     every = getattr(trainer, "val_check_interval", val_check_interval)  # a time is kept elsewhere by Lightning
     valid = f"an integer, a multiple of trainer.accumulate_grad_batches={batches}: a step is validated and saved whole"
     whole = isinstance(every, int) and every >= 1 and every % batches == 0

@@ -7,11 +7,14 @@ import lightning as L
 import torch
 
 from core.errors import require
+from core.limits import require_at_most
 from core.parallel import data_part, num_data_parts
 from core.steps import begin_step
 from datamodules.samples import Samples
 from datamodules.stream import StreamLoader, TokenStream
 from datamodules.tokenizers import NumberTokenizer, Tokenizer
+
+MAX_SEQ_LEN, MAX_BATCH_SIZE, MAX_WORKERS = 2**24, 2**20, 1024
 
 
 class StreamDataModule(L.LightningDataModule):
@@ -48,6 +51,9 @@ class StreamDataModule(L.LightningDataModule):
             ("seed", seed, 0),
         ):
             require(value >= least, f"data.{name}", value, f"an integer >= {least}")
+        require_at_most(MAX_SEQ_LEN, "data.seq_len", seq_len)
+        require_at_most(MAX_BATCH_SIZE, "data.batch_size", batch_size)
+        require_at_most(MAX_WORKERS, "data.num_workers", num_workers)
         self.seq_len, self.batch_size, self.val_batches = seq_len, batch_size, val_batches
         self.num_workers, self.seed = num_workers, seed
         self._first_sample, self._first_step = 0, 0

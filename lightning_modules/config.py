@@ -13,9 +13,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from core.errors import ConfigError, require, suggest
 from core.explain import explain_omegaconf
+from core.limits import require_at_most
 
 WIDTH_SCALINGS = ("none", "mup", "standard")
 DECAY_SHAPES = ("linear", "exponential")
+MAX_LAYERS, MAX_DIM, MAX_HIDDEN_DIM, MAX_EXPERTS = 4096, 2**18, 2**21, 4096
+"""Far beyond what has been trained; at these, a model is still looked over within a minute (core/limits.py)."""
 
 C = TypeVar("C", "ModelConfig", "OptimConfig")
 
@@ -45,6 +48,10 @@ class MoEConfig:
     def __post_init__(self) -> None:
         for name, least in (("num_experts", 1), ("num_shared_experts", 0), ("first_dense_layers", 0), ("every", 1)):
             require(getattr(self, name) >= least, f"model.moe.{name}", getattr(self, name), f"an integer >= {least}")
+        for name, most in (("num_experts", MAX_EXPERTS), ("num_shared_experts", MAX_EXPERTS)):
+            require_at_most(most, f"model.moe.{name}", getattr(self, name))
+        for name in ("expert_dim", "shared_expert_dim"):
+            require_at_most(MAX_HIDDEN_DIM, f"model.moe.{name}", getattr(self, name))
         require(
             1 <= self.top_k <= self.num_experts,
             "model.moe.top_k",
@@ -111,6 +118,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("num_layers", "dim", "num_heads", "checkpoint_every"):
             require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "an integer >= 1")
+        for name, most in (("num_layers", MAX_LAYERS), ("dim", MAX_DIM), ("ffn_dim", MAX_HIDDEN_DIM)):
+            require_at_most(most, f"model.{name}", getattr(self, name))
         require(self.ffn_dim is None or self.ffn_dim >= 1, "model.ffn_dim", self.ffn_dim, "an integer >= 1 or null")
         cut = self.init_truncation
         require(cut is None or 0 < cut < math.inf, "model.init_truncation", cut, "a number > 0 or null")

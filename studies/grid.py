@@ -121,13 +121,20 @@ def read(name: str, config: DictConfig, scale: str, seeds: Sequence[int] | None 
     require(
         isinstance(scales, dict) and len(scales) > 0, "study.scales", scales, "a group with a scale in it, as laptop"
     )
-    if scale not in scales:
+    if not isinstance(scale, str) or scale not in scales:
         raise ConfigError("scale", scale, suggest(scale, scales))
-    chosen = {**content, **scales[scale], **({} if seeds is None else {"seeds": list(seeds)})}
+    require(isinstance(scales[scale], dict), f"study.scales.{scale}", scales[scale], "a group of fields")
+    given = {} if seeds is None else {"seeds": [*seeds] if isinstance(seeds, Sequence) else seeds}
+    chosen = {**content, **scales[scale], **given}
     known = {"question", "needs", "axes", "baseline", "seeds", "overrides"}
     for field in chosen:
         if field not in known:
             raise ConfigError("study", field, suggest(field, known))
+    require(
+        isinstance(chosen.get("axes"), dict) and chosen["axes"], "study.axes", chosen.get("axes"), "a group of axes"
+    )
+    for field in ("question", "needs"):
+        require(isinstance(chosen.get(field), str), f"study.{field}", chosen.get(field), "text")
     axes = {axis: _axis(axis, points) for axis, points in chosen["axes"].items()}
     whole = isinstance(chosen["seeds"], list) and all(type(seed) is int and seed >= 0 for seed in chosen["seeds"])
     require(whole and chosen["seeds"], "seeds", chosen["seeds"], "a list of integers >= 0, as [0,1,2]")

@@ -25,7 +25,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from core import cli
-from core.errors import ConfigError, one_line, suggest
+from core.errors import ConfigError, one_line, require, suggest
 from core.printable import printable
 from core.run_folder import LAST
 from studies.decay import LARGEST_BUILT, measure
@@ -54,7 +54,12 @@ class Plan(NamedTuple):
 
 def plan_of(config: DictConfig) -> Plan:
     """From a composed configs/study.yaml."""
-    name = HydraConfig.get().runtime.choices["study"]
+    name = HydraConfig.get().runtime.choices.get("study")
+    require(isinstance(name, str) and isinstance(config.study, DictConfig), "study", name, "the name of one study")
+    for field in ("results_dir", "runs_dir"):
+        require(isinstance(config[field], str) and config[field] != "", field, config[field], "the path of a folder")
+    threads = config.threads
+    require(type(threads) is int and 1 <= threads <= 1024, "threads", threads, "an integer from 1 to 1024")
     study, whole = (read(name, config.study, config.scale, seeds) for seeds in (config.seeds, None))
     results, runs = (Path(folder) / name / config.scale for folder in (config.results_dir, config.runs_dir))
     return Plan(study, whole, results, runs)

@@ -17,13 +17,14 @@ from rich.console import Console
 from rich.table import Table
 
 from core import cli
-from core.errors import require, writing
+from core.errors import require
 from core.printable import cell, printable
 from core.status import read_summary
 from tools.curves import Curve, has_curves, read_curves
+from tools.picture import check_picture, save_picture
 
 COLUMNS = ("train_loss", "val_loss", "val_bits_per_byte", "bigram_loss", "tokens", "tokens_per_second")
-PICTURE, ENDINGS = Path("runs/compare.png"), (".png", ".svg", ".pdf")
+PICTURE = Path("runs/compare.png")
 LATE = 0.1
 """The last part of a run, over which a tag's mean is shown: one logged step alone is noise."""
 
@@ -108,9 +109,7 @@ def draw(runs: Sequence[Run], tags: Sequence[str], output: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     grid[-1, 0].set_xlabel("optimizer step")
-    with writing("--output", output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(output, dpi=120)
+    save_picture(figure, output, dpi=120)
     plt.close(figure)
 
 
@@ -118,7 +117,7 @@ def main(arguments: argparse.Namespace) -> None:
     for folder in arguments.runs:
         require(has_curves(folder), "RUN", str(folder), "the folder of a run, with tensorboard/ or csv/ in it")
     output: Path = arguments.output
-    require(output.suffix in ENDINGS, "--output", str(output), f"a name that ends in one of {', '.join(ENDINGS)}")
+    check_picture(output)
     runs = [Run(folder) for folder in arguments.runs]
     for tag in arguments.tags:
         require(any(run.curve(tag)[0] for run in runs), "--tags", tag, "a scalar that one of the runs has written")

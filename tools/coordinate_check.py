@@ -9,6 +9,8 @@ output's in the first, after which the final norm bounds it.
 """
 
 import argparse
+import math
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,11 +20,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from core import cli
+from core.errors import require
 from lightning_modules.config import ModelConfig, MoEConfig, OptimConfig
 from lightning_modules.initialization import initialize
 from lightning_modules.optim import make_optimizer
 from lightning_modules.transformer import Transformer
 from lightning_modules.width_scaling import width_scaling
+from tools.picture import check_picture, save_picture
 
 WIDTHS = (64, 128, 256, 512, 1024)
 STEPS = (1, 5, 10)
@@ -127,17 +132,13 @@ def draw(sizes: list[Size], output: Path) -> None:
             axes.set_ylabel("change since step 0 (rms)")
             axes.grid(alpha=0.3)
             axes.legend()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=110)
+    save_picture(figure, output, dpi=110)
     plt.close(figure)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.coordinate_check", description=__doc__)
-    parser.add_argument("--ffn", choices=("dense", "moe"), default="dense")
-    parser.add_argument("--lr", type=float, default=3e-3, help="learning rate at the smallest width")
-    parser.add_argument("--output", type=Path, help="where to draw it (PNG)")
-    arguments = parser.parse_args()
+def main(arguments: argparse.Namespace) -> None:
+    check_picture(arguments.output)
+    require(0 <= arguments.lr < math.inf, "--lr", arguments.lr, "a number >= 0")
     sizes = check(arguments.ffn, lr=arguments.lr)
     print_table(sizes)
     if arguments.output is not None:
@@ -145,5 +146,13 @@ def main() -> None:
         print(f"Picture: {arguments.output}")
 
 
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tools.coordinate_check", description=__doc__)
+    parser.add_argument("--ffn", choices=("dense", "moe"), default="dense")
+    parser.add_argument("--lr", type=float, default=3e-3, help="learning rate at the smallest width")
+    parser.add_argument("--output", type=Path, help="where to draw it (PNG)")
+    return parser.parse_args()
+
+
 if __name__ == "__main__":
-    main()
+    cli.run(partial(main, parse_arguments()))

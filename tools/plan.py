@@ -18,9 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import lightning as L
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -30,6 +31,7 @@ from analysis.memory import saved_activations
 from core import cli
 from core.build import build
 from core.errors import ConfigError, UserError, lookup, require
+from core.options import check_arguments
 from core.parallel import num_models, num_passes
 from lightning_modules.config import ModelConfig
 from lightning_modules.cross_entropy import LARGE_VOCABULARY
@@ -40,6 +42,7 @@ from lightning_modules.transformer import Block, Transformer
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GIB = 2**30
+CHECKED = ("max_steps", "accumulate_grad_batches", "precision")
 
 
 class Precision(NamedTuple):
@@ -127,6 +130,9 @@ def plan(config: DictConfig, vocab_size: int | None = None) -> Plan:
         ConfigError: the model cannot be built, training would refuse how it or the batch is shared out, or its data are
             not here and no vocab_size was given.
     """
+    require(isinstance(config.trainer, DictConfig), "trainer", config.trainer, "a group with a _target_")
+    trainer: Any = OmegaConf.to_container(config.trainer)
+    check_arguments("trainer", L.Trainer, {name: value for name, value in trainer.items() if name in CHECKED})
     datamodule: Any = build(config, "data")
     tokens = vocab_size or _vocab_size(datamodule)
     module: Any = build(config, "module", vocab_size=tokens)

@@ -9,6 +9,7 @@ Reads only; a run may go on meanwhile. Age is the time since anything was last w
 
 import argparse
 import math
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -154,7 +155,7 @@ def main() -> None:
         "--sort", choices=("age", "loss"), default="age", help="newest last (age), or best first (loss)"
     )
     arguments = parser.parse_args()
-    if not arguments.folder.is_dir():
+    if not os.path.isdir(arguments.folder):  # unlike Path.is_dir, also of names that no file can have
         print(f"Error: {printable(arguments.folder)} is no folder", file=sys.stderr)
         raise SystemExit(2)
     now = time.time()

@@ -29,8 +29,10 @@ from analysis.propagation import BlockSignal, measure
 from analysis.theory import Prediction, predict_model
 from core import cli
 from core.build import build
+from core.errors import require
 from lightning_modules.config import ModelConfig
 from lightning_modules.placements.registry import PLACEMENTS
+from tools.picture import check_picture, save_picture
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 PICTURES = Path("runs/signal")
@@ -80,6 +82,8 @@ def report(overrides: Sequence[str], batch_size: int = 4, seq_len: int = 64) -> 
     cli.register_schemas()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config: DictConfig = compose("train", list(overrides))
+    valid = "an integer in [0, 2**32)"
+    require(type(config.seed) is int and 0 <= config.seed < 2**32, "seed", config.seed, valid)
     config.model.compile = config.model.activation_checkpointing = False  # hooks see neither well, results are the same
     torch.manual_seed(config.seed)
     module = build(config, "module", vocab_size=VOCAB_SIZE)
@@ -155,8 +159,7 @@ def draw(result: Report, output: Path) -> None:
     for axes in grid[-1]:
         axes.set_xlabel("block")
     figure.suptitle(result.title)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=110)
+    save_picture(figure, output, dpi=110)
     plt.close(figure)
 
 
@@ -185,6 +188,7 @@ def placements_table(overrides: Sequence[str]) -> str:
 def main(arguments: argparse.Namespace) -> None:
     # With a thread for every core of a busy machine, products this small spend their time waiting for each other.
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
+    check_picture(arguments.output)
     if arguments.every_placement:
         print(placements_table(arguments.overrides))
         return

@@ -1,0 +1,86 @@
+"""Command lines in Hydra's grammar: which of their overrides is at fault, and what it set a field to."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Override
+from hydra.errors import HydraException
+
+from core.errors import ConfigError, suggest
+
+GRAMMAR = "FIELD=VALUE, +FIELD=VALUE for a new field, or ~FIELD to leave one out"
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+def parse(arguments: Iterable[str]) -> list[Override]:
+    """Return the overrides among the arguments; what is none, as an option, is left out."""
+    parser, found = OverridesParser.create(), []
+    for argument in arguments:
+        try:
+            found.append(parser.parse_override(argument))
+        except (HydraException, RecursionError):
+            continue
+    return found
+
+
+def choices(group: str) -> list[str]:
+    """Return the names among which a configuration group is chosen; none: there is no such group."""
+    if not group or group.startswith("hydra") or ".." in group:
+        return []
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+def not_a_choice(arguments: Iterable[str]) -> ConfigError | None:
+    """Return the error that says which configuration group is set to what is no name, and no list of names."""
+    for override in parse(arguments):
+        group, text = str(override.key_or_group), str(override.input_line).partition("=")[2]
+        if not group:
+            return ConfigError("argument", override.input_line, GRAMMAR)
+        names = choices(group)
+        wrong = any(_is_no_choice(override, value) for value in _values(override))
+        if wrong and group.partition("/")[0] in ("hydra", "schema"):
+            return ConfigError(group, text, "the name of one of its configurations")
+        if wrong and names:
+            without = f"; ~{group} leaves it out" if override.value() is None else ""
+            return ConfigError(group, text, f"{suggest(text, names)}, or a list of such names{without}")
+    return None
+
+
+def _values(override: Override) -> list[Any]:
+    """Return the values of a sweep over choices, or the only one; none of a sweep of another kind."""
+    value: Any = override.value()
+    if isinstance(value, ChoiceSweep):
+        return list(value.list)
+    return [] if override.is_sweep_override() else [value]
+
+
+def _is_no_choice(override: Override, value: Any) -> bool:
+    if isinstance(value, dict):  # fields of the group
+        return False
+    if override.is_delete():
+        return value is not None and not isinstance(value, str)
+    names = value if isinstance(value, list) else [value]
+    return not all(isinstance(name, str) and name for name in names)
+
+
+def given(field: str, arguments: Iterable[str]) -> Any:
+    """Return what the overrides set a field to, as their text where it is set by itself, else from the group's value.
+
+    The last of several counts; None where none of them sets it, or something below it.
+    """
+    arguments = list(arguments)
+    for argument in reversed(arguments):
+        name, _, text = argument.partition("=")
+        name = name.lstrip("+~")
+        if f"{name}.".startswith(f"{field}."):
+            return text
+        if field.startswith(f"{name}.") and name:
+            for override in parse([argument]):
+                value: Any = override.value()
+                for part in field.removeprefix(f"{name}.").split("."):
+                    value = value.get(part) if isinstance(value, dict) else None
+                if value is not None:
+                    return value
+    return None

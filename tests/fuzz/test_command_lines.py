@@ -1,0 +1,88 @@
+"""Any command line of any program works, or is refused in one line that names what was set; see judge.py."""
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+
+from tests.fuzz import command_lines
+from tests.fuzz.judge import faults, names_one_of
+from tests.fuzz.sandbox import Sandbox, tree
+from tests.helpers_run import tiny_job
+
+TINY = tiny_job("trainer.max_steps=1")
+GROUPS = command_lines.all_group_overrides()
+
+
+def sample(max_examples: int) -> settings:
+    """The same ones each time; nothing is shrunk, as each is short."""
+    return settings(
+        max_examples=max_examples,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+def check(sandbox: Sandbox, program: str, arguments: tuple[str, ...], fields: tuple[str, ...] = ()) -> None:
+    """Run it, and hold how it ends against what is promised.
+
+    Args:
+        fields: of the arguments, those of which one must be named where it is refused.
+    """
+    with sandbox.world() as world:
+        (world.work / "texts").mkdir()
+        for number in range(20):
+            (world.work / f"texts/{number}.txt").write_text(f"{number} hello world\n" * 100)
+        before = tree(world.work)
+        outcome = sandbox.run(world, program, *arguments)
+        found = faults(outcome, before, world)
+        if outcome.code == 2 and outcome.err.count("\n") != 1 and "usage: " not in outcome.err:
+            found.append("more than one line")
+        if outcome.code == 2 and fields and not names_one_of(fields, outcome.err):
+            found.append("no field that was set is named")
+        assert not found, f"{program} {list(fields or arguments)}: {found}\n{outcome.err[-1500:]}"
+
+
+def train(sandbox: Sandbox, fields: tuple[str, ...]) -> None:
+    check(sandbox, "train.py", (*TINY, *fields), fields)
+
+
+@sample(24)
+@given(command_lines.field_overrides())
+def test_fields_of_train(sandbox: Sandbox, fields: tuple[str, ...]) -> None:
+    train(sandbox, fields)
+
+
+@sample(10)
+@given(command_lines.group_overrides())
+def test_groups_of_train(sandbox: Sandbox, fields: tuple[str, ...]) -> None:
+    train(sandbox, fields)
+
+
+@sample(90)
+@given(command_lines.tool_command_lines())
+def test_tools(sandbox: Sandbox, command: tuple[str, tuple[str, ...]]) -> None:
+    check(sandbox, *command)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@sample(600)
+@given(command_lines.field_overrides())
+def test_six_hundred_of_fields(sandbox: Sandbox, fields: tuple[str, ...]) -> None:
+    train(sandbox, fields)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@sample(500)
+@given(command_lines.tool_command_lines())
+def test_five_hundred_of_tools(sandbox: Sandbox, command: tuple[str, tuple[str, ...]]) -> None:
+    check(sandbox, *command)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("group", "kind"), GROUPS)
+def test_every_group_with_every_kind(sandbox: Sandbox, group: str, kind: str) -> None:
+    train(sandbox, (f"{group}={kind}",))
