@@ -71,7 +71,8 @@ def shares(weights: list[float]) -> Numbers:
     Raises:
         ConfigError: a weight is not positive, or too small for a single place.
     """
-    require(all(map(_is_weight, weights)), "data.weights", weights, "positive numbers, all finite")
+    require(all(map(_is_finite, weights)), "data.weights", weights, "finite numbers")
+    require(all(weight > 0 for weight in weights), "data.weights", weights, "positive numbers")
     ratios = np.array(weights, np.float64) / max(weights)  # the sum of huge ones would be infinite
     exact = BLOCK * ratios / ratios.sum()
     counts: npt.NDArray[np.int64] = np.floor(exact).astype(np.int64)
@@ -81,8 +82,10 @@ def shares(weights: list[float]) -> Numbers:
     return counts
 
 
-def _is_weight(weight: object) -> bool:
-    return isinstance(weight, int | float) and not isinstance(weight, bool) and 0 < weight <= sys.float_info.max
+def _is_finite(weight: object) -> bool:
+    if isinstance(weight, bool) or not isinstance(weight, int | float):
+        return False
+    return abs(weight) <= sys.float_info.max
 
 
 class MixedSamples:
