@@ -104,6 +104,11 @@ class LanguageModule(L.LightningModule):
                 valid = "no callback that freezes or prunes weights with trainer=fsdp, where they are in parts"
                 require(not sharded, "callbacks", type(callback).__name__, valid)
                 self.configure_model()
+            if getattr(callback, "_prune_on_train_epoch_end", False) and self.trainer.max_epochs == -1:
+                reason = (
+                    "the run is a single epoch, which ends when all is saved; prune_on_train_epoch_end=false prunes "
+                )
+                raise Refused("callbacks", "ModelPruning", f"{reason}after each validation")
         return []
 
     def setup(self, stage: str) -> None:
