@@ -335,7 +335,7 @@ def _lengths(values: Any) -> tuple[int, ...]:
 def _path(keys: Any, name: str | None = None) -> Path_:
     if not isinstance(keys, list | tuple) or not 1 <= len(keys) <= MAX_DIMENSIONS:
         raise Untrusted("a path in its index is none")
-    if any(type(key) not in (str, int) for key in keys) or name not in (None, name_of(keys)):
+    if any(type(key) not in (str, int) for key in keys) or name not in (None, name_of(tuple(keys))):
         raise Untrusted("a path in its index is none")
     return tuple(keys)
 

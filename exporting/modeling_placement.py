@@ -274,7 +274,7 @@ class PlacementForCausalLM(PreTrainedModel, GenerationMixin):
             require(begin is not None, "input_ids", list(prompt.shape), "at least one token: no token begins a text")
             inputs = torch.full((len(prompt), 1), begin, device=prompt.device)
             options = {name: value for name, value in options.items() if name not in ("input_ids", "attention_mask")}
-        return super().generate(inputs, *others, **options)  # type: ignore[misc] - it wants a protocol of its own
+        return super().generate(inputs, *others, **options)  # type: ignore[misc]  # it wants a protocol
 
 
 GROWING = "a cache that grows with the text, as DynamicCache does (cache_implementation='dynamic')"

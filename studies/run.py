@@ -56,6 +56,7 @@ def plan_of(config: DictConfig) -> Plan:
     """From a composed configs/study.yaml."""
     name = HydraConfig.get().runtime.choices.get("study")
     require(isinstance(name, str) and isinstance(config.study, DictConfig), "study", name, "the name of one study")
+    assert isinstance(name, str)
     for field in ("results_dir", "runs_dir"):
         require(isinstance(config[field], str) and config[field] != "", field, config[field], "the path of a folder")
     threads = config.threads
