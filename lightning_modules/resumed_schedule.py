@@ -20,7 +20,7 @@ def describe_change(config: OptimConfig, scheduler: LambdaLR, num_steps: float, 
     Returns:
         One line that says how the rate goes on and what would avoid it; None: it goes on as it would have.
     """
-    step, peak, factor = scheduler.last_epoch, scheduler.base_lrs[0], scheduler.lr_lambdas[0]
+    step, peak, factor = scheduler.last_epoch, float(scheduler.base_lrs[0]), scheduler.lr_lambdas[0]
     held = float(scheduler.optimizer.param_groups[0]["lr"])
     jumps = not math.isclose(held, peak * factor(step), rel_tol=1e-6, abs_tol=1e-12)
     longer = before not in (None, num_steps) and config.schedule != "constant"
