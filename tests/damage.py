@@ -1,6 +1,9 @@
 """What can happen to a file."""
 
 import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -19,3 +22,14 @@ def flip(path: Path, place: float = 0.5) -> None:
 def truncate(path: Path, place: float = 0.5) -> None:
     """To this fraction of it."""
     os.truncate(path, int(place * path.stat().st_size))
+
+
+@contextmanager
+def small_files(num_bytes: int) -> Iterator[None]:
+    """While it lasts, this process' files cannot grow beyond so many bytes: what it writes fails as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -1,6 +1,7 @@
 """Disks that are full, folders that vanish, two at a time: a clear line, and what was saved stays whole."""
 
 import os
+import resource
 import shutil
 import subprocess
 from pathlib import Path
@@ -27,18 +28,22 @@ class At(L.Callback):
 
     def __init__(self, what: str, run_dir: str) -> None:
         self.what, self.run_dir = what, Path(run_dir)
+        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.global_step != 2:
             return
         if self.what == "full":
-            (self.run_dir / "checkpoints/last.ckpt.unfinished").symlink_to("/dev/full")
+            resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, self.before[1]))
         elif self.what == "gone":
             shutil.rmtree(self.run_dir)
             self.run_dir.write_text("something else")  # so that nobody makes it again
         else:  # root may write anywhere: only what is no folder stops it
             shutil.move(self.run_dir / "checkpoints", self.run_dir / "moved")
             (self.run_dir / "checkpoints").write_text("")
+
+    def on_exception(self, *_: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
 
 
 def at(what: str) -> str:
@@ -48,10 +53,7 @@ def at(what: str) -> str:
 def test_a_disk_that_is_full_costs_no_checkpoint(tmp_path: Path) -> None:
     ended = train(tmp_path, *tiny_job(*JOB), "run_dir=run", at("full"))
     assert ended.code == 2
-    assert (
-        "last.ckpt could not be written (No space left on device); what was there under this name is untouched"
-        in ended.err
-    )
+    assert "last.ckpt could not be written (File too large); what was there under this name is untouched" in ended.err
     assert ended.err.count("\n") == 1
     assert load(tmp_path / "run/checkpoints/last.ckpt")["global_step"] == 1
     assert train(tmp_path, *tiny_job(*JOB), "run_dir=run", "ckpt_path=last").code == 0
