@@ -11,9 +11,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from core.errors import ConfigError, Refused, UserError, one_line, require
 from core.options import check_arguments
+from core.paths import require_path
 
 PATHS = {"root", "path", "cache_dir", "run_dir", "dirpath", "save_dir", "default_root_dir"}
-"""Arguments, of whatever takes them, that are folders."""
+NAMES = {"filename", "name", "version"}
+"""Arguments, of whatever takes them, that are folders, and that become a part of a file's name."""
 
 
 def build(config: DictConfig, field: str, **filled_in: Any) -> Any:
@@ -34,11 +36,9 @@ def build(config: DictConfig, field: str, **filled_in: Any) -> Any:
     content = cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))
     given = instantiate(DictConfig({k: v for k, v in content.items() if k != "_target_"}), _convert_="all")
     arguments = {name: value for name, value in given.items() if not name.startswith("_")}
-    for name in PATHS & arguments.keys():
-        valid = (
-            "the path of a folder: empty, as from a variable of the shell that is not set, it would be the working one"
-        )
-        require(arguments[name] != "", f"{field}.{name}", arguments[name], valid)
+    for name, value in arguments.items():
+        if name in PATHS or (name in NAMES and value):
+            require_path(f"{field}.{name}", value, "the path of a folder" if name in PATHS else "a file's name")
     check_arguments(field, target, {**arguments, **filled_in})
     try:
         return target(**{**arguments, **filled_in})

@@ -1,0 +1,22 @@
+"""Paths that a user gives: what no file system would take is refused before anything is written."""
+
+import os
+
+from core.errors import require
+
+NAME_BYTES, PATH_BYTES = 255, 4095  # of Linux' and macOS' file systems
+
+
+def require_path(field: str, value: object, what: str = "the path of a folder") -> None:
+    """Refuse an empty path, one with a null character, and one that is too long for any file system.
+
+    An empty one would be the working folder, and comes of a variable of the shell that is not set.
+
+    Raises:
+        ConfigError: says which.
+    """
+    text = str(value)
+    require(text.strip() != "", field, value, f"{what}: empty, as from a shell variable that is not set, it is none")
+    require("\0" not in text, field, value, f"{what}: there is a null character in it")
+    long = len(os.fsencode(text)) > PATH_BYTES or any(len(os.fsencode(p)) > NAME_BYTES for p in text.split("/"))
+    require(not long, field, value, f"{what}: a name in it has more than {NAME_BYTES} bytes, or all of it {PATH_BYTES}")
