@@ -1,6 +1,5 @@
 """The command line: Hydra composes, mistakes end in one clear message, signals in a way to resume."""
 
-import errno
 import functools
 import gc
 import os
@@ -22,6 +21,7 @@ from core.accelerator import register_resolver
 from core.allocator import keep_freed_memory
 from core.errors import ConfigError, Refused, UserError, one_line, suggest
 from core.explain import explain_omegaconf
+from core.file_errors import about_a_file
 from core.printable import printable
 from lightning_modules.config import ModelConfig, OptimConfig, writable_schema
 
@@ -30,11 +30,6 @@ USER_ERROR = 2
 DIVERGED = 3
 INTERRUPTED = 130
 MISTAKES = (UserError, HydraException, OmegaConfBaseException)
-NOT_OURS = {
-    *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM),
-    *(errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.EILSEQ),
-}
-"""Of the file system's answers, those that are about a name that was given, or about the disk."""
 OURS = "HYDRA_FULL_ERROR_IS_OURS"
 """In the environment of the processes that a run starts: HYDRA_FULL_ERROR is not what the user asked for."""
 DEBUGGING = os.environ.get("HYDRA_FULL_ERROR") == "1" and OURS not in os.environ
@@ -170,21 +165,6 @@ def about_a_group(error: Exception) -> UserError | None:
     if not any(Path(frame.filename).match("hydra/_internal/*.py") for frame in frames[-6:]):
         return None
     return overrides.not_a_choice(sys.argv[1:])
-
-
-def about_a_file(error: Exception) -> UserError | None:
-    """Return what is wrong with a path, or the disk that it is on: with the field where the command line names it."""
-    null = isinstance(error, ValueError) and "embedded null" in str(error)
-    if not null and not (isinstance(error, OSError) and error.errno in NOT_OURS and error.filename is not None):
-        return None
-    name = "" if null else os.fsdecode(error.filename) if not isinstance(error.filename, int) else ""  # type: ignore[attr-defined]
-    reason = "it has a null character in it" if null else str(error.strerror)  # type: ignore[attr-defined]
-    for argument in reversed(sys.argv[1:]):
-        field, equals, value = argument.partition("=")
-        field, value = (field.lstrip("+~-"), value.strip("'\"")) if equals else ("argument", argument)
-        if value and (value in name or (null and "\0" in value)):
-            return Refused(field, value, reason)
-    return UserError(f"{name}: {reason}") if name else None
 
 
 def explain(error: BaseException) -> str:

@@ -15,6 +15,7 @@ import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from core.errors import ConfigError, UserError, one_line
+from core.file_errors import about_a_file
 from core.memory import explain_lack
 from core.printable import printable
 from core.quiet import quiet_writers
@@ -68,7 +69,7 @@ def explained(trainer: L.Trainer, run_dir: Path) -> Iterator[None]:
         if _cannot_share(error):
             raise _no_shared_memory(trainer) from error
         if error.errno not in CANNOT_WRITE and run_dir.is_dir():
-            raise
+            raise about_a_file(error) or error from error
         reason = error.strerror if run_dir.is_dir() else "it is gone"
         raise UserError(f"{run_dir} cannot be written to any more: {reason}. Checkpoints in it are whole") from error
     except RuntimeError as error:

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from core.errors import ConfigError, UserError, one_line, require, writing
 from core.mappings import flatten
+from core.paths import require_path
 from core.printable import printable
 from core.run_lock import held
 from core.status import FILE as STATUS
@@ -211,14 +212,14 @@ def _choose(config: DictConfig, siblings: Path) -> Path | None:
     """The folder that the configuration names, by itself or by its checkpoint; None: a new one. Writes nothing."""
     plain = config.run_dir is None or isinstance(config.run_dir, str | int | float)
     require(plain, "run_dir", config.run_dir, "the name of a folder, or null")
-    valid = (
-        "the name of a folder, or null: empty, as from a variable of the shell that is not set, it would be this one"
-    )
-    require(str(config.run_dir).strip() != "", "run_dir", config.run_dir, valid)
-    there = config.ckpt_path is None or (
-        isinstance(config.ckpt_path, str | int | float) and str(config.ckpt_path).strip()
-    )
-    require(bool(there), "ckpt_path", config.ckpt_path, "last, or the path of a checkpoint")
+    there = config.ckpt_path is None or isinstance(config.ckpt_path, str | int | float)
+    require(there, "ckpt_path", config.ckpt_path, "last, or the path of a checkpoint")
+    for field, what in (
+        ("run_dir", "the name of a folder, or null"),
+        ("ckpt_path", "last, or the path of a checkpoint"),
+    ):
+        if config[field] is not None:
+            require_path(field, config[field], what)
     given = Path(str(config.run_dir)) if config.run_dir is not None else None
     if config.ckpt_path is None:
         return given
