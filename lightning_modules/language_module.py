@@ -85,7 +85,7 @@ class LanguageModule(L.LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """None of its own. Lightning asks before any callback's setup, where some of its own look for the weights."""
-        for callback in self.trainer.callbacks:
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, BackboneFinetuning):
                 reason = "no part of the model is a backbone; a BaseFinetuning of your own can say what it freezes"
                 raise Refused("callbacks", "BackboneFinetuning", reason)
