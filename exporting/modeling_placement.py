@@ -183,7 +183,9 @@ class PlacementForCausalLM(PreTrainedModel, GenerationMixin):
         output_router_logits = _or_default(output_router_logits, config.output_router_logits)
         attentions = _or_default(output_attentions, config.output_attentions)
         require(not attentions, "output_attentions", True, "false: attention's weights never exist")
-        require(past_key_values is None or hasattr(past_key_values, "update"), "past_key_values", "...", GROWING)
+        grows = hasattr(past_key_values, "update") and not getattr(past_key_values, "is_compileable", False)
+        kind = type(past_key_values).__name__
+        require(past_key_values is None or grows, "past_key_values", kind, GROWING)
         require((input_ids is None) != (inputs_embeds is None), "inputs_embeds", "...", "either this or input_ids")
         given = input_ids if inputs_embeds is None else inputs_embeds
         assert given is not None
@@ -199,7 +201,7 @@ class PlacementForCausalLM(PreTrainedModel, GenerationMixin):
             log.warning_once("use_cache=True does not go with gradient checkpointing: use_cache=False")
         use_cache = _or_default(use_cache, config.use_cache and not self.training) and not recomputes
         without = "none while blocks are recomputed: gradient_checkpointing_disable(), or torch.no_grad()"
-        require(not recomputes or past_key_values is None, "past_key_values", type(past_key_values).__name__, without)
+        require(not recomputes or past_key_values is None, "past_key_values", kind, without)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())

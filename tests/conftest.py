@@ -54,9 +54,9 @@ def tokens(*shape: int) -> torch.Tensor:
     return torch.randint(VOCAB_SIZE, shape)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def hub_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A place of the tests' own for the code that comes with exported models."""
+    """A place of the tests' own for the code that comes with exported models; one, as Python imports it once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
         patch.setattr(sys, "path", [*sys.path])
