@@ -21,7 +21,7 @@ from core.options import accepts, check_arguments, describe
         (tuple[float, float], [(0.1, 0.2), [1, 2]], [0.1], "[a number, a number]"),
         (dict[str, int], [{"a": 1}], [[1], 1], "a group of fields"),
         (Any, [1, "a", None, [1]], [], "Any"),
-        (pytest.MonkeyPatch, [pytest.MonkeyPatch()], [1, "a", None, [1], {}], "MonkeyPatch"),
+        (pytest.MonkeyPatch, [], [1, "a", None, [1], {}], "MonkeyPatch"),
     ],
     ids=str,
 )

@@ -137,7 +137,7 @@ def test_keel_eases_its_first_block_in(ffn: str) -> None:
         ("siamesenorm", {"head_norms": True}, {"qkv": "QKV"}),
         ("rezero", {"final_norm": False}, {"leave": bare}),
     ],
-    ids=str,
+    ids=["b2t", "siamesenorm, its sum", "siamesenorm, its heads", "rezero"],
 )
 @ffns
 def test_what_the_authors_code_has_is_an_option(
