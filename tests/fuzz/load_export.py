@@ -9,7 +9,8 @@ def main() -> None:
     try:
         AutoModelForCausalLM.from_pretrained(sys.argv[1], local_files_only=True)
     except Exception as error:  # what transformers says about a damaged folder is not ours
-        raise SystemExit(f"Error: {type(error).__name__}") from None
+        print(f"Error: {type(error).__name__}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ class Sandbox:
 
     def run(self, world: World, program: str, *arguments: str) -> Outcome:
         """`python train.py ARGUMENTS`, or `python -m MODULE ARGUMENTS`, in the world's working folder."""
-        texts = {name: self._scratch / name for name in ("out", "err", "report")}
+        texts = {name: self._scratch / name for name in ("out", "err", "report", "memory_before")}
         caches = self._scratch / "caches"
         case = {
             **{name: str(path) for name, path in texts.items()},
@@ -149,8 +149,9 @@ class Sandbox:
         self._server.stdin.flush()
         answer = json.loads(self._answer(SECONDS + 30))
         self.cases += 1
-        out, err, touched = (path.read_text(errors="replace") for path in texts.values())
-        return Outcome(answer["code"], out, err, answer["cpu_seconds"], answer["memory"], touched, answer["left"])
+        out, err, touched, before = (path.read_text(errors="replace") for path in texts.values())
+        memory = answer["most_memory"] - int(before)
+        return Outcome(answer["code"], out, err, answer["cpu_seconds"], memory, touched, answer["left"])
 
     def _answer(self, seconds: float) -> str:
         assert self._server.stdout is not None

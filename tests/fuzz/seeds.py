@@ -12,13 +12,19 @@ from studies.record import FINISHED, Record
 from tests.fuzz.sandbox import Sandbox
 from tests.helpers_run import TEXT, tiny_job
 
+SNAPSHOTS = (
+    "callbacks.divergence.policy=rollback",
+    "callbacks.divergence.policy_options={every: 1, margin: 1}",
+    "callbacks.last_checkpoint.every_n_train_steps=1",
+)
+"""Overrides with which a run keeps more than its last checkpoint."""
 STUDY = Study("rates", "laptop", "Which?", "little", {"optim.lr": {"1e-3": ["optim.lr=1e-3"]}}, None, (0, 1), ())
 
 
 def make(sandbox: Sandbox, folder: Path) -> Path:
-    """Fill a folder with `run`, `pieces`, `texts`, `corpus`, `shards_run`, `study` and `exported`.
+    """Fill a folder with `run`, `pieces`, `llama`, `texts`, `corpus`, `shards_run`, `study` and `exported`.
 
-    run: bytes, both loggers, one checkpoint file, a flight record and a summary; pieces: the same with a checkpoint of
+    run: bytes, both loggers, checkpoints of one file with snapshots, a flight record and a summary; pieces: the same with a checkpoint of
     torch.distributed; corpus: a prepared one with a tokenizer of its own, and shards_run, which was trained on it.
     """
     with sandbox.world() as world:
@@ -31,11 +37,12 @@ def make(sandbox: Sandbox, folder: Path) -> Path:
         small = ("trainer.max_steps=3", "trainer.val_check_interval=3", "logger=[tensorboard,csv]")
         shards = [override for override in tiny_job(*small) if not override.startswith("data.root=")]
         for program, *arguments in (
-            ("train.py", *tiny_job(*small), "run_dir=run"),
+            ("train.py", *tiny_job(*small), *SNAPSHOTS, "run_dir=run"),
             ("train.py", *tiny_job(*small), "trainer=fsdp", "trainer.devices=1", "run_dir=pieces"),
             ("tools.prepare", "input=texts", "tokenizer=bpe:300", "output=corpus", "validation=0.3", "processes=1"),
             ("train.py", *shards, "data=shards", "data.path=corpus", "run_dir=shards_run"),
-            ("tools.export", "run", "output=exported"),
+            ("train.py", *tiny_job(*small), "model.placement=prenorm", "model.init=megatron", "run_dir=llama"),
+            ("tools.export", "llama", "output=exported"),
         ):
             ended = sandbox.run(world, program, *arguments)
             assert ended.code == 0, ended.err

@@ -94,6 +94,7 @@ def become(case: dict[str, Any]) -> Callable[[], object]:
     program = case["program"]
     script = ROOT / program if program.endswith(".py") else None
     sys.argv = [str(script or program), *(os.fsdecode(bytes.fromhex(argument)) for argument in case["arguments"])]
+    Path(case["memory_before"]).write_text(str(resident()))
     watch(report, case["inside"])
     if script is not None:
         sys.path[0] = str(script.parent)
@@ -102,7 +103,7 @@ def become(case: dict[str, Any]) -> Callable[[], object]:
 
 
 def resident() -> int:
-    """Return the bytes of memory that this process has, of which a child begins with the same."""
+    """Return the bytes of memory that this process has."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
@@ -125,7 +126,7 @@ def serve(answers: TextIO) -> Callable[[], object]:
             left = False
         answer = {"code": os.waitstatus_to_exitcode(status), "seconds": seconds, "left": left}
         answer["cpu_seconds"] = usage.ru_utime + usage.ru_stime
-        answer["memory"] = max(0, usage.ru_maxrss * 1024 - resident())
+        answer["most_memory"] = usage.ru_maxrss * 1024
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
     return lambda: None

@@ -31,7 +31,8 @@ class Target(NamedTuple):
         folder: that of seeds.make in which it lies, or the file itself.
         files: which of the folder's, as a glob; empty: the seed is a file.
         readers: programs and their arguments; {} is the folder.
-        how: what is done to it, beside any_bytes and another_kind.
+        how: what is done to it, beside any_bytes.
+        anything: what else may lie in its place; nothing where a pipe may be meant, and is waited for.
     """
 
     kind: str
@@ -39,6 +40,7 @@ class Target(NamedTuple):
     files: str
     readers: tuple[tuple[str, ...], ...]
     how: tuple[object, ...] = ()
+    anything: tuple[object, ...] = (mutations.another_kind,)
 
 
 TARGETS = (
@@ -76,11 +78,13 @@ TARGETS = (
     Target("table", "run", "csv/version_0/metrics.csv", (COMPARE,), (mutations.table_values,)),
     Target("events", "run", "events.jsonl", (REPLAY,), (mutations.json_values,)),
     Target("flight record", "run", "flight_recorder/*.pt", (REPLAY,), (mutations.torch_values,)),
-    Target("snapshot", "run", "checkpoints/previous.ckpt", (REPLAY, RESUME), (mutations.torch_values,)),
+    Target("previous checkpoint", "run", "checkpoints/previous.ckpt", (REPLAY,), (mutations.torch_values,)),
+    Target("snapshot", "run", "checkpoints/step_*/*", (RESUME,), (mutations.torch_values,)),
     Target("record", "study", "*.json", (REPORT,), (mutations.json_values,)),
     Target("study", "study", "study.yaml", (REPORT,), (mutations.yaml_values,)),
-    Target("exported folder", "exported", "*", (LOAD,), (mutations.json_values,)),
-    Target("text", "texts", "1.txt", (PREPARE,), (mutations.line_values,)),
-    Target("JSON lines", "texts.jsonl", "", (PREPARE,), (mutations.json_values, mutations.line_values)),
-    Target("compressed text", "texts.jsonl.gz", "", (PREPARE,)),
+    Target("exported weights", "exported", "*.safetensors", (LOAD,)),
+    Target("exported folder", "exported", "*.json", (LOAD,), (mutations.json_values,)),
+    Target("text", "texts", "1.txt", (PREPARE,), (mutations.line_values,), ()),
+    Target("JSON lines", "texts.jsonl", "", (PREPARE,), (mutations.json_values, mutations.line_values), ()),
+    Target("compressed text", "texts.jsonl.gz", "", (PREPARE,), (), ()),
 )

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.fuzz import seeds
 from tests.fuzz.judge import faults
-from tests.fuzz.mutations import another_kind, any_bytes
+from tests.fuzz.mutations import any_bytes
 from tests.fuzz.sandbox import Sandbox, tree
 from tests.fuzz.targets import READ_ONLY, RESUME, TARGETS, Target
 from tests.fuzz.test_command_lines import sample
@@ -25,7 +25,7 @@ def seeds_folder(sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> 
 def command(target: Target, reader: tuple[str, ...]) -> list[str]:
     """The reader's arguments, for the folder of the target."""
     if reader == RESUME:
-        parts = ["trainer=fsdp", "trainer.devices=1"] if target.folder == "pieces" else []
+        parts = ["trainer=fsdp", "trainer.devices=1"] if target.folder == "pieces" else list(seeds.SNAPSHOTS)
         return [
             *tiny_job("trainer.max_steps=4", "trainer.val_check_interval=3"),
             *parts,
@@ -49,7 +49,7 @@ def check(sandbox: Sandbox, folder: Path, target: Target, draw: Any) -> None:
             shutil.copytree(folder / "texts", world.work / "texts")
         files = sorted(path for path in copy.glob(target.files) if path.is_file()) if target.files else [copy]
         file, reader = draw(files), draw(list(target.readers))
-        how = draw([*target.how, *target.how, *target.how, any_bytes, any_bytes, another_kind])
+        how = draw([*target.how, *target.how, *target.how, any_bytes, any_bytes, *target.anything])
         how(file, draw, world.canary)
         before = tree(world.work)
         outcome = sandbox.run(world, reader[0], *command(target, reader))
