@@ -10,7 +10,7 @@ import torch
 from studies.grid import Study
 from studies.record import FINISHED, Record
 from tests.fuzz.sandbox import Sandbox
-from tests.helpers_run import TEXT, tiny_job
+from tests.helpers_run import ROOT, TEXT, tiny_job
 
 SNAPSHOTS = (
     "callbacks.divergence.policy=rollback",
@@ -18,14 +18,15 @@ SNAPSHOTS = (
     "callbacks.last_checkpoint.every_n_train_steps=1",
 )
 """Overrides with which a run keeps more than its last checkpoint."""
+OLD_PIECES = ROOT / "tests/fixtures/checkpoints/in_pieces"
 STUDY = Study("rates", "laptop", "Which?", "little", {"optim.lr": {"1e-3": ["optim.lr=1e-3"]}}, None, (0, 1), ())
 
 
 def make(sandbox: Sandbox, folder: Path) -> Path:
-    """Fill a folder with `run`, `pieces`, `llama`, `texts`, `corpus`, `shards_run`, `study` and `exported`.
+    """Fill a folder with `run`, `pieces`, `old_pieces`, `llama`, `texts`, `corpus`, `shards_run`, `study` and `exported`.
 
-    run: bytes, both loggers, checkpoints of one file with snapshots, a flight record and a summary; pieces: the same with a checkpoint of
-    torch.distributed; corpus: a prepared one with a tokenizer of its own, and shards_run, which was trained on it.
+    run: bytes, both loggers, checkpoints with snapshots, a flight record and a summary; pieces: with a checkpoint of
+    several processes, and one of version 0.1; corpus: a prepared one with a tokenizer of its own, and shards_run, which was trained on it.
     """
     with sandbox.world() as world:
         (world.work / "texts").mkdir()
@@ -46,6 +47,7 @@ def make(sandbox: Sandbox, folder: Path) -> Path:
         ):
             ended = sandbox.run(world, program, *arguments)
             assert ended.code == 0, ended.err
+        shutil.copytree(OLD_PIECES, world.work / "old_pieces")
         record_flight(world.work / "run")
         record_study(world.work / "study")
         shutil.copytree(world.work, folder)

@@ -60,16 +60,11 @@ TARGETS = (
         (GENERATE, CONSOLIDATE, RESUME, EXPORT, REPLAY),
         (mutations.torch_values,),
     ),
-    Target(
-        "pieces", "pieces", "checkpoints/last.ckpt/**/*", (GENERATE, CONSOLIDATE, RESUME), (mutations.pickle_values,)
-    ),
-    Target(
-        "metadata",
-        "pieces",
-        "checkpoints/last.ckpt/meta.pt",
-        (GENERATE, CONSOLIDATE, RESUME),
-        (mutations.torch_values,),
-    ),
+    Target("pieces", "pieces", "checkpoints/last.ckpt/*", (GENERATE, CONSOLIDATE, RESUME)),
+    Target("pieces' index", "pieces", "checkpoints/last.ckpt/index.json", (GENERATE, RESUME), (mutations.json_values,)),
+    Target("pieces' values", "pieces", "checkpoints/last.ckpt/*.pt", (GENERATE, RESUME), (mutations.torch_values,)),
+    Target("old pieces", "old_pieces", "checkpoints/last.ckpt/*", (GENERATE, CONSOLIDATE)),
+    Target("old index", "old_pieces", "checkpoints/last.ckpt/.metadata", (GENERATE,), (mutations.pickle_values,)),
     Target("config", "run", "config.yaml", (GENERATE, EVALUATE, REPLAY, EXPORT, RUNS), (mutations.yaml_values,)),
     Target("overrides", "run", "overrides.yaml", (RESUME, RUNS), (mutations.yaml_values,)),
     Target("status", "run", "status.json", (RUNS, RESUME), (mutations.json_values,)),
