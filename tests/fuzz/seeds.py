@@ -23,10 +23,14 @@ STUDY = Study("rates", "laptop", "Which?", "little", {"optim.lr": {"1e-3": ["opt
 
 
 def make(sandbox: Sandbox, folder: Path) -> Path:
-    """Fill a folder with `run`, `pieces`, `old_pieces`, `llama`, `texts`, `corpus`, `shards_run`, `study` and `exported`.
+    """Fill a folder with one of each.
 
-    run: bytes, both loggers, checkpoints with snapshots, a flight record and a summary; pieces: with a checkpoint of
-    several processes, and one of version 0.1; corpus: a prepared one with a tokenizer of its own, and shards_run, which was trained on it.
+    | name | what |
+    |---|---|
+    | run, llama, shards_run | runs with both loggers: with snapshots and a flight record; for exporting; on `corpus` |
+    | pieces, old_pieces | runs with a checkpoint in pieces: as of today, and as of version 0.1 |
+    | corpus, texts, texts.jsonl, texts.jsonl.gz | a prepared corpus with a tokenizer of its own, and texts for one |
+    | study, exported | the records of a study; a run as transformers reads it |
     """
     with sandbox.world() as world:
         (world.work / "texts").mkdir()
