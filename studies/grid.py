@@ -122,7 +122,7 @@ def read(name: str, config: DictConfig, scale: str, seeds: Sequence[int] | None 
         isinstance(scales, dict) and len(scales) > 0, "study.scales", scales, "a group with a scale in it, as laptop"
     )
     if not isinstance(scale, str) or scale not in scales:
-        raise ConfigError("scale", scale, suggest(scale, scales))
+        raise ConfigError("scale", scale, suggest(str(scale), scales))
     require(isinstance(scales[scale], dict), f"study.scales.{scale}", scales[scale], "a group of fields")
     given = {} if seeds is None else {"seeds": [*seeds] if isinstance(seeds, Sequence) else seeds}
     chosen = {**content, **scales[scale], **given}

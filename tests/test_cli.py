@@ -67,7 +67,8 @@ BAD = [  # (arguments, what the message must hold)
     ([f"run_dir={'a' * 300}"], (f"run_dir='{'a' * 300}'", "more than 255 bytes")),
     ([f"ckpt_path={'a' * 300}"], ("ckpt_path='aaa", "more than 255 bytes")),
     ([f"data.root={'a' * 300}"], ("data.root='aaa", "more than 255 bytes")),
-    (["run_dir=a\0b"], ("run_dir='a\\x00b'", "null character")),
+    (["run_dir=a\0b"], ("argument='run_dir=a\\x00b'", "FIELD=VALUE")),
+    (["run_dir='a\0b'"], ("run_dir='a\\x00b'", "null character")),
     ([f"run_dir=a/{'a' * 300}"], ("run_dir='a/aaa", "more than 255 bytes")),
     ([f"callbacks.best_checkpoint.filename={'a' * 300}"], ("callbacks.best_checkpoint.filename='aaa", "more than 255")),
     ([f"logger.tensorboard.version={'a' * 300}"], ("logger.tensorboard.version='aaa", "more than 255 bytes")),
@@ -95,7 +96,6 @@ BAD = [  # (arguments, what the message must hold)
     (["trainer.devices=1_000"], ("trainer.devices=1000", "at most 4 data-parallel processes", "data.batch_size=4")),
     (["trainer.devices=[a]"], ("trainer.devices=['a']", "an integer")),
     (["logger.tensorboard.save_dir=[]"], ("logger.tensorboard.save_dir=[]", "text or Path")),
-    (["data.seq_len=1"], ("data.seq_len=1", "an integer >= 2")),
     (["logger=wandbb"], ("logger='wandbb'", "csv, tensorboard, wandb", "did you mean wandb")),
     (["ckpt_path=last"], ("ckpt_path='last'", "checkpoints/last.ckpt in runs/default")),
     (["ckpt_path=no.ckpt"], ("ckpt_path='no.ckpt'", "last, or the path of a checkpoint")),
@@ -127,6 +127,15 @@ def test_a_mistake_is_one_clear_line(cwd: Path, arguments: list[str], parts: tup
     assert finished.err.count("\n") == 1, "one line"
     for part in parts:
         assert part in finished.err
+    assert [path.name for path in cwd.iterdir()] == ["broken.py"]
+
+
+def test_what_a_callback_refuses_leaves_no_folder(cwd: Path) -> None:
+    """It sees the data only when training is set up, when the run has its folder."""
+    finished = train(cwd, *tiny_job("data.seq_len=1"))
+    assert finished.code == 2
+    assert finished.err.startswith("Error: data.seq_len=1 is not valid: expected an integer >= 2")
+    assert finished.err.count("\n") == 1
     assert [path.name for path in cwd.iterdir()] == ["broken.py"]
 
 

@@ -1,5 +1,7 @@
 """Arguments held against signatures."""
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -17,11 +19,14 @@ from core.options import accepts, check_arguments, describe
         (str, ["a"], [1, None], "text"),
         (int | None, [1, None], ["a"], "an integer or null"),
         (Literal["a", "b"], ["a"], ["c", 1], "one of 'a', 'b'"),
-        (list[int], [[1], []], ["a", 1, {}], "list"),
+        (list[int], [[1], []], ["a", 1, {}, ["a"]], "list"),
         (tuple[float, float], [(0.1, 0.2), [1, 2]], [0.1], "[a number, a number]"),
         (dict[str, int], [{"a": 1}], [[1], 1], "a group of fields"),
         (Any, [1, "a", None, [1]], [], "Any"),
         (pytest.MonkeyPatch, [], [1, "a", None, [1], {}], "MonkeyPatch"),
+        (Sequence[int], [[1], (1,), []], [["a"], 1, {}], "Sequence"),
+        (Mapping[str, int], [{}], [[]], "Mapping"),
+        (str | Path, ["a", Path("a")], [[], {}, 1], "text or Path"),
     ],
     ids=str,
 )

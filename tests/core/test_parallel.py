@@ -56,7 +56,7 @@ def test_passes_follow_from_the_processes_that_share_the_data(
     [
         (4, 1, 6, None, r"data\.batch_size=6 .* a multiple of 4, the number of data-parallel processes .*: 4 or 8"),
         (8, 2, 6, None, r"data\.batch_size=6 .* a multiple of 4, .*: 4 or 8"),
-        (4, 1, 3, None, r"trainer\.devices=4 .* at most 3 data-parallel processes .*: data\.batch_size=3$"),
+        (4, 1, 3, None, r"trainer\.devices=4 .* at most 3 data-parallel processes .* data\.batch_size=3$"),
         (4, 3, 8, None, r"tensor_parallel_size=3 .* a divisor of 4"),
         (2, 1, 12, 4, r"micro_batch_size=4 .* one of \[1, 2, 3, 6\]: 2 data-parallel processes take 6 each"),
         (2, 1, 4, 4, r"micro_batch_size=4 .* one of \[1, 2\]"),

@@ -11,7 +11,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from tests.helpers_run import ROOT
 
@@ -103,23 +103,29 @@ class Sandbox:
             "MPLBACKEND": "agg",
             "TOKENIZERS_PARALLELISM": "0",
         }
-        self._server = subprocess.Popen(
+        with (self._scratch / "server").open("w") as said:
+            self._server = self._start(environment, said)
+        self.cases = 0
+        self._answer(300)
+
+    def _start(self, environment: dict[str, str], said: IO[str]) -> subprocess.Popen[str]:
+        return subprocess.Popen(
             [sys.executable, "-m", "tests.fuzz.server"],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=(self._scratch / "server").open("w"),
+            stderr=said,
             text=True,
             start_new_session=True,
         )
-        self.cases = 0
-        self._answer(300)
 
     def close(self) -> None:
         assert self._server.stdin is not None
+        assert self._server.stdout is not None
         self._server.stdin.close()
         self._server.wait(60)
+        self._server.stdout.close()
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     @contextlib.contextmanager
