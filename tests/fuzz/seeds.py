@@ -27,7 +27,7 @@ def make(sandbox: Sandbox, folder: Path) -> Path:
 
     | name | what |
     |---|---|
-    | run, llama, shards_run | runs with both loggers: with snapshots and a flight record; for exporting; on `corpus` |
+    | run, llama | runs with both loggers: with snapshots and a flight record, and one that is exported |
     | pieces, old_pieces | runs with a checkpoint in pieces: as of today, and as of version 0.1 |
     | corpus, texts, texts.jsonl, texts.jsonl.gz | a prepared corpus with a tokenizer of its own, and texts for one |
     | study, exported | the records of a study; a run as transformers reads it |
@@ -40,12 +40,10 @@ def make(sandbox: Sandbox, folder: Path) -> Path:
         (world.work / "texts.jsonl").write_text(lines)
         (world.work / "texts.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
         small = ("trainer.max_steps=3", "trainer.val_check_interval=3", "logger=[tensorboard,csv]")
-        shards = [override for override in tiny_job(*small) if not override.startswith("data.root=")]
         for program, *arguments in (
             ("train.py", *tiny_job(*small), *SNAPSHOTS, "run_dir=run"),
             ("train.py", *tiny_job(*small), "trainer=fsdp", "trainer.devices=1", "run_dir=pieces"),
             ("tools.prepare", "input=texts", "tokenizer=bpe:300", "output=corpus", "validation=0.3", "processes=1"),
-            ("train.py", *shards, "data=shards", "data.path=corpus", "run_dir=shards_run"),
             ("train.py", *tiny_job(*small), "model.placement=prenorm", "model.init=megatron", "run_dir=llama"),
             ("tools.export", "llama", "output=exported"),
         ):

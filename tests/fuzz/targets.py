@@ -66,7 +66,7 @@ TARGETS = (
     Target("old pieces", "old_pieces", "checkpoints/last.ckpt/*", (GENERATE, CONSOLIDATE)),
     Target("old index", "old_pieces", "checkpoints/last.ckpt/.metadata", (GENERATE,), (mutations.pickle_values,)),
     Target("config", "run", "config.yaml", (GENERATE, EVALUATE, REPLAY, EXPORT, RUNS), (mutations.yaml_values,)),
-    Target("overrides", "run", "overrides.yaml", (RESUME, RUNS), (mutations.yaml_values,)),
+    Target("overrides", "run", "overrides.yaml", (RUNS, RESUME), (mutations.yaml_values,)),
     Target("status", "run", "status.json", (RUNS, RESUME), (mutations.json_values,)),
     Target("summary", "run", "summary.json", (RUNS, COMPARE), (mutations.json_values,)),
     Target("event file", "run", "tensorboard/events*", (COMPARE,)),

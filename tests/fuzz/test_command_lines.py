@@ -48,19 +48,19 @@ def train(sandbox: Sandbox, fields: tuple[str, ...]) -> None:
     check(sandbox, "train.py", (*TINY, *fields), fields)
 
 
-@sample(24)
+@sample(10)
 @given(command_lines.field_overrides())
 def test_fields_of_train(sandbox: Sandbox, fields: tuple[str, ...]) -> None:
     train(sandbox, fields)
 
 
-@sample(10)
+@sample(5)
 @given(command_lines.group_overrides())
 def test_groups_of_train(sandbox: Sandbox, fields: tuple[str, ...]) -> None:
     train(sandbox, fields)
 
 
-@sample(90)
+@sample(80)
 @given(command_lines.tool_command_lines())
 def test_tools(sandbox: Sandbox, command: tuple[str, tuple[str, ...]]) -> None:
     check(sandbox, *command)
