@@ -34,7 +34,7 @@ def describe_change(config: OptimConfig, scheduler: LambdaLR, num_steps: float, 
     points = [f"{held:.3g} at step {step + 1}", f"{following:.3g} at step {step + 2}"]
     if math.isfinite(num_steps):
         points.append(f"{peak * factor(int(num_steps) - 1):.3g} at the end, step {num_steps:g}")
-    return f"Learning rate: {cause}; it is {', '.join(points)}. {_advice(config, step, before, bool(following > held))}"
+    return f"Learning rate: {cause}; it is {', '.join(points)}; {_advice(config, step, before, bool(following > held))}"
 
 
 def _advice(config: OptimConfig, step: int, before: float | None, rises: bool) -> str:
@@ -49,4 +49,5 @@ def _advice(config: OptimConfig, step: int, before: float | None, rises: bool) -
             "to train longer without such a rise, begin with the final trainer.max_steps, or with optim.schedule=wsd "
             "and resume from a checkpoint before its decay"
         )
-    return ("; ".join(advice) or "The same optim settings as before keep the curve").capitalize() + "."
+    # Not capitalized: it may begin with the name of a field, which is to be copied as it stands.
+    return ("; ".join(advice) or "the same optim settings as before keep the curve") + "."

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from core.errors import ConfigError, Refused, one_line
 from datamodules.preparation.bounds import Bounds
-from datamodules.preparation.formats import BYTE_ORDER_MARK, COMPRESSIONS, TABLE_SUFFIXES, open_input
+from datamodules.preparation.formats import BYTE_ORDER_MARK, COMPRESSIONS, TABLE_SUFFIXES, open_input, suffix_of
 from datamodules.preparation.inputs import HUB, STDLIB, find_names, num_bytes
 from datamodules.preparation.optional import import_optional
 from datamodules.preparation.tables import texts_of_table
@@ -118,7 +118,7 @@ class Inputs:
                 yield from self._cut_all(self._from_document(file, path), tally)
             else:
                 tally.text_files += 1
-                if path.suffix.lower() in (".csv", ".tsv"):
+                if suffix_of(path) in (".csv", ".tsv"):
                     tally.tables_as_text.append(str(path))
                 yield from _split_text(_without_mark(file), self.separator.encode() if self.separator else None, tally)
 

@@ -98,7 +98,7 @@ def open_input(path: Path, wanted: str, text_field: str, bounds: Bounds) -> Open
 
 
 def _kind(path: Path, content: "_Content", wanted: str, text_field: str) -> str:
-    head, suffix = content.head, _suffix(path)
+    head, suffix = content.head, suffix_of(path)
     if wanted in ("text", "parquet"):
         return wanted
     if wanted == "json":
@@ -151,7 +151,7 @@ def _parsed(line: bytes) -> Any:
         return None
 
 
-def _suffix(path: Path) -> str:
+def suffix_of(path: Path) -> str:
     """The last one that names no compression, in small letters."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     while suffixes and suffixes[-1] in COMPRESSIONS:

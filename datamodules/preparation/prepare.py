@@ -27,7 +27,8 @@ from datamodules.preparation.bpe import find_tokenizer, make_tokenizer, train_bp
 from datamodules.preparation.documents import Inputs, Tally, find_inputs
 from datamodules.preparation.encoding import SplitPiece, WorkerDied, encode_all, units
 from datamodules.preparation.formats import FORMATS
-from datamodules.preparation.inputs import fingerprint, legacy_fingerprint
+from datamodules.preparation.inputs import HUB, fingerprint, legacy_fingerprint
+from datamodules.preparation.inspect import measured_loss
 from datamodules.stdlib_documents import SOURCE, split_of
 from datamodules.storage import LocalFolder, read_index
 from datamodules.tokenizers import Tokenizer
@@ -112,6 +113,7 @@ def prepare(config: PrepareConfig, report: Report = lambda *_: None, say: Say = 
             valid = f"a new folder: the corpus in this one was made in another way ({changed})"
             raise ConfigError("output", str(output), valid)
         say(f"{output} was there already, made by this command from these inputs: nothing was read or written")
+        _tell_again(index, inputs, say)
         return index
     valid = "a new folder, or one with a prepared corpus"
     require(not output.exists() or (output.is_dir() and not any(output.iterdir())), "output", str(output), valid)
@@ -190,6 +192,17 @@ def _check_loss(writer: CorpusWriter, config: PrepareConfig, characters: Counter
         raise Refused("tokenizer", config.tokenizer, f"nothing of the text of {' and '.join(empty)} is in the tokens")
     if share > SAID_LOSS:
         say(line)
+
+
+def _tell_again(index: Index, inputs: Inputs, say: Say) -> None:
+    """Say of a corpus that was there already what was said when it was made, and what could not be compared."""
+    remote = [name for name in inputs.names if name.startswith(HUB) and not Path(name.removeprefix(HUB)).is_dir()]
+    if remote:
+        say(f"what {remote[0]} holds today was not compared with it; a new output reads it again")
+    losses = [loss for name in SPLITS if (loss := measured_loss(index, name))]
+    lost, invalid, size = (sum(loss[key] for loss in losses) for key in ("lost", "invalid", "of_bytes"))
+    if lost + invalid > SAID_LOSS * size:
+        say(describe_loss(lost, invalid, size))
 
 
 def _up(share: float) -> float:

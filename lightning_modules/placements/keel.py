@@ -1,5 +1,6 @@
 """KEEL (2601.19895): PostNorm with a much amplified skip connection and normed branches."""
 
+import math
 from typing import Literal
 
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ class Keel(Sandwich):
     ) -> None:
         super().__init__(depth, norm, final_norm)
         scale = {"2L": 2.0 * depth.total, "sqrt": (2 * depth.total) ** 0.5}[alpha] if isinstance(alpha, str) else alpha
-        require(scale > 0, "model.placement_options.alpha", alpha, "a number > 0, 2L or sqrt")
+        require(0 < scale < math.inf, "model.placement_options.alpha", alpha, "a number > 0, 2L or sqrt")
         self.alpha = 1.0 if (eased := ease_in and depth.is_first) else scale
         self.norm_attn_out = nn.Identity() if eased else self.norm_attn_out
 

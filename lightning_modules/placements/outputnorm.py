@@ -13,7 +13,8 @@ class OutputNorm(Placement):
     x ─┬─ A ─ N ─ + ─┬─ F ─ N ─ + ─       A: norms on q and k, each over the whole projection
        └──────────┘  └──────────┘
 
-    The published init truncates its normal draws at three standard deviations; ours does not.
+    The published init truncates its normal draws at three standard deviations; ours does not, unless
+    `model.init_truncation=3` says so.
     """
 
     has_final_norm = True

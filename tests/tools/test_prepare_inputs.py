@@ -118,6 +118,15 @@ def test_compressed_text_is_text(suffix: str, prepare: Prepared) -> None:
     assert "cannot be read" in prepare.refused(f"cut.txt.{suffix}")
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.TSV", "a.csv.gz", "a.tsv.Bz2"])
+def test_a_table_that_is_read_as_text_is_said(name: str, prepare: Prepared) -> None:
+    content = b"|".join(b"number,text\n%d,a text\n" % n for n in range(30))
+    packed = {".gz": gzip.compress, ".bz2": bz2.compress}.get(Path(name).suffix.lower(), bytes)(content)
+    (prepare.folder / name).write_bytes(packed)
+    prepare(name, "separator=|")
+    assert f"tables read as plain text: 1, {prepare.folder / name} the first of them" in prepare.said
+
+
 BINARY = {
     "a.png": (b"\x89PNG\r\n\x1a\nxyz", "a PNG image"),
     "a.txt": (b"%PDF-1.7\n", "a PDF document"),
@@ -330,6 +339,9 @@ def test_what_a_tokenizer_does_not_have_is_refused_said_and_not_counted(prepare:
     assert f"{lost / size:.3%} of the text is not in the tokens: {lost:,} bytes of characters" in line
     allowed = re.findall(r"max_lost=0\.8\d", line)
     prepare("a.jsonl", tokenizer, *allowed)
+    assert f"Note: {lost / size:.3%} of the text is not in the tokens" in prepare.said
+    prepare("a.jsonl", tokenizer, output=prepare.output)  # it is there; without leave it would not have been made
+    assert "was there already" in prepare.said
     assert f"Note: {lost / size:.3%} of the text is not in the tokens" in prepare.said
     splits = prepare.index()["splits"]
     assert splits["train"]["num_bytes"] + splits["val"]["num_bytes"] == size - lost, (

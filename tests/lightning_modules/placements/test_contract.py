@@ -244,6 +244,7 @@ def test_the_final_norm_can_be_switched(name: str, final_norm: bool) -> None:
     ("name", "options", "valid"),
     [
         ("keel", {"alpha": 0.0}, "a number > 0, 2L or sqrt"),
+        ("keel", {"alpha": float("inf")}, "a number > 0, 2L or sqrt"),
         ("keel", {"alpha": "4L"}, "'2L', 'sqrt'"),
         ("mixln", {"post_fraction": 1.5}, "a number in [0, 1]"),
         ("prenorm", {"alpha": 2.0}, "one of final_norm"),
