@@ -114,7 +114,9 @@ def _kind(path: Path, content: "_Content", wanted: str, text_field: str) -> str:
     content.check_text(head)
     if suffix in JSON_SUFFIXES:
         return _kind_of_json(head, content.is_whole)
-    return "lines" if _looks_like_lines(head, content.is_whole, text_field) else "text"
+    if _looks_like_lines(head, content.is_whole, text_field):
+        return "lines"
+    return "document" if _looks_like_list(head, content.is_whole, text_field) else "text"
 
 
 def _kind_of_json(head: bytes, is_whole: bool) -> str:
@@ -130,10 +132,26 @@ def _kind_of_json(head: bytes, is_whole: bool) -> str:
 def _looks_like_lines(head: bytes, is_whole: bool, text_field: str) -> bool:
     """Whether a file without a name of JSON's holds lines of it: objects, with a text or several of them."""
     first, second = _first_lines(head, is_whole)
+    if not is_whole and len(first) > HEAD_BYTES // 2 and _begins_with_object(first, text_field):
+        return True  # a record that is longer than what is looked at
     content = _parsed(first) if first.startswith(b"{") else None
     if not isinstance(content, dict):
         return False
     return isinstance(content.get(text_field), str) or isinstance(_parsed(second), dict)
+
+
+def _looks_like_list(head: bytes, is_whole: bool, text_field: str) -> bool:
+    """Whether a file without a name of JSON's holds a list of objects with texts."""
+    text = head.removeprefix(BYTE_ORDER_MARK).strip()
+    if not text.startswith(b"[") or not _begins_with_object(text[1:].lstrip(), text_field):
+        return False
+    content = _parsed(text) if is_whole else [{text_field: ""}]
+    return isinstance(content, list) and all(isinstance(each, dict) for each in content)
+
+
+def _begins_with_object(text: bytes, text_field: str) -> bool:
+    """Whether a text that may be cut begins as an object of JSON, and names the field."""
+    return re.match(rb'\{\s*"', text) is not None and json.dumps(text_field).encode() in text
 
 
 def _first_lines(head: bytes, is_whole: bool) -> tuple[bytes, bytes]:

@@ -94,6 +94,8 @@ WAYS: dict[str, bytes] = {
     "a.txt": gzip.compress(RECORDS),
     "list.json": json.dumps([{"text": text} for text in TEXTS], indent=1).encode(),
     "list.jsonl": json.dumps([{"text": text} for text in TEXTS]).encode(),
+    "list": json.dumps([{"text": text} for text in TEXTS]).encode(),
+    "list.txt": json.dumps([{"text": text} for text in TEXTS], indent=1).encode(),
     "mark.jsonl": b"\xef\xbb\xbf" + RECORDS,
     "carriage.jsonl": RECORDS.replace(b"\n", b"\r\n"),
 }
@@ -104,6 +106,22 @@ def test_json_is_read_by_its_content_whatever_its_name(name: str, prepare: Prepa
     (prepare.folder / name).write_bytes(WAYS[name])
     prepare(name)
     assert prepare.documents() == sorted(text.encode() for text in TEXTS)
+
+
+def test_a_first_record_longer_than_what_is_looked_at_is_json_too(prepare: Prepared) -> None:
+    long = json.dumps({"id": 1, "text": "a" * 1_500_000}).encode() + b"\n"
+    for name, content in (("a", long + RECORDS), ("b.txt", b"[" + b",".join((long + RECORDS).splitlines()) + b"]")):
+        (prepare.folder / name).write_bytes(content)
+        prepare(name)
+        assert prepare.documents() == sorted([b"a" * 1_500_000, *(text.encode() for text in TEXTS)])
+
+
+@pytest.mark.parametrize("content", [b'[{"a": 1}, 2]', b'[{"body": 1}]', b"[{it is no JSON", b'["text"]', b'{"n": 1}'])
+def test_what_only_begins_like_json_is_text(content: bytes, prepare: Prepared) -> None:
+    for number in range(20):
+        (prepare.folder / f"{number}.txt").write_bytes(content + b"%d" % number)
+    prepare("*.txt")
+    assert len(prepare.documents()) == 20
 
 
 @pytest.mark.parametrize("suffix", ["gz", "bz2", "xz", "lzma", "zst"])
