@@ -48,13 +48,14 @@ def main(config: DictConfig) -> float:
             default_root_dir=config.run_dir,
         )
         check_length(trainer, config.trainer.val_check_interval)
+        if hasattr(module, "check_run"):  # a LightningModule of one's own need not have it
+            module.check_run(trainer, resumed=run.ckpt_path is not None)
         check_memory(trainer, module)
         check_parts(trainer, datamodule, config.micro_batch_size)
         datamodule.prepare_data()
         datamodule.check()
         accumulate(trainer, datamodule, config.micro_batch_size)
         check_callbacks(trainer, config)
-        module.check_schedule(trainer)
         if run.ckpt_path is not None:
             check_resumable(run, module, datamodule, trainer.max_steps)
             check_time_left(trainer, run.ckpt_path)

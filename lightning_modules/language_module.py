@@ -116,14 +116,28 @@ class LanguageModule(L.LightningModule):
         if names:
             self.train_sources, self.val_sources = SourceLoss(names, "train/loss"), SourceLoss(names, "val/loss")
 
-    def _check_router(self) -> None:
+    def check_run(self, trainer: L.Trainer, resumed: bool) -> None:
+        """Refuse, before anything is written, a run that would train but not do what its configuration says.
+
+        Args:
+            trainer: not yet fitting.
+            resumed: whether it goes on from a checkpoint.
+
+        Raises:
+            ConfigError: a learning-rate schedule that the run's length does not fit, or a router that cannot learn.
+        """
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # a step or a few, whatever the schedule
+            check_schedule(self.optim_config, num_steps(trainer))
+        self._check_router(resumed)
+
+    def _check_router(self, resumed: bool) -> None:
         """A new run's router must learn. One that older versions began without goes on as it began."""
         moe = self.model_config.moe
         if self.model_config.ffn != "moe" or moe.top_k > 1 or not moe.normalizes_weights:
             return
         valid = "false or null with model.moe.top_k=1: one weight divided by itself is 1, and the router learns nothing"
-        require(self.trainer.global_step > 0, "model.moe.normalize_weights", True, valid)
-        if self.global_rank == 0:
+        require(resumed, "model.moe.normalize_weights", True, valid)
+        if self._trainer is not None and self.global_rank == 0:
             log.warning("model.moe.top_k=1 with normalize_weights=true: the router gets no gradient from the loss")
 
     def configure_model(self) -> None:
@@ -280,21 +294,17 @@ class LanguageModule(L.LightningModule):
         with self._precision():
             return generate(self.model, tokens, num_tokens, temperature, seed, window).tolist()
 
-    def check_schedule(self, trainer: L.Trainer) -> None:
-        """Refuse a learning-rate schedule that the Trainer's run cannot have; see optim.check_schedule."""
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # a step or a few, whatever the schedule
-            check_schedule(self.optim_config, num_steps(trainer))
-
     def configure_optimizers(self) -> Any:
         assert self.model is not None
-        self.check_schedule(self.trainer)
+        if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            check_schedule(self.optim_config, num_steps(self.trainer))
         optimizer, self._num_steps = make_optimizer(self.model, self.optim_config), num_steps(self.trainer)
         length = int(self._num_steps) if math.isfinite(self._num_steps) else 1  # to the constant one it is the same
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, make_schedule(self.optim_config, length))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        self._check_router()
+        self._check_router(resumed=self.trainer.global_step > 0)
         begin_epoch(self.trainer, self)
         scheduler = self.lr_schedulers()
         if self.trainer.is_global_zero and isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):

@@ -94,6 +94,11 @@ BAD = [  # (arguments, what the message must hold)
     (["data._target_=builtins.dict"], ("data._target_='dict'", "says what it takes")),
     (["trainer.accelerator=[1,2]"], ("trainer.accelerator=[1, 2]", "text or Accelerator")),
     (["trainer.devices=1_000"], ("trainer.devices=1000", "at most 4 data-parallel processes", "data.batch_size=4")),
+    (
+        ["model.ffn=moe", "model.moe.top_k=1", "model.moe.normalize_weights=true"],
+        ("model.moe.normalize_weights=True", "the router learns nothing"),
+    ),
+    (["optim.schedule=wsd", "optim.warmup_steps=9"], ("optim.warmup_steps=9", "wsd decays over the last")),
     (["trainer.devices=[a]"], ("trainer.devices=['a']", "an integer")),
     (["logger.tensorboard.save_dir=[]"], ("logger.tensorboard.save_dir=[]", "text or Path")),
     (["logger=wandbb"], ("logger='wandbb'", "csv, tensorboard, wandb", "did you mean wandb")),
