@@ -4,11 +4,16 @@ from collections.abc import Iterator
 from pathlib import PurePath
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from core.untrusted import Untrusted
 
 STEPS = 1 << 53  # that a float still counts one by one
+OF_NUMBERS = ("Divergence", "GradientHealth", "SignalPropagation", "Throughput")
+"""Callbacks of this project that keep nothing else: a text among them would be found out when the run has begun."""
+LISTED = ("values", "usual", "steps", "ratios")
+"""What such a callback keeps a list of; as of a list's entries, the name of each ends in a number."""
 PATHS = ("best_model_path", "kth_best_model_path", "last_model_path", "dirpath")  # of Lightning's ModelCheckpoint
 
 
@@ -37,7 +42,36 @@ def checked(content: Any) -> dict[str, Any]:
     for name, state in content.get("callbacks", {}).items():
         if isinstance(state, dict) and str(name).startswith("ModelCheckpoint"):
             _check_paths(str(name), state)
+        elif name == "RandomState":
+            _check_generators(state)
+        elif name in OF_NUMBERS:
+            for part, value in _leaves(state, f"callbacks.{name}"):
+                _check_number(part, value)
     return content
+
+
+def _check_generators(state: Any) -> None:
+    """Hold each state of a generator against what torch takes: it is restored when the run has begun."""
+    where = "callbacks.RandomState"
+    ranks = state.get("parts", state.get("ranks")) if isinstance(state, dict) else None
+    if not isinstance(ranks, list) or not all(isinstance(rank, dict) for rank in ranks):
+        raise _wrong(where, state, "a list of the processes' generators")
+    for number, rank in enumerate(ranks):
+        for kind, generator in rank.items():
+            part = f"{where}.{number}.{kind}"
+            if not isinstance(generator, Tensor) or generator.dtype != torch.uint8 or generator.ndim != 1:
+                raise _wrong(part, generator, "the state of a generator")
+            if kind == "cpu":
+                try:
+                    torch.Generator().set_state(generator.cpu())
+                except RuntimeError as error:
+                    raise _wrong(part, generator, "the state of a generator") from error
+
+
+def _check_number(name: str, value: Any) -> None:
+    listed = name.rpartition(".")[2] in LISTED
+    if listed or not isinstance(value, int | float | Tensor | None):
+        raise _wrong(name, value, "a list of numbers" if listed else "a number")
 
 
 def _check_paths(name: str, state: dict[Any, Any]) -> None:
@@ -56,7 +90,9 @@ def _count(name: str, value: Any) -> None:
 
 
 def _wrong(name: str, value: Any, valid: str) -> Untrusted:
-    shown = repr(value)[:60] if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
+    short = isinstance(value, str | float | None) or (isinstance(value, int) and value.bit_length() < 1000)
+    # Python refuses to write out an integer of over 4,300 digits.
+    shown = repr(value)[:60] if short else f"a {type(value).__name__}"
     return Untrusted(f"its {name[:100]} is {shown}, where {valid} should be")
 
 

@@ -23,6 +23,8 @@ from core.run_folder import LAST, is_main_process, resume_command
 from core.together import leave_together, lost_a_peer
 
 PEER_LOST = 4
+RESTORING = ("restore_callbacks", "restore_loops", "restore_optimizers_and_schedulers", "restore_datamodule")
+"""Lightning's functions that hand out what a checkpoint holds."""
 CANNOT_WRITE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOTDIR),
 }
@@ -72,7 +74,13 @@ def explained(trainer: L.Trainer, run_dir: Path) -> Iterator[None]:
             raise about_a_file(error) or error from error
         reason = error.strerror if run_dir.is_dir() else "it is gone"
         raise UserError(f"{run_dir} cannot be written to any more: {reason}. Checkpoints in it are whole") from error
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, UserError) or (other := _not_of_this_run(trainer, error)) is None:
+            raise
+        raise other from error
     except RuntimeError as error:
+        if (other := _not_of_this_run(trainer, error)) is not None:
+            raise other from error
         if str(error).startswith("DataLoader worker") or _cannot_share(error):
             raise _no_shared_memory(trainer) from error
         if (lack := explain_lack(error)) is not None:
@@ -84,6 +92,15 @@ def explained(trainer: L.Trainer, run_dir: Path) -> Iterator[None]:
         way_on = _way_on(run_dir) if (run_dir / LAST).exists() else "ckpt_path=last goes on from there"
         print(f"\n{message}. What was saved stays; {way_on}", file=sys.stderr, flush=True)
         sys.exit(PEER_LOST)
+
+
+def _not_of_this_run(trainer: L.Trainer, error: Exception) -> ConfigError | None:
+    """What is to be said where a callback, a loop or an optimizer could not take its state from the checkpoint."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if not any(frame.name in RESTORING for frame in frames):
+        return None
+    valid = f"a checkpoint of this run; its states cannot be restored ({type(error).__name__}: {one_line(error)})"
+    return ConfigError("ckpt_path", str(trainer.ckpt_path), valid)
 
 
 def _cannot_share(error: OSError | RuntimeError) -> bool:

@@ -15,6 +15,7 @@ MAX_OPCODES = 4_000_000  # some ten seconds
 MAX_VALUES = 2_000_000
 MAX_DEPTH = 100
 MAX_TUPLE_KEYS = 1_000  # so many could be made to have one hash
+MAX_KEY_PARTS = 64
 LETTERS_IN_A_VALUE = 16
 
 
@@ -64,6 +65,7 @@ class _Machine:
         self.below: list[list[Any]] = []  # the stacks under each mark
         self.memo: dict[int, Any] = {}
         self.tuple_keys = 0
+        self.made = 0  # values that calls have returned
 
     def run(self, content: bytes) -> Any:
         argument: Any
@@ -141,12 +143,11 @@ class _Machine:
 
     def key(self, value: Any) -> Any:
         """The same, unless so many keys could be made to have one hash that a dictionary of them would take hours."""
+        check_key(value)
         if isinstance(value, tuple):
             self.tuple_keys += 1
             if self.tuple_keys > bound(MAX_TUPLE_KEYS):
                 raise Untrusted(beyond("it has too many tuples as keys", MAX_TUPLE_KEYS))
-        elif isinstance(value, int) and abs(value) >= 1 << 60:
-            raise Untrusted("it has a number of more than 60 bits as a key")
         return value
 
     def op_stack_global(self) -> None:
@@ -162,7 +163,12 @@ class _Machine:
         arguments, maker = self.stack.pop(), self.stack.pop()
         if not isinstance(maker, Maker) or not isinstance(arguments, tuple):
             raise Untrusted("its pickle calls what is no function")
-        self.stack.append(maker.function(*arguments))
+        made = maker.function(*arguments)
+        # Counted here and not only by _measure: a text of 1 MB is a few bytes where it is called upon again.
+        self.made += len(made) // LETTERS_IN_A_VALUE if isinstance(made, _TEXTS) else _length(made)
+        if self.made > bound(MAX_VALUES):
+            raise Untrusted(beyond("its pickle makes too many values", MAX_VALUES))
+        self.stack.append(made)
 
     op_newobj = op_reduce
 
@@ -184,6 +190,28 @@ class _Machine:
         self.stack.pop()
 
 
+def check_key(value: Any) -> None:
+    """Refuse what should be no key of a dictionary and no member of a set: many such could be made to have one hash, as
+    complex numbers, or its hash alone would take years, as that of a tuple in which each half is the same tuple again.
+
+    Raises:
+        Untrusted: it is neither a text, a number of at most 60 bits, a type, nothing, nor a tuple of these.
+    """
+    parts = value if isinstance(value, tuple) else (value,)
+    if len(parts) > MAX_KEY_PARTS:
+        raise Untrusted(f"it has a tuple of more than {MAX_KEY_PARTS} values as a key")
+    for part in parts:
+        if isinstance(part, int) and abs(part) >= 1 << 60:
+            raise Untrusted("it has a number of more than 60 bits as a key")
+        if isinstance(part, tuple | complex):
+            raise Untrusted(f"it has a {type(part).__name__} {'in' if parts is value else 'as'} a key")
+
+
+def _length(made: Any) -> int:
+    return len(made) if isinstance(made, dict | list | tuple | set) else 0
+
+
+_TEXTS = (str, bytes, bytearray)
 _STEPS = {
     *("MARK", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "APPEND", "APPENDS", "ADDITEMS", "SETITEM", "SETITEMS"),
     *("STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "BINPERSID", "POP"),

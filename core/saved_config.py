@@ -16,12 +16,20 @@ from core.build import locate
 from core.errors import Refused, UserError, one_line, require
 from core.untrusted import YAML_BYTES, check_yaml, read_bytes
 
-PACKAGES = ("callbacks", "core", "datamodules", "lightning_modules", "lightning", "torch")
-# Of which only classes that a run is made of: torch.hub.load and its like are in these packages too.
-KINDS = (
-    *(L.Callback, L.LightningDataModule, L.LightningModule, L.Trainer),
-    *(Logger, Strategy, CheckpointIO, Precision),
-)
+OWN = ("callbacks", "core", "datamodules", "lightning_modules")
+PACKAGES = (*OWN, "lightning", "torch")
+KINDS = {
+    "module": ((L.LightningModule,), OWN),
+    "data": ((L.LightningDataModule,), OWN),
+    "trainer": ((L.Trainer, L.Callback, Logger, Strategy, CheckpointIO, Precision), PACKAGES),
+    "callbacks": ((L.Callback,), PACKAGES),
+    "logger": ((Logger,), PACKAGES),
+}
+"""By group, the classes that a run is made of there, and the packages that they may come from.
+
+torch.hub.load and its like are in these packages too. A logger in the module would be made by whoever opens the run,
+and some open files or connections as they are made; a DataModule of Lightning's examples downloads.
+"""
 
 
 def load_config(run: Path, allow: Collection[str] = ()) -> DictConfig:
@@ -62,7 +70,7 @@ def refuse_foreign_code(config: DictConfig, allow: Collection[str] = ()) -> None
     """Hold every class that a saved configuration names against what may be made of it, and make none.
 
     Raises:
-        ConfigError: names the field of the first that is neither one of KINDS from PACKAGES, nor allowed; or of a
+        ConfigError: names the field of the first that is neither one of KINDS, nor allowed; or of a
             reference, behind which one could hide: a run saves its configuration without any.
     """
     for field, value in _leaves(OmegaConf.to_container(config, resolve=False)):
@@ -95,9 +103,10 @@ def _leaves(node: Any, field: str = "") -> Iterator[tuple[str, Any]]:
 def _is_ours(field: str, value: Any) -> bool:
     if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", value):
         return False
-    if value.partition(".")[0] not in PACKAGES:  # importing it would run it
+    kinds, packages = KINDS.get(field.partition(".")[0], ((), ()))
+    if value.partition(".")[0] not in packages:  # importing it would run it
         return False
     target = locate(field, value)
-    if not isinstance(target, type) or target.__module__.partition(".")[0] not in PACKAGES:
+    if not isinstance(target, type) or target.__module__.partition(".")[0] not in packages:
         return False
-    return issubclass(target, KINDS)
+    return issubclass(target, kinds)

@@ -240,6 +240,8 @@ def _complex(real: Any, imaginary: Any) -> complex:
 def _set(values: Any = ()) -> set[Any]:
     if not isinstance(values, tuple | list) or sum(isinstance(value, tuple) for value in values) > _TUPLES:
         raise Untrusted("it has a set of something else, or of too many tuples")
+    for value in values:
+        plain_pickle.check_key(value)
     return set(values)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from core.interruption import PEER_LOST, TrainingInterrupted, explained
+from core.errors import ConfigError
+from core.interruption import PEER_LOST, RESTORING, TrainingInterrupted, explained
 
 TRAINER: Any = SimpleNamespace(global_rank=0, interrupted=False)
 
@@ -84,3 +85,22 @@ def test_the_loss_of_a_process_is_no_traceback(
 def test_another_error_keeps_its_traceback(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="shape"), explained(TRAINER, tmp_path):
         raise RuntimeError("shape mismatch")
+
+
+def test_states_that_cannot_be_restored_end_in_one_line(tmp_path: Path) -> None:
+    """The names are those of Lightning's functions, in which a state that is not ours raises whatever it does."""
+    from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
+
+    assert all(hasattr(_CheckpointConnector, name) for name in RESTORING)
+
+    def restore_callbacks(error: Exception) -> None:
+        raise error
+
+    trainer: Any = SimpleNamespace(ckpt_path="x.ckpt", interrupted=False, global_rank=0)
+    for error in (KeyError("parts"), TypeError("x"), AttributeError("x"), ValueError("x"), RuntimeError("x")):
+        refused = rf"ckpt_path='x.ckpt'.*{type(error).__name__}"
+        with pytest.raises(ConfigError, match=refused), explained(trainer, tmp_path):
+            restore_callbacks(error)
+        with pytest.raises(type(error)) as raised, explained(trainer, tmp_path):
+            raise error
+        assert raised.value is error, "a fault of the project keeps its traceback"

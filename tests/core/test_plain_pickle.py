@@ -3,6 +3,7 @@
 import io
 import pickle
 import random
+import struct
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -118,6 +119,29 @@ def keys_of_one_hash() -> Any:
     return {tuple(-1 - (n >> bit & 1) for bit in range(11)): None for n in range(1 << 11)}
 
 
+def halves(levels: int) -> bytes:
+    """A dictionary with one key, a tuple of twice the same tuple, and so on: its hash takes 2^levels steps."""
+    twice = b"".join(b"h%ch%c\x86q%c0" % (level, level, level + 1) for level in range(levels))
+    return b"\x80\x02K\x01q\x000" + twice + b"}h%cNs." % levels
+
+
+def complex_keys() -> bytes:
+    """All of one hash, which is real + 1000003 * imaginary: a dictionary compares each with all before it."""
+    numbers = (b"G" + struct.pack(">d", -1000003.0 * n) + b"G" + struct.pack(">d", float(n)) for n in range(50_000))
+    return b"\x80\x02c__builtin__\ncomplex\nq\x000}(" + b"".join(b"h\x00" + two + b"\x86RN" for two in numbers) + b"u."
+
+
+def called_again(text: int, times: int) -> bytes:
+    """One text, made bytes of time and again."""
+    again = b"h\x00h\x01R" * times
+    body = b"c_codecs\nencode\nq\x000X" + struct.pack("<I", text) + b"x" * text + b"X\x06\x00\x00\x00latin1\x86q\x010"
+    return b"\x80\x02" + body + b"](" + again + b"e."
+
+
+CALLED = {
+    "__builtin__.complex": Maker(complex),
+    "_codecs.encode": Maker(lambda text, encoding: text.encode(encoding)),
+}
 BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
     "shared dictionaries": (lambda: pickle.dumps(doubled(40)), "unfolds to too many values; the bound is 2,000,000"),
     "a text many times": (lambda: pickle.dumps(repeated_text()), "unfolds to too many values"),
@@ -126,6 +150,9 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
     "keys": (lambda: pickle.dumps(keys_of_one_hash()), "too many tuples as keys"),
     "large keys": (lambda: pickle.dumps({n * (2**61 - 1): 0 for n in range(2, 9)}), "more than 60 bits as a key"),
     "instructions": (lambda: b"\x80\x02" + b"]0" * 2_000_001 + b"N.", "too many instructions; the bound is 4,000,000"),
+    "a key of shared halves": (lambda: halves(64), "it has a tuple in a key"),
+    "complex keys": (complex_keys, "it has a complex as a key"),
+    "bytes made again": (lambda: called_again(1 << 20, 100_000), "makes too many values; the bound is 2,000,000"),
     "length": (lambda: b"\x80\x02" + b" " * plain_pickle.MAX_BYTES, "too many bytes; the bound is 33,554,432"),
     "a length that is a lie": (lambda: b"\x80\x04\x8d" + b"\xff" * 7 + b"\x0fx.", "it is no pickle"),
 }
@@ -136,7 +163,7 @@ def test_what_would_take_long_or_much_is_refused(name: str) -> None:
     make, reason = BOMBS[name]
     content, begin = make(), time.process_time()
     with pytest.raises(Untrusted, match=reason):
-        read(content, {})
+        read(content, CALLED)
     assert time.process_time() - begin < 20
 
 

@@ -55,6 +55,42 @@ def test_code_from_elsewhere_is_refused(tmp_path: Path, target: Any, place: str)
     assert error.value.field.startswith(f"{place}._target_")
 
 
+LIGHTNING = "lightning.pytorch"
+
+
+@pytest.mark.parametrize(
+    ("place", "target"),
+    [
+        ("module.model.x", f"{LIGHTNING}.loggers.MLFlowLogger"),  # makes folders, or asks a server, as it is made
+        ("data.x", f"{LIGHTNING}.loggers.NeptuneLogger"),
+        ("data", f"{LIGHTNING}.demos.mnist_datamodule.MNISTDataModule"),  # downloads into a folder that it is given
+        ("module", f"{LIGHTNING}.demos.boring_classes.BoringModel"),
+        ("module", "lightning.Trainer"),
+        ("callbacks.x", f"{LIGHTNING}.loggers.CSVLogger"),
+        ("logger.x", f"{LIGHTNING}.callbacks.ModelCheckpoint"),
+        ("anything", f"{LIGHTNING}.callbacks.ModelCheckpoint"),
+        ("optim.x", "lightning_modules.strategy.ShardedStrategy"),
+    ],
+)
+def test_a_class_of_a_run_stands_in_its_own_group_only(tmp_path: Path, place: str, target: str) -> None:
+    config: Any = {"_target_": target}
+    for name in reversed(place.split(".")):
+        config = {name: config}
+    with pytest.raises(ConfigError, match="names code that is not this project's") as error:
+        load_config(saved(tmp_path, config))
+    assert error.value.field == f"{place}._target_"
+    assert load_config(tmp_path, [target]) == config, "unless the user vouches for it"
+
+
+def test_classes_of_lightning_stand_where_a_run_has_them(tmp_path: Path) -> None:
+    config = {
+        "trainer": {"_target_": "lightning.Trainer", "strategy": {"_target_": f"{LIGHTNING}.strategies.DDPStrategy"}},
+        "callbacks": {"x": {"_target_": f"{LIGHTNING}.callbacks.ModelCheckpoint"}},
+        "logger": {"x": {"_target_": f"{LIGHTNING}.loggers.CSVLogger"}},
+    }
+    assert load_config(saved(tmp_path, config)) == config
+
+
 @pytest.mark.parametrize(
     "value", ["${oc.create:{_target_: os.system}}", "${oc.env:HOME}", "\\${oc.decode:x}", "lightning.${seed}"]
 )

@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from tests.helpers_run import load, run
 from tools import replay
@@ -131,6 +132,18 @@ def test_checkpoints_between_a_snapshot_and_its_rollback_are_passed_over(
     lines = [json.dumps({"step": at, "done": what}) + "\n" for at, what in done.items()]
     (tmp_path / "events.jsonl").write_text("".join(lines))
     assert replay.checkpoint_before(tmp_path, step) == (tmp_path / f"checkpoints/step={usable}.ckpt", usable)
+
+
+def test_whether_a_callback_steers_is_a_matter_of_its_class() -> None:
+    """Not of the name that it goes by: a run from elsewhere may call a callback that writes files `random_state`."""
+    callbacks = {
+        "random_state": "lightning.pytorch.callbacks.ModelCheckpoint",
+        "divergence": "callbacks.flight_recorder.FlightRecorder",
+        "other": "callbacks.random_state.RandomState",
+        "mine": "my_file.MyCallback",
+    }
+    nodes = OmegaConf.create({name: {"_target_": target} for name, target in callbacks.items()})
+    assert [name for name, node in nodes.items() if replay.steers(node)] == ["other", "mine"]
 
 
 def test_a_run_without_a_record_or_that_step_is_refused(

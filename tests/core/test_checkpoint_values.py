@@ -1,0 +1,73 @@
+"""What callbacks keep in a checkpoint is looked at before a run is resumed from it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from callbacks.divergence import Divergence
+from callbacks.random_state import RandomState
+from callbacks.throughput import Throughput
+from core.checkpoint_values import checked
+from core.untrusted import Untrusted
+
+
+def states(policy: str = "rollback") -> dict[str, Any]:
+    divergence = Divergence("run", policy)
+    for loss in (3.0, 2.9, 2.8):
+        divergence.detectors.update(loss, 1.0)
+    return {
+        "RandomState": RandomState().state_dict(),
+        "Divergence": divergence.state_dict(),
+        "Throughput": {"tokens": 4096},
+    }
+
+
+@pytest.mark.parametrize("policy", ["warn", "skip", "zclip", "rollback", "stop"])
+def test_what_this_project_saves_is_taken(policy: str) -> None:
+    saved = states(policy)
+    assert checked({"callbacks": saved})["callbacks"] is saved
+    assert Throughput.__qualname__ in saved
+
+
+def put(*path: Any) -> Callable[[dict[str, Any]], None]:
+    """Set what lies at a path, the last of the arguments being the value."""
+
+    def change(node: Any) -> None:
+        *way, key, value = path
+        for name in way:
+            node = node[name]
+        node[key] = value
+
+    return change
+
+
+ODD = {
+    "no group": put("RandomState", "x"),
+    "no list": put("RandomState", "parts", "x"),
+    "no processes": put("RandomState", "parts", ["x"]),
+    "no tensor": put("RandomState", "parts", 0, "cpu", "x"),
+    "another type": put("RandomState", "parts", 0, "cpu", torch.zeros(5056)),
+    "another length": put("RandomState", "parts", 0, "cpu", torch.zeros(3, dtype=torch.uint8)),
+    "another content": put("RandomState", "parts", 0, "cpu", torch.full((5056,), 255, dtype=torch.uint8)),
+    "text in a history": put("Divergence", "detectors", "loss", "values", ["x"]),
+    "text as a history": put("Divergence", "detectors", "loss", "values", "abc"),
+    "a number as a history": put("Divergence", "detectors", "climb", "values", 5),
+    "text of groups": put("Divergence", "groups", "usual", "x"),
+    "text of a policy": put("Divergence", "policy", "rollback", "due", "x"),
+    "text as tokens": put("Throughput", "tokens", "x"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_states_are_refused_by_name(name: str) -> None:
+    saved = states()
+    ODD[name](saved)
+    with pytest.raises(Untrusted, match=r"its callbacks\.(RandomState|Divergence|Throughput)"):
+        checked({"callbacks": saved})
+
+
+def test_an_integer_that_python_does_not_write_out_is_refused() -> None:
+    with pytest.raises(Untrusted, match="vocab_size is a int"):
+        checked({"hyper_parameters": {"vocab_size": 10**5000}})
