@@ -40,7 +40,8 @@ def checked(content: Any) -> dict[str, Any]:
         if not isinstance(value, bool | None):
             _count(name, value)
     for name, state in content.get("callbacks", {}).items():
-        if isinstance(state, dict) and str(name).startswith("ModelCheckpoint"):
+        # Not by its name, which is that of its class: the user's own may be a ModelCheckpoint too.
+        if isinstance(state, dict) and not state.keys().isdisjoint((*PATHS, "best_k_models")):
             _check_paths(str(name), state)
         elif name == "RandomState":
             _check_generators(state)

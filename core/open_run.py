@@ -11,7 +11,8 @@ from core.errors import ConfigError, one_line, require
 from core.saved_config import load_config
 
 WRITTEN = {"root": "data", "cache_dir": "data/cache"}
-"""Of configs/data: where a run writes unless its user says otherwise."""
+CACHE_GB = 50
+"""Of configs/data: where a run writes unless its user says otherwise, and how much."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ def open_data(config: DictConfig) -> Any:
     require(isinstance(data, DictConfig), "data", data, "a group with a _target_")
     if "cache_dir" in data:
         data.cache_dir = WRITTEN["cache_dir"]
+        if isinstance(data.get("cache_gb"), int | float):
+            data.cache_gb = min(data.cache_gb, CACHE_GB)
     datamodule = build(config, "data")
     if "root" in data and data.root != WRITTEN["root"]:
         corpus = getattr(datamodule, "folder", None)

@@ -21,13 +21,13 @@ PACKAGES = (*OWN, "lightning", "torch")
 KINDS = {
     "module": ((L.LightningModule,), OWN),
     "data": ((L.LightningDataModule,), OWN),
-    "trainer": ((L.Trainer, L.Callback, Logger, Strategy, CheckpointIO, Precision), PACKAGES),
+    "trainer": ((L.Trainer, Strategy, CheckpointIO, Precision), PACKAGES),
     "callbacks": ((L.Callback,), PACKAGES),
     "logger": ((Logger,), PACKAGES),
 }
 """By group, the classes that a run is made of there, and the packages that they may come from.
 
-torch.hub.load and its like are in these packages too. A logger in the module would be made by whoever opens the run,
+torch.hub.load and its like are in these packages too. A logger in another group would be made by whoever opens the run,
 and some open files or connections as they are made; a DataModule of Lightning's examples downloads.
 """
 

@@ -83,6 +83,17 @@ def open_regular(path: Path) -> IO[bytes]:
     return os.fdopen(descriptor, "rb")
 
 
+def within(folder: Path, path: Path, remedy: str) -> Path:
+    """Return the path, below a folder that may come from a stranger, unless a link on the way leads out of the folder.
+
+    Raises:
+        Untrusted: it does; `remedy` says what to do instead.
+    """
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        raise Untrusted(f"{path} leads out of {folder} by a link: nothing is written there; {remedy}")
+    return path
+
+
 def parse_json(text: bytes | str, where: object, schema: Any = Any) -> Any:
     """Return what a JSON text holds, at most JSON_DEPTH levels deep, as the schema's type.
 

@@ -300,7 +300,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for folder in arguments.runs:
         try:
-            print(f"Report: {write(folder, arguments.output)}")
+            print(f"Report: {printable(write(folder, arguments.output), limit=None)}")
         except UserError as error:
             print(f"Error: {printable(error, limit=None)}", file=sys.stderr)
             raise SystemExit(cli.USER_ERROR) from None

@@ -12,12 +12,15 @@ import json
 from functools import partial
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from core import cli
 from core.checkpoint import load
 from core.errors import UserError, one_line
+from core.printable import printable
+from core.untrusted import within
 from core.whole_file import write_whole
 
 PREFIX = "model."
@@ -42,15 +45,19 @@ def consolidate(checkpoint: Path, output: Path) -> int:
     kept = {n.removeprefix(PREFIX): tensor.contiguous() for n, tensor in weights.items() if n.startswith(PREFIX)}
     if tied:
         kept.pop("head.weight", None)  # is the embedding's
-    write_whole(output, lambda unfinished: save_file(kept, unfinished, metadata={"format": "pt", **metadata}))
+    try:
+        write_whole(output, lambda unfinished: save_file(kept, unfinished, metadata={"format": "pt", **metadata}))
+    except (RuntimeError, SafetensorError, KeyError, ValueError) as error:  # views of one storage, complex numbers
+        raise UserError(f"{checkpoint} cannot be written as safetensors ({one_line(error)})") from error
     return len(kept)
 
 
 def main(arguments: argparse.Namespace) -> None:
     checkpoint = arguments.run / "checkpoints" / f"{arguments.checkpoint}.ckpt"
-    output = arguments.output or checkpoint.with_suffix(".safetensors")
+    beside = checkpoint.with_suffix(".safetensors")
+    output = arguments.output or within(arguments.run, beside, f"--output {beside} writes there all the same")
     count = consolidate(checkpoint, output)
-    print(f"{output}: {count} tensors, {output.stat().st_size / 2**20:,.1f} MiB")
+    print(f"{printable(output, limit=None)}: {count} tensors, {output.stat().st_size / 2**20:,.1f} MiB")
 
 
 def parse_arguments() -> argparse.Namespace:

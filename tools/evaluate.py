@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from core import cli
 from core.errors import UserError, require, writing
 from core.fields import parse_fields
+from core.printable import printable
+from core.untrusted import within
 from core.whole_file import write_whole
 
 if TYPE_CHECKING:
@@ -65,14 +67,14 @@ def evaluate_corpora(run: "OpenRun", config: EvaluateConfig) -> dict[str, float]
 
     losses = losses_of(run, names(config.data), config.batches)
     show(losses)  # first: the folder may be on a disk that is full, or that cannot be written to
-    folder = run.folder / "evaluation" / f"step_{run.step}"
+    folder = within(run.folder, run.folder / "evaluation" / f"step_{run.step}", "remove the link")
     scalars: dict[str, float] = {}
     for loss in losses:
         write = partial(Path.write_text, data=json.dumps(asdict(loss), indent=2) + "\n")
         write_whole(folder / f"loss_{loss.name}.json", write)
         figures = {"loss": loss.loss, "perplexity": loss.perplexity, "bits_per_byte": loss.bits_per_byte}
         scalars.update((f"eval/{loss.name}/{key}", value) for key, value in figures.items() if value is not None)
-    print(f"Every position: {folder}/loss_NAME.json")
+    print(f"Every position: {printable(folder, limit=None)}/loss_NAME.json")
     return scalars
 
 
@@ -126,7 +128,8 @@ def main(arguments: list[str]) -> None:
 
     run = open_run(Path(arguments[0]), config.checkpoint, config.allow)
     scalars = (evaluate_tasks if config.tasks else evaluate_corpora)(run, config)
-    with writing("RUN", run.folder), SummaryWriter(run.folder / "tensorboard") as writer:
+    folder = within(run.folder, run.folder / "tensorboard", "remove the link")
+    with writing("RUN", run.folder), SummaryWriter(folder) as writer:
         for tag, value in scalars.items():
             writer.add_scalar(tag, value, run.step)
 

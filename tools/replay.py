@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 import lightning as L
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from pydantic import ConfigDict, Field
 from rich import box
 from rich.console import Console
@@ -163,7 +163,7 @@ def arrive(config: DictConfig, step: int, checkpoint: Path | None, scratch: Path
     """The LightningModule as it was before the step."""
     # Hooks see neither well, and results are the same. Of the module's own copy: a saved one has no references.
     config.module.model.compile = config.module.model.activation_checkpointing = False
-    config.callbacks = {name: node for name, node in config.callbacks.items() if node and steers(node)}
+    config.callbacks = {name: node for name, node in (config.callbacks or {}).items() if node and steers(node)}
     for node in config.callbacks.values():
         if "run_dir" in node:
             node.run_dir = str(scratch)
@@ -187,7 +187,7 @@ def arrive(config: DictConfig, step: int, checkpoint: Path | None, scratch: Path
 
 def steers(node: DictConfig) -> bool:
     """Whether a callback may change what is learnt: a few of ours, and whatever is the user's own."""
-    target = str(node["_target_"])
+    target = str(node["_target_"]) if isinstance(node, DictConfig) and "_target_" in node else ""
     return target in STEERING or target.partition(".")[0] not in PACKAGES
 
 
@@ -229,6 +229,11 @@ def main(arguments: argparse.Namespace) -> None:
     step = arguments.step or next(iter(steps))
     require(step in steps, "--step", step, f"one of {', '.join(map(str, steps))}")
     config = load_config(run, arguments.allow)
+    for group in ("module.model", "data", "trainer", "callbacks"):
+        valid = "a group of values, as in the configuration that a run has saved"
+        require(isinstance(OmegaConf.select(config, group), DictConfig), group, OmegaConf.select(config, group), valid)
+    seed = config.get("seed")
+    require(type(seed) is int and 0 <= seed < 2**32, "seed", seed, "an integer in [0, 2**32)")
     records = [load_record(path) for path in steps[step]]
     checkpoint, at = checkpoint_before(run, step)
     samples = "samples {} to {}".format(*records[0]["samples"]) if records[0]["samples"] else "its batch"
@@ -249,9 +254,18 @@ def report(module: Any, records: list[dict[str, Any]]) -> None:
             f"Of {records[0]['world_size']} processes {len(records)} left a record; {whole} batches are in all of them."
         )
     of_ranks = zip(*(record["batches"][:whole] for record in records), strict=True)
-    batches = [
-        {name: torch.cat([part[name] for part in parts]).to(module.device) for name in parts[0]} for parts in of_ranks
-    ]
+    try:
+        batches = [
+            {name: torch.cat([part[name] for part in parts]).to(module.device) for name in parts[0]}
+            for parts in of_ranks
+        ]
+    except (RuntimeError, KeyError) as error:
+        raise UserError(f"the recorded batches of its processes do not fit each other: {one_line(error)}") from error
+    require(bool(batches), "--step", records[0]["step"], "a step of which all processes have recorded a batch")
+    for batch in batches:
+        ids, valid = batch["tokens"], "a step whose recorded tokens are in the model's vocabulary"
+        there = ids.numel() > 0 and int(ids.min()) >= 0 and int(ids.max()) < module.vocab_size
+        require(there, "--step", records[0]["step"], valid)
     loss, norm = loss_and_norm(module, batches)  # first, with the random numbers that the step had
     module.zero_grad()
     with module.trainer.precision_plugin.forward_context():
@@ -261,7 +275,7 @@ def report(module: Any, records: list[dict[str, Any]]) -> None:
     if not all(of_the_step(record) for record in records):
         print(f"{line}; recorded were none.")
         return
-    losses = [loss for record in records for loss in of_the_step(record)["losses"]]
+    losses = [loss for record in records for loss in of_the_step(record)["losses"]] or [math.nan]
     then = (sum(losses) / len(losses), of_the_step(records[0])["grad_norm"])
     pairs = zip(then, (loss, norm), strict=True)
     same = all(math.isclose(old, new, rel_tol=1e-3) or (old != old and new != new) for old, new in pairs)

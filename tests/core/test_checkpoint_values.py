@@ -1,11 +1,14 @@
 """What callbacks keep in a checkpoint is looked at before a run is resumed from it."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
+from callbacks.best_checkpoint import BestCheckpoint
 from callbacks.divergence import Divergence
 from callbacks.random_state import RandomState
 from callbacks.throughput import Throughput
@@ -66,6 +69,22 @@ def test_odd_states_are_refused_by_name(name: str) -> None:
     ODD[name](saved)
     with pytest.raises(Untrusted, match=r"its callbacks\.(RandomState|Divergence|Throughput)"):
         checked({"callbacks": saved})
+
+
+class Mine(ModelCheckpoint):
+    """The user's own, whose state goes by its own name."""
+
+
+@pytest.mark.parametrize("kind", [BestCheckpoint, ModelCheckpoint, Mine])
+@pytest.mark.parametrize("place", ["best_k_models", "best_model_path", "kth_best_model_path", "last_model_path"])
+def test_no_callback_is_led_out_of_its_folder(kind: type[ModelCheckpoint], place: str, tmp_path: Path) -> None:
+    """Lightning deletes what is no longer among the best where the path begins with its folder's, `..` or not."""
+    callback = kind(dirpath=tmp_path, monitor="val/loss")
+    path = f"{tmp_path}/../mine"
+    state = {**callback.state_dict(), place: {path: 1.0} if place == "best_k_models" else path}
+    with pytest.raises(Untrusted, match=r"\.\./mine', where the path of a checkpoint, without"):
+        checked({"callbacks": {callback.state_key: state}})
+    checked({"callbacks": {callback.state_key: callback.state_dict()}})
 
 
 def test_an_integer_that_python_does_not_write_out_is_refused() -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pydantic import ConfigDict, Field
 
 from core.errors import UserError
-from core.untrusted import MIB, Untrusted, parse_json, read_bytes, read_json, read_yaml
+from core.untrusted import MIB, Untrusted, parse_json, read_bytes, read_json, read_yaml, within
 
 
 @contextmanager
@@ -176,3 +176,17 @@ def test_good_yaml_comes_back_as_it_was(tmp_path_factory: pytest.TempPathFactory
     path = tmp_path_factory.getbasetemp() / "good.yaml"
     path.write_text(yaml.safe_dump(value))
     assert read_yaml(path) == value
+
+
+def test_a_link_out_of_a_folder_is_no_place_to_write_to(tmp_path: Path) -> None:
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    for folder in (run / "checkpoints", elsewhere):
+        folder.mkdir(parents=True)
+    (run / "evaluation").symlink_to(elsewhere)
+    (run / "inner").symlink_to("checkpoints")
+    (tmp_path / "linked").symlink_to(run)
+    for inside in (run / "checkpoints/new", run / "inner/new", tmp_path / "linked/checkpoints/new"):
+        assert within(run, inside, "x") == inside
+    for outside in (run / "evaluation/step_3/new", run / "evaluation", run / "../elsewhere/new"):
+        with pytest.raises(Untrusted, match="by a link: nothing is written there; remove it"):
+            within(run, outside, "remove it")

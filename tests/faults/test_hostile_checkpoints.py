@@ -222,4 +222,7 @@ def test_opening_a_run_writes_nowhere_but_in_the_working_folder(
     shards = {"_target_": "datamodules.shard_corpus.ShardCorpus", "path": "x", "cache_dir": str(tmp_path / "anywhere")}
     config.data = {**shards, "seq_len": 32, "batch_size": 4, "val_batches": 1}
     assert open_data(config).hparams["cache_dir"] == "data/cache"
+    for asked, kept in ((1e6, 50), (2.5, 2.5)):
+        config.data.cache_gb = asked
+        assert open_data(config).hparams["cache_gb"] == kept, "nor more than a new run by itself"
     assert not (tmp_path / "anywhere").exists()

@@ -63,6 +63,7 @@ LIGHTNING = "lightning.pytorch"
     [
         ("module.model.x", f"{LIGHTNING}.loggers.MLFlowLogger"),  # makes folders, or asks a server, as it is made
         ("data.x", f"{LIGHTNING}.loggers.NeptuneLogger"),
+        ("trainer.logger", f"{LIGHTNING}.loggers.MLFlowLogger"),
         ("data", f"{LIGHTNING}.demos.mnist_datamodule.MNISTDataModule"),  # downloads into a folder that it is given
         ("module", f"{LIGHTNING}.demos.boring_classes.BoringModel"),
         ("module", "lightning.Trainer"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
+from torch import Tensor
 
 from core.errors import UserError
 from lightning_modules.language_module import LanguageModule
@@ -59,3 +60,33 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="cannot be read as a checkpoint of this project"):
             consolidate(tmp_path / name, tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def hostile(folder: Path, weights: dict[str, Tensor]) -> Path:
+    """A run of which there is only a checkpoint."""
+    (folder / "checkpoints").mkdir(parents=True)
+    hyper_parameters = {"vocab_size": 4, "model": {}, "optim": {}}
+    content = {"state_dict": weights, "global_step": 1, "hyper_parameters": hyper_parameters}
+    torch.save(content, folder / "checkpoints/last.ckpt")
+    return folder
+
+
+def test_weights_that_safetensors_does_not_take_are_refused_in_a_line(tmp_path: Path) -> None:
+    shared = torch.zeros(4)
+    run = hostile(tmp_path / "run", {"model.a": shared[:3], "model.b": shared[1:]})
+    with pytest.raises(UserError, match=r"last\.ckpt cannot be written as safetensors"):
+        consolidate(run / "checkpoints/last.ckpt", tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_link_in_the_run_does_not_lead_the_output_out_of_it(tmp_path: Path) -> None:
+    run = hostile(tmp_path / "run", {"model.a": torch.zeros(4)})
+    (run / "checkpoints").rename(tmp_path / "elsewhere")
+    (run / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    arguments = Namespace(run=run, checkpoint="last", output=None)
+    with pytest.raises(UserError, match="by a link: nothing is written there; --output"):
+        main(arguments)
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["last.ckpt"]
+    arguments.output = tmp_path / "out.safetensors"
+    main(arguments)
+    assert arguments.output.exists()

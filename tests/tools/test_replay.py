@@ -4,13 +4,16 @@ import contextlib
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
 from omegaconf import OmegaConf
+from torch import Tensor
 
+from core.errors import UserError
 from tests.helpers_run import load, run
 from tools import replay
 
@@ -144,6 +147,28 @@ def test_whether_a_callback_steers_is_a_matter_of_its_class() -> None:
     }
     nodes = OmegaConf.create({name: {"_target_": target} for name, target in callbacks.items()})
     assert [name for name, node in nodes.items() if replay.steers(node)] == ["other", "mine"]
+    for odd in ("x", 5, OmegaConf.create({"x": 1}), OmegaConf.create(["x"])):
+        assert not replay.steers(odd), "what names no class"
+
+
+@pytest.mark.parametrize(
+    ("batches", "reason"),
+    [
+        ([[]], "have recorded a batch"),
+        ([[torch.tensor([[0, 4]])]], "in the model's vocabulary"),
+        ([[torch.tensor([[-1, 0]])]], "in the model's vocabulary"),
+        ([[torch.zeros(0, 2, dtype=torch.int64)]], "in the model's vocabulary"),
+        ([[torch.tensor([[0, 1]])], [torch.tensor([[0, 1, 2]])]], "do not fit each other"),
+    ],
+)
+def test_recorded_batches_that_the_model_cannot_take_are_refused(batches: list[list[Tensor]], reason: str) -> None:
+    records = [
+        {"step": 3, "world_size": len(batches), "batches": [{"tokens": tokens} for tokens in of_rank], "steps": []}
+        for of_rank in batches
+    ]
+    module = SimpleNamespace(device="cpu", vocab_size=4)
+    with pytest.raises(UserError, match=reason):
+        replay.report(module, records)
 
 
 def test_a_run_without_a_record_or_that_step_is_refused(
