@@ -71,6 +71,7 @@ def planned(overrides: list[str]) -> Plan:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = compose("study", overrides, return_hydra_config=True)
         HydraConfig.instance().set_config(config)
+        require(config.run is None, "run", config.run, "null: a study runs all that have no record yet")
         return plan_of(config)
 
 

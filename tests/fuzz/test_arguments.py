@@ -38,6 +38,7 @@ CASES = [  # module, arguments, what the line must hold
     ("studies.status", ["study=depth", "study.axes=0"], "study.axes=0 is not valid"),
     ("studies.status", ["study=depth", "study.scales.laptop=0"], "study.scales.laptop=0 is not valid"),
     ("studies.run", ["study=depth", "seeds=5"], "seeds=5 is not valid: expected a list of integers"),
+    ("studies.run", ["study=depth", "run=x"], "run='x' is not valid: expected null"),
     ("studies.run", ["study=depth", "threads=-1"], "threads=-1 is not valid: expected an integer from 1"),
 ]
 
