@@ -187,7 +187,9 @@ def arrive(config: DictConfig, step: int, checkpoint: Path | None, scratch: Path
 
 def steers(node: DictConfig) -> bool:
     """Whether a callback may change what is learnt: a few of ours, and whatever is the user's own."""
-    target = str(node["_target_"]) if isinstance(node, DictConfig) and "_target_" in node else ""
+    if not isinstance(node, DictConfig) or not isinstance(node.get("_target_"), str):
+        return False
+    target = node["_target_"]
     return target in STEERING or target.partition(".")[0] not in PACKAGES
 
 

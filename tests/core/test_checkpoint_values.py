@@ -82,7 +82,7 @@ def test_no_callback_is_led_out_of_its_folder(kind: type[ModelCheckpoint], place
     callback = kind(dirpath=tmp_path, monitor="val/loss")
     path = f"{tmp_path}/../mine"
     state = {**callback.state_dict(), place: {path: 1.0} if place == "best_k_models" else path}
-    with pytest.raises(Untrusted, match=r"\.\./mine', where the path of a checkpoint, without"):
+    with pytest.raises(Untrusted, match="where the path of a checkpoint, without"):
         checked({"callbacks": {callback.state_key: state}})
     checked({"callbacks": {callback.state_key: callback.state_dict()}})
 

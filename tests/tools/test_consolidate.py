@@ -74,7 +74,7 @@ def hostile(folder: Path, weights: dict[str, Tensor]) -> Path:
 def test_weights_that_safetensors_does_not_take_are_refused_in_a_line(tmp_path: Path) -> None:
     shared = torch.zeros(4)
     run = hostile(tmp_path / "run", {"model.a": shared[:3], "model.b": shared[1:]})
-    with pytest.raises(UserError, match=r"last\.ckpt cannot be written as safetensors"):
+    with pytest.raises(UserError, match="Some tensors share memory"):
         consolidate(run / "checkpoints/last.ckpt", tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 
