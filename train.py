@@ -56,11 +56,12 @@ def main(config: DictConfig) -> float:
         datamodule.check()
         accumulate(trainer, datamodule, config.micro_batch_size)
         check_callbacks(trainer, config)
+        step = 0
         if run.ckpt_path is not None:
-            check_resumable(run, module, datamodule, trainer.max_steps)
+            step = check_resumable(run, module, datamodule, trainer.max_steps)
             check_time_left(trainer, run.ckpt_path)
 
-        with run.begun(trainer, config, overrides), explained(trainer, run.path):
+        with run.begun(trainer, config, overrides, step), explained(trainer, run.path):
             trainer.fit(module, datamodule=datamodule, ckpt_path=run.ckpt_path, weights_only=True)
             tell_early_end(trainer)
         return final_loss(trainer, run.path)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from core.errors import ConfigError, UserError, one_line, require, writing
 from core.mappings import flatten
@@ -31,6 +32,8 @@ SWEPT_LENGTH = 200  # what runs differ in matters more than the table
 MAX_RETRIES = 100
 WITHOUT_RUN = "a folder without a run in it, or ckpt_path=last beside it to resume that run"
 LAST, PREVIOUS = Path("checkpoints/last.ckpt"), Path("checkpoints/previous.ckpt")
+BEGINNING = rf"(config|overrides)(-resumed-[\w-]+)?\.yaml|{re.escape(STATUS)}|tensorboard|csv"
+"""The names of what a run writes into its folder before its first step."""
 MAY_CHANGE = {  # in a resumed run: how it computes, and what follows from the step alone
     *("model.compile", "model.activation_checkpointing", "model.checkpoint_every"),
     *("model.moe.backend", "model.moe.expert_parallel"),
@@ -54,8 +57,14 @@ class RunFolder:
     holds_run: bool = False
 
     @contextmanager
-    def begun(self, trainer: Any, config: DictConfig, overrides: list[str]) -> Iterator[None]:
+    def begun(self, trainer: Any, config: DictConfig, overrides: list[str], step: int = 0) -> Iterator[None]:
         """While it lasts, the run trains. What is refused before the first step leaves no trace of a run.
+
+        Args:
+            trainer: not yet fitting.
+            config: composed.
+            overrides: of the command line.
+            step: of the checkpoint that the run goes on from; 0: it is a new one.
 
         Raises:
             ConfigError: the folder cannot be written to, or has become another run's.
@@ -63,17 +72,31 @@ class RunFolder:
         if not is_main_process():
             yield
             return
+        before, resumable = {path.name for path in self.path.glob("*")}, _resumable(self.path)
+        status = (self.path / STATUS).read_bytes() if STATUS in before else None
         try:
             self.create(config, overrides)
             print(f"Run folder: {printable(self.path, limit=None)}")
             yield
-        except UserError:
-            if trainer.global_step == 0 and self.is_new:
-                shutil.rmtree(self.path, ignore_errors=True)
-            elif trainer.global_step == 0 and not self.holds_run:
-                for name in ("config.yaml", "overrides.yaml", STATUS):
-                    (self.path / name).unlink(missing_ok=True)
+        except (UserError, OmegaConfBaseException):
+            if trainer.global_step <= step and _resumable(self.path) == resumable:
+                self._forget(before, status)
             raise
+
+    def _forget(self, before: Collection[str], status: bytes | None) -> None:
+        """Leave the folder as it was, with what else lies in one that the user has made."""
+        if self.is_new:
+            shutil.rmtree(self.path, ignore_errors=True)
+            return
+        for path in self.path.glob("*"):
+            if path.name in before or not re.fullmatch(BEGINNING, path.name):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        if status is not None:
+            write_whole(self.path / STATUS, lambda unfinished: unfinished.write_bytes(status))
 
     def create(self, config: DictConfig, overrides: list[str]) -> None:
         """Make the folder and note what was asked for. A resumed run keeps the notes of its beginning.
@@ -282,7 +305,7 @@ def _last_trained(run: Path) -> float:
     return max(times)
 
 
-def check_resumable(run: RunFolder, module: Any, datamodule: Any, max_steps: int) -> None:
+def check_resumable(run: RunFolder, module: Any, datamodule: Any, max_steps: int) -> int:
     """Hold the checkpoint against what is asked for: nothing may be resumed as something else, or silently ignored.
 
     At its last step only a run goes on that was killed before all else was written: nothing is trained any more.
@@ -292,6 +315,9 @@ def check_resumable(run: RunFolder, module: Any, datamodule: Any, max_steps: int
         module: the LightningModule; its hyperparameters must be those of the checkpoint.
         datamodule: the DataModule; where it has a `stream_identity`, that must be the checkpoint's.
         max_steps: where the run is to end.
+
+    Returns:
+        The checkpoint's optimizer step.
 
     Raises:
         ConfigError: it cannot be read, is of another model, optimizer or stream (names the first field that differs),
@@ -322,8 +348,9 @@ def check_resumable(run: RunFolder, module: Any, datamodule: Any, max_steps: int
             print(
                 f"The run in {printable(run.path)} is trained to its last step, {step}; what it lacks is written now."
             )
-        return
-    require(step < max_steps, "trainer.max_steps", max_steps, f"more than {step}, the step of the checkpoint")
+    else:
+        require(step < max_steps, "trainer.max_steps", max_steps, f"more than {step}, the step of the checkpoint")
+    return int(step)
 
 
 def _settings(hyper_parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
                 write(unfinished)
                 sync(unfinished)
                 unfinished.replace(path)
-            except (OSError, RuntimeError):
+            except BaseException:
                 with contextlib.suppress(OSError):
                     unfinished.unlink()
                 raise

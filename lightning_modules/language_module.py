@@ -9,11 +9,11 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, Callback, ModelPruning
+from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, Callback, ModelPruning, WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
-from core.errors import Refused, require
+from core.errors import ConfigError, Refused, require
 from core.steps import begin_epoch, completes_step, is_logged, num_steps
 from lightning_modules.config import ModelConfig, OptimConfig, parse
 from lightning_modules.cross_entropy import LARGE_VOCABULARY
@@ -99,6 +99,12 @@ class LanguageModule(L.LightningModule):
             if isinstance(callback, BackboneFinetuning):
                 reason = "no part of the model is a backbone; a BaseFinetuning of your own can say what it freezes"
                 raise Refused("callbacks", "BackboneFinetuning", reason)
+            if isinstance(callback, WeightAveraging) and self.trainer.precision in ("bf16-true", "16-true"):
+                valid = (
+                    "bf16-mixed or 16-mixed: an average is kept in the type of the weights, "
+                    f"and in that one {type(callback).__name__}'s small updates come to nothing"
+                )
+                raise ConfigError("trainer.precision", self.trainer.precision, valid)
             if isinstance(callback, ModelPruning | BaseFinetuning):
                 sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
                 valid = "no callback that freezes or prunes weights with trainer=fsdp, where they are in parts"

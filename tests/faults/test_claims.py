@@ -72,15 +72,45 @@ def test_who_prepares_has_the_folder_already(resume: bool, tmp_path: Path) -> No
     assert load(tmp_path / "run/checkpoints/last.ckpt")["global_step"] == (3 if resume else 2)
 
 
+ROUTER = ["model.moe.normalize_weights=true", "model.moe.top_k=1"]
+"""Which is found out when the loggers are at work already."""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_refused_once_a_checkpoint_is_loaded_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    """The Trainer stands at the checkpoint's step then, and not at 0."""
+    run(tmp_path, "run")
+    status = (tmp_path / "run/status.json").read_text()
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    wrong = ["logger=[]", "+callbacks.lr._target_=lightning.pytorch.callbacks.LearningRateMonitor"]
+    for folder in ("run", "other"):
+        job = tiny_job("ckpt_path=run/checkpoints/last.ckpt", "trainer.max_steps=3", f"run_dir={folder}")
+        refused = train(tmp_path, *job, *wrong)
+        assert refused.code == 2
+        assert "no logger" in refused.err
+    assert not (tmp_path / "other").exists()
+    assert (tmp_path / "run/status.json").read_text() == status, "the run has ended well, and still has"
+    assert {path.name for path in (tmp_path / "run").iterdir()} == names
+    assert train(tmp_path, *job).code == 0
+
+
+def test_what_cannot_be_written_down_leaves_nothing(tmp_path: Path) -> None:
+    """A reference that leads nowhere, in a part of the configuration that nothing is made of."""
+    refused = train(tmp_path, *tiny_job("+foo=${nothing}"))
+    assert refused.code == 2
+    assert "foo='${nothing}' is not valid" in refused.err
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_refused_leaves_a_folder_of_the_user_as_it_was(tmp_path: Path) -> None:
     """Also where that is found only once the Trainer runs; the corrected command then works."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run/notes.txt").write_text("mine")
-    for wrong in ("model.num_heads=3", "model.moe.expert_parallel=2"):
-        refused = train(tmp_path, *tiny_job("experiment=moe_spannorm", wrong), "run_dir=run")
+    for wrong in (["model.num_heads=3"], ["model.moe.expert_parallel=2"], ROUTER, ["+foo=${nothing}"]):
+        refused = train(tmp_path, *tiny_job("experiment=moe_spannorm", *wrong), "run_dir=run")
         assert refused.code == 2
-        assert wrong in refused.err
-        assert [path.name for path in (tmp_path / "run").iterdir() if path.is_file()] == ["notes.txt"]
+        assert wrong[0].partition("=")[0].lstrip("+") in refused.err
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
     assert train(tmp_path, *tiny_job(), "run_dir=run").code == 0
 
 
