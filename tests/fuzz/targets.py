@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from tests.fuzz import mutations
 
-GENERATE = ("tools.generate", "{}", "num_tokens=1", "prompt=a")
+GENERATE = ("tools.generate", "{}", "num_tokens=1")
 CONSOLIDATE = ("tools.consolidate", "{}")
 RESUME = ("train.py", "{}")
 """Its arguments are the run's own, and those that resume it."""
