@@ -95,6 +95,6 @@ def test_every_argument_of_a_callback_is_a_field_of_the_configuration() -> None:
     for name, node in composed().callbacks.items():
         target = pydoc.locate(node["_target_"])
         assert inspect.isclass(target)
-        if target.__init__.__module__.startswith("callbacks."):
+        if getattr(target.__init__, "__module__", target.__module__).startswith("callbacks."):
             arguments = set(inspect.signature(target).parameters)
             assert set(node) - {"_target_"} == arguments, name

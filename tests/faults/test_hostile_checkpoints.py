@@ -195,7 +195,7 @@ def test_a_configuration_that_unfolds_is_refused(tmp_path: Path, name: str) -> N
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("module.model.num_layers", 10**7), ("module.model.dim", 2**20), ("module.model.ffn_dim", 2**30)],
+    [("module.model.num_layers", 4096), ("module.model.dim", 2**18), ("module.model.ffn_dim", 2**21)],
 )
 def test_a_model_that_the_checkpoint_does_not_have_is_not_made(tmp_path: Path, field: str, value: int) -> None:
     run = Path(shutil.copytree(FIXTURES / "one_file", tmp_path / "run"))

@@ -32,7 +32,7 @@ def test_everything_that_reads_runs_reads_one_that_trains(tmp_path: Path) -> Non
                 if (tmp_path / name / "tensorboard").is_dir():
                     make_table([Run(tmp_path / name)], ["train/loss"])
                 _, records, unfinished = load(tmp_path)
-                states.append((len(records), unfinished))
+                states.append((len(records), list(unfinished)))
                 if statuses == ["running"]:
                     write(tmp_path)
         finally:
@@ -43,7 +43,7 @@ def test_everything_that_reads_runs_reads_one_that_trains(tmp_path: Path) -> Non
     assert set(map(str, states)) >= {str((0, [])), str((0, [name]))}
     assert f"Half written, and left out: {name}." in (tmp_path / "report.md").read_text()
     _, (record,), unfinished = load(tmp_path)
-    assert (record.name, unfinished) == (name, [])
+    assert (record.name, unfinished) == (name, {})
 
 
 def test_a_summary_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
