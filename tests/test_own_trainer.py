@@ -126,6 +126,6 @@ def test_our_callbacks_know_epochs(tmp_path: Path, capsys: pytest.CaptureFixture
     )
     assert trainer.global_step == 4
     status = read(tmp_path)
-    assert (status["status"], status["step"], status["max_steps"], status["reason"]) == ("done", 4, None, None)
+    assert (status["status"], status["step"], status.get("max_steps"), status.get("reason")) == ("done", 4, None, None)
     assert "step 3/4" in capsys.readouterr().out
     assert (tmp_path / "checkpoints/last.ckpt").is_file()

@@ -8,7 +8,9 @@ from tests.fuzz.sandbox import GROWTH, Outcome, World, tree
 ENDINGS = {0: "done", 2: "refused in one line", 3: "diverged"}
 
 
-def faults(outcome: Outcome, before: dict[str, object], world: World, writes: bool = True) -> list[str]:
+def faults(
+    outcome: Outcome, before: dict[str, object], world: World, writes: bool = True, is_text: bool = False
+) -> list[str]:
     """What is wrong with how a case ended, in words; empty: nothing.
 
     Args:
@@ -16,6 +18,7 @@ def faults(outcome: Outcome, before: dict[str, object], world: World, writes: bo
         before: `tree` of the working folder, before.
         world: in which it ran.
         writes: it may write into its working folder, where it is not refused.
+        is_text: what it prints is a text that a model has written, which a pipe gets as it is.
     """
     found = []
     if outcome.code not in ENDINGS:
@@ -27,7 +30,7 @@ def faults(outcome: Outcome, before: dict[str, object], world: World, writes: bo
     usage = "usage: " in outcome.err  # argparse's own answer
     if outcome.code == 2 and not usage and not re.search(r"^Error: .", outcome.err, re.MULTILINE):
         found.append("no line that says what is wrong")
-    if any(ord(c) < 32 and c not in "\n\t\r" for c in outcome.out + outcome.err):
+    if any(ord(c) < 32 and c not in "\n\t\r" for c in outcome.err + ("" if is_text else outcome.out)):
         found.append("control characters in what it prints")
     if outcome.memory > GROWTH:
         found.append(f"{outcome.memory >> 20} MiB of memory")

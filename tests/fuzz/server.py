@@ -107,6 +107,22 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
+def ended(group: int, seconds: float = 5.0) -> bool:
+    """Whether all processes of a group end by themselves, as multiprocessing's trackers do a moment after their parent.
+
+    What is left after so many seconds is killed.
+    """
+    last = time.monotonic() + seconds
+    try:
+        while time.monotonic() < last:
+            os.killpg(group, 0)
+            time.sleep(0.01)
+        os.killpg(group, signal.SIGKILL)
+    except ProcessLookupError:
+        return True
+    return False
+
+
 def serve(answers: TextIO) -> Callable[[], object]:
     """Answer cases until stdin ends; in each child, return its program instead."""
     answers.write("ready\n")
@@ -119,11 +135,7 @@ def serve(answers: TextIO) -> Callable[[], object]:
             return become(case)
         _, status, usage = os.wait4(child, 0)
         seconds = time.monotonic() - begun
-        try:
-            os.killpg(child, signal.SIGKILL)
-            left = True
-        except ProcessLookupError:
-            left = False
+        left = not ended(child)
         answer = {"code": os.waitstatus_to_exitcode(status), "seconds": seconds, "left": left}
         answer["cpu_seconds"] = usage.ru_utime + usage.ru_stime
         answer["most_memory"] = usage.ru_maxrss * 1024

@@ -52,7 +52,8 @@ def check(sandbox: Sandbox, folder: Path, target: Target, draw: Draw) -> None:
         how(file, draw, world.canary)
         before = tree(world.work)
         outcome = sandbox.run(world, reader[0], *command(target, reader))
-        found = faults(outcome, before, world, writes=reader[0] not in READ_ONLY)
+        is_text = reader[0] == "tools.generate"
+        found = faults(outcome, before, world, writes=reader[0] not in READ_ONLY, is_text=is_text)
         what = f"{file.name} of {target.kind}, {how.__name__}, {' '.join(reader)}"
         assert not found, f"{what}: {found}\n{outcome.err[-1500:]}"
 
