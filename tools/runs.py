@@ -91,27 +91,28 @@ def _without_status(folder: Path, seconds: float) -> Row:
 def find(root: Path) -> list[Path]:
     """Return the run folders at and below a folder: those that hold a config.yaml. Does not look inside of runs.
 
-    Each folder is looked at once, whatever links lead to it, and no more than DEEP levels of them, BEHIND_LINKS behind
+    Each run is found once, whatever links lead to it, and no more than DEEP levels of them, BEHIND_LINKS behind
     a link, and MOST in all, which is said.
     """
     runs: list[Path] = []
-    seen: set[tuple[int, int]] = set()
+    seen: dict[tuple[int, int], int] = {}  # how many levels below it were looked at: another way may lead deeper
     waiting, linked = [(root, DEEP)], list[tuple[Path, int]]()
     most = bound(MOST)
     while waiting or linked:  # links last: of a folder and a link to it, the folder's own name counts
         folder, levels = (waiting or linked).pop()
         try:
-            place = folder.stat()
-            if (place.st_dev, place.st_ino) in seen:
+            status = folder.stat()
+            place = (status.st_dev, status.st_ino)
+            if seen.get(place, -1) >= levels:
                 continue
-            seen.add((place.st_dev, place.st_ino))
+            is_new, seen[place] = place not in seen, levels
             if (folder / "config.yaml").is_file():
-                runs.append(folder)
+                runs += [folder] if is_new else []
                 continue
             if levels == 0:
                 continue
             below = [path for path in folder.iterdir() if not path.name.startswith(".") and path.is_dir()]
-            links = {path for path in below if path.is_symlink()}
+            links = sorted(path for path in below if path.is_symlink())
         except (OSError, ValueError):  # moved away meanwhile, or not ours to read
             continue
         waiting += [(path, levels - 1) for path in below if path not in links]
