@@ -132,9 +132,12 @@ class LanguageModule(L.LightningModule):
         Raises:
             ConfigError: a learning-rate schedule that the run's length does not fit, or a router that cannot learn.
         """
+        self._check_schedule(trainer)
+        self._check_router(resumed)
+
+    def _check_schedule(self, trainer: L.Trainer) -> None:
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # a step or a few, whatever the schedule
             check_schedule(self.optim_config, num_steps(trainer))
-        self._check_router(resumed)
 
     def _check_router(self, resumed: bool) -> None:
         """A new run's router must learn. One that older versions began without goes on as it began."""
@@ -302,8 +305,7 @@ class LanguageModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         assert self.model is not None
-        if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            check_schedule(self.optim_config, num_steps(self.trainer))
+        self._check_schedule(self.trainer)
         optimizer, self._num_steps = make_optimizer(self.model, self.optim_config), num_steps(self.trainer)
         length = int(self._num_steps) if math.isfinite(self._num_steps) else 1  # to the constant one it is the same
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, make_schedule(self.optim_config, length))
