@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -131,8 +131,8 @@ def plan(config: DictConfig, vocab_size: int | None = None) -> Plan:
             not here and no vocab_size was given.
     """
     require(isinstance(config.trainer, DictConfig), "trainer", config.trainer, "a group with a _target_")
-    trainer: Any = OmegaConf.to_container(config.trainer)
-    check_arguments("trainer", L.Trainer, {name: value for name, value in trainer.items() if name in CHECKED})
+    # Resolved, as the Trainer gets them: ${on_gpu:...} is no precision.
+    check_arguments("trainer", L.Trainer, {name: config.trainer[name] for name in CHECKED if name in config.trainer})
     datamodule: Any = build(config, "data")
     tokens = vocab_size or _vocab_size(datamodule)
     module: Any = build(config, "module", vocab_size=tokens)

@@ -13,7 +13,7 @@ from benchmarks import monitoring
 from tests.helpers_run import ROOT, tiny_job
 
 DEFAULT = yaml.safe_load((ROOT / "configs/callbacks/default.yaml").read_text())
-NO_MONITORS = {"StepProgress", "RunStatus", "LastCheckpoint", "ModelCheckpoint", "RandomState"}
+NO_MONITORS = {"StepProgress", "RunStatus", "LastCheckpoint", "BestCheckpoint", "RandomState"}
 
 
 def test_it_runs_and_writes_its_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
