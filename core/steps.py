@@ -50,9 +50,8 @@ def begin_step(trainer: L.Trainer) -> None:
     steps of another number of batches, the first step would be made of too few, and data that go by steps would be off.
     """
     batches, limit = _batches_per_step(trainer, trainer.current_epoch), trainer.limit_train_batches
-    remainder = (
-        isinstance(limit, int) and limit % batches
-    )  # which is a step too, in each epoch of a Trainer of one's own
+    # Each epoch of a Trainer of one's own may end with a step of fewer batches.
+    remainder = isinstance(limit, int) and limit % batches
     if not trainer.fit_loop.restarting or remainder:
         return
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress

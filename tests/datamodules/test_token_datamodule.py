@@ -60,7 +60,15 @@ def fake_trainer(step: int = 0, accumulate: int = 1, world_size: int = 1) -> Any
     device = SimpleNamespace(root_device=SimpleNamespace(type="cpu"))
     sizes = {"accumulate_grad_batches": accumulate, "world_size": world_size, "global_rank": 0}
     loop = SimpleNamespace(restarting=False)
-    return SimpleNamespace(global_step=step, current_epoch=0, strategy=device, fit_loop=loop, **sizes)
+    return SimpleNamespace(
+        global_step=step,
+        current_epoch=0,
+        callbacks=[],
+        limit_train_batches=1.0,
+        strategy=device,
+        fit_loop=loop,
+        **sizes,
+    )
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
