@@ -24,7 +24,7 @@ def num_steps(trainer: L.Trainer) -> float:
     Call it from `configure_optimizers` on: the length may follow from the training data, which Lightning then loads.
     """
     end = trainer.max_steps if trainer.max_steps >= 0 else math.inf
-    if trainer.max_epochs == -1:
+    if trainer.max_epochs in (None, -1):  # None: given by steps, or not given; Lightning fills it in when it fits
         return end
     if getattr(getattr(trainer, "datamodule", None), "endless", False):
         # Its data are not loaded for this: those of a resumed run must not be before their position is known.
@@ -33,8 +33,7 @@ def num_steps(trainer: L.Trainer) -> float:
     else:
         _ = trainer.estimated_stepping_batches  # loads the data, but takes all steps to be of the first one's size
         batches = trainer.num_training_batches
-    assert trainer.max_epochs is not None
-    sizes = [_batches_per_step(trainer, epoch) for epoch in range(max(trainer.max_epochs, 1))]
+    sizes = [_batches_per_step(trainer, epoch) for epoch in range(max(trainer.max_epochs or 0, 1))]
     return min(end, sum(math.ceil(batches / size) for size in sizes) if math.isfinite(batches) else math.inf)
 
 
