@@ -88,7 +88,7 @@ def test_the_constructor_allocates_nothing_and_configure_model_builds_once() -> 
         ({"ffn": "sparse"}, {}, "model.ffn", "one of dense, moe"),
         ({"ffn": "moe", "moe": {"backend": "cuda"}}, {}, "model.moe.backend", "auto, grouped, loop"),
         ({"init": "xavier"}, {}, "model.init", "scale_init"),
-        ({"init": "plain", "init_options": {"std": -1.0}}, {}, "model.init_options", "standard deviation >= 0"),
+        ({"init": "plain", "init_options": {"std": -1.0}}, {}, "model.init_options", "standard deviation > 0"),
         ({}, {"schedule": "linear"}, "optim.schedule", "one of constant, cosine, wsd"),
         ({"num_heads": 3}, {}, "model.dim", "a multiple of 2 x model.num_heads=3"),
     ],
