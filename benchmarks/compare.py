@@ -1,7 +1,7 @@
 """The project's training step against its peers', in one run.
 
-    make bench        CPU, fp32, eager and compiled; writes docs/results/benchmark-cpu.md and a bar chart
-    make bench-gpu    bf16 under autocast, compiled; docs/results/benchmark-cuda.md; wants the memory of an H200
+    make bench        CPU, fp32, eager and compiled; writes results/benchmark-cpu.md and a bar chart
+    make bench-gpu    bf16 under autocast, compiled; results/benchmark-cuda.md; wants the memory of an H200
 
 One process a model, all of a table alive at once; they take one step each in turn, so that the machine's drift hits all
 alike, and a ratio is the median of those within a round. Same parameters within 3 %, same tokens, same optimizer (fused
@@ -229,7 +229,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    output = arguments.output or Path(f"docs/results/benchmark-{arguments.device}.md")
+    output = arguments.output or Path(f"results/benchmark-{arguments.device}.md")
     output.parent.mkdir(parents=True, exist_ok=True)
     lines: list[str] = []
 

@@ -1,7 +1,7 @@
 """What each thing costs a training step of the project, in ratios to the first row of its table.
 
-    python -m benchmarks.costs                   CPU, fp32; writes docs/results/benchmark-costs-cpu.md
-    python -m benchmarks.costs --device cuda     bf16 under autocast; docs/results/benchmark-costs-cuda.md
+    python -m benchmarks.costs                   CPU, fp32; writes results/benchmark-costs-cpu.md
+    python -m benchmarks.costs --device cuda     bf16 under autocast; results/benchmark-costs-cuda.md
 
 As benchmarks/compare.py does it: one process a contender, in turn. Goals of a few percent are judged by the fastest
 steps, as what else the machine does only adds time: the median of so few ratios moves by 3 % from run to run. What data
@@ -212,7 +212,7 @@ def main() -> None:
         if arguments.only in title:
             for line in make(title, arguments):
                 say(line)
-    output = arguments.output or Path(f"docs/results/benchmark-costs-{arguments.device}.md")
+    output = arguments.output or Path(f"results/benchmark-costs-{arguments.device}.md")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text("\n".join(lines) + "\n")
 

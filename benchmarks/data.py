@@ -1,6 +1,6 @@
 """What reading and preparing a corpus costs, against the plainest way to do either.
 
-    python -m benchmarks.data                     writes docs/results/data-cpu.md
+    python -m benchmarks.data                     writes results/data-cpu.md
 
 Reading: a corpus of random tokens, in the page cache; a raw loop copies windows out of one memory map in an order that
 it is given, the stream computes its order, verifies, and hands out what training gets. Preparing: the standard library
@@ -208,7 +208,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=16_384)
     parser.add_argument("--prepare-rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=Path("docs/results/data-cpu.md"))
+    parser.add_argument("--output", type=Path, default=Path("results/data-cpu.md"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     L.seed_everything(0, verbose=False)

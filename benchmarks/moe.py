@@ -1,7 +1,7 @@
 """One MoE layer, forward and backward, against other ways to compute it; and what more experts cost a training step.
 
-    python -m benchmarks.moe                     CPU, fp32; writes docs/results/moe-cpu.md
-    python -m benchmarks.moe --device cuda       bf16, with MegaBlocks where it is installed; docs/results/moe-cuda.md
+    python -m benchmarks.moe                     CPU, fp32; writes results/moe-cpu.md
+    python -m benchmarks.moe --device cuda       bf16, with MegaBlocks where it is installed; results/moe-cuda.md
 
 All contenders have the same weights and inputs, make the balance loss as training does (Hugging Face's by its own
 function), and agree on outputs and gradients before anything is timed. They take turns (A B C A B C ...), so that the
@@ -270,7 +270,7 @@ def main() -> None:
         for line in table(arguments):
             lines.append(line)
             print(line, flush=True)
-    output = arguments.output or Path(f"docs/results/moe-{arguments.device}.md")
+    output = arguments.output or Path(f"results/moe-{arguments.device}.md")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text("\n".join(lines) + "\n")
 

@@ -1,6 +1,6 @@
 """What the monitors cost a training step of the default model.
 
-    python -m benchmarks.monitoring                     writes docs/results/monitoring-cpu.md
+    python -m benchmarks.monitoring                     writes results/monitoring-cpu.md
 
 One run, in which windows of 10 optimizer steps take turns: no monitors; those that look at every step or log once in a
 window; those, and the ones that sample once in a window; those that log, and curvature once. Reported is the time
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", default=["experiment=moe_spannorm"], metavar="FIELD=VALUE")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=Path("docs/results/monitoring-cpu.md"))
+    parser.add_argument("--output", type=Path, default=Path("results/monitoring-cpu.md"))
     arguments = parser.parse_args()
     cli.register_schemas()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):

@@ -1,6 +1,6 @@
 """Report on a study: report.md, its pictures, and all of it in one report.html.
 
-    python -m studies.report docs/results/studies/placement_by_init/laptop
+    python -m studies.report results/studies/placement_by_init/laptop
     python -m studies.report runs/studies/learning_rate/laptop
 
 Takes the folder of a study's records, or that of its runs; what is missing, unfinished or failed is shown as such. The
@@ -62,7 +62,7 @@ def load(folder: Path) -> tuple[Study, list[Record], dict[str, str]]:
     """
     path = folder / "study.yaml"
     if not path.exists():
-        valid = "the folder of a study's records or runs, as docs/results/studies/STUDY/SCALE: it holds a study.yaml"
+        valid = "the folder of a study's records or runs, as results/studies/STUDY/SCALE: it holds a study.yaml"
         raise ConfigError("RUNS", str(folder), valid)
     study, records, unfinished = Study.load(path), [], {}
     for run in study.runs():

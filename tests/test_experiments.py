@@ -13,13 +13,14 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from core.cli import register_schemas
-from tests.helpers_run import EXPERIMENTS, ROOT, run, scalars
+from tests.helpers_run import ROOT, run, scalars
 
 CHOICES = [path.relative_to(ROOT / "configs").with_suffix("") for path in sorted((ROOT / "configs").glob("*/*.yaml"))]
-CHOICES = [choice for choice in CHOICES if choice.parent.name not in ("study", "eval")]  # of other commands
+CHOICES = [choice for choice in CHOICES if choice.parent.name != "study"]  # of other commands
 FILLED_IN = {"module": {"vocab_size"}, "trainer": {"callbacks", "logger", "default_root_dir"}}
 ON_A_CPU = ["trainer.accelerator=cpu", "model.compile=false"]
-ON_SHARDS = ("dense_7b", "study_gpu", "study_paper")
+ON_SHARDS = ("experiment=dense_7b", "study_scale=gpu", "study_scale=paper")
+JOBS = [f"{choice.parent}={choice.stem}" for choice in CHOICES if str(choice.parent) in ("experiment", "study_scale")]
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -73,10 +74,10 @@ def find_targets(node: Any, where: str = "") -> Iterator[tuple[str, dict[str, An
         yield from find_targets(child, f"{where}.{key}".lstrip("."))
 
 
-@pytest.mark.parametrize("experiment", [None, *EXPERIMENTS])
-def test_every_experiment_trains(experiment: str | None, tmp_path: Path) -> None:
-    chosen = [f"experiment={experiment}", *ON_A_CPU] if experiment else []
-    if experiment in ON_SHARDS:  # which are not here
+@pytest.mark.parametrize("job", [None, *JOBS])
+def test_every_job_trains(job: str | None, tmp_path: Path) -> None:
+    chosen = [job, *ON_A_CPU] if job else []
+    if job in ON_SHARDS:  # which are not here
         chosen += ["data=python_stdlib", "~data.path"]
     folder = run(tmp_path, "run", *chosen)
     losses = scalars(folder, "train/loss")

@@ -3,8 +3,8 @@
     python -m tools.evaluate RUN                                     its own validation data, once more
     python -m tools.evaluate RUN data=data/texts,data/code           the validation splits of prepared corpora
     python -m tools.evaluate RUN tasks=hellaswag,piqa limit=200      EleutherAI's tasks; they download their data
-    python -m tools.evaluate RUN tasks=paper                         all seven of configs/eval/paper.yaml
-    python -m tools.evaluate RUN tasks=offline                       three tiny ones of configs/eval/offline
+    python -m tools.evaluate RUN tasks=paper                         all seven of tools/evaluation/tasks/paper.yaml
+    python -m tools.evaluate RUN tasks=offline                       three tiny ones of tools/evaluation/tasks/offline
 
 Prints tables, writes RUN/evaluation/, and adds the figures to the run's TensorBoard log, at the step of the weights.
 """
@@ -25,7 +25,7 @@ from core.whole_file import write_whole
 
 if TYPE_CHECKING:
     from core.open_run import OpenRun
-    from evaluation.corpora import Loss
+    from tools.evaluation.corpora import Loss
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def names(value: str) -> list[str]:
 
 def evaluate_corpora(run: "OpenRun", config: EvaluateConfig) -> dict[str, float]:
     """{TensorBoard tag: value}."""
-    from evaluation.corpora import losses_of
+    from tools.evaluation.corpora import losses_of
 
     losses = losses_of(run, names(config.data), config.batches)
     show(losses)  # first: the folder may be on a disk that is full, or that cannot be written to
@@ -83,7 +83,7 @@ def show(losses: "list[Loss]") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from evaluation.corpora import buckets
+    from tools.evaluation.corpora import buckets
 
     table = Table("corpus", "loss, nats/token", "perplexity", "bits/byte", "tokens")
     positions = Table("positions", *(loss.name for loss in losses), title="loss by position")
@@ -109,7 +109,7 @@ def evaluate_tasks(run: "OpenRun", config: EvaluateConfig) -> dict[str, float]:
     is_text = not isinstance(run.datamodule.tokenizer, NumberTokenizer)
     require(is_text, "tasks", config.tasks, f"none: they are texts, and what {run.folder} was trained on is numbers")
     try:
-        from evaluation.harness import run_tasks
+        from tools.evaluation.harness import run_tasks
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed: pip install -r requirements-eval.txt") from error
     window: Any = config.window or run.datamodule.seq_len

@@ -42,7 +42,7 @@ def export(folder: Path, config: ExportConfig) -> str:
         raise UserError(f"{error.name} is not installed: pip install -r requirements-eval.txt") from error
     from core.open_run import open_run
     from datamodules.tokenizers import NumberTokenizer
-    from exporting import llama, own_code, tokenizer
+    from tools.exporting import llama, own_code, tokenizer
 
     output = Path(config.output)
     require(not output.exists(), "output", config.output, "a new folder: this one is there already")

@@ -10,9 +10,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 
 from datamodules.index import CorpusError
 from datamodules.tokenizers import FileTokenizer, SpelledEnd
-from exporting.tokenizer import to_hugging_face
 from tests.datamodules.tokenizer_files import END, byte_level, llama_like, unigram, without_bytes
 from tests.helpers_run import TEXT
+from tools.exporting.tokenizer import to_hugging_face
 
 
 def opened(path: Path, end: str = END) -> FileTokenizer:

@@ -109,12 +109,14 @@ def parses(reason: str) -> Way:
 
 
 def reads(reason: str) -> Way:
-    """Only the fields of tools.evaluate; its tasks must be among those of configs/eval."""
+    """Only the fields of tools.evaluate; its tasks must be among those of tools/evaluation/tasks."""
 
     def way(command: Command, cwd: Path) -> None:
         assert reason
         config = parse_fields(EvaluateConfig, command.arguments[1:])
-        assert set(names(config.tasks)) <= {path.stem for path in (ROOT / "configs/eval").rglob("*.yaml")}, config.tasks
+        assert set(names(config.tasks)) <= {path.stem for path in (ROOT / "tools/evaluation/tasks").rglob("*.yaml")}, (
+            config.tasks
+        )
 
     return way
 

@@ -33,7 +33,14 @@ PRELOADED = (
     *("hydra._internal.hydra", "hydra._internal.callbacks", "hydra._internal.core_plugins.basic_sweeper"),
     *("hydra._internal.core_plugins.basic_launcher", "hydra.utils", "core.interruption", "core.open_run"),
     *("lightning_modules.language_module", "lightning_modules.strategy", "rich.progress", "safetensors.torch"),
-    *("transformers", "tokenizers", "pyarrow.parquet", "exporting.llama", "exporting.own_code", "evaluation.corpora"),
+    *(
+        "transformers",
+        "tokenizers",
+        "pyarrow.parquet",
+        "tools.exporting.llama",
+        "tools.exporting.own_code",
+        "tools.evaluation.corpora",
+    ),
 )
 CHANGES = {  # audit events of calls that change the file system: which of their arguments are paths
     **dict.fromkeys(("os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.chmod", "os.chown", "os.utime"), (0,)),

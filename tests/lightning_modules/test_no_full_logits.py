@@ -10,11 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from evaluation.corpora import token_losses
 from lightning_modules.cross_entropy import CHUNK, LARGE_VOCABULARY
 from lightning_modules.generation import generate
 from lightning_modules.language_module import LanguageModule
 from tests.conftest import tiny_values
+from tools.evaluation.corpora import token_losses
 
 NUM_TOKENS = 2 * 640  # of a batch; not a multiple of a chunk
 

@@ -18,7 +18,7 @@ from studies.grid import Study
 from studies.record import Record
 from tests.helpers_run import ROOT, events, scalars, tiny_job
 
-RECORDS, RUNS = Path("docs/results/studies/mine/laptop"), Path("runs/studies/mine/laptop")
+RECORDS, RUNS = Path("results/studies/mine/laptop"), Path("runs/studies/mine/laptop")
 
 
 def write_study(folder: Path, axes: dict[str, list[str]], seeds: list[int], *overrides: str) -> None:

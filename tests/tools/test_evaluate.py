@@ -105,7 +105,7 @@ def test_tasks_are_reported_as_the_harness_does(run: Path, capsys: pytest.Captur
 def test_the_papers_tasks_are_the_harness_own() -> None:
     from lm_eval.tasks import TaskManager
 
-    from evaluation.harness import TASKS
+    from tools.evaluation.harness import TASKS
 
     manager = TaskManager(include_path=str(TASKS))
     named = (TASKS / "paper.yaml").read_text().split("task:\n")[1].split("metadata")[0]
@@ -121,7 +121,7 @@ def test_the_papers_tasks_are_the_harness_own() -> None:
         (["data={corpus}"], "expected a corpus of the run's own tokenizer, byte; this one has bpe:300"),
         (
             ["tasks=helaswag"],
-            "tasks='helaswag' is not valid: expected tasks of the harness or of configs/eval (did you",
+            "tasks='helaswag' is not valid: expected tasks of the harness or of tools/evaluation/tasks (did you",
         ),
         (["tasks=a", "data=b"], "tasks='a' is not valid: expected none where data is given"),
         (["data=a/x,b/x"], "data='a/x,b/x' is not valid: expected corpora whose folders' names differ, not x, x"),
@@ -160,8 +160,8 @@ def test_a_run_on_numbers_has_no_tasks(tmp_path: Path, capsys: pytest.CaptureFix
 def test_a_task_that_asks_for_beams_is_refused(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A task file of one's own, as configs/eval has them."""
-    from evaluation import harness
+    """A task file of one's own, as tools/evaluation/tasks has them."""
+    from tools.evaluation import harness
 
     tasks = tmp_path / "eval"
     shutil.copytree(harness.TASKS, tasks)

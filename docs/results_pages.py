@@ -1,0 +1,27 @@
+"""A hook of mkdocs that puts results/, which lies beside docs/, into the site.
+
+In the repository a page of docs/ links to ../results/NAME.md, which readers of the repository can follow too. In the
+site the same page is results/NAME.md.
+"""
+
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+SHOWN = (".md", ".png")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add every page and picture of results/."""
+    for path in sorted(RESULTS.rglob("*")):
+        if path.suffix in SHOWN:
+            uri = path.relative_to(RESULTS.parent).as_posix()
+            files.append(File.generated(config, uri, abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """Let links to ../results/ point at the pages' places in the site."""
+    return markdown.replace("](../results/", "](results/")

@@ -1,0 +1,86 @@
+"""Runs tasks of EleutherAI's lm-evaluation-harness, and keeps its results as it writes them."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from lm_eval import simple_evaluate
+from lm_eval.loggers import EvaluationTracker
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import make_table
+
+from core.errors import ConfigError, UserError, one_line, writing
+from core.open_run import OpenRun
+from tools.evaluation.adapter import Adapter, check_generation
+
+TASKS = Path(__file__).resolve().parent / "tasks"
+
+
+class CheckedTasks(TaskManager):
+    """The harness' tasks, refused before the model is asked anything where they want what the adapter does not do."""
+
+    def load(self, *arguments: Any, **options: Any) -> Any:
+        """As the harness loads them.
+
+        Raises:
+            ConfigError: of a task's `generation_kwargs`.
+        """
+        loaded = super().load(*arguments, **options)
+        for task in loaded["tasks"].values():
+            if task.OUTPUT_TYPE == "generate_until":
+                check_generation(task.config.generation_kwargs or {})
+        return loaded
+
+
+def run_tasks(
+    run: OpenRun, tasks: list[str], window: int, batch_size: int, num_fewshot: int | None, limit: int | None
+) -> dict[str, Any]:
+    """Evaluate, write RUN/evaluation/step_STEP/results_TIME.json and the samples beside it, and print the table.
+
+    Args:
+        run: the model.
+        tasks: names of the harness, or of tools/evaluation/tasks.
+        window, batch_size: see Adapter.
+        num_fewshot: examples before each question; None: what the task says.
+        limit: at most so many questions a task.
+
+    Returns:
+        {task or group: {metric: value}}.
+
+    Raises:
+        ConfigError: no such task, or one that asks for a way of generating that there is not.
+        UserError: its data cannot be had.
+    """
+    manager = CheckedTasks(include_path=str(TASKS))
+    for task in tasks:
+        if task not in manager.all_tasks:
+            close = difflib.get_close_matches(task, manager.all_tasks, n=3)
+            hint = f" (did you mean {' or '.join(close)}?)" if close else ""
+            raise ConfigError("tasks", task, f"tasks of the harness or of tools/evaluation/tasks{hint}")
+    tracker = EvaluationTracker(output_path=str(run.folder / "evaluation"))
+    tracker.general_config_tracker.model_name_sanitized = f"step_{run.step}"
+    adapter = Adapter(run.module.model, run.datamodule.tokenizer, window, batch_size)
+    try:
+        found = simple_evaluate(adapter, tasks=tasks, num_fewshot=num_fewshot, limit=limit, task_manager=manager)
+    except OSError as error:  # what it has to download, where there is no network
+        raise UserError(f"the data of {', '.join(tasks)} cannot be had: {one_line(error)}") from error
+    assert found is not None
+    samples = found.pop("samples")
+    print(make_table(found))  # first: the folder may be on a disk that is full, or that cannot be written to
+    if "groups" in found:
+        print(make_table(found, "groups"))
+    with writing("RUN", run.folder):
+        tracker.save_results_aggregated(found, samples)
+        for task, of_task in samples.items():
+            tracker.save_results_samples(task, of_task)
+    return {name: _metrics(values) for name, values in found["results"].items()}
+
+
+def _metrics(values: dict[str, Any]) -> dict[str, float]:
+    """{"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": "x"} -> {"acc": 0.5}; other filters than none are named."""
+    found = {}
+    for key, value in values.items():
+        name, comma, how = key.partition(",")
+        if comma and isinstance(value, int | float) and not name.endswith("_stderr"):
+            found[name if how == "none" else f"{name}_{how}"] = float(value)
+    return found
