@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_modules.placements.registry import PLACEMENTS
 from lightning_modules.transformer import Transformer
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MODELING, REGISTRY = "tools.exporting.modeling_placement", "lightning_modules.placements.registry"
 IMPORT = re.compile(r"^( *)from ([\w.]+) import ([^\n]*)", re.MULTILINE)
 
