@@ -168,7 +168,7 @@ def test_callbacks_that_a_single_epoch_cannot_have_are_refused(callback: L.Callb
         fit(tmp_path, callback, max_steps=3)
 
 
-@pytest.mark.filterwarnings("ignore:Swapping scheduler")
+@pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch")
 def test_epochs_of_ones_own_may_be_averaged_and_accumulated(tmp_path: Path) -> None:
     averaging, scheduling = StochasticWeightAveraging(1e-3, 1), GradientAccumulationScheduler({0: 1, 1: 2})
     trainer, _ = fit(tmp_path, averaging, scheduling, max_epochs=3, limit_train_batches=2)
