@@ -332,10 +332,12 @@ class LanguageModule(L.LightningModule):
         if self.trainer.is_global_zero and isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
             by_steps = 0 <= self.trainer.max_steps <= self._num_steps
             change = describe_change(self.optim_config, scheduler, self._num_steps, self._num_steps_before, by_steps)
-            warmup = None if self.trainer.fast_dev_run else describe_warmup(self.optim_config, self._num_steps)
-            for line in (change, warmup and f"Learning rate: {warmup}."):
-                if line is not None:
-                    print(line)
+            short = self.trainer.fast_dev_run  # type: ignore[attr-defined]
+            warmup = None if short else describe_warmup(self.optim_config, self._num_steps)
+            if change is not None:
+                print(change)
+            if warmup is not None:
+                print(f"Learning rate: {warmup}.")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[SCHEDULE_STEPS] = self._num_steps
