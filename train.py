@@ -29,6 +29,7 @@ def main(config: DictConfig) -> float:
     from core.sweep import swept_overrides
     from core.validation_loss import final_loss
 
+    OmegaConf.to_container(config, resolve=True)  # a reference to nothing is said before anything is written
     hydra_config = HydraConfig.get()
     overrides = [str(override) for override in OmegaConf.to_container(hydra_config.overrides.task, resolve=False)]
     name = folder_name(time.strftime("%Y-%m-%d_%H-%M-%S"), overrides, swept_overrides(overrides))
@@ -51,15 +52,15 @@ def main(config: DictConfig) -> float:
         if hasattr(module, "check_run"):  # a LightningModule of one's own need not have it
             module.check_run(trainer, resumed=run.ckpt_path is not None)
         check_memory(trainer, module)
-        check_parts(trainer, datamodule, config.micro_batch_size)
+        passes = check_parts(trainer, datamodule, config.micro_batch_size)
+        check_callbacks(trainer, config, passes)
         datamodule.prepare_data()
         datamodule.check()
         accumulate(trainer, datamodule, config.micro_batch_size)
-        check_callbacks(trainer, config)
         step = 0
         if run.ckpt_path is not None:
             step = check_resumable(run, module, datamodule, trainer.max_steps)
-            check_time_left(trainer, run.ckpt_path)
+            check_time_left(trainer, run.ckpt_path, config)
 
         with run.begun(trainer, config, overrides, step), explained(trainer, run.path):
             trainer.fit(module, datamodule=datamodule, ckpt_path=run.ckpt_path, weights_only=True)

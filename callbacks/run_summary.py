@@ -35,7 +35,8 @@ class RunSummary(L.Callback):
     | tokens_per_second | mean of the process that trained last |
     | seconds | wall clock of that process' training, validation included |
     | parameters, active_parameters | count |
-    | tensorboard, resume | command lines; the first is null where another logger keeps the curves |
+    | tensorboard, resume | command lines; the first is null where another logger keeps the curves, the second under a |
+    | | Trainer of one's own |
 
     Args:
         run_dir: the run's folder.
@@ -76,6 +77,10 @@ class RunSummary(L.Callback):
             )
         Console(width=None if Console().is_terminal else 160).print(table)
 
+    def _has_command(self, trainer: L.Trainer) -> bool:
+        """Whether a command line started the run, and says in steps how long it is."""
+        return trainer.max_steps >= 1 and (self.run_dir / "overrides.yaml").is_file()
+
     def _measure(self, trainer: L.Trainer) -> dict[str, Any]:
         """What only the process knows that trains."""
         values = {key: float(value) for key, value in trainer.callback_metrics.items()}
@@ -92,7 +97,9 @@ class RunSummary(L.Callback):
 
     def _collect(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         measured = self._measure(trainer) if self._started is not None else self._before
-        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        # A Trainer of one's own may have DataLoaders instead, and no command line started it.
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        is_ours = hasattr(datamodule, "bits_per_byte")
         module: Any = pl_module
         total, active = module.num_parameters
         val_loss = measured.get("val_loss")
@@ -102,8 +109,8 @@ class RunSummary(L.Callback):
             "train_loss": measured.get("train_loss"),
             "val_loss": val_loss,
             "val_perplexity": measured.get("val_perplexity"),
-            "val_bits_per_byte": datamodule.bits_per_byte(val_loss) if val_loss is not None else None,
-            "bigram_loss": datamodule.baseline_loss(),
+            "val_bits_per_byte": datamodule.bits_per_byte(val_loss) if is_ours and val_loss is not None else None,
+            "bigram_loss": datamodule.baseline_loss() if is_ours else None,
             "steps": trainer.global_step,
             "tokens": measured.get("tokens"),
             "tokens_per_second": measured.get("tokens_per_second"),
@@ -113,7 +120,7 @@ class RunSummary(L.Callback):
             "best_checkpoint": str(best) if best.exists() else None,
             "last_checkpoint": str(last) if last.exists() else None,
             "tensorboard": shlex.join(["tensorboard", "--logdir", str(self.run_dir)]) if curves.exists() else None,
-            "resume": resume_command(self.run_dir, 2 * trainer.max_steps),
+            "resume": resume_command(self.run_dir, 2 * trainer.max_steps) if self._has_command(trainer) else None,
         }
 
 

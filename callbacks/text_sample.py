@@ -6,14 +6,15 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from core.errors import require
+from core.errors import ConfigError, require
+from datamodules.tokenizers import tokens_of
 
 
 class TextSample(L.Callback):
-    """Writes the text tag `sample` when all else is saved.
+    """Writes the text tag `sample` when all else is saved; in a line it says why it cannot.
 
     Args:
-        prompt: what the model continues.
+        prompt: what the model continues. Where the data are numbers (data=synthetic), numbers with spaces between them.
         num_tokens: how much it adds.
         temperature: of the sampling; 0 is greedy.
         seed: of the sampling.
@@ -30,9 +31,17 @@ class TextSample(L.Callback):
         self.prompt, self.num_tokens, self.temperature, self.seed = prompt, num_tokens, temperature, seed
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        datamodule: Any = getattr(trainer, "datamodule", None)
         module: Any = pl_module
-        prompt = datamodule.tokenizer.encode(self.prompt.encode()).tolist()
+        try:
+            require(
+                hasattr(datamodule, "tokenizer"), "callbacks.text_sample.prompt", self.prompt, "data with a tokenizer"
+            )
+            prompt = tokens_of(self.prompt, datamodule.tokenizer, "callbacks.text_sample.prompt")
+        except ConfigError as error:  # all is trained: this is no reason to end with an error
+            if trainer.is_global_zero:
+                print(f"No text sample: {error}", flush=True)
+            return
         try:
             tokens = module.generate(prompt, self.num_tokens, self.temperature, self.seed, window=datamodule.seq_len)
             text = datamodule.tokenizer.decode(tokens)

@@ -1,8 +1,10 @@
 """How many tokens a second the training step gets through, and what of the machine it uses."""
 
+import logging
 import resource
 import sys
 import time
+import warnings
 from collections import deque
 from typing import Any
 
@@ -17,7 +19,11 @@ from core.errors import require
 from core.parallel import num_data_parts
 from core.steps import completes_step, is_logged
 
+log = logging.getLogger(__name__)
+
 PERCENTILE_STEPS = 100
+PRECISIONS = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32, "64": torch.float64}
+"""By the first part of trainer.precision, the type in which matrices are multiplied."""
 
 
 class DataWait(PassThroughProfiler):
@@ -54,8 +60,8 @@ class Throughput(L.Callback):
     | train/memory_peak | GiB; allocated on a CUDA device, elsewhere the process' resident memory, since it began |
 
     Args:
-        peak_flops: FLOP/s of one device in the run's precision. None: what Lightning knows of the device; of a CPU it
-            knows nothing.
+        peak_flops: FLOP/s of one device in the run's precision. None: what Lightning knows of the device in it. Of a
+            CPU it knows nothing; where it knows nothing, there is no train/mfu.
 
     Attributes:
         seconds: time spent on training steps in this process.
@@ -89,9 +95,11 @@ class Throughput(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.peak_flops is None:
-            dtypes = {"bf16": torch.bfloat16, "16": torch.float16}
-            dtype = dtypes.get(trainer.precision.partition("-")[0], torch.float32)
-            self.peak_flops = get_available_flops(trainer.strategy.root_device, dtype)
+            device = trainer.strategy.root_device
+            self.peak_flops = known_peak(device, trainer.precision)
+            if self.peak_flops is None and device.type != "cpu" and trainer.is_global_zero:
+                what = f"no peak FLOP/s are known of this {device.type} device in trainer.precision={trainer.precision}"
+                log.warning("No train/mfu: %s; callbacks.throughput.peak_flops can say them", what)
         if type(trainer.profiler) is PassThroughProfiler:  # type: ignore[attr-defined]
             trainer.profiler = self._wait = DataWait()  # type: ignore[attr-defined]
 
@@ -155,6 +163,19 @@ class Throughput(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.tokens_before = state_dict["tokens"]
+
+
+def known_peak(device: torch.device, precision: str) -> float | None:
+    """FLOP/s that Lightning knows of a device for matrix products in a Trainer's precision; None: it knows none.
+
+    No figure of another precision stands in for one that is not known.
+    """
+    dtype = PRECISIONS.get(precision.partition("-")[0])
+    if dtype is None:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # which say no more than the line that follows
+        return get_available_flops(device, dtype) or None
 
 
 def peak_memory(device: torch.device) -> float:

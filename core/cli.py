@@ -131,8 +131,12 @@ def _one_of_many(task: Callable[[DictConfig], Any], config: DictConfig) -> Any:
     except RunDiverged as error:
         failure = sweep.Failure(DIVERGED, f"diverged: {error}")
     except Exception as error:
-        traceback.print_exception(error)
-        failure = sweep.Failure(FAULT, f"{type(error).__name__}: {one_line(error)}")
+        if (mistake := about_a_group(error) or about_a_file(error)) is not None:
+            _say(mistake)
+            failure = sweep.Failure(USER_ERROR, explain(mistake))
+        else:
+            traceback.print_exception(error)
+            failure = sweep.Failure(FAULT, f"{type(error).__name__}: {one_line(error)}")
     else:
         sweep.note(ended=True)
         return value

@@ -6,9 +6,11 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping, Timer
+from omegaconf import DictConfig
 
 from core.checkpoint import load_beside_weights
 from core.errors import ConfigError, one_line
+from core.lightning_callbacks import field_of
 from core.steps import at_the_end
 
 
@@ -28,12 +30,13 @@ def tell_early_end(trainer: L.Trainer) -> None:
         print(f"Ended early, after step {trainer.global_step}{of}: {reason}.", flush=True)
 
 
-def check_time_left(trainer: L.Trainer, checkpoint: Path) -> None:
+def check_time_left(trainer: L.Trainer, checkpoint: Path, config: DictConfig | None = None) -> None:
     """Refuse to resume a run whose time is up: Lightning would train nothing, and say nothing.
 
     Args:
         trainer: not yet fitting; one with `max_time` has a Timer among its callbacks.
         checkpoint: which the run is to go on from.
+        config: the composed configuration, for the name of the field.
 
     Raises:
         ConfigError: the run has trained for as long as it may.
@@ -51,7 +54,8 @@ def check_time_left(trainer: L.Trainer, checkpoint: Path) -> None:
             used = timedelta(seconds=int(callback.time_elapsed()))
             given = timedelta(seconds=int(callback.time_elapsed() + left))
             valid = f"more than {used}, which the run has trained already: the time counts from its first step"
-            raise ConfigError("trainer.max_time", str(given), valid)
+            field = field_of(callback, config)
+            raise ConfigError(f"{field}.duration" if field != "callbacks" else "trainer.max_time", str(given), valid)
 
 
 def _reason_of(callback: Any) -> str | None:
@@ -59,7 +63,7 @@ def _reason_of(callback: Any) -> str | None:
         left = callback.time_remaining()
         if left is not None and left <= 0:
             given = timedelta(seconds=round(callback.time_elapsed() + left))
-            return f"trainer.max_time={given} is used up, and counts from the run's first step"
+            return f"the time of {given} (trainer.max_time or a Timer) is used up, and counts from the run's first step"
     if isinstance(callback, EarlyStopping) and callback.stopping_reason_message is not None:
         return f"EarlyStopping: {one_line(callback.stopping_reason_message).rstrip('.')}"
     return None

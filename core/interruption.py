@@ -70,7 +70,7 @@ def explained(trainer: L.Trainer, run_dir: Path) -> Iterator[None]:
     except OSError as error:
         if _cannot_share(error):
             raise _no_shared_memory(trainer) from error
-        if error.errno not in CANNOT_WRITE and run_dir.is_dir():
+        if run_dir.is_dir() and (error.errno not in CANNOT_WRITE or _is_elsewhere(error, run_dir)):
             raise about_a_file(error) or error from error
         reason = error.strerror if run_dir.is_dir() else "it is gone"
         raise UserError(f"{run_dir} cannot be written to any more: {reason}. Checkpoints in it are whole") from error
@@ -113,6 +113,12 @@ def _cannot_share(error: OSError | RuntimeError) -> bool:
 def _no_shared_memory(trainer: L.Trainer) -> ConfigError:
     valid = "0, or more shared memory (/dev/shm) for data-loader processes: it was full, or one was killed"
     return ConfigError("data.num_workers", trainer.datamodule.num_workers, valid)  # type: ignore[attr-defined]
+
+
+def _is_elsewhere(error: OSError, run_dir: Path) -> bool:
+    """Whether it names a file that is not in the run's folder."""
+    name = error.filename
+    return isinstance(name, str | bytes) and not Path(os.fsdecode(name)).resolve().is_relative_to(run_dir.resolve())
 
 
 def _leave(run_dir: Path, signum: int, message: str) -> NoReturn:

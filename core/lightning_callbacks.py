@@ -23,26 +23,30 @@ REFUSED: dict[type[L.Callback], str] = {
 }
 
 
-def check_callbacks(trainer: L.Trainer, config: DictConfig) -> None:
-    """Refuse callbacks under which a run would be another one than its configuration says.
+def check_callbacks(trainer: L.Trainer, config: DictConfig | None = None, passes: int = 1) -> None:
+    """Refuse callbacks under which a run would be another one than its configuration says, before it does anything.
 
     Args:
-        trainer: with its callbacks, after `core.parallel.accumulate`.
-        config: the composed configuration, for the name of the field.
+        trainer: with its callbacks.
+        config: the composed configuration, for the name of the field; None: a Trainer of one's own.
+        passes: into how many forward passes `core.parallel.accumulate` will split each one.
 
     Raises:
         ConfigError: names the callback, and what does the same here.
     """
+    # By train.py a run is a single epoch; under a Trainer of one's own, where the data have no end and it no epochs.
+    endless = config is not None or getattr(getattr(trainer, "datamodule", None), "endless", False)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        field = field_of(callback, config)
         for kind, reason in REFUSED.items():
-            if isinstance(callback, kind):
-                raise Refused(f"{_field(callback, config)}._target_", type(callback).__name__, reason)
-        if isinstance(callback, GradientAccumulationScheduler):
-            _check_accumulation(callback, trainer, f"{_field(callback, config)}.scheduling")
+            if isinstance(callback, kind) and (trainer.max_epochs == -1 or kind is not StochasticWeightAveraging):
+                raise Refused(f"{field}._target_" if config else field, type(callback).__name__, reason)
+        if isinstance(callback, GradientAccumulationScheduler) and trainer.max_epochs == -1 and endless:
+            _check_accumulation(callback, trainer, f"{field}.scheduling", passes)
 
 
-def _check_accumulation(callback: GradientAccumulationScheduler, trainer: L.Trainer, field: str) -> None:
-    own, batches = trainer.accumulate_grad_batches, callback.get_accumulate_grad_batches(0)
+def _check_accumulation(callback: GradientAccumulationScheduler, trainer: L.Trainer, field: str, passes: int) -> None:
+    own, batches = trainer.accumulate_grad_batches * passes, callback.get_accumulate_grad_batches(0)
     single = own == 1
     valid = "no such callback beside trainer.accumulate_grad_batches or micro_batch_size, which make a step of "
     require(single, field, callback.scheduling, f"{valid}{own} batches already")
@@ -53,8 +57,9 @@ def _check_accumulation(callback: GradientAccumulationScheduler, trainer: L.Trai
         raise ConfigError("trainer.val_check_interval", every, valid)
 
 
-def _field(callback: L.Callback, config: DictConfig) -> str:
-    """The name under which the configuration has the callback."""
-    nodes: dict[Any, Any] = {name: node for name, node in (config.get("callbacks") or {}).items() if node is not None}
+def field_of(callback: L.Callback, config: DictConfig | None) -> str:
+    """The name under which the configuration has the callback; `callbacks` where it has none."""
+    given = (config.get("callbacks") if config is not None else None) or {}
+    nodes: dict[Any, Any] = {name: node for name, node in given.items() if node is not None}
     names = [n for n, node in nodes.items() if Path(str(node.get("_target_"))).suffix == f".{type(callback).__name__}"]
     return f"callbacks.{names[0]}" if names else "callbacks"

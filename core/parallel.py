@@ -51,13 +51,16 @@ def accumulate(trainer: L.Trainer, datamodule: Any, micro_batch_size: int | None
             setattr(trainer, name, batches * passes)
 
 
-def check_parts(trainer: L.Trainer, datamodule: Any, micro_batch_size: int | None) -> None:
+def check_parts(trainer: L.Trainer, datamodule: Any, micro_batch_size: int | None) -> int:
     """Refuse what `accumulate` would, before a corpus is written.
+
+    Returns:
+        Into how many forward passes it will split each one.
 
     Raises:
         ConfigError: see `num_passes`.
     """
-    num_passes(trainer.world_size, _cut(trainer), getattr(datamodule, "batch_size", None), micro_batch_size)
+    return num_passes(trainer.world_size, _cut(trainer), getattr(datamodule, "batch_size", None), micro_batch_size)
 
 
 def num_models(world: int, cut: int) -> int:

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from core.errors import ConfigError, UserError, one_line, require, writing
+from core.file_errors import about_a_file
 from core.mappings import flatten
 from core.paths import require_path
 from core.printable import printable
@@ -78,8 +79,9 @@ class RunFolder:
             self.create(config, overrides)
             print(f"Run folder: {printable(self.path, limit=None)}")
             yield
-        except (UserError, OmegaConfBaseException):
-            if trainer.global_step <= step and _resumable(self.path) == resumable:
+        except (UserError, OmegaConfBaseException, OSError, ValueError) as error:
+            mistake = isinstance(error, UserError | OmegaConfBaseException) or about_a_file(error) is not None
+            if mistake and trainer.global_step <= step and _resumable(self.path) == resumable:
                 self._forget(before, status)
             raise
 

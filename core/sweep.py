@@ -31,6 +31,10 @@ NOTES = "SPANNORM_SWEEP_NOTES"
 FIXED = "fixed.json"
 
 
+_unwritten: dict[str, dict[str, Any]] = {}
+"""The notes of this process that could not be written, by the number of the run."""
+
+
 class Failure(NamedTuple):
     """How a run failed.
 
@@ -93,16 +97,27 @@ def swept_overrides(overrides: Sequence[str]) -> list[str]:
 
 
 def note(ended: bool, failure: Failure | None = None) -> None:
-    """Leave word that the run in progress has begun, has ended, or has failed."""
-    notes = _notes()
-    if notes is None:
-        return
-    overrides: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
-    content = {"overrides": swept_overrides(overrides), "ended": ended, "failure": failure}
-    path = notes / f"{HydraConfig.get().job.num}.json"
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(content))
-    new.replace(path)
+    """Leave word that the run in progress has begun, has ended, or has failed.
+
+    Where the note cannot be written the sweep goes on all the same: this process remembers it, and says so.
+    """
+    try:
+        notes = _notes()
+        if notes is None:
+            return
+        overrides: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+        content = {"overrides": swept_overrides(overrides), "ended": ended, "failure": failure}
+        path = notes / f"{HydraConfig.get().job.num}.json"
+        _unwritten.pop(path.stem, None)
+        new = path.with_suffix(".new")
+        try:
+            new.write_text(json.dumps(content))
+            new.replace(path)
+        except OSError:
+            _unwritten[path.stem] = content
+            raise
+    except OSError as error:
+        print(f"The sweep cannot note how its runs end: {error}", file=sys.stderr, flush=True)
 
 
 def _notes() -> Path | None:
@@ -120,8 +135,11 @@ def conclude() -> int:
     if notes is None:
         return 0
     os.environ.pop(NOTES, None)
-    paths = sorted(notes.glob("[0-9]*.json"), key=lambda path: int(path.stem))
-    runs = {int(path.stem): json.loads(path.read_text()) for path in paths}
+    written = {path.stem: json.loads(path.read_text()) for path in notes.glob("[0-9]*.json")}
+    runs = {
+        int(number): run for number, run in sorted({**written, **_unwritten}.items(), key=lambda item: int(item[0]))
+    }
+    _unwritten.clear()
     shutil.rmtree(notes, ignore_errors=True)
     failures = {
         number: Failure(*run["failure"]) if run["failure"] else Failure(1, "it did not end")

@@ -7,6 +7,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+SAID_LOSS = 0.001
+"""The share of a text that may be missing in its tokens before it is said."""
+MAX_LOSS = 0.01
+"""The share above which a preparation is refused, unless it is allowed."""
+
 
 class Loss(NamedTuple):
     """What of a text is not in its tokens.

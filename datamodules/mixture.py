@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from core.errors import ConfigError, require
+from core.errors import ConfigError, Refused, require
 from datamodules.order import permute
 from datamodules.samples import Numbers, Rows, ShuffledSplit
 from datamodules.shard_corpus import ShardCorpus, require_room
@@ -174,14 +174,19 @@ class Mixture(StreamDataModule):
         """Hold the corpora against the configuration, and against each other.
 
         Raises:
-            ConfigError: a split is too short, the corpora were made with different tokenizers, or the cache is too
-                small for them together.
+            ConfigError: a split is too short, two of the corpora are the same, they were made with different
+                tokenizers, or the cache is too small for them together.
             CorpusError: a corpus is damaged.
         """
         first = self.corpora[0].index
+        by_digest: dict[str, ShardCorpus] = {}
         for corpus in self.corpora:
             corpus.check()
             index = corpus.index
+            twin = by_digest.setdefault(index.digest, corpus)
+            if twin is not corpus:  # by a link, another way of writing its path, or a copy
+                reason = f"{twin.path} and {corpus.path} hold the same corpus, which would count twice"
+                raise Refused("data.paths", [c.path for c in self.corpora], f"{reason}; data.weights gives its share")
             same = (index.tokenizer_sha256, index.vocab_size) == (first.tokenizer_sha256, first.vocab_size)
             if not same:
                 valid = f"corpora of one tokenizer; {corpus.path} has {index.tokenizer}, not {first.tokenizer}"

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from core.errors import UserError, one_line
+from core.errors import UserError, one_line, require
 from datamodules import tokenizer_file
 from datamodules.expression import NONE, Loss, compare
 from datamodules.index import CorpusError, Index
@@ -197,6 +197,25 @@ class NumberTokenizer:
 
     def decode(self, tokens: list[int]) -> str:
         return " ".join(map(str, tokens))
+
+
+def tokens_of(prompt: str, tokenizer: Tokenizer, field: str = "prompt") -> list[int]:
+    """The prompt's token ids; none of an empty text.
+
+    Args:
+        field: the name of the setting that holds the prompt, for the message.
+
+    Raises:
+        ConfigError: the run's data is numbers, and the prompt is not.
+    """
+    if not isinstance(tokenizer, NumberTokenizer):
+        tokens: list[int] = tokenizer.encode(prompt.encode("utf-8", "surrogateescape")).tolist()
+        return tokens
+    words = prompt.split()
+    numbers = [int(word) for word in words if word.isascii() and word.isdigit() and int(word) < tokenizer.vocab_size]
+    valid = f"numbers from 0 to {tokenizer.vocab_size - 1}, as {field}='3 1 4': this run's data is no text"
+    require(bool(words) and len(numbers) == len(words), field, prompt, valid)
+    return numbers
 
 
 def read_tokenizer(storage: Storage, index: Index) -> Tokenizer:

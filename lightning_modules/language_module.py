@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from core.errors import ConfigError, Refused, require
+from core.lightning_callbacks import check_callbacks
 from core.steps import begin_epoch, completes_step, is_logged, num_steps
 from lightning_modules.config import ModelConfig, OptimConfig, parse
 from lightning_modules.cross_entropy import LARGE_VOCABULARY
@@ -23,6 +24,7 @@ from lightning_modules.layers.router import RouterStats
 from lightning_modules.mean_metrics import WeightedMean
 from lightning_modules.optim import (
     check_schedule,
+    describe_warmup,
     make_optimizer,
     make_schedule,
     number_by_parameters,
@@ -40,6 +42,7 @@ from lightning_modules.sharding import (
 )
 from lightning_modules.source_loss import SourceLoss
 from lightning_modules.transformer import Transformer
+from lightning_modules.unused_options import describe_unused
 from lightning_modules.width_scaling import width_scaling
 
 log = logging.getLogger(__name__)
@@ -95,6 +98,8 @@ class LanguageModule(L.LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """None of its own. Lightning asks before any callback's setup, where some of its own look for the weights."""
+        if self.trainer.state.fn == "fit":
+            check_callbacks(self.trainer)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, BackboneFinetuning):
                 reason = "no part of the model is a backbone; a BaseFinetuning of your own can say what it freezes"
@@ -130,7 +135,8 @@ class LanguageModule(L.LightningModule):
             resumed: whether it goes on from a checkpoint.
 
         Raises:
-            ConfigError: a learning-rate schedule that the run's length does not fit, or a router that cannot learn.
+            ConfigError: a learning-rate schedule that the run's length does not fit, or a router that cannot learn or
+                never gets balanced.
         """
         self._check_schedule(trainer)
         self._check_router(resumed)
@@ -140,9 +146,14 @@ class LanguageModule(L.LightningModule):
             check_schedule(self.optim_config, num_steps(trainer))
 
     def _check_router(self, resumed: bool) -> None:
-        """A new run's router must learn. One that older versions began without goes on as it began."""
+        """A new run's router must learn, and its bias move. One that older versions began goes on as it began."""
         moe = self.model_config.moe
-        if self.model_config.ffn != "moe" or moe.top_k > 1 or not moe.normalizes_weights:
+        if self.model_config.ffn != "moe":
+            return
+        still = moe.balancing == "bias" and moe.bias_update_rate == 0 and moe.top_k < moe.num_experts
+        valid = "a number > 0, without which the bias stays 0; model.moe.balancing=none does without"
+        require(resumed or not still, "model.moe.bias_update_rate", moe.bias_update_rate, valid)
+        if moe.top_k > 1 or not moe.normalizes_weights:
             return
         valid = "false or null with model.moe.top_k=1: one weight divided by itself is 1, and the router learns nothing"
         require(resumed, "model.moe.normalize_weights", True, valid)
@@ -313,12 +324,20 @@ class LanguageModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         self._check_router(resumed=self.trainer.global_step > 0)
+        if self.global_rank == 0:
+            for line in describe_unused(self.model_config, self.optim_config):
+                log.warning(line)
         begin_epoch(self.trainer, self)
         scheduler = self.lr_schedulers()
         if self.trainer.is_global_zero and isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
-            change = describe_change(self.optim_config, scheduler, self._num_steps, self._num_steps_before)
+            by_steps = 0 <= self.trainer.max_steps <= self._num_steps
+            change = describe_change(self.optim_config, scheduler, self._num_steps, self._num_steps_before, by_steps)
+            short = self.trainer.fast_dev_run  # type: ignore[attr-defined]
+            warmup = None if short else describe_warmup(self.optim_config, self._num_steps)
             if change is not None:
                 print(change)
+            if warmup is not None:
+                print(f"Learning rate: {warmup}.")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[SCHEDULE_STEPS] = self._num_steps

@@ -151,6 +151,19 @@ def check_schedule(config: OptimConfig, num_steps: float) -> None:
         require(config.warmup_steps <= steps - length, "optim.warmup_steps", config.warmup_steps, valid)
 
 
+def describe_warmup(config: OptimConfig, num_steps: float) -> str | None:
+    """One line where the warm-up takes up the whole run, so that the schedule behind it never begins; else None.
+
+    Args:
+        num_steps: optimizer steps of the whole run; math.inf: nothing says how many.
+    """
+    if config.lr == 0 or config.warmup_steps < max(num_steps, 2):
+        return None
+    highest = config.lr * num_steps / config.warmup_steps
+    whole = f"optim.warmup_steps={config.warmup_steps} takes up the whole run of {num_steps:g} steps"
+    return f"{whole}: the rate rises to {highest:.3g} of optim.lr={config.lr:g}, and never goes by {config.schedule}"
+
+
 def make_schedule(config: OptimConfig, num_steps: int) -> Schedule:
     """The configured schedule behind a linear warm-up that reaches the peak after warmup_steps."""
     after = lookup("optim.schedule", config.schedule, SCHEDULES)(config, num_steps)

@@ -98,6 +98,10 @@ BAD = [  # (arguments, what the message must hold)
         ["model.ffn=moe", "model.moe.top_k=1", "model.moe.normalize_weights=true"],
         ("model.moe.normalize_weights=True", "the router learns nothing"),
     ),
+    (
+        ["model.ffn=moe", "model.moe.balancing=bias", "model.moe.bias_update_rate=0"],
+        ("model.moe.bias_update_rate=0.0", "a number > 0", "model.moe.balancing=none"),
+    ),
     (["optim.schedule=wsd", "optim.warmup_steps=9"], ("optim.warmup_steps=9", "wsd decays over the last")),
     (["trainer.devices=[a]"], ("trainer.devices=['a']", "an integer")),
     (["logger.tensorboard.save_dir=[]"], ("logger.tensorboard.save_dir=[]", "text or Path")),
@@ -108,6 +112,7 @@ BAD = [  # (arguments, what the message must hold)
     (["data.root=broken.py/data"], ("data.root='broken.py/data'", "a folder that can be written to")),
     (["seed=-1"], ("seed=-1", "an integer in [0, 2**32)")),
     (["seed=abc"], ("seed='abc'", "an integer")),
+    (["+foo=${nothing}"], ("'nothing' not found",)),
     (["trainer.max_steps=${steps}"], ("trainer.max_steps='${steps}'", "'steps' not found")),
     (["model.dim=${data.width}"], ("'data.width' not found",)),
     (["model"], ("'model'", "FIELD=VALUE")),
@@ -140,6 +145,15 @@ def test_what_a_callback_refuses_leaves_no_folder(cwd: Path) -> None:
     finished = train(cwd, *tiny_job("data.seq_len=1"))
     assert finished.code == 2
     assert finished.err.startswith("Error: data.seq_len=1 is not valid: expected an integer >= 2")
+    assert finished.err.count("\n") == 1
+    assert [path.name for path in cwd.iterdir()] == ["broken.py"]
+
+
+def test_a_path_that_the_file_system_refuses_leaves_no_folder(cwd: Path) -> None:
+    """Which is found when training is set up, and the run has its folder."""
+    finished = train(cwd, *tiny_job("logger=csv", f"logger.csv.save_dir={cwd}/broken.py/logs", "run_dir=run"))
+    assert finished.code == 2
+    assert finished.err.startswith("Error: logger.csv.save_dir=")
     assert finished.err.count("\n") == 1
     assert [path.name for path in cwd.iterdir()] == ["broken.py"]
 

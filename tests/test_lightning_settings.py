@@ -68,7 +68,7 @@ def test_the_time_of_a_run_ends_it_with_a_reason(tmp_path: Path) -> None:
     assert finished.code == 0
     assert status["status"] == "stopped"
     assert 1 <= status["step"] < 100000
-    reason = "trainer.max_time=0:00:02 is used up, and counts from the run's first step"
+    reason = "the time of 0:00:02 (trainer.max_time or a Timer) is used up, and counts from the run's first step"
     assert status["reason"] == reason
     assert f"Ended early, after step {status['step']} of 100000: {reason}.\n" in finished.out
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
@@ -83,6 +83,42 @@ def test_the_time_of_a_run_ends_it_with_a_reason(tmp_path: Path) -> None:
     assert train(tmp_path, *more).code == 0
     status = json.loads((tmp_path / "run/status.json").read_text())
     assert (status["status"], status["step"], status["reason"]) == ("done", step + 2, None)
+
+
+def test_the_time_of_a_timer_is_not_blamed_on_another_setting(tmp_path: Path) -> None:
+    timer = f"+callbacks.mine={{_target_: {LIGHTNING}.Timer, duration: '00:00:00:01'}}"
+    job = tiny_job("run_dir=run", "trainer.max_steps=100000", timer)
+    assert "the time of 0:00:01 (trainer.max_time or a Timer) is used up" in train(tmp_path, *job).out
+    again = train(tmp_path, *job, "ckpt_path=last")
+    assert again.code == 2
+    assert "callbacks.mine.duration='0:00:01' is not valid: expected more than 0:00:0" in again.err
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "said"), [("cosine", 3, True), ("constant", 9, True), ("cosine", 2, False)]
+)
+def test_a_warm_up_without_an_end_is_said(schedule: str, warmup: int, said: bool, tmp_path: Path) -> None:
+    job = tiny_job("run_dir=run", f"optim.schedule={schedule}", f"optim.warmup_steps={warmup}", "trainer.max_steps=3")
+    finished = train(tmp_path, *job)
+    highest = list(scalars(tmp_path / "run", "optim/lr").values())[-1]
+    line = (
+        f"Learning rate: optim.warmup_steps={warmup} takes up the whole run of 3 steps: the rate rises to {highest:.3g}"
+    )
+    assert (line in finished.out) == said
+
+
+@pytest.mark.parametrize("name", ["a rate of its own", "epochs that never come", "accumulation and micro batches"])
+def test_a_callback_is_refused_before_data_are_prepared(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepare_data(*_: Any) -> None:
+        raise AssertionError("data are prepared for a run that is refused")
+
+    monkeypatch.setattr("datamodules.python_stdlib.PythonStdlib.prepare_data", prepare_data)
+    overrides, said = REFUSED[name]
+    finished = train(tmp_path, *tiny_job(*overrides))
+    assert finished.code == 2
+    assert all(words in finished.err for words in said), finished.err
 
 
 def test_early_stopping_ends_a_run_with_a_reason(tmp_path: Path) -> None:

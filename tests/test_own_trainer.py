@@ -1,16 +1,23 @@
 """LanguageModule under a Trainer of one's own: the schedule follows its length, however given, and the data go on."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
 from torch import Tensor
 
 from callbacks.last_checkpoint import LastCheckpoint
 from callbacks.progress import StepProgress
 from callbacks.run_status import RunStatus
+from callbacks.run_summary import RunSummary
 from core.errors import ConfigError
 from core.status import read
 from lightning_modules.language_module import LanguageModule
@@ -122,10 +129,47 @@ def test_our_callbacks_know_epochs(tmp_path: Path, capsys: pytest.CaptureFixture
     """Those that go by trainer.max_steps, which is -1: last.ckpt would end the run with its first step."""
     own = [LastCheckpoint(str(tmp_path / "checkpoints"), 2), RunStatus(str(tmp_path)), StepProgress(line_seconds=0.0)]
     trainer, _ = fit(
-        tmp_path, *own, max_epochs=2, limit_train_batches=2, enable_checkpointing=True, enable_progress_bar=True
+        tmp_path,
+        *own,
+        RunSummary(str(tmp_path)),
+        max_epochs=2,
+        limit_train_batches=2,
+        enable_checkpointing=True,
+        enable_progress_bar=True,
     )
     assert trainer.global_step == 4
     status = read(tmp_path)
     assert (status["status"], status["step"], status.get("max_steps"), status.get("reason")) == ("done", 4, None, None)
     assert "step 3/4" in capsys.readouterr().out
     assert (tmp_path / "checkpoints/last.ckpt").is_file()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["steps"], summary["resume"]) == (4, None), "no command line makes a Trainer of one's own"
+
+
+def test_a_summary_does_without_a_datamodule(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, callbacks=[RunSummary(str(tmp_path))], logger=False, max_epochs=1)
+    trainer.fit(make_module(), loader(tokens(2, 9)), loader(tokens(2, 9)))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["val_loss"] == pytest.approx(3.9, abs=1)  # ln 50
+    assert (summary["steps"], summary["bigram_loss"], summary["val_bits_per_byte"]) == (1, None, None)
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        LearningRateFinder(),
+        BatchSizeFinder(),
+        StochasticWeightAveraging(1e-3),
+        GradientAccumulationScheduler({0: 2, 4: 8}),
+    ],
+)
+def test_callbacks_that_a_single_epoch_cannot_have_are_refused(callback: L.Callback, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"^callbacks.*({type(callback).__name__}|scheduling)"):
+        fit(tmp_path, callback, max_steps=3)
+
+
+@pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch")
+def test_epochs_of_ones_own_may_be_averaged_and_accumulated(tmp_path: Path) -> None:
+    averaging, scheduling = StochasticWeightAveraging(1e-3, 1), GradientAccumulationScheduler({0: 1, 1: 2})
+    trainer, _ = fit(tmp_path, averaging, scheduling, max_epochs=3, limit_train_batches=2)
+    assert trainer.global_step == 4

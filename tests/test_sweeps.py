@@ -14,7 +14,7 @@ import pytest
 import yaml
 from hydra.experimental.callback import Callback
 
-from core.sweep import WORST_LOSS
+from core.sweep import NOTES, WORST_LOSS
 from core.validation_loss import final_loss
 from tests.helpers_run import TRAIN, Finished, python, tiny_job, train
 
@@ -60,6 +60,35 @@ def summary(finished: Finished) -> list[str]:
 
 def folders(cwd: Path) -> list[str]:
     return sorted(path.name for path in (cwd / "runs/default").iterdir())
+
+
+class FullDisk(Callback):
+    """Hydra's callback that takes the sweep's notes away before its first run, as a full or lost disk would."""
+
+    def on_job_start(self, config: Any, **_: Any) -> None:
+        notes = Path(os.environ[NOTES])
+        for number in range(3):
+            (notes / f"{number}.new").mkdir(exist_ok=True)
+
+
+def test_notes_that_cannot_be_written_do_not_end_the_sweep(tmp_path: Path) -> None:
+    disk = "+hydra.callbacks.disk._target_=tests.test_sweeps.FullDisk"
+    swept = train(tmp_path, "-m", *tiny_job("model.num_heads=2,3,4", disk))
+    assert swept.code == 2
+    assert "The sweep cannot note how its runs end: [Errno 21] Is a directory" in swept.err
+    assert summary(swept)[0] == "1 of 3 runs of the sweep failed:"
+    assert summary(swept)[1].startswith("  1  model.num_heads=3: model.")
+    assert len(folders(tmp_path)) == 2
+
+
+def test_a_path_that_the_file_system_refuses_is_a_line_in_a_sweep_too(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    swept = train(tmp_path, "-m", *tiny_job("logger=csv", f"logger.csv.save_dir={tmp_path},{tmp_path}/file/logs"))
+    assert swept.code == 2
+    assert "Traceback" not in swept.err
+    assert summary(swept)[0] == "1 of 2 runs of the sweep failed:"
+    assert "logger.csv.save_dir=" in summary(swept)[1]
+    assert len(folders(tmp_path)) == 1
 
 
 def test_a_refused_run_does_not_end_the_sweep(tmp_path: Path) -> None:

@@ -63,24 +63,6 @@ def continuation(run: Any, prompt: list[int], config: GenerateConfig, window: in
         yield token
 
 
-def tokens_of(prompt: str, tokenizer: Any) -> list[int]:
-    """The prompt's token ids; none of an empty text.
-
-    Raises:
-        ConfigError: the run's data is numbers, and the prompt is not.
-    """
-    from datamodules.tokenizers import NumberTokenizer
-
-    if not isinstance(tokenizer, NumberTokenizer):
-        tokens: list[int] = tokenizer.encode(prompt.encode("utf-8", "surrogateescape")).tolist()
-        return tokens
-    words = prompt.split()
-    numbers = [int(word) for word in words if word.isascii() and word.isdigit() and int(word) < tokenizer.vocab_size]
-    valid = f"numbers from 0 to {tokenizer.vocab_size - 1}, as prompt='3 1 4': this run's data is no text"
-    require(bool(words) and len(numbers) == len(words), "prompt", prompt, valid)
-    return numbers
-
-
 def as_text(prompt: list[int], tokens: Iterable[int], tokenizer: Any) -> Iterator[str]:
     """The text of both, in pieces, each as soon as its characters are whole."""
     seen, shown = list(prompt), ""
@@ -104,6 +86,7 @@ def main(arguments: list[str]) -> None:
         return
     config = parse_fields(GenerateConfig, arguments[1:])
     from core.open_run import open_run
+    from datamodules.tokenizers import tokens_of
 
     run = open_run(Path(arguments[0]), config.checkpoint, config.allow)
     tokenizer, window = run.datamodule.tokenizer, config.window or run.datamodule.seq_len

@@ -23,7 +23,7 @@ from core.errors import require
 from core.fields import parse_fields
 from core.printable import cell, printable
 from datamodules.index import SPLITS
-from datamodules.preparation.inspect import describe, statistics, verify
+from datamodules.preparation.inspect import describe, describe_unknown, statistics, verify
 from datamodules.preparation.prepare import PrepareConfig, prepare
 from datamodules.storage import LocalFolder, read_index
 
@@ -71,6 +71,8 @@ def run_inspect(path: str) -> None:
         for sample in found[name].samples:
             print(f"{name}: {printable(repr(sample), limit=None)}")
     print(f"{num_files} files, {num_bytes:,} bytes: every checksum is right")
+    if (line := describe_unknown(index, found)) is not None:
+        print(f"Note: {line}")
 
 
 def _cell(value: float | None) -> str:

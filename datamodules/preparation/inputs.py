@@ -4,7 +4,7 @@ import glob
 import itertools
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ def find_names(patterns: Iterable[str]) -> tuple[tuple[str, ...], int]:
         The names, and how many further ones there were of files that are among them.
 
     Raises:
-        ConfigError: a pattern that matches nothing, or that names something that has no end.
+        ConfigError: a pattern that matches nothing, that names something that has no end, or a file of a folder that
+            is named as a dataset too.
     """
     names: dict[Any, str] = {}
     num_found = 0
@@ -37,7 +38,17 @@ def find_names(patterns: Iterable[str]) -> tuple[tuple[str, ...], int]:
                 names.setdefault(_identity(name), name)
         except OSError as error:
             raise Refused("input", pattern, f"cannot be read ({error.strerror})") from error
+    _check_apart(names.values())
     return tuple(names.values()), num_found - len(names)
+
+
+def _check_apart(names: Collection[str]) -> None:
+    """Refuse files that are in a folder which is named as a dataset too: their texts would count twice."""
+    datasets = {place: name for name in names if name.startswith(HUB) and isinstance(place := _place(name), Path)}
+    for name in names if datasets else ():
+        above = [] if _is_special(name) else [place for place in Path(name).resolve().parents if place in datasets]
+        if above:
+            raise Refused("input", name, f"it is in {datasets[above[0]]} as well, and would count twice")
 
 
 def fingerprint(names: Iterable[str]) -> list[list[Any]]:
@@ -64,11 +75,19 @@ def _is_special(name: str) -> bool:
 
 
 def _identity(name: str) -> Any:
-    """Equal for two names of one file."""
-    if _is_special(name):
+    """Equal for two names of one file, or of one dataset: its configuration is `default` where none is named."""
+    if name.startswith(HUB):
+        return HUB, _place(name), name.removeprefix(HUB).partition(":")[2] or "default"
+    if name == STDLIB:
         return name
     status = os.stat(name)
     return status.st_dev, status.st_ino
+
+
+def _place(name: str) -> Path | str:
+    """The folder that `hf:PATH[:SUBSET]` means, or the name of a dataset elsewhere."""
+    dataset = name.removeprefix(HUB).partition(":")[0]
+    return Path(dataset).resolve() if Path(dataset).is_dir() else dataset.rstrip("/")
 
 
 def _files(pattern: str) -> list[str]:

@@ -1,13 +1,13 @@
 """Verifies a prepared corpus completely, and counts what is in it."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from datamodules.expression import describe_loss
+from datamodules.expression import MAX_LOSS, SAID_LOSS, describe_loss
 from datamodules.index import SPLITS, ArrayFile, CorpusError, Index
 from datamodules.shards import Split, sha256_of
 from datamodules.storage import Storage, load, read_index
@@ -114,6 +114,25 @@ def describe_losses(index: Index) -> str:
         return "how much of the text is not in the tokens was not measured when this corpus was prepared"
     lost, invalid, size = (sum(loss[key] for loss in known) for key in ("lost", "invalid", "of_bytes"))
     return describe_loss(lost, invalid, size)
+
+
+def describe_unknown(index: Index, found: Mapping[str, SplitStatistics]) -> str | None:
+    """How much the vocabulary lacks of a corpus whose losses were not measured, by the tokens that stand for it.
+
+    Args:
+        found: the statistics by split.
+
+    Returns:
+        A line above SAID_LOSS; None: below it, or the losses themselves are known.
+    """
+    if all(measured_loss(index, name) is not None for name in SPLITS):
+        return None
+    unknown, size = (sum(getattr(each, name) for each in found.values()) for name in ("unknown_tokens", "num_tokens"))
+    share = unknown / max(size, 1)
+    if share <= SAID_LOSS:
+        return None
+    line = f"{share:.3%} of the tokens stand for what the vocabulary does not have: {unknown:,} of {size:,}"
+    return f"{line}; above the {MAX_LOSS:.0%} up to which a preparation takes it today" if share > MAX_LOSS else line
 
 
 def describe(index: Index) -> list[tuple[str, str]]:

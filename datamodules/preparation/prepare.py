@@ -20,7 +20,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from core.errors import ConfigError, Refused, require, writing
-from datamodules.expression import describe_loss
+from datamodules.expression import MAX_LOSS, SAID_LOSS, describe_loss
 from datamodules.index import SPLITS, Index
 from datamodules.preparation.bounds import Bounds
 from datamodules.preparation.bpe import find_tokenizer, make_tokenizer, train_bpe, wanted_size
@@ -37,7 +37,6 @@ from datamodules.writer import PAGE_TOKENS, SHARD_TOKENS, CorpusWriter
 CHECKPOINT_SECONDS = 2.0
 MOST_PROCESSES = 1024  # each has some units of text waiting for it
 SETTINGS, TOKENIZER, LOCK = "settings.json", "tokenizer.json", "lock"
-SAID_LOSS = 0.001  # share of the text that may be missing in the tokens before it is said
 EARLY_BYTES = 16_000_000  # of text after which a loss is said while there may be much more to read
 NOT_IN_RESULT = ("output", "processes", "max_lost", "max_record_mb", "max_expansion")
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "f": "\f", "v": "\v", "0": "\0", "\\": "\\"}
@@ -57,7 +56,7 @@ class PrepareConfig:
     end_of_document: str | None = None  # the token that closes documents; null: the tokenizer's usual one
     processes: int | None = None  # null: one a core
     shard_tokens: int = SHARD_TOKENS  # length of a shard
-    max_lost: float = 0.01  # share of the text that may be missing in the tokens
+    max_lost: float = MAX_LOSS  # share of the text that may be missing in the tokens
     max_record_mb: int = 64  # the largest line of JSON, JSON document or cell of a table, in 10^6 bytes
     max_expansion: int = 200  # how many times its size a compressed file or a table may become
 

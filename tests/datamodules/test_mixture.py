@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,21 @@ def test_what_cannot_be_mixed_is_refused(folders: list[str], changes: dict[str, 
 def test_corpora_of_different_vocabularies_are_not_mixed(folders: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"corpora of one tokenizer; .*other has byte, not byte"):
         mixture(folders, paths=[folders[0], folders[2]]).check()
+
+
+@pytest.mark.parametrize("way", ["link", "relative", "copy"])
+def test_a_corpus_is_not_mixed_with_itself(
+    way: str, folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "again"
+    if way == "copy":
+        shutil.copytree(folders[0], other)
+    else:
+        other.symlink_to(folders[0])
+    monkeypatch.chdir(tmp_path)
+    again = "again" if way == "relative" else str(other)
+    with pytest.raises(ConfigError, match=rf"data\.paths=.*: {folders[0]} and {again} hold the same corpus"):
+        mixture(folders, paths=[folders[0], folders[1], again], weights=[1, 1, 1]).check()
 
 
 def test_a_run_reports_each_source(folders: list[str], tmp_path: Path) -> None:

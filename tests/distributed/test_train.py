@@ -1,6 +1,7 @@
 """train.py on two gloo processes that share a model: interrupted, killed, diverging, misconfigured."""
 
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from core.checkpoint import load, load_beside_weights
 from core.cli import DIVERGED, USER_ERROR
 from core.interruption import PEER_LOST
+from core.run_folder import folder_name
 from tests.callbacks.test_recovery import RECOVERING, done
 from tests.distributed.processes import command_line, together
 from tests.helpers_run import assert_began, run, scalars, tiny_job
@@ -60,6 +62,30 @@ def test_the_end_of_a_run_is_the_same_on_both(tmp_path: Path) -> None:
     assert "one of [1, 2]" in both[0][5].err
     assert "tensor_parallel_size=3 is not valid: expected a divisor of 2" in both[0][6].err
     assert not any((tmp_path / name).exists() for name in ("odd", "micro", "cut"))
+
+
+def test_both_write_into_the_folder_that_the_first_one_has_got(tmp_path: Path) -> None:
+    """The name that each would give it, in any of the next seconds, is another run's already."""
+    arguments = tiny_job(*TWO, NAN, "trainer.max_steps=3")
+    taken = {tmp_path / "runs/default" / folder_name(now, arguments) for now in _next_seconds(180)}
+    for folder in taken:
+        folder.mkdir(parents=True)
+    both = together(2, tmp_path, command_line, [arguments])
+    assert [finished.code for (finished,) in both] == [0, 0], both
+    (ours,) = set((tmp_path / "runs/default").iterdir()) - taken
+    assert not any(any(folder.iterdir()) for folder in taken)
+    assert {path.name for path in ours.iterdir()} >= {
+        "checkpoints",
+        "config.yaml",
+        "flight_recorder",
+        "summary.json",
+        "tensorboard",
+    }
+
+
+def _next_seconds(number: int) -> list[str]:
+    now = time.time()
+    return [time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(now + seconds)) for seconds in range(number)]
 
 
 @pytest.mark.slow

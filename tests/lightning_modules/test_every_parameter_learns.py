@@ -169,6 +169,27 @@ def test_the_loss_moves_every_parameter_under_pairs_of_structures() -> None:
     assert check(pairs("structure"))[0] > 40
 
 
+@pytest.mark.parametrize("choice", MIXTURES, ids=str)
+def test_each_kind_of_balancing_moves_the_router_where_there_is_a_choice(choice: Choice) -> None:
+    """By the gradient of its loss or by its bias; `none` by neither. Where every expert gets every token, nothing."""
+    values = merged(choice)
+    assert values is not None
+    model = Transformer(tiny_config(**values), VOCAB_SIZE).double()
+    initialize(model)
+    moe, statistics = model.config.moe, model(tokens(4, 9))[1]
+    loss = moe.balance_weight * torch.stack([layer.load_balancing_loss for layer in statistics]).sum()
+    loss.backward() if loss.requires_grad else None
+    chooses = moe.top_k < moe.num_experts
+    for layer, mixture in zip(statistics, model.mixtures().values(), strict=True):
+        gradient = mixture.router.layer.weight.grad
+        moved = gradient is not None and bool(gradient.abs().max() > 1e-9)
+        assert moved == (chooses and moe.balancing == "loss")
+        mixture.router.update_bias(layer.tokens_per_expert)
+        bias = mixture.router.expert_bias
+        assert (bias is not None) == (moe.balancing == "bias")
+        assert bias is None or bool(bias.abs().max() > 0) == chooses
+
+
 def test_one_token_has_nothing_to_compare_itself_with() -> None:
     """In sequences of one token attention is a constant, as docs/placements.md says."""
     model = Transformer(tiny_config(**TINY), VOCAB_SIZE)

@@ -46,6 +46,19 @@ def test_nothing_is_said_where_nothing_changes(step: int, now: int, before: int)
     assert described(step, now, before, schedule="constant") is None
 
 
+def test_a_run_of_epochs_is_not_told_to_set_its_steps() -> None:
+    config = OptimConfig(lr=1.0, warmup_steps=2)
+    scheduler = LambdaLR(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0), make_schedule(config, 12))
+    scheduler.last_epoch = 8
+    scheduler.optimizer.param_groups[0]["lr"] = make_schedule(config, 9)(8)
+    line = describe_change(config, scheduler, 12, 9, by_steps=False)
+    assert line is not None
+    assert "goes by the number of steps that trainer.max_epochs makes, 9 before and 12 now" in line
+    assert "a run of 9 steps with the same optim settings keeps the curve" in line
+    assert "begin with the final trainer.max_epochs, or" in line
+    assert "max_steps" not in line
+
+
 def test_a_length_that_the_checkpoint_does_not_say_is_found_by_the_rate() -> None:
     config = OptimConfig(lr=1.0, warmup_steps=2)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
@@ -55,4 +68,7 @@ def test_a_length_that_the_checkpoint_does_not_say_is_found_by_the_rate() -> Non
         optimizer.param_groups[0]["lr"] = make_schedule(config, before)(8)
         line = describe_change(config, scheduler, 12, None)
         assert (line is not None) == is_said
+        if line is not None:
+            assert "optim.schedule=cosine over 12 steps is not the checkpoint's schedule, which does not say" in line
+            assert "; the same optim settings and the same number of steps as before keep the curve" in line
     assert describe_change(OptimConfig(schedule="constant"), scheduler, math.inf, math.inf) is None

@@ -157,8 +157,22 @@ def test_a_run_on_numbers_has_no_tasks(tmp_path: Path, capsys: pytest.CaptureFix
     assert "val" in call(capsys, folder)
 
 
-def test_a_task_that_asks_for_beams_is_refused(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("num_beams: 4", "generation_kwargs.num_beams=4 is not valid: expected 1: the task asks"),
+        ("temperature: abc", "generation_kwargs.temperature='abc' is not valid: expected a number >= 0"),
+        ("temperature: null", "generation_kwargs={"),
+        ("top_k: [1]", "generation_kwargs.top_k=[1] is not valid: expected an integer >= 0"),
+    ],
+)
+def test_a_task_that_asks_for_what_is_not_there_is_refused(
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    option: str,
+    message: str,
 ) -> None:
     """A task file of one's own, as tools/evaluation/tasks has them."""
     from tools.evaluation import harness
@@ -166,11 +180,13 @@ def test_a_task_that_asks_for_beams_is_refused(
     tasks = tmp_path / "eval"
     shutil.copytree(harness.TASKS, tasks)
     task = next(path for path in tasks.rglob("*.yaml") if "task: offline_continue" in path.read_text())
-    task.write_text(task.read_text().replace("  max_gen_toks: 8\n", "  max_gen_toks: 8\n  num_beams: 4\n"))
+    task.write_text(task.read_text().replace("  max_gen_toks: 8\n", f"  max_gen_toks: 8\n  {option}\n"))
     monkeypatch.setattr(harness, "TASKS", tasks)
     with pytest.raises(SystemExit, match="2"):
         evaluate.cli.run(lambda: evaluate.main([str(run), "tasks=offline_continue"]))
-    assert "generation_kwargs.num_beams=4 is not valid: expected 1: the task asks" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize("place", ["evaluation", "tensorboard"])

@@ -21,6 +21,7 @@ from tokenizers import AddedToken
 from core import cli
 from core.errors import Refused
 from datamodules.preparation.bounds import Bounds
+from datamodules.preparation.inputs import find_names
 from datamodules.preparation.tables import texts_of_table
 from datamodules.shards import open_split
 from tests.datamodules.tokenizer_files import byte_level, llama_like, without_bytes
@@ -335,6 +336,29 @@ def test_a_file_that_is_named_twice_is_read_once(prepare: Prepared, monkeypatch:
     assert "files named again, by another path or a link: 95; each was read once" in prepare.said
 
 
+def test_a_dataset_that_is_named_twice_is_read_once(prepare: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(prepare.folder / "hub-cache"))
+    monkeypatch.chdir(prepare.folder)
+    folder = prepare.folder / "hub"
+    folder.mkdir()
+    (folder / "train.jsonl").write_bytes(RECORDS)
+    (prepare.folder / "link").symlink_to(folder)
+    names = (f"hf:{folder}", "hf:hub", "hf:./hub", "hf:hub/", "hf:link", "hf:hub:default")
+    prepare("", f"input={','.join(names)}")
+    assert len(prepare.documents()) == len(TEXTS)
+    assert "by another path or a link: 5; each was read once" in prepare.said
+    for names in (("hf:./hub", "hub"), ("link/train.jsonl", "hf:hub:default")):
+        line = prepare.refused("", f"input={','.join(names)}")
+        assert f"train.jsonl' is not valid: it is in {max(names, key=lambda n: n[:3] == 'hf:')} as well" in line
+
+
+def test_names_of_one_dataset_elsewhere_are_the_same() -> None:
+    assert find_names(["hf:name", "hf:name:default", "hf:name:other", "hf:org/name"]) == (
+        ("hf:name", "hf:name:other", "hf:org/name"),
+        1,
+    )
+
+
 @pytest.mark.parametrize("name", ["/dev/zero", "/dev/urandom", "/dev/null"])
 def test_a_device_is_refused(name: str, prepare: Prepared) -> None:
     assert f"input='{name}' is not valid: a device or socket, which may have no end" in prepare.refused(name)
@@ -367,6 +391,28 @@ def test_what_a_tokenizer_does_not_have_is_refused_said_and_not_counted(prepare:
     )
     cli.run(lambda: main(["inspect", str(prepare.output)]))
     assert f"{lost / size:.3%} of the text is not in the tokens" in prepare.capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("share", "said"), [(0.0005, ""), (0.005, "Note: "), (0.05, "Note: ")])
+def test_what_an_older_corpus_lacks_is_said_by_its_unknown_tokens(share: float, said: str, prepare: Prepared) -> None:
+    """Made before the loss was measured: of its tokens so many stand for what the vocabulary does not have."""
+    tokenizer = f"tokenizer={without_bytes(prepare.folder / 't.json', '<unk>')}"
+    texts = [" ".join(text.split()) for text in TEXTS] * 4
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (prepare.folder / "known.jsonl").write_text(lines)
+    prepare("known.jsonl", tokenizer)
+    num_tokens = sum(split["num_tokens"] for split in prepare.index()["splits"].values())
+    strange = json.dumps({"text": " ".join("Ж" * round(share * num_tokens))}, ensure_ascii=False)
+    (prepare.folder / "a.jsonl").write_text(lines + strange)
+    folder = prepare("a.jsonl", tokenizer, "max_lost=1")
+    index = prepare.index()
+    del index["made"]["lost"]
+    (folder / "index.json").write_text(json.dumps(index))
+    cli.run(lambda: main(["inspect", str(folder)]))
+    found = prepare.capsys.readouterr().out
+    assert "was not measured when this corpus was prepared" in found
+    assert ("tokens stand for what the vocabulary does not have" in found) == bool(said)
+    assert ("above the 1% up to which" in found) == (share > 0.01)
 
 
 def test_a_little_is_said_and_very_little_is_not(prepare: Prepared) -> None:

@@ -1,8 +1,8 @@
 """A model of this project as EleutherAI's lm-evaluation-harness sees one: batched, a context computed once."""
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeGuard
 
 import torch
 from lm_eval.api.model import TemplateLM
@@ -10,7 +10,7 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from core.errors import UserError, require
+from core.errors import ConfigError, UserError, require
 from lightning_modules.generation import ROWS, fed_width, feed, stream
 from lightning_modules.layers.kv_cache import KVCache
 from lightning_modules.transformer import Transformer
@@ -39,12 +39,17 @@ NEUTRAL = {
 """What it may say besides, as it changes nothing."""
 
 
-def check_generation(options: dict[str, Any]) -> None:
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+
+
+def check_generation(options: object) -> None:
     """Refuse what a task's `generation_kwargs` ask for and the adapter does not do, or what cannot be.
 
     Raises:
         ConfigError: it names the option.
     """
+    if not isinstance(options, Mapping):
+        raise ConfigError("generation_kwargs", options, "options by name")
     for name, value in options.items():
         field = f"generation_kwargs.{name}"
         if name in NEUTRAL:
@@ -52,11 +57,32 @@ def check_generation(options: dict[str, Any]) -> None:
             require(value is None or value == neutral, field, value, f"{neutral}: the task asks for what is not there")
         elif name not in USED:
             require(value is None, field, value, f"a task that does without it; known are {', '.join(sorted(USED))}")
-    temperature, top_k, top_p = (options.get(name) for name in ("temperature", "top_k", "top_p"))
-    valid = temperature is None or 0 <= float(temperature) < math.inf
-    require(valid, "generation_kwargs.temperature", temperature, "a number >= 0")
-    require(top_k is None or int(top_k) >= 0, "generation_kwargs.top_k", top_k, "an integer >= 0; 0: all tokens")
-    require(top_p is None or 0 < float(top_p) <= 1, "generation_kwargs.top_p", top_p, "a number in (0, 1]")
+        elif value is not None and name in VALID:
+            is_valid, valid = VALID[name]
+            require(is_valid(value), field, value, valid)
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(text, str) for text in value))
+
+
+VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "temperature": (lambda value: _is_number(value) and 0 <= value < math.inf, "a number >= 0"),
+    "top_k": (lambda value: _is_count(value, 0), "an integer >= 0; 0: all tokens"),
+    "top_p": (lambda value: _is_number(value) and 0 < value <= 1, "a number in (0, 1]"),
+    **dict.fromkeys(LENGTHS, (lambda value: _is_count(value, 1), "an integer >= 1")),
+    "do_sample": (lambda value: isinstance(value, bool), "true or false"),
+    "until": (_are_texts, "a text or a list of texts, which end what is generated"),
+}
+"""What those of USED that matter may be, and the same in words."""
 
 
 class Adapter(TemplateLM):
@@ -170,7 +196,8 @@ class Adapter(TemplateLM):
         for number, request in enumerate(requests):
             waiting.setdefault(repr(request.args[1]), []).append(number)
         for numbers in waiting.values():
-            options = normalize_gen_kwargs(requests[numbers[0]].args[1])
+            given = {name: value for name, value in requests[numbers[0]].args[1].items() if value is not None}
+            options = normalize_gen_kwargs(given)
             prompts = {number: self._prompt(requests[number].args[0], options["max_gen_toks"]) for number in numbers}
             length = min(self.window, max(map(len, prompts.values())) + options["max_gen_toks"])
             numbers.sort(key=lambda number: -len(prompts[number]))

@@ -1,10 +1,12 @@
 """Runs tasks of EleutherAI's lm-evaluation-harness, and keeps its results as it writes them."""
 
 import difflib
+import traceback
 from pathlib import Path
 from typing import Any
 
 from lm_eval import simple_evaluate
+from lm_eval.api.task import TaskConfig
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
@@ -25,11 +27,25 @@ class CheckedTasks(TaskManager):
         Raises:
             ConfigError: of a task's `generation_kwargs`.
         """
-        loaded = super().load(*arguments, **options)
+        try:
+            loaded = super().load(*arguments, **options)
+        except (TypeError, ValueError, AttributeError) as error:
+            if (config := _config_in(error)) is not None and config.generation_kwargs is not None:
+                check_generation(config.generation_kwargs)
+                valid = f"what the harness can read, of {config.task} ({one_line(error)})"
+                raise ConfigError("generation_kwargs", config.generation_kwargs, valid) from error
+            raise
         for task in loaded["tasks"].values():
             if task.OUTPUT_TYPE == "generate_until":
                 check_generation(task.config.generation_kwargs or {})
         return loaded
+
+
+def _config_in(error: Exception) -> TaskConfig | None:
+    """The task's configuration in which the harness failed: it converts a temperature before anybody can look at it."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "__post_init__")
+    configs = [config for frame in frames if isinstance(config := frame.f_locals.get("self"), TaskConfig)]
+    return configs[-1] if configs else None
 
 
 def run_tasks(

@@ -165,6 +165,17 @@ def test_sampling_without_a_temperature_is_at_one() -> None:
         ({"temperature": -1.0}, "generation_kwargs.temperature=-1.0 is not valid: expected a number >= 0"),
         ({"top_p": 0.0}, r"generation_kwargs.top_p=0.0 is not valid: expected a number in \(0, 1\]"),
         ({"top_k": -1}, "generation_kwargs.top_k=-1 is not valid: expected an integer >= 0"),
+        ({"temperature": "abc"}, "generation_kwargs.temperature='abc' is not valid: expected a number >= 0"),
+        ({"temperature": math.nan}, "generation_kwargs.temperature=nan is not valid: expected a number >= 0"),
+        ({"temperature": [1]}, r"generation_kwargs.temperature=\[1\] is not valid: expected a number >= 0"),
+        ({"top_p": "most"}, "generation_kwargs.top_p='most' is not valid: expected a number"),
+        ({"top_k": "few"}, "generation_kwargs.top_k='few' is not valid: expected an integer"),
+        ({"top_k": 2.5}, "generation_kwargs.top_k=2.5 is not valid: expected an integer"),
+        ({"max_gen_toks": "many"}, "generation_kwargs.max_gen_toks='many' is not valid: expected an integer >= 1"),
+        ({"max_new_tokens": 0}, "generation_kwargs.max_new_tokens=0 is not valid: expected an integer >= 1"),
+        ({"do_sample": "perhaps"}, "generation_kwargs.do_sample='perhaps' is not valid: expected true or false"),
+        ({"until": 7}, "generation_kwargs.until=7 is not valid: expected a text or a list of texts"),
+        ({"until": ["a", None]}, r"generation_kwargs.until=\['a', None\] is not valid: expected a text or a list"),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )
@@ -181,6 +192,7 @@ def test_what_changes_nothing_may_be_asked_for() -> None:
         "length_penalty": None,
         "use_cache": False,
         "num_return_sequences": 1,
+        **dict.fromkeys(("temperature", "top_k", "top_p", "do_sample", "max_new_tokens", "until")),
     }
     adapter = make_adapter()
     plain, same = adapter.generate_until(

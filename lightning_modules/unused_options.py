@@ -1,0 +1,67 @@
+"""Tells of options that were set and have no effect beside the others."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from lightning_modules.config import ModelConfig, MoEConfig, OptimConfig
+
+Unused = tuple[str, Any, str]
+"""(name of the field, its value, why it has no effect)."""
+
+
+def describe_unused(model: ModelConfig, optim: OptimConfig) -> list[str]:
+    """Name each option that differs from its default but changes nothing in a run.
+
+    A value that is the default counts as not set, as nothing tells the two apart here.
+
+    Returns:
+        One line for each of them.
+    """
+    found = [*_of_model(model), *_of_optim(optim)]
+    if model.ffn == "moe":
+        found += _of_mixture(model.moe)
+    else:
+        given = [f"model.moe.{name}={value}" for name, value in vars(model.moe).items() if _is_set(model.moe, name)]
+        if given:
+            return [*_lines(found), f"{', '.join(given)} without effect: model.ffn={model.ffn} has no experts"]
+    return _lines(found)
+
+
+def _lines(found: list[Unused]) -> list[str]:
+    return [f"{name}={value} has no effect: {reason}" for name, value, reason in found]
+
+
+def _of_model(model: ModelConfig) -> Iterator[Unused]:
+    if _is_set(model, "checkpoint_every") and not model.activation_checkpointing:
+        yield "model.checkpoint_every", model.checkpoint_every, "model.activation_checkpointing is false"
+
+
+def _of_mixture(moe: MoEConfig) -> Iterator[Unused]:
+    weight, rate = moe.load_balancing_weight, moe.bias_update_rate
+    if _is_set(moe, "load_balancing_weight") and weight > 0 and moe.balancing != "loss":
+        yield "model.moe.load_balancing_weight", weight, f"model.moe.balancing={moe.balancing} has no auxiliary loss"
+    if _is_set(moe, "bias_update_rate") and rate > 0 and moe.balancing != "bias":
+        yield "model.moe.bias_update_rate", rate, f"model.moe.balancing={moe.balancing} has no bias"
+    if moe.top_k == moe.num_experts:
+        reason = f"with model.moe.top_k=num_experts={moe.num_experts} every expert gets every token"
+        if moe.balancing == "bias":
+            yield "model.moe.balancing", moe.balancing, reason
+        elif moe.balancing == "loss" and _is_set(moe, "load_balancing_weight") and weight > 0:
+            yield "model.moe.load_balancing_weight", weight, reason
+    if moe.jitter > 0 and moe.num_experts == 1 and moe.score == "softmax":
+        yield "model.moe.jitter", moe.jitter, "the softmax of a single expert's logit is 1 whatever the router reads"
+
+
+def _of_optim(optim: OptimConfig) -> Iterator[Unused]:
+    for name in ("decay_fraction", "decay_shape"):
+        if _is_set(optim, name) and optim.schedule != "wsd":
+            yield f"optim.{name}", getattr(optim, name), f"optim.schedule={optim.schedule} has no decay phase"
+    if _is_set(optim, "min_lr_ratio") and optim.schedule == "constant":
+        yield "optim.min_lr_ratio", optim.min_lr_ratio, "optim.schedule=constant does not decay"
+    for name in ("base_width", "base_ffn_width"):
+        if _is_set(optim, name) and optim.width_scaling == "none":
+            yield f"optim.{name}", getattr(optim, name), "optim.width_scaling is none"
+
+
+def _is_set(config: ModelConfig | MoEConfig | OptimConfig, name: str) -> bool:
+    return bool(getattr(config, name) != getattr(type(config)(), name))
