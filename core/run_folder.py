@@ -338,27 +338,28 @@ def _last_trained(run: Path) -> float:
     return max(times)
 
 
-def check_resumable(run: RunFolder, module: Any, datamodule: Any, max_steps: int) -> int:
+def check_resumable(run: RunFolder, trainer: Any, module: Any, datamodule: Any) -> int:
     """Hold the checkpoint against what is asked for: nothing may be resumed as something else, or silently ignored.
 
     At its last step only a run goes on that was killed before all else was written: nothing is trained any more.
 
     Args:
         run: with a checkpoint, whole, of one file or a folder of several processes'.
+        trainer: not yet fitting; it knows where the run is to end.
         module: the LightningModule; its hyperparameters must be those of the checkpoint.
         datamodule: the DataModule; where it has a `stream_identity`, that must be the checkpoint's.
-        max_steps: where the run is to end.
 
     Returns:
         The checkpoint's optimizer step.
 
     Raises:
         ConfigError: it cannot be read, is of another model, optimizer or stream (names the first field that differs),
-            or is at the end already.
+            or is at the end already, or out of time.
     """
     from core.checkpoint import load_beside_weights
+    from core.ending import check_time_left
 
-    checkpoint = run.ckpt_path
+    checkpoint, max_steps = run.ckpt_path, trainer.max_steps
     assert checkpoint is not None
     try:
         content = load_beside_weights(checkpoint)
@@ -383,6 +384,7 @@ def check_resumable(run: RunFolder, module: Any, datamodule: Any, max_steps: int
             )
     else:
         require(step < max_steps, "trainer.max_steps", max_steps, f"more than {step}, the step of the checkpoint")
+    check_time_left(trainer, content)
     return int(step)
 
 

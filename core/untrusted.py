@@ -5,7 +5,6 @@ whoever trusts a file that is beyond one sets READ_LIMITS=10.
 """
 
 import functools
-import math
 import os
 import re
 import stat
@@ -16,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json
 
 from core.errors import UserError, one_line
+from core.limits import factor
 
 VARIABLE = "READ_LIMITS"
 MIB = 1 << 20
@@ -36,14 +36,7 @@ def bound(number: int) -> int:
     Raises:
         UserError: READ_LIMITS is no number of at least 1.
     """
-    given = os.environ.get(VARIABLE) or "1"
-    try:
-        factor = float(given)
-    except ValueError:
-        factor = math.nan
-    if not 1 <= factor <= 1e9:
-        raise UserError(f"{VARIABLE}={given!r} is not valid: expected a number from 1 to 1e9, by which bounds grow")
-    return int(number * factor)
+    return int(number * factor(VARIABLE))
 
 
 def beyond(what: str, number: int) -> str:
