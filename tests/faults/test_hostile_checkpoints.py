@@ -210,7 +210,7 @@ ADDRESSES = {
     "path": {"_target_": "datamodules.shard_corpus.ShardCorpus", "path": "http://localhost:9/x"},
     "paths": {
         "_target_": "datamodules.mixture.Mixture",
-        "paths": ["corpus", "s3://bucket/x", "filecache::http://localhost:9/x"],
+        "paths": ["corpus", "s3://bucket/x", "filecache::http://localhost:9/y"],
         "weights": [1, 1, 1],
     },
 }
