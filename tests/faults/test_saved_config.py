@@ -117,7 +117,7 @@ def test_what_is_no_plain_yaml_is_refused(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["torch.distributed.tensor.debug", "lightning.pytorch.cli", "lightning.fabric.cli", "core.cli", "tools.plan"],
+    ["torch.distributed.tensor.debug", "lightning.pytorch.cli", "lightning.fabric.cli", "core.cli", "tools.x"],
 )
 def test_of_the_packages_that_a_run_is_made_of_only_those_modules_are_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
