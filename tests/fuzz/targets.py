@@ -75,7 +75,7 @@ TARGETS = (
     Target("summary", "run", "summary.json", (RUNS, COMPARE), (mutations.json_values,)),
     Target("event file", "run", "tensorboard/events*", (COMPARE,)),
     Target("table", "run", "csv/version_0/metrics.csv", (COMPARE,), (mutations.table_values,)),
-    Target("events", "run", "events.jsonl", (REPLAY,), (mutations.json_values,)),
+    Target("events", "run", "events.jsonl", (REPLAY, RESUME), (mutations.json_values,)),
     Target("flight record", "run", "flight_recorder/*.pt", (REPLAY,), (mutations.torch_values,)),
     Target("previous checkpoint", "run", "checkpoints/previous.ckpt", (REPLAY,), (mutations.torch_values,)),
     Target("snapshot", "run", "checkpoints/step_*/*", (RESUME,), (mutations.torch_values,)),
