@@ -11,7 +11,7 @@ import lightning as L
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import CheckpointIO, Precision
 from lightning.pytorch.strategies import Strategy
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from core.errors import Refused, UserError, one_line, require
 from core.untrusted import YAML_BYTES, Untrusted, parse_yaml, read_bytes
@@ -144,7 +144,8 @@ def refuse_addresses(data: DictConfig, allow: Collection[str] = ()) -> None:
         ConfigError: `path`, or one of `paths`, is an address that is not allowed.
     """
     paths = data.get("paths")
-    for field, value in (("path", data.get("path")), *(("paths", path) for path in paths or ())):
+    several = paths if isinstance(paths, ListConfig) else [paths]
+    for field, value in (("path", data.get("path")), *(("paths", path) for path in several)):
         if isinstance(value, str) and ADDRESS in value and value not in allow:
             way = f"--allow {value} asks there (or allow={value}, of a tool that takes FIELD=VALUE)"
             reason = f"the saved configuration names an address, of which nothing is fetched by itself; {way}"

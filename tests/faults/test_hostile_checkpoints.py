@@ -216,6 +216,13 @@ ADDRESSES = {
 }
 
 
+@pytest.mark.parametrize("paths", [5, None, "s3://bucket/x", {"a": "s3://bucket/x"}])
+def test_paths_that_are_no_list_are_refused_too(paths: Any) -> None:
+    config = OmegaConf.create({"data": {**ADDRESSES["paths"], "paths": paths, "seq_len": 32, "batch_size": 4}})
+    with pytest.raises(ConfigError, match=r"^data\.paths="):
+        open_data(config)
+
+
 @pytest.mark.parametrize("field", ADDRESSES)
 def test_an_address_in_a_saved_configuration_is_not_asked_before_its_user_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str
