@@ -23,7 +23,10 @@ KINDS = {
     "data": ((L.LightningDataModule,), ("datamodules",)),
     "trainer": (
         (L.Trainer, Strategy, CheckpointIO, Precision),
-        ("lightning_modules", "core.checkpoint", f"{_LIGHTNING}.strategies", f"{_LIGHTNING}.plugins"),
+        (
+            *("lightning_modules", "core.checkpoint"),
+            *(f"{_LIGHTNING}.strategies", f"{_LIGHTNING}.plugins", "lightning.fabric.plugins"),
+        ),
     ),
     "callbacks": ((L.Callback,), ("callbacks", f"{_LIGHTNING}.callbacks")),
     "logger": ((Logger,), (f"{_LIGHTNING}.loggers",)),
@@ -75,9 +78,8 @@ def read_config(path: Path) -> Any:
     for field, value in _leaves(content):
         if isinstance(value, str) and "${" in value:
             short = value if len(value) <= 100 else f"{value[:100]}…"
-            raise Refused(
-                field[-200:], short, "a saved configuration holds no references; this one was not saved by a run"
-            )
+            reason = "a saved configuration holds no references; this one was not saved by a run"
+            raise Refused(field[-200:], short, reason)
     try:
         return OmegaConf.create(text.decode())
     except Exception as error:  # of YAML's and OmegaConf's many kinds
@@ -99,10 +101,8 @@ def refuse_foreign_code(config: DictConfig, allow: Collection[str] = ()) -> None
 
 def add_allow_option(parser: argparse.ArgumentParser) -> None:
     """--allow NAME, for `load_config` and `core.open_run.open_data`."""
-    text = (
-        "what the run's saved configuration names, and you vouch for: a class of your own, as my_file.MyCallback, or "
-    )
-    text += "the address of its corpus, as s3://bucket/corpus; several: give it again"
+    text = "what the run's saved configuration names, and you vouch for: a class of your own, as my_file.MyCallback, "
+    text += "or the address of its corpus, as s3://bucket/corpus; several: give it again"
     parser.add_argument("--allow", action="append", default=[], metavar="NAME", help=text)
 
 
