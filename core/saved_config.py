@@ -133,8 +133,9 @@ def _is_ours(field: str, value: Any) -> bool:
     except ImportError:
         return False
     # A module may have imported it: that class has to be from one of the packages all the same.
-    known = isinstance(target, type) and target.__module__.partition(".")[0] in PACKAGES
-    return known and issubclass(target, kinds)
+    if not isinstance(target, type) or target.__module__.partition(".")[0] not in PACKAGES:
+        return False
+    return issubclass(target, kinds)
 
 
 def refuse_addresses(data: DictConfig, allow: Collection[str] = ()) -> None:
