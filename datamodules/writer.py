@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from core.untrusted import read_json
-from datamodules.index import HEADER_BYTES, SPLITS, ArrayFile, Count, Index, SplitIndex
+from datamodules.index import HEADER_BYTES, INDEX_BYTES, SPLITS, ArrayFile, Count, Index, SplitIndex
 from datamodules.shards import sha256_of
 
 PAGE_TOKENS = 1 << 16
@@ -189,7 +189,7 @@ class CorpusWriter:
         self.scratch, self.description, self.shard_tokens = scratch, description, shard_tokens
         self.dtype = "uint16" if description["vocab_size"] <= 1 << 16 else "uint32"
         path = scratch / PROGRESS
-        saved: Progress = read_json(path, Progress) if path.exists() else Progress(0, {})
+        saved: Progress = read_json(path, Progress, INDEX_BYTES) if path.exists() else Progress(0, {})
         self.pieces = saved.pieces
         self.splits = {
             name: SplitWriter(scratch, name, self.dtype, shard_tokens, saved.splits.get(name)) for name in SPLITS
