@@ -72,6 +72,10 @@ LIGHTNING = "lightning.pytorch"
         ("logger.x", f"{LIGHTNING}.callbacks.ModelCheckpoint"),
         ("anything", f"{LIGHTNING}.callbacks.ModelCheckpoint"),
         ("callbacks.x", "torch.testing._internal.common_utils.TestCase"),
+        ("callbacks.x", "callbacks.event_log.EventLog"),  # of the right place, and of another kind
+        ("data", "datamodules.writer.CorpusWriter"),
+        ("module", "lightning_modules.config.ModelConfig"),
+        ("trainer.x", "lightning_modules.language_module.LanguageModule"),
         ("callbacks.x", f"{LIGHTNING}.cli.SaveConfigCallback"),
         ("trainer.x", f"{LIGHTNING}.utilities.testing.Trainer"),
         ("trainer.strategy", "lightning.Trainer"),
