@@ -17,7 +17,7 @@ def main(config: DictConfig) -> float:
     import lightning as L
 
     from core.build import build, build_all
-    from core.ending import check_time_left, tell_early_end
+    from core.ending import tell_early_end
     from core.errors import require
     from core.interruption import explained
     from core.lightning_callbacks import check_callbacks
@@ -59,8 +59,7 @@ def main(config: DictConfig) -> float:
         accumulate(trainer, datamodule, config.micro_batch_size)
         step = 0
         if run.ckpt_path is not None:
-            step = check_resumable(run, module, datamodule, trainer.max_steps)
-            check_time_left(trainer, run.ckpt_path, config)
+            step = check_resumable(run, trainer, module, datamodule, config)
 
         with run.begun(trainer, config, overrides, step), explained(trainer, run.path):
             trainer.fit(module, datamodule=datamodule, ckpt_path=run.ckpt_path, weights_only=True)

@@ -12,6 +12,8 @@ from core.untrusted import Untrusted
 STEPS = 1 << 53  # that a float still counts one by one
 OF_NUMBERS = ("Divergence", "GradientHealth", "SignalPropagation", "Throughput")
 """Callbacks of this project that keep nothing else: a text among them would be found out when the run has begun."""
+NUMBERS = ("schedule_steps", "run_summary")
+"""Parts that this project adds to a checkpoint, and that are used only where training begins, or where it has ended."""
 LISTED = ("values", "usual", "steps", "ratios")
 """What such a callback keeps a list of; as of a list's entries, the name of each ends in a number."""
 PATHS = ("best_model_path", "kth_best_model_path", "last_model_path", "dirpath")  # of Lightning's ModelCheckpoint
@@ -28,7 +30,7 @@ def checked(content: Any) -> dict[str, Any]:
     for name in ("global_step", "epoch"):
         if name in content:
             _count(name, content[name])
-    for name in ("hyper_parameters", "callbacks", "loops", "state_dict"):
+    for name in ("hyper_parameters", "callbacks", "loops", "state_dict", "run_summary"):
         if not isinstance(content.get(name, {}), dict):
             raise _wrong(name, content[name], "a group of values")
     for name, weight in content.get("state_dict", {}).items():
@@ -36,6 +38,9 @@ def checked(content: Any) -> dict[str, Any]:
             raise _wrong(f"state_dict.{name}", weight, "a tensor")
     if "vocab_size" in content.get("hyper_parameters", {}):
         _count("hyper_parameters.vocab_size", content["hyper_parameters"]["vocab_size"])
+    for name in NUMBERS:
+        for part, value in _leaves(content.get(name), name):
+            _check_number(part, value)
     for name, value in _leaves(content.get("loops", {}), "loops"):
         if not isinstance(value, bool | None):
             _count(name, value)

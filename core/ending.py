@@ -1,14 +1,13 @@
 """Why a run ended before its last step without an error: its time is up, or a callback has stopped it."""
 
+from collections.abc import Mapping
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from omegaconf import DictConfig
 
-from core.checkpoint import load_beside_weights
 from core.errors import ConfigError, one_line
 from core.lightning_callbacks import field_of
 from core.steps import at_the_end
@@ -30,22 +29,21 @@ def tell_early_end(trainer: L.Trainer) -> None:
         print(f"Ended early, after step {trainer.global_step}{of}: {reason}.", flush=True)
 
 
-def check_time_left(trainer: L.Trainer, checkpoint: Path, config: DictConfig | None = None) -> None:
+def check_time_left(trainer: L.Trainer, checkpoint: Mapping[str, Any], config: DictConfig | None = None) -> None:
     """Refuse to resume a run whose time is up: Lightning would train nothing, and say nothing.
 
     Args:
         trainer: not yet fitting; one with `max_time` has a Timer among its callbacks.
-        checkpoint: which the run is to go on from.
+        checkpoint: what the one says of its run that this run is to go on from.
         config: the composed configuration, for the name of the field.
 
     Raises:
         ConfigError: the run has trained for as long as it may.
     """
-    content = load_beside_weights(checkpoint)
-    if content["global_step"] >= trainer.max_steps:  # nothing is trained in any case
+    if checkpoint["global_step"] >= trainer.max_steps:  # nothing is trained in any case
         return
     for callback in _callbacks(trainer):
-        state = content["callbacks"].get(callback.state_key)
+        state = checkpoint["callbacks"].get(callback.state_key)
         if not isinstance(callback, Timer) or state is None:
             continue
         callback.load_state_dict(state)  # as Lightning will once more

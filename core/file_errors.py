@@ -6,9 +6,12 @@ import sys
 
 from core.errors import Refused, UserError
 
-NOT_OURS = {
-    *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM),
-    *(errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.EILSEQ),
+DISK = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOTDIR),
+}
+"""Of the file system's answers, those with which a folder that could be written to can be no more."""
+NOT_OURS = DISK | {
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.EEXIST, errno.EPERM, errno.EILSEQ),
 }
 """Of the file system's answers, those that are about a name that was given, or about the disk."""
 

@@ -1,6 +1,5 @@
 """What becomes of a run that somebody, Lightning, or the loss of a process stops early."""
 
-import errno
 import os
 import signal
 import subprocess
@@ -15,7 +14,7 @@ import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from core.errors import ConfigError, UserError, one_line
-from core.file_errors import about_a_file
+from core.file_errors import DISK, about_a_file
 from core.memory import explain_lack
 from core.printable import printable
 from core.quiet import quiet_writers
@@ -25,9 +24,6 @@ from core.together import leave_together, lost_a_peer
 PEER_LOST = 4
 RESTORING = ("restore_callbacks", "restore_loops", "restore_optimizers_and_schedulers", "restore_datamodule")
 """Lightning's functions that hand out what a checkpoint holds."""
-CANNOT_WRITE = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOTDIR),
-}
 
 
 class TrainingInterrupted(Exception):
@@ -70,7 +66,7 @@ def explained(trainer: L.Trainer, run_dir: Path) -> Iterator[None]:
     except OSError as error:
         if _cannot_share(error):
             raise _no_shared_memory(trainer) from error
-        if run_dir.is_dir() and (error.errno not in CANNOT_WRITE or _is_elsewhere(error, run_dir)):
+        if run_dir.is_dir() and (error.errno not in DISK or _is_elsewhere(error, run_dir)):
             raise about_a_file(error) or error from error
         reason = error.strerror if run_dir.is_dir() else "it is gone"
         raise UserError(f"{run_dir} cannot be written to any more: {reason}. Checkpoints in it are whole") from error

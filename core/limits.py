@@ -10,6 +10,22 @@ from core.errors import UserError, require
 VARIABLE = "SIZE_LIMITS"
 
 
+def factor(variable: str) -> float:
+    """Return by how much the user lets bounds grow: what the variable of the environment says, 1 where it is not set.
+
+    Raises:
+        UserError: it is no number of at least 1.
+    """
+    given = os.environ.get(variable) or "1"
+    try:
+        number = float(given)
+    except ValueError:
+        number = 0.0
+    if not 1 <= number <= 1e9:
+        raise UserError(f"{variable}={given!r} is not valid: expected a number from 1 to 1e9, by which bounds grow")
+    return number
+
+
 def require_at_most(bound: int, field: str, value: int | None) -> None:
     """Refuse a size beyond its bound; None passes.
 
@@ -17,13 +33,6 @@ def require_at_most(bound: int, field: str, value: int | None) -> None:
         ConfigError: names the bound and how to raise it.
         UserError: SIZE_LIMITS is no number of at least 1.
     """
-    given = os.environ.get(VARIABLE) or "1"
-    try:
-        factor = float(given)
-    except ValueError:
-        factor = 0.0
-    if not 1 <= factor <= 1e9:
-        raise UserError(f"{VARIABLE}={given!r} is not valid: expected a number from 1 to 1e9, by which bounds grow")
-    most = int(bound * factor)
+    most = int(bound * factor(VARIABLE))
     valid = f"at most {most:,}; {VARIABLE}=10 in the environment makes the bounds on sizes ten times as large"
     require(value is None or value <= most, field, value, valid)

@@ -1,5 +1,6 @@
 """A run folder -> the model that was trained in it, for whoever uses it afterwards."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from core.build import build
 from core.errors import ConfigError, one_line, require
-from core.saved_config import load_config
+from core.saved_config import load_config, refuse_addresses
 
 WRITTEN = {"root": "data", "cache_dir": "data/cache"}
 CACHE_GB = 50
@@ -40,7 +41,8 @@ def open_run(folder: Path, checkpoint: str = "last", allow: str = "") -> OpenRun
     Args:
         folder: the run's.
         checkpoint: last, best, or the path of one.
-        allow: classes of the user's own that its configuration names, separated by commas; no others are imported.
+        allow: classes of the user's own, and addresses of corpora, that its configuration names, separated by commas;
+            no others are imported, or asked.
 
     Raises:
         ConfigError: no run, foreign code in it, no such checkpoint, or one that cannot be read as one of this run.
@@ -49,7 +51,8 @@ def open_run(folder: Path, checkpoint: str = "last", allow: str = "") -> OpenRun
 
     from core.checkpoint import load
 
-    config = load_config(folder, [name.strip() for name in allow.split(",")])
+    allowed = [name.strip() for name in allow.split(",")]
+    config = load_config(folder, allowed)
     named = checkpoint in ("last", "best")
     path = folder / f"checkpoints/{checkpoint}.ckpt" if named else Path(checkpoint)
     require(path.exists(), "checkpoint", checkpoint, f"last, best, or the path of a checkpoint; {path} is not there")
@@ -80,20 +83,26 @@ def open_run(folder: Path, checkpoint: str = "last", allow: str = "") -> OpenRun
         module.load_state_dict(weights)
     except RuntimeError as error:
         raise ConfigError("checkpoint", str(path), described) from error
-    return OpenRun(folder, config, module.eval(), open_data(config), step)
+    return OpenRun(folder, config, module.eval(), open_data(config, allowed), step)
 
 
-def open_data(config: DictConfig) -> Any:
+def open_data(config: DictConfig, allow: Collection[str] = ()) -> Any:
     """The DataModule of a saved configuration, which writes nowhere but where a new run does by itself.
 
     A corpus that is there already is read wherever the configuration says. What has to be written first (the standard
     library's corpus, shards from elsewhere) goes into the working folder's `data`.
 
+    Args:
+        config: the whole configuration.
+        allow: addresses of corpora that the user vouches for.
+
     Raises:
-        ConfigError: it cannot be made.
+        ConfigError: it cannot be made, or lies at an address that is not allowed.
     """
     data = config.get("data")
     require(isinstance(data, DictConfig), "data", data, "a group with a _target_")
+    assert isinstance(data, DictConfig)
+    refuse_addresses(data, allow)
     if "cache_dir" in data:
         data.cache_dir = WRITTEN["cache_dir"]
         if isinstance(data.get("cache_gb"), int | float):
@@ -104,4 +113,6 @@ def open_data(config: DictConfig) -> Any:
         if corpus is None or not (corpus / "index.json").is_file():
             data.root = WRITTEN["root"]
             datamodule = build(config, "data")
+        else:
+            datamodule.tidies = False
     return datamodule

@@ -29,7 +29,7 @@ from torch import Tensor
 from core import plain_pickle, tensor_archive
 from core.errors import one_line
 from core.plain_pickle import Maker, Record
-from core.untrusted import Untrusted, beyond, bound, open_regular, parse_json, read_bytes
+from core.untrusted import Untrusted, beyond, bound, check_json, open_regular, parse_json, read_bytes
 
 INDEX, CHECKSUM, VALUES = "index.json", "index.crc32", "values.pt"
 OLD_INDEX, OLD_CHECKSUM = ".metadata", "metadata.crc32"
@@ -37,6 +37,7 @@ FORMAT, VERSION = "checkpoint in pieces", 1
 MAX_INDEX = 32 << 20  # bytes; room for a million pieces
 MAX_DIMENSIONS = 16
 MAX_ENTRIES = 1 << 48  # of a tensor
+MAX_CUTS = 2 * MAX_DIMENSIONS  # one within the other, until the pieces of a tensor lie apart
 CHUNK = 16 << 20
 
 Path_ = tuple[str | int, ...]
@@ -241,6 +242,7 @@ def write_index(folder: Path, tensors: Mapping[str, Saved], files: Mapping[str, 
     content = json.dumps(index, separators=(",", ":")).encode()
     if len(content) > bound(MAX_INDEX):
         raise Untrusted(beyond("the checkpoint's index would have too many bytes to be read again", MAX_INDEX))
+    check_json(content, "the checkpoint's index")
     (folder / CHECKSUM).write_bytes(_sealed(content))
     (folder / INDEX).write_bytes(content)
 
@@ -303,16 +305,45 @@ def put(state: Any, path: Path_, value: Any) -> None:
 
 
 def _check(name: str, saved: Saved) -> None:
-    """Refuse a tensor whose pieces are not just what fills it."""
-    filled = 0
+    """Refuse a tensor whose pieces are not just what fills it: no entry is missing, and none is there twice."""
     for piece in saved.pieces:
         if not len(piece.offsets) == len(piece.sizes) == len(saved.shape):
             raise Untrusted(f"a piece of {name[:100]} has other dimensions")
         if any(o + n > whole for o, n, whole in zip(piece.offsets, piece.sizes, saved.shape, strict=True)):
             raise Untrusted(f"a piece of {name[:100]} lies outside of it")
-        filled += math.prod(piece.sizes)
-    if filled != math.prod(saved.shape):
+    pieces = [piece for piece in saved.pieces if math.prod(piece.sizes)]
+    if sum(math.prod(piece.sizes) for piece in pieces) != math.prod(saved.shape) or not _are_apart(pieces):
         raise Untrusted(f"the pieces of {name[:100]} do not fill it")
+
+
+def _are_apart(pieces: list[Piece]) -> bool:
+    """Whether no two boxes overlap, told by cutting straight through between them, again and again.
+
+    Of boxes that lie around each other like the blades of a windmill it is not: no way to share a tensor is like that.
+    """
+    pending = [(pieces, 0)]
+    while pending:
+        group, cuts = pending.pop()
+        if len(group) > 1:
+            dimensions = range(len(group[0].sizes))
+            parts = next((parts for n in dimensions if len(parts := _cut(group, n)) > 1), [])
+            if not parts or cuts > MAX_CUTS:
+                return False
+            pending.extend((part, cuts + 1) for part in parts)
+    return True
+
+
+def _cut(pieces: list[Piece], dimension: int) -> list[list[Piece]]:
+    """The pieces in groups, one behind the other along a dimension."""
+    groups: list[list[Piece]] = []
+    end = 0
+    for piece in sorted(pieces, key=lambda piece: piece.offsets[dimension]):
+        start = piece.offsets[dimension]
+        if not groups or start >= end:
+            groups.append([])
+        groups[-1].append(piece)
+        end = max(end, start + piece.sizes[dimension])
+    return groups
 
 
 def _file(folder: Path, name: Any) -> str:

@@ -1,6 +1,7 @@
 """Where a run lives: runs/EXPERIMENT/NAME with its config, checkpoints, logs and summary."""
 
 import itertools
+import os
 import re
 import shlex
 import shutil
@@ -16,7 +17,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from core.errors import ConfigError, UserError, one_line, require, writing
+from core.errors import ConfigError, Refused, UserError, one_line, require, writing
 from core.file_errors import about_a_file
 from core.mappings import flatten
 from core.paths import require_path
@@ -24,6 +25,7 @@ from core.printable import printable
 from core.run_lock import held
 from core.status import FILE as STATUS
 from core.status import LOCK, is_done
+from core.untrusted import read_yaml
 from core.whole_file import damage_of, is_whole, write_whole
 from lightning_modules.config import ModelConfig, OptimConfig, parse, settings
 
@@ -32,9 +34,12 @@ NAME_LENGTH = 80  # file systems take 255 bytes; a table of runs takes less
 SWEPT_LENGTH = 200  # what runs differ in matters more than the table
 MAX_RETRIES = 100
 WITHOUT_RUN = "a folder without a run in it, or ckpt_path=last beside it to resume that run"
+OVERRIDES = "overrides.yaml"
 LAST, PREVIOUS = Path("checkpoints/last.ckpt"), Path("checkpoints/previous.ckpt")
 BEGINNING = rf"(config|overrides)(-resumed-[\w-]+)?\.yaml|{re.escape(STATUS)}|tensorboard|csv"
 """The names of what a run writes into its folder before its first step."""
+WRITTEN = rf"{BEGINNING}|checkpoints|flight_recorder|wandb|(divergence|events|summary|status)\..*"
+"""The names of all that a run writes into its folder, or removes there."""
 MAY_CHANGE = {  # in a resumed run: how it computes, and what follows from the step alone
     *("model.compile", "model.activation_checkpointing", "model.checkpoint_every"),
     *("model.moe.backend", "model.moe.expert_parallel"),
@@ -106,16 +111,23 @@ class RunFolder:
         Raises:
             ConfigError: the folder cannot be written to; or a run has come into it meanwhile, which the lock prevents
                 where the file system has locks.
+            UserError: the overrides of its beginning, which the command to go on repeats, cannot be read.
         """
         with writing("run_dir", self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             first = not (self.path / "config.yaml").exists()
             require(first or self.holds_run, "run_dir", str(self.path), WITHOUT_RUN)
+            noted = not first and os.path.lexists(self.path / OVERRIDES)
+            if noted:
+                read_overrides(self.path)
             suffix = "" if first else time.strftime("-resumed-%Y-%m-%d_%H-%M-%S")
             # The configuration last: a folder with one is a run's, and has all that a run needs to go on.
-            for name, content, resolve in (("overrides", OmegaConf.create(overrides), False), ("config", config, True)):
+            for name, content, resolve in (
+                (f"overrides{suffix if noted else ''}", OmegaConf.create(overrides), False),
+                (f"config{suffix}", config, True),
+            ):
                 save = partial(OmegaConf.save, content, resolve=resolve)
-                write_whole(self.path / f"{name}{suffix}.yaml", save)
+                write_whole(self.path / f"{name}.yaml", save)
 
 
 def folder_name(now: str, overrides: list[str], swept: Collection[str] = ()) -> str:
@@ -168,6 +180,8 @@ def entered(config: DictConfig, experiment: str | None, name: str) -> Iterator[R
         yield RunFolder(path or own, _checkpoint(config, path or own))
         return
     with _claimed(path or own, by_another_name=path is None) as (path, is_new):
+        if not is_new:
+            refuse_links(path)
         had_lock = (path / LOCK).exists()
         with held(path):
             try:
@@ -223,6 +237,25 @@ def _make_parents(path: Path, made: list[Path]) -> None:
         with suppress(FileExistsError):
             folder.mkdir()
             made.append(folder)
+
+
+def refuse_links(path: Path) -> None:
+    """Refuse a folder in which a run would write into, or delete, what is not its own: it may come from a stranger.
+
+    Raises:
+        ConfigError: names the first link that leads out of it, or pipe or device, which a run would wait for.
+    """
+    pending = [part for part in path.glob("*") if re.fullmatch(WRITTEN, part.name)]
+    home = Path(os.path.realpath(path))
+    while pending:
+        part = pending.pop()
+        if part.is_symlink() and not Path(os.path.realpath(part)).is_relative_to(home):
+            reason = f"{part} leads out of it by a link, through which the run would write and delete; remove the link"
+            raise Refused("run_dir", str(path), reason)
+        if part.exists() and not (part.is_file() or part.is_dir()):
+            raise Refused("run_dir", str(path), f"{part} is no regular file; remove it")
+        if part.is_dir() and not part.is_symlink():
+            pending.extend(part.iterdir())
 
 
 def _holds_run(path: Path) -> bool:
@@ -307,27 +340,31 @@ def _last_trained(run: Path) -> float:
     return max(times)
 
 
-def check_resumable(run: RunFolder, module: Any, datamodule: Any, max_steps: int) -> int:
+def check_resumable(
+    run: RunFolder, trainer: Any, module: Any, datamodule: Any, config: DictConfig | None = None
+) -> int:
     """Hold the checkpoint against what is asked for: nothing may be resumed as something else, or silently ignored.
 
     At its last step only a run goes on that was killed before all else was written: nothing is trained any more.
 
     Args:
         run: with a checkpoint, whole, of one file or a folder of several processes'.
+        trainer: not yet fitting; it knows where the run is to end.
         module: the LightningModule; its hyperparameters must be those of the checkpoint.
         datamodule: the DataModule; where it has a `stream_identity`, that must be the checkpoint's.
-        max_steps: where the run is to end.
+        config: the composed configuration, for the names of fields.
 
     Returns:
         The checkpoint's optimizer step.
 
     Raises:
         ConfigError: it cannot be read, is of another model, optimizer or stream (names the first field that differs),
-            or is at the end already.
+            or is at the end already, or out of time.
     """
     from core.checkpoint import load_beside_weights
+    from core.ending import check_time_left
 
-    checkpoint = run.ckpt_path
+    checkpoint, max_steps = run.ckpt_path, trainer.max_steps
     assert checkpoint is not None
     try:
         content = load_beside_weights(checkpoint)
@@ -352,6 +389,7 @@ def check_resumable(run: RunFolder, module: Any, datamodule: Any, max_steps: int
             )
     else:
         require(step < max_steps, "trainer.max_steps", max_steps, f"more than {step}, the step of the checkpoint")
+    check_time_left(trainer, content, config)
     return int(step)
 
 
@@ -379,6 +417,19 @@ def _check_same_data(content: dict[str, Any], datamodule: Any) -> None:
         raise ConfigError("data._target_", own, valid)
 
 
+def read_overrides(run_dir: Path) -> list[str]:
+    """Return the overrides that a run began with, as they were given, references and all.
+
+    Raises:
+        UserError: they are not there, cannot be read, or are no list of texts.
+    """
+    path = run_dir / OVERRIDES
+    given = read_yaml(path)
+    if not isinstance(given, list) or not all(isinstance(override, str) for override in given):
+        raise UserError(f"{path} cannot be read as the run's overrides: expected a list of FIELD=VALUE, or []")
+    return given
+
+
 def resume_command(run_dir: Path, max_steps: int | None = None) -> str:
     """The command line that goes on with a run: its own overrides, its folder, its last checkpoint.
 
@@ -386,11 +437,7 @@ def resume_command(run_dir: Path, max_steps: int | None = None) -> str:
         run_dir: the run's folder.
         max_steps: another end than the run's own.
     """
-    from core.saved_config import read_config
-
-    # As they were given, references and all.
-    given: Any = OmegaConf.to_container(read_config(run_dir / "overrides.yaml"), resolve=False)
-    overrides = [str(override) for override in given]
+    overrides = read_overrides(run_dir)
     replaced = {"run_dir", "ckpt_path", *(["trainer.max_steps"] if max_steps else [])}
     kept = [item for item in overrides if item.split("=")[0] not in replaced]
     kept += [f"trainer.max_steps={max_steps}"] if max_steps else []

@@ -1,6 +1,7 @@
 """The configuration in a run's folder, which may come from anywhere: it names classes, so reading it could run code."""
 
 import argparse
+import importlib
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -10,26 +11,34 @@ import lightning as L
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import CheckpointIO, Precision
 from lightning.pytorch.strategies import Strategy
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from core.build import locate
 from core.errors import Refused, UserError, one_line, require
-from core.untrusted import YAML_BYTES, check_yaml, read_bytes
+from core.untrusted import YAML_BYTES, Untrusted, parse_yaml, read_bytes
 
-OWN = ("callbacks", "core", "datamodules", "lightning_modules")
-PACKAGES = (*OWN, "lightning", "torch")
+PACKAGES = ("callbacks", "core", "datamodules", "lightning_modules", "lightning")
+_LIGHTNING = "lightning.pytorch"
 KINDS = {
-    "module": ((L.LightningModule,), OWN),
-    "data": ((L.LightningDataModule,), OWN),
-    "trainer": ((L.Trainer, Strategy, CheckpointIO, Precision), PACKAGES),
-    "callbacks": ((L.Callback,), PACKAGES),
-    "logger": ((Logger,), PACKAGES),
+    "module": ((L.LightningModule,), ("lightning_modules",)),
+    "data": ((L.LightningDataModule,), ("datamodules",)),
+    "trainer": (
+        (L.Trainer, Strategy, CheckpointIO, Precision),
+        (
+            *("lightning_modules", "core.checkpoint"),
+            *(f"{_LIGHTNING}.strategies", f"{_LIGHTNING}.plugins", "lightning.fabric.plugins"),
+        ),
+    ),
+    "callbacks": ((L.Callback,), ("callbacks", f"{_LIGHTNING}.callbacks")),
+    "logger": ((Logger,), (f"{_LIGHTNING}.loggers",)),
 }
-"""By group, the classes that a run is made of there, and the packages that they may come from.
+"""By group, the classes that a run is made of there, and the modules that they may come from: no others are imported.
 
-torch.hub.load and its like are in these packages too. A logger in another group would be made by whoever opens the run,
-and some open files or connections as they are made; a DataModule of Lightning's examples downloads.
+torch.hub.load and its like are never needed. A logger in another group would be made by whoever opens the run, and some
+open files or connections as they are made; a DataModule of Lightning's examples downloads.
 """
+TRAINERS = ("lightning.Trainer", f"{_LIGHTNING}.Trainer", f"{_LIGHTNING}.trainer.Trainer")
+ADDRESS = "://"
+"""What makes of a corpus' path an address elsewhere (datamodules/remote.py)."""
 
 
 def load_config(run: Path, allow: Collection[str] = ()) -> DictConfig:
@@ -55,14 +64,25 @@ def load_config(run: Path, allow: Collection[str] = ()) -> DictConfig:
 def read_config(path: Path) -> Any:
     """What OmegaConf makes of a file, within the bounds of core/untrusted.py: its size, values, depth; no aliases.
 
+    A run saves its configuration without references. They are refused before OmegaConf, which takes long to parse many.
+
     Raises:
         UserError: it is not there, or cannot be read.
+        ConfigError: it holds a reference, behind which code could hide: names the field.
     """
     try:
         text = read_bytes(path, YAML_BYTES)
-        check_yaml(text, path)
+        content = parse_yaml(text, path)
+    except Untrusted as error:
+        raise UserError(f"{path} cannot be read as a configuration: {one_line(error)}") from error
+    for field, value in _leaves(content):
+        if isinstance(value, str) and "${" in value:
+            short = value if len(value) <= 100 else f"{value[:100]}…"
+            reason = "a saved configuration holds no references; this one was not saved by a run"
+            raise Refused(field[-200:], short, reason)
+    try:
         return OmegaConf.create(text.decode())
-    except Exception as error:  # of YAML's, OmegaConf's and the file system's many kinds
+    except Exception as error:  # of YAML's and OmegaConf's many kinds
         raise UserError(f"{path} cannot be read as a configuration: {one_line(error)}") from error
 
 
@@ -70,12 +90,9 @@ def refuse_foreign_code(config: DictConfig, allow: Collection[str] = ()) -> None
     """Hold every class that a saved configuration names against what may be made of it, and make none.
 
     Raises:
-        ConfigError: names the field of the first that is neither one of KINDS, nor allowed; or of a
-            reference, behind which one could hide: a run saves its configuration without any.
+        ConfigError: names the field of the first that is neither one of KINDS, nor allowed.
     """
     for field, value in _leaves(OmegaConf.to_container(config, resolve=False)):
-        if isinstance(value, str) and "${" in value:
-            raise Refused(field, value, "a saved configuration holds no references; this one was not saved by a run")
         if field.rpartition(".")[2] == "_target_" and value not in allow and not _is_ours(field, value):
             way = f"--allow {value} runs it (or allow={value}, of a tool that takes FIELD=VALUE)"
             reason = f"the saved configuration names code that is not this project's; {way}"
@@ -83,9 +100,10 @@ def refuse_foreign_code(config: DictConfig, allow: Collection[str] = ()) -> None
 
 
 def add_allow_option(parser: argparse.ArgumentParser) -> None:
-    """--allow CLASS, for `load_config`."""
-    text = "a class of your own that the run's saved configuration names, as my_file.MyCallback; several: give it again"
-    parser.add_argument("--allow", action="append", default=[], metavar="CLASS", help=text)
+    """--allow NAME, for `load_config` and `core.open_run.open_data`."""
+    text = "what the run's saved configuration names, and you vouch for: a class of your own, as my_file.MyCallback, "
+    text += "or the address of its corpus, as s3://bucket/corpus; several: give it again"
+    parser.add_argument("--allow", action="append", default=[], metavar="NAME", help=text)
 
 
 def _leaves(node: Any, field: str = "") -> Iterator[tuple[str, Any]]:
@@ -101,12 +119,35 @@ def _leaves(node: Any, field: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _is_ours(field: str, value: Any) -> bool:
-    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", value):
+    group = field.partition(".")[0]
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", value) or group not in KINDS:
         return False
-    kinds, packages = KINDS.get(field.partition(".")[0], ((), ()))
-    if value.partition(".")[0] not in packages:  # importing it would run it
+    if value in TRAINERS:
+        return field == "trainer._target_"
+    kinds, homes = KINDS[group]
+    module, _, name = value.rpartition(".")
+    if not any(f"{module}.".startswith(f"{home}.") for home in homes):
         return False
-    target = locate(field, value)
-    if not isinstance(target, type) or target.__module__.partition(".")[0] not in packages:
+    try:
+        target = getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return False
+    # A module may have imported it: that class has to be from one of the packages all the same.
+    if not isinstance(target, type) or target.__module__.partition(".")[0] not in PACKAGES:
         return False
     return issubclass(target, kinds)
+
+
+def refuse_addresses(data: DictConfig, allow: Collection[str] = ()) -> None:
+    """Refuse to ask elsewhere for the corpus of a run that may come from a stranger, before its user has said so.
+
+    Raises:
+        ConfigError: `path`, or one of `paths`, is an address that is not allowed.
+    """
+    paths = data.get("paths")
+    several = paths if isinstance(paths, ListConfig) else [paths]
+    for field, value in (("path", data.get("path")), *(("paths", path) for path in several)):
+        if isinstance(value, str) and ADDRESS in value and value not in allow:
+            way = f"--allow {value} asks there (or allow={value}, of a tool that takes FIELD=VALUE)"
+            reason = f"the saved configuration names an address, of which nothing is fetched by itself; {way}"
+            raise Refused(f"data.{field}", value, reason)

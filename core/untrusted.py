@@ -5,9 +5,9 @@ whoever trusts a file that is beyond one sets READ_LIMITS=10.
 """
 
 import functools
-import math
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,11 +15,13 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json
 
 from core.errors import UserError, one_line
+from core.limits import factor
 
 VARIABLE = "READ_LIMITS"
 MIB = 1 << 20
 JSON_BYTES = 16 * MIB
 JSON_DEPTH = 200  # of pydantic's parser
+JSON_MEMORY = 512 * MIB  # that what a JSON text holds takes in Python; `[],` has 3 bytes, and becomes over 100
 YAML_BYTES, YAML_NODES, YAML_DEPTH, YAML_SCALAR = MIB, 20_000, 64, 4096
 NAMED = 3  # of the faults that a schema finds
 
@@ -34,14 +36,7 @@ def bound(number: int) -> int:
     Raises:
         UserError: READ_LIMITS is no number of at least 1.
     """
-    given = os.environ.get(VARIABLE) or "1"
-    try:
-        factor = float(given)
-    except ValueError:
-        factor = math.nan
-    if not 1 <= factor <= 1e9:
-        raise UserError(f"{VARIABLE}={given!r} is not valid: expected a number from 1 to 1e9, by which bounds grow")
-    return int(number * factor)
+    return int(number * factor(VARIABLE))
 
 
 def beyond(what: str, number: int) -> str:
@@ -94,8 +89,43 @@ def within(folder: Path, path: Path, remedy: str) -> Path:
     return path
 
 
+_LIST, _OBJECT, _VALUE, _TEXT = 72, 240, 40, 60  # bytes that one takes in Python; of a text, beside its letters
+
+
+def check_json(text: bytes | str, where: object) -> None:
+    """Refuse a JSON text whose values would take more than JSON_MEMORY, before any of them is made.
+
+    Raises:
+        Untrusted: it has too many values.
+    """
+    content = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    most = bound(JSON_MEMORY)
+    # The first two look at nothing, or at texts too: brackets in a text are no values.
+    if _OBJECT * len(content) > most and _memory(content) > most and sum(map(_memory, _beside_texts(content))) > most:
+        what = f"{where} has too many values: they would take more than {most:,} bytes of memory"
+        raise Untrusted(beyond(what, JSON_MEMORY))
+
+
+def _memory(content: bytes) -> int:
+    lists, objects, values, texts = (content.count(sign) for sign in (b"[", b"{", b",", b'"'))
+    return _LIST * lists + _OBJECT * objects + _VALUE * values + _TEXT * (texts // 2)
+
+
+def _beside_texts(content: bytes) -> Iterator[bytes]:
+    """Yield what stands between the texts, which are left empty, a part at a time."""
+    import numpy as np
+
+    content = content.replace(b"\\\\", b"").replace(b'\\"', b"")
+    is_inside = 0
+    for start in range(0, len(content), MIB):
+        part = np.frombuffer(content, np.uint8, min(MIB, len(content) - start), start)
+        inside = (np.cumsum(part == ord('"')) + is_inside) % 2
+        is_inside = int(inside[-1])
+        yield part[inside == 0].tobytes().replace(b'"', b'""')  # the second of each pair is there, and closes one
+
+
 def parse_json(text: bytes | str, where: object, schema: Any = Any) -> Any:
-    """Return what a JSON text holds, at most JSON_DEPTH levels deep, as the schema's type.
+    """Return what a JSON text holds, at most JSON_DEPTH levels deep and within JSON_MEMORY, as the schema's type.
 
     Args:
         text: UTF-8.
@@ -103,8 +133,10 @@ def parse_json(text: bytes | str, where: object, schema: Any = Any) -> Any:
         schema: a dataclass or another type that pydantic knows; its values are taken as they stand, none is converted.
 
     Raises:
-        Untrusted: it is no JSON, too deep, or not of the schema: names the field, the value and what would be valid.
+        Untrusted: it is no JSON, too deep, has too many values, or is not of the schema: names the field, the value and
+            what would be valid.
     """
+    check_json(text, where)
     try:
         if schema is Any:
             return from_json(text)
@@ -169,20 +201,24 @@ def check_yaml(text: bytes | str, where: object) -> None:
         raise Untrusted(f"{where} cannot be read: {one_line(error)}") from error
 
 
-def read_yaml(path: Path) -> Any:
-    """Return what a YAML file holds: mappings, lists, texts, numbers, nothing else.
+def parse_yaml(text: bytes | str, where: object) -> Any:
+    """Return what a YAML text holds: mappings, lists, texts, numbers, nothing else.
 
     Raises:
-        Untrusted: as of `read_bytes` and `check_yaml`, or it names types of its own.
+        Untrusted: as of `check_yaml`, or it names types of its own.
     """
     import yaml
 
-    text = read_bytes(path, YAML_BYTES)
-    check_yaml(text, path)
+    check_yaml(text, where)
     try:
         return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
-        raise Untrusted(f"{path} cannot be read: {one_line(error)}") from error
+        raise Untrusted(f"{where} cannot be read: {one_line(error)}") from error
+
+
+def read_yaml(path: Path) -> Any:
+    """Return what a YAML file holds; see `read_bytes` and `parse_yaml`."""
+    return parse_yaml(read_bytes(path, YAML_BYTES), path)
 
 
 @functools.cache

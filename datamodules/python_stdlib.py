@@ -20,7 +20,12 @@ class PythonStdlib(TokenDataModule):
         root: folder under which the corpus is written, once.
         seq_len, batch_size, val_batches, num_workers, seed: see StreamDataModule.
         document_mask: see TokenDataModule.
+
+    Attributes:
+        tidies: remove what killed processes have left beside the corpus; false where a run from elsewhere names root.
     """
+
+    tidies = True
 
     def __init__(
         self,
@@ -46,7 +51,8 @@ class PythonStdlib(TokenDataModule):
         Raises:
             ConfigError: it would be too short for the configuration, or the folder cannot be written to.
         """
-        remove_left_over(self.folder)
+        if self.tidies:
+            remove_left_over(self.folder)
         if (self.folder / "index.json").exists():
             read_index(LocalFolder(self.folder))
             return

@@ -15,6 +15,7 @@ from datamodules.stream import StreamLoader, TokenStream
 from datamodules.tokenizers import NumberTokenizer, Tokenizer
 
 MAX_SEQ_LEN, MAX_BATCH_SIZE, MAX_WORKERS = 2**24, 2**20, 1024
+MAX_BATCH_TOKENS = 2**28  # of a batch's sequences together, over all processes
 
 
 class StreamDataModule(L.LightningDataModule):
@@ -53,6 +54,7 @@ class StreamDataModule(L.LightningDataModule):
             require(value >= least, f"data.{name}", value, f"an integer >= {least}")
         require_at_most(MAX_SEQ_LEN, "data.seq_len", seq_len)
         require_at_most(MAX_BATCH_SIZE, "data.batch_size", batch_size)
+        require_at_most(max(1, MAX_BATCH_TOKENS // seq_len), "data.batch_size", batch_size)
         require_at_most(MAX_WORKERS, "data.num_workers", num_workers)
         self.seq_len, self.batch_size, self.val_batches = seq_len, batch_size, val_batches
         self.num_workers, self.seed = num_workers, seed

@@ -11,14 +11,15 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 import numpy.typing as npt
 
-from datamodules.index import HEADER_BYTES, SPLITS, ArrayFile, Index, SplitIndex
+from core.untrusted import read_json
+from datamodules.index import HEADER_BYTES, INDEX_BYTES, SPLITS, ArrayFile, Count, Index, SplitIndex
 from datamodules.shards import sha256_of
 
 PAGE_TOKENS = 1 << 16
@@ -26,6 +27,31 @@ SHARD_TOKENS = 1 << 26  # 128 MiB of uint16
 PROGRESS, LOCK = "progress.json", "lock"
 RANDOM_LETTERS = 8  # at the end of a name that tempfile makes
 OLD_SECONDS = 3600  # after which a folder without a lock is nobody's
+
+
+@dataclass(frozen=True)
+class SplitProgress:
+    """What of a split is safely on the disk; see SplitWriter."""
+
+    num_tokens: Count = 0
+    num_documents: Count = 0
+    num_bytes: Count = 0
+    lost: Count = 0
+    invalid: Count = 0
+    shards: list[ArrayFile] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The content of progress.json, from which a preparation that was stopped goes on.
+
+    Attributes:
+        pieces: of the input that are safely written.
+        splits: by name.
+    """
+
+    pieces: Count
+    splits: dict[str, SplitProgress]
 
 
 class GrowingArray:
@@ -78,17 +104,17 @@ class SplitWriter:
     """
 
     def __init__(
-        self, folder: Path, name: str, dtype: str, shard_tokens: int, state: dict[str, Any] | None = None
+        self, folder: Path, name: str, dtype: str, shard_tokens: int, state: "SplitProgress | None" = None
     ) -> None:
-        state = state or {"num_tokens": 0, "num_documents": 0, "num_bytes": 0, "lost": 0, "invalid": 0, "shards": []}
+        state = state or SplitProgress()
         self.folder, self.name, self.dtype, self.shard_tokens = folder, name, dtype, shard_tokens
         self.page_tokens = min(PAGE_TOKENS, shard_tokens)
-        self.num_tokens, self.num_bytes = state["num_tokens"], state["num_bytes"]
-        self.lost, self.invalid = state["lost"], state["invalid"]
-        self.shards = [ArrayFile(**shard) for shard in state["shards"]]
+        self.num_tokens, self.num_bytes = state.num_tokens, state.num_bytes
+        self.lost, self.invalid = state.lost, state.invalid
+        self.shards = list(state.shards)
         rest = self.num_tokens - len(self.shards) * shard_tokens
         self.current = GrowingArray(self._shard_path(), dtype, rest) if rest else None
-        self.documents = GrowingArray(folder / f"{name}.documents.npy", "int64", state["num_documents"])
+        self.documents = GrowingArray(folder / f"{name}.documents.npy", "int64", state.num_documents)
         pages = len(self.shards) * shard_tokens // self.page_tokens
         self.checksums = GrowingArray(folder / f"{name}.checksums.npy", "uint32", pages)
 
@@ -116,14 +142,13 @@ class SplitWriter:
             if self.current.length == self.shard_tokens:
                 self._close_shard(self.current)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> "SplitProgress":
         """What another writer goes on from; the files are safe on disk."""
         for array in (self.current, self.documents, self.checksums):
             if array is not None:
                 array.sync()
-        numbers = {"num_tokens": self.num_tokens, "num_documents": self.documents.length, "num_bytes": self.num_bytes}
-        numbers |= {"lost": self.lost, "invalid": self.invalid}
-        return {**numbers, "shards": [asdict(shard) for shard in self.shards]}
+        numbers = (self.num_tokens, self.documents.length, self.num_bytes, self.lost, self.invalid)
+        return SplitProgress(*numbers, self.shards)
 
     def close(self) -> SplitIndex:
         if self.current is not None:
@@ -164,18 +189,18 @@ class CorpusWriter:
         self.scratch, self.description, self.shard_tokens = scratch, description, shard_tokens
         self.dtype = "uint16" if description["vocab_size"] <= 1 << 16 else "uint32"
         path = scratch / PROGRESS
-        saved: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"pieces": 0, "splits": {}}
-        self.pieces: int = saved["pieces"]
+        saved: Progress = read_json(path, Progress, INDEX_BYTES) if path.exists() else Progress(0, {})
+        self.pieces = saved.pieces
         self.splits = {
-            name: SplitWriter(scratch, name, self.dtype, shard_tokens, saved["splits"].get(name)) for name in SPLITS
+            name: SplitWriter(scratch, name, self.dtype, shard_tokens, saved.splits.get(name)) for name in SPLITS
         }
 
     def checkpoint(self, pieces: int) -> None:
         """Note that so many pieces of the input are safely written; a writer in this folder goes on from there."""
         self.pieces = pieces
-        state = {"pieces": pieces, "splits": {name: split.state() for name, split in self.splits.items()}}
+        progress = Progress(pieces, {name: split.state() for name, split in self.splits.items()})
         draft = self.scratch / f"{PROGRESS}.draft"
-        draft.write_text(json.dumps(state))
+        draft.write_text(json.dumps(asdict(progress)))
         draft.replace(self.scratch / PROGRESS)
 
     def finish(self, folder: Path) -> Index:

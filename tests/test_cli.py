@@ -64,6 +64,7 @@ BAD = [  # (arguments, what the message must hold)
     (["run_dir=[1]"], ("run_dir=[1]", "the name of a folder")),
     (["run_dir="], ("run_dir=''", "the name of a folder", "empty")),
     (["run_dir=' '"], ("run_dir=' '", "the name of a folder")),
+    ([f"run_dir={'a/' * 2048}b"], ("run_dir='a/a/", "or all of it 4095")),
     ([f"run_dir={'a' * 300}"], (f"run_dir='{'a' * 300}'", "more than 255 bytes")),
     ([f"ckpt_path={'a' * 300}"], ("ckpt_path='aaa", "more than 255 bytes")),
     ([f"data.root={'a' * 300}"], ("data.root='aaa", "more than 255 bytes")),

@@ -42,7 +42,7 @@ class EvaluateConfig:
     window: int | None = None  # tokens that the model reads in a task; null: as many as it was trained on
     batch_size: int | None = None  # questions of a task side by side; null: 16
     checkpoint: str = "last"  # last, best, or the path of one
-    allow: str = ""  # classes of your own that the run's configuration names, as my_file.MyCallback, by commas
+    allow: str = ""  # what the run's configuration names, by commas: your classes, as my_file.Mine; a corpus' address
 
     def __post_init__(self) -> None:
         for name, least in (("batches", 1), ("num_fewshot", 0), ("limit", 1), ("window", 2), ("batch_size", 1)):

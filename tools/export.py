@@ -26,7 +26,7 @@ class ExportConfig:
 
     output: str  # a new folder
     checkpoint: str = "last"  # last, best, or the path of one
-    allow: str = ""  # classes of your own that the run's configuration names, as my_file.MyCallback, by commas
+    allow: str = ""  # what the run's configuration names, by commas: your classes, as my_file.Mine; a corpus' address
 
 
 def export(folder: Path, config: ExportConfig) -> str:

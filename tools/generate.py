@@ -37,7 +37,7 @@ class GenerateConfig:
     seed: int = 0
     window: int | None = None  # tokens that the model looks back at; null: as many as it was trained on
     checkpoint: str = "last"  # last, best, or the path of one
-    allow: str = ""  # classes of your own that the run's configuration names, as my_file.MyCallback, by commas
+    allow: str = ""  # what the run's configuration names, by commas: your classes, as my_file.Mine; a corpus' address
 
     def __post_init__(self) -> None:
         require(self.num_tokens >= 1, "num_tokens", self.num_tokens, "an integer >= 1")

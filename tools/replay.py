@@ -15,6 +15,7 @@ import re
 import sys
 import tempfile
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,9 @@ from typing import Annotated, Any
 
 import lightning as L
 import torch
-from omegaconf import DictConfig, OmegaConf
+from hydra.utils import instantiate
+from lightning.pytorch.plugins import Precision
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from pydantic import ConfigDict, Field
 from rich import box
 from rich.console import Console
@@ -32,7 +35,7 @@ from torch import Tensor
 from analysis.propagation import BlockSignal, measure
 from callbacks.flight_recorder import FOLDER
 from core import cli, tensor_archive
-from core.build import build, build_all
+from core.build import build, build_all, locate
 from core.checkpoint import CheckpointIO, load_beside_weights
 from core.errors import UserError, one_line, require
 from core.open_run import open_data
@@ -159,8 +162,8 @@ def _check_record(content: Any) -> None:
         raise ValueError("groups holds something else than [block, kind]")
 
 
-def arrive(config: DictConfig, step: int, checkpoint: Path | None, scratch: Path) -> Any:
-    """The LightningModule as it was before the step."""
+def arrive(config: DictConfig, step: int, checkpoint: Path | None, scratch: Path, allow: Collection[str] = ()) -> Any:
+    """The LightningModule as it was before the step; see `open_data` for what is allowed."""
     # Hooks see neither well, and results are the same. Of the module's own copy: a saved one has no references.
     config.module.model.compile = config.module.model.activation_checkpointing = False
     config.callbacks = {name: node for name, node in (config.callbacks or {}).items() if node and steers(node)}
@@ -171,10 +174,10 @@ def arrive(config: DictConfig, step: int, checkpoint: Path | None, scratch: Path
     for switch in ("enable_progress_bar", "enable_checkpointing", "enable_model_summary"):
         config.trainer[switch] = False
     L.seed_everything(config.seed, workers=True, verbose=False)
-    datamodule = open_data(config)
+    datamodule = open_data(config, allow)
     module = build(config, "module", vocab_size=datamodule.vocab_size)
     callbacks = [*build_all(config, "callbacks"), Halt(step)]
-    own = {"plugins": [CheckpointIO()], "logger": False, "default_root_dir": str(scratch)}
+    own = {"plugins": [CheckpointIO(), *precision_plugins(config)], "logger": False, "default_root_dir": str(scratch)}
     trainer = build(config, "trainer", callbacks=callbacks, **own)
     try:
         with warnings.catch_warnings():
@@ -183,6 +186,17 @@ def arrive(config: DictConfig, step: int, checkpoint: Path | None, scratch: Path
     except Arrived:
         return module
     raise AssertionError("the run ended before the step")
+
+
+def precision_plugins(config: DictConfig) -> list[Precision]:
+    """Those of the run's plugins in whose precision it computes; the others save, or start processes."""
+    nodes = config.trainer.get("plugins")
+    if not isinstance(nodes, ListConfig):
+        return []
+    targets = {n: node.get("_target_") if isinstance(node, DictConfig) else None for n, node in enumerate(nodes)}
+    classes = {n: locate(f"trainer.plugins.{n}._target_", target) for n, target in targets.items() if target}
+    kept = [n for n, plugin in classes.items() if isinstance(plugin, type) and issubclass(plugin, Precision)]
+    return [instantiate(nodes[n], _convert_="all") for n in kept]
 
 
 def steers(node: DictConfig) -> bool:
@@ -244,7 +258,7 @@ def main(arguments: argparse.Namespace) -> None:
     print(f"From {printable(checkpoint or 'the beginning')}, {step - 1 - at} steps to catch up with.", flush=True)
     quieten()
     with tempfile.TemporaryDirectory() as scratch:
-        module = arrive(config, step, checkpoint, Path(scratch))
+        module = arrive(config, step, checkpoint, Path(scratch), arguments.allow)
     report(module, records)
 
 

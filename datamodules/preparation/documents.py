@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from core.errors import ConfigError, Refused, one_line
+from core.untrusted import Untrusted, check_json
 from datamodules.preparation.bounds import Bounds
 from datamodules.preparation.formats import BYTE_ORDER_MARK, COMPRESSIONS, TABLE_SUFFIXES, open_input, suffix_of
 from datamodules.preparation.inputs import HUB, STDLIB, find_names, num_bytes
@@ -206,7 +207,10 @@ def _fields(content: Any, text: object) -> str:
 
 def _parse(text: bytes, where: str, what: str) -> Any:
     try:
+        check_json(text, what)
         return json.loads(text.removeprefix(BYTE_ORDER_MARK))
+    except Untrusted as error:
+        raise Refused("input", where, str(error)) from error
     except RecursionError as error:
         raise Refused("input", where, "JSON nested deeper than the parser goes, some 1,000 levels") from error
     except ValueError as error:

@@ -20,6 +20,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from core.errors import ConfigError, Refused, require, writing
+from core.untrusted import Untrusted, read_json
 from datamodules.expression import MAX_LOSS, SAID_LOSS, describe_loss
 from datamodules.index import SPLITS, Index
 from datamodules.preparation.bounds import Bounds
@@ -228,6 +229,9 @@ def _scratch(output: Path, made: dict[str, Any]) -> Iterator[Path]:
     """The folder beside the output where an unfinished corpus lies, for this process alone."""
     scratch = output.parent / f".{output.name}.partial"
     scratch.mkdir(parents=True, exist_ok=True)
+    for path in (scratch, *scratch.iterdir()):  # it may have come with the folder around it, from a stranger
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise Refused("output", str(output), f"{path} is a link or no regular file; delete it")
     with (scratch / LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -260,8 +264,8 @@ def _scratch(output: Path, made: dict[str, Any]) -> Iterator[Path]:
 def _read_settings(path: Path) -> dict[str, Any] | None:
     """How an unfinished preparation was begun; None: that cannot be told."""
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
+        content: dict[str, Any] = read_json(path)
+    except Untrusted:
         return None
     return content
 

@@ -1,5 +1,6 @@
 """What callbacks keep in a checkpoint is looked at before a run is resumed from it."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,16 @@ def test_odd_states_are_refused_by_name(name: str) -> None:
     ODD[name](saved)
     with pytest.raises(Untrusted, match=r"its callbacks\.(RandomState|Divergence|Throughput)"):
         checked({"callbacks": saved})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("schedule_steps", "x"), ("run_summary", 5), ("run_summary", {"val_loss": "x"})]
+)
+def test_what_is_used_where_training_begins_or_ends_is_looked_at_before(name: str, value: Any) -> None:
+    with pytest.raises(Untrusted, match=f"its {name}"):
+        checked({name: value})
+    good = {"schedule_steps": math.inf, "run_summary": {"val_loss": 1.5, "tokens": None}}
+    assert checked(good) is good
 
 
 class Mine(ModelCheckpoint):

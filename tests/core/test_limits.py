@@ -21,6 +21,7 @@ BEYOND = [
     *("model.num_layers=10000000", "model.dim=1000000000", "model.ffn_dim=1000000000000000000"),
     *("model.moe.num_experts=10000000", "model.moe.num_shared_experts=10000000", "model.moe.expert_dim=1000000000"),
     *("data.seq_len=1000000000", "data.batch_size=1000000000", "data.num_workers=1000000"),
+    "data.batch_size=1048576",  # of 256 positions it would be the most
     *("trainer.max_steps=1000000000000000000000", "trainer.accumulate_grad_batches=1000000000000"),
 ]
 
@@ -28,7 +29,7 @@ BEYOND = [
 @pytest.mark.parametrize("override", BEYOND)
 def test_beyond_a_bound_it_is_refused_at_once(override: str, tmp_path: Path) -> None:
     begun = time.process_time()
-    finished = train(tmp_path, *tiny_job("trainer.val_check_interval=1", override))
+    finished = train(tmp_path, *tiny_job("trainer.val_check_interval=1", "data.seq_len=512", override))
     field, _, value = override.partition("=")
     assert finished.code == 2
     assert finished.err.startswith(f"Error: {field}={value} is not valid: expected at most ")

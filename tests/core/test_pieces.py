@@ -3,9 +3,11 @@
 import json
 import os
 import pickle
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from safetensors import safe_open
 from torch.distributed.checkpoint.metadata import Metadata
 
 from core.checkpoint import load, load_beside_weights
-from core.pieces import META, VALUES, damage, joined, name_of, read_index, split
+from core.pieces import META, VALUES, Piece, Saved, _check, damage, joined, name_of, read_index, split
 from core.pieces_of_processes import PiecesWriter
 from core.untrusted import Untrusted
 from core.whole_file import save as save_file
@@ -141,6 +143,12 @@ FORGED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "many dimensions": (of_weight(shape=[1] * 99), "a shape in its index is none"),
     "a piece outside": (of_weight(pieces=[[0, [1, 0], [2, 3]]]), "lies outside of it"),
     "a gap": (of_weight(pieces=[[0, [0, 0], [1, 3]]]), "do not fill it"),
+    "one piece twice, and a gap": (of_weight(pieces=[[0, [0, 0], [1, 3]], [0, [0, 0], [1, 3]]]), "do not fill it"),
+    "an overlap and a gap": (
+        of_weight(pieces=[[0, [0, 0], [1, 3]], [0, [0, 1], [2, 1]], [0, [1, 0], [1, 1]]]),
+        "not fill",
+    ),
+    "too many values": (lambda i: b"[" + b"[]," * (8 << 20) + b"0]", "more than 536,870,912 bytes of memory"),
     "no piece": (of_weight(pieces=[]), "do not fill it"),
     "a piece of other dimensions": (of_weight(pieces=[[0, [0], [6]]]), "has other dimensions"),
     "a file that is not listed": (of_weight(pieces=[[9, [0, 0], [2, 3]]]), "cannot be read"),
@@ -163,6 +171,59 @@ def test_a_forged_index_is_refused(folder: Path, name: str) -> None:
     forge(folder, edit)
     with pytest.raises(Untrusted, match=reason):
         load(folder)
+
+
+def covers(shape: tuple[int, ...], boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
+    """Whether each entry lies in just one of the boxes, counted one by one."""
+    counts = torch.zeros(shape, dtype=torch.int64)
+    for offsets, sizes in boxes:
+        counts[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))] += 1
+    return bool((counts == 1).all())
+
+
+def accepted(shape: tuple[int, ...], boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
+    pieces = tuple(Piece("x", offsets, sizes) for offsets, sizes in boxes)
+    try:
+        _check("weight", Saved(("weight",), torch.float32, shape, pieces))
+    except Untrusted:
+        return False
+    return True
+
+
+def test_pieces_are_accepted_where_they_fill_a_tensor_and_nowhere_else() -> None:
+    """Against a count of each entry, of boxes cut by chance, and the same with one of them moved or doubled."""
+    random = Random(0)
+    wrong = 0
+    for _ in range(300):
+        shape = tuple(random.randint(1, 6) for _ in range(random.randint(1, 3)))
+        boxes = [((0,) * len(shape), shape)]
+        for _ in range(random.randint(0, 5)):
+            offsets, sizes = boxes.pop(random.randrange(len(boxes)))
+            n = random.randrange(len(shape))
+            at = random.randint(0, sizes[n])
+            left, right = list(sizes), list(sizes)
+            left[n], right[n] = at, sizes[n] - at
+            second = [*offsets]
+            second[n] += at
+            boxes += [(offsets, tuple(left)), (tuple(second), tuple(right))]
+        random.shuffle(boxes)
+        assert covers(shape, boxes)
+        assert accepted(shape, boxes)
+        offsets, sizes = boxes[0]
+        moved = tuple(random.randint(0, whole - size) for whole, size in zip(shape, sizes, strict=True))
+        changed = [(moved, sizes), *boxes[1:]]
+        assert accepted(shape, changed) == covers(shape, changed)
+        wrong += not covers(shape, changed)
+    assert wrong > 50
+
+
+def test_many_pieces_are_looked_at_in_little_time() -> None:
+    begun = time.process_time()
+    rows = [((n, 0), (1, 4)) for n in range(100_000)]
+    assert accepted((100_000, 4), rows)
+    steps = [((0, n), (100_000 - n, 1)) for n in range(1000)]
+    assert not accepted((100_000, 1000), [*steps, *steps])
+    assert time.process_time() - begun < 10
 
 
 def test_a_link_out_of_the_folder_is_refused(folder: Path) -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pydantic import ConfigDict, Field
 
 from core.errors import UserError
-from core.untrusted import MIB, Untrusted, parse_json, read_bytes, read_json, read_yaml, within
+from core.untrusted import MIB, Untrusted, _memory, parse_json, read_bytes, read_json, read_yaml, within
 
 
 @contextmanager
@@ -66,6 +66,42 @@ def test_what_is_no_such_file_is_refused_and_never_waited_for(tmp_path: Path, na
     assert str(error.value).startswith(str(path))
     assert reason in str(error.value)
     assert "\n" not in str(error.value)
+
+
+MANY = {
+    "lists": b"[" + b"[]," * (12 << 20) + b"0]",
+    "lists in lists": b"[" + b"[[]]," * (8 << 20) + b"0]",
+    "objects": b"[" + b'{"":0},' * (4 << 20) + b"0]",
+    "numbers": b"[" + b"7," * (16 << 20) + b"0]",
+    "texts": b"[" + b'"ab",' * (8 << 20) + b"0]",
+}
+
+
+@pytest.mark.parametrize("kind", MANY)
+def test_json_of_many_values_is_refused_before_they_are_made(kind: str) -> None:
+    """It would take up to a gigabyte: 5 bytes of JSON are over 100 in Python."""
+    with quick_and_small(seconds=10.0, memory=2 * len(MANY[kind])), pytest.raises(Untrusted, match="too many values"):
+        parse_json(MANY[kind], "x")
+
+
+def test_what_stands_in_texts_is_not_counted_as_values() -> None:
+    text = json.dumps(['[{,\\"' * (2 << 20), "\n" * (4 << 20)])
+    with quick_and_small(seconds=20.0, memory=8 * len(text)):
+        assert parse_json(text, "x") == json.loads(text)
+
+
+@pytest.mark.parametrize(
+    "text", [b'[{"a": [1, 2]}, "x"],', b"[1.5, 123456789],", b'{"some key": "some text"},', b"{},"]
+)
+def test_values_take_no_more_than_is_reckoned_with(text: bytes) -> None:
+    """Each is one of many in a list."""
+    whole = b"[" + text * 50_000 + b"0]"
+    tracemalloc.start()
+    value = parse_json(whole, "x")
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(value) > 50_000
+    assert taken < 1.1 * _memory(whole) + len(whole)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from datamodules.writer import LOCK, _own_scratch, remove_left_over, write_corpus
 from tests.helpers_run import DESCRIPTION, ROOT, documents
@@ -44,6 +45,24 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> No
     write_corpus(folder, documents(), 256, DESCRIPTION)
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
     assert not (folder / LOCK).exists()
+
+
+def test_who_opens_a_run_removes_nothing_where_the_run_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run from elsewhere may name any folder; the working folder's own `data` is where a new run tidies up too."""
+    from core.open_run import open_data
+
+    for name in ("anywhere", "data"):
+        monkeypatch.chdir(tmp_path)
+        node = {"_target_": "datamodules.python_stdlib.PythonStdlib", "root": name, "seq_len": 8, "batch_size": 1}
+        data = open_data(OmegaConf.create({"data": node}))
+        write_corpus(Path(name) / data.folder.name, documents(), 256, DESCRIPTION)
+        left = Path(name) / f".{data.folder.name}.abcd_123"
+        left.mkdir()
+        (left / LOCK).touch()
+        data = open_data(OmegaConf.create({"data": node}))
+        assert data.root == Path(name)
+        data.prepare_data()
+        assert left.exists() == (name == "anywhere")
 
 
 def test_train_removes_it_where_the_corpus_is_there_already(tmp_path: Path) -> None:

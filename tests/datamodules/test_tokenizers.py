@@ -204,6 +204,12 @@ def test_vocabularies_are_bounded(change: dict[str, Any], found: str, tmp_path: 
         FileTokenizer(json.dumps(content).encode(), "a.json", 0)
 
 
+def test_a_file_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datamodules.tokenizer_file.LARGEST_FILE", 100)
+    with pytest.raises(CorpusError, match="it has 200 bytes; at most 100"):
+        FileTokenizer(b" " * 200, "a.json", 0)
+
+
 @pytest.mark.parametrize("content", [b"[" * 5000, b"{}", b"\xff", b"", b'{"version": "1.0"}'])
 def test_what_is_no_tokenizer_is_one_line(content: bytes) -> None:
     with pytest.raises(CorpusError, match=r"the tokenizer a\.json: cannot be read as a tokenizer\.json"):

@@ -206,6 +206,48 @@ def test_a_model_that_the_checkpoint_does_not_have_is_not_made(tmp_path: Path, f
         open_run(run)
 
 
+ADDRESSES = {
+    "path": {"_target_": "datamodules.shard_corpus.ShardCorpus", "path": "http://localhost:9/x"},
+    "paths": {
+        "_target_": "datamodules.mixture.Mixture",
+        "paths": ["corpus", "s3://bucket/x", "filecache::http://localhost:9/y"],
+        "weights": [1, 1, 1],
+    },
+}
+
+
+@pytest.mark.parametrize("paths", [5, None, "s3://bucket/x", {"a": "s3://bucket/x"}])
+def test_paths_that_are_no_list_are_refused_too(paths: Any) -> None:
+    config = OmegaConf.create({"data": {**ADDRESSES["paths"], "paths": paths, "seq_len": 32, "batch_size": 4}})
+    with pytest.raises(ConfigError, match=r"^data\.paths="):
+        open_data(config)
+
+
+@pytest.mark.parametrize("field", ADDRESSES)
+def test_an_address_in_a_saved_configuration_is_not_asked_before_its_user_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("datamodules.remote.RemoteFolder.__init__", lambda self, address, cache: asked.append(address))
+    run = Path(shutil.copytree(FIXTURES / "one_file", tmp_path / "run"))
+    config = OmegaConf.load(run / "config.yaml")
+    config.data = {**ADDRESSES[field], "seq_len": 32, "batch_size": 4, "val_batches": 1}
+    OmegaConf.save(config, run / "config.yaml")
+    addresses = [path for path in config.data.get("paths", [config.data.get("path")]) if "://" in path]
+    for allow in ([], addresses[:-1]):
+        with pytest.raises(
+            ConfigError, match=f"data.{field}='.*' is not valid: .* of which nothing is fetched"
+        ) as error:
+            open_run(run, allow=",".join(allow))
+        assert error.value.value == addresses[len(allow)]
+        assert f"--allow {addresses[len(allow)]}" in str(error.value)
+    assert not asked
+    data = open_run(run, allow=",".join(addresses)).datamodule
+    for corpus in getattr(data, "corpora", [data]):
+        assert corpus.storage is not None
+    assert asked == addresses
+
+
 def test_opening_a_run_writes_nowhere_but_in_the_working_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """A run's folder from elsewhere: reading its configuration runs nothing that the user has not vouched for."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from core.errors import ConfigError, UserError
-from core.saved_config import load_config
+from core.saved_config import KINDS, load_config
 from tests.helpers_run import run
 
 
@@ -70,6 +71,14 @@ LIGHTNING = "lightning.pytorch"
         ("callbacks.x", f"{LIGHTNING}.loggers.CSVLogger"),
         ("logger.x", f"{LIGHTNING}.callbacks.ModelCheckpoint"),
         ("anything", f"{LIGHTNING}.callbacks.ModelCheckpoint"),
+        ("callbacks.x", "torch.testing._internal.common_utils.TestCase"),
+        ("callbacks.x", "callbacks.event_log.EventLog"),  # of the right place, and of another kind
+        ("data", "datamodules.writer.CorpusWriter"),
+        ("module", "lightning_modules.config.ModelConfig"),
+        ("trainer.x", "lightning_modules.language_module.LanguageModule"),
+        ("callbacks.x", f"{LIGHTNING}.cli.SaveConfigCallback"),
+        ("trainer.x", f"{LIGHTNING}.utilities.testing.Trainer"),
+        ("trainer.strategy", "lightning.Trainer"),
         ("optim.x", "lightning_modules.strategy.ShardedStrategy"),
     ],
 )
@@ -108,6 +117,33 @@ def test_what_is_no_plain_yaml_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(UserError, match="cannot be read as a configuration"):
         load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["torch.distributed.tensor.debug", "lightning.pytorch.cli", "lightning.fabric.cli", "core.cli", "tools.x"],
+)
+def test_of_the_packages_that_a_run_is_made_of_only_those_modules_are_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    """A stranger's configuration decides not even which parts of torch are loaded."""
+    imported: list[str] = []
+    monkeypatch.setattr("core.saved_config.importlib.import_module", imported.append)
+    for group in KINDS:
+        with pytest.raises(ConfigError, match="names code that is not this project's"):
+            load_config(saved(tmp_path, {group: {"_target_": f"{module}.X"}}))
+    assert imported == []
+
+
+@pytest.mark.parametrize("value", ["${a}" * 900, "${" * 2000, "${x:" + "[" * 1000, "${x:" + "a," * 1900 + "}"])
+def test_references_that_would_unfold_or_take_long_are_not_parsed(tmp_path: Path, value: str) -> None:
+    lines = "".join(f"a{n}: '{value}'\n" for n in range((1 << 20) // (len(value) + 20)))
+    (tmp_path / "config.yaml").write_text(lines)
+    begun = time.process_time()
+    with pytest.raises(ConfigError, match="holds no references") as error:
+        load_config(tmp_path)
+    assert len(str(error.value)) < 500
+    assert time.process_time() - begun < 5
 
 
 def test_a_module_from_elsewhere_is_not_even_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from core.checkpoint import keep
 from core.errors import ConfigError
 from core.run_lock import held
 from core.status import LOCK, is_running
-from core.whole_file import NotWritten, damage, save
+from core.whole_file import NotWritten, damage, save, unfinished_of, write_whole
 from tests.damage import small_files
 from tests.faults.holder import holder
 from tests.faults.racing import racing
@@ -74,6 +74,24 @@ def write(unfinished):
 for _ in range(60):
     write_whole(Path("a.txt"), write)
 """
+
+
+@pytest.mark.parametrize("kind", ["link", "link to nothing", "pipe"])
+def test_what_lies_in_the_place_of_the_unfinished_file_is_not_written_to(tmp_path: Path, kind: str) -> None:
+    """In a folder from elsewhere it may be a link to any file of the user's."""
+    mine, path = tmp_path / "mine", tmp_path / "run/status.json"
+    path.parent.mkdir()
+    if kind == "pipe":
+        os.mkfifo(unfinished_of(path))
+    else:
+        mine.write_text("mine") if kind == "link" else None
+        unfinished_of(path).symlink_to(mine)
+    write_whole(path, lambda unfinished: unfinished.write_text("new"))
+    assert path.read_text() == "new"
+    assert not path.is_symlink()
+    assert mine.exists() == (kind == "link")
+    assert kind != "link" or mine.read_text() == "mine"
+    assert [part.name for part in path.parent.iterdir()] == ["status.json"]
 
 
 def test_two_processes_that_write_one_file_do_not_mix(tmp_path: Path) -> None:

@@ -53,20 +53,22 @@ class World:
     Attributes:
         root: holds all of it.
         work: the working folder; empty.
+        cache: where shards from elsewhere may be kept.
         canary: a path at which code from a hostile file would make a file.
     """
 
     def __init__(self, root: Path) -> None:
-        self.root, self.work, self.canary = root, root / "work", root / "ran"
-        for folder in ("work", "home", "tmp", "beside"):
+        self.root, self.work, self.canary, self.cache = root, root / "work", root / "ran", root / "cache"
+        for folder in ("work", "cache", "home", "tmp", "beside"):
             (root / folder).mkdir()
         for kept in ("home/.profile", "beside/notes.txt", "beside/array.npy"):
             (root / kept).write_text("mine\n")
         self._around = self.around()
 
     def around(self) -> dict[str, object]:
-        """All that lies outside of the working folder."""
-        return {name: what for name, what in tree(self.root).items() if name.partition("/")[0] not in ("work", "tmp")}
+        """All that lies outside of the folders in which a case may write."""
+        own = ("work", "cache", "tmp")
+        return {name: what for name, what in tree(self.root).items() if name.partition("/")[0] not in own}
 
     def assert_untouched(self) -> None:
         assert not self.canary.exists(), "code from a file ran"
@@ -137,8 +139,11 @@ class Sandbox:
         finally:
             shutil.rmtree(root)
 
-    def run(self, world: World, program: str, *arguments: str) -> Outcome:
-        """`python train.py ARGUMENTS`, or `python -m MODULE ARGUMENTS`, in the world's working folder."""
+    def run(self, world: World, program: str, *arguments: str, port: int | None = None) -> Outcome:
+        """`python train.py ARGUMENTS`, or `python -m MODULE ARGUMENTS`, in the world's working folder.
+
+        It may connect to the port on this machine.
+        """
         texts = {name: self._scratch / name for name in ("out", "err", "report", "memory_before")}
         caches = self._scratch / "caches"
         case = {
@@ -146,7 +151,8 @@ class Sandbox:
             "program": program,
             "arguments": [os.fsencode(argument).hex() for argument in arguments],
             "cwd": str(world.work),
-            "inside": [os.path.realpath(path) for path in (world.work, world.root / "tmp", caches)],
+            "inside": [os.path.realpath(path) for path in (world.work, world.cache, world.root / "tmp", caches)],
+            "port": port,
             "environment": {"HOME": str(world.root / "home"), "TMPDIR": str(world.root / "tmp"), "COLUMNS": "200"},
             **{"memory": MEMORY, "file_size": FILE_SIZE, "cpu_seconds": CPU_SECONDS, "seconds": SECONDS},
         }

@@ -5,6 +5,8 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import torch
 
 from studies.grid import Study
@@ -29,7 +31,8 @@ def make(sandbox: Sandbox, folder: Path) -> Path:
     |---|---|
     | run, llama | runs with both loggers: with snapshots and a flight record, and one that is exported |
     | pieces, old_pieces | runs with a checkpoint in pieces: as of today, and as of version 0.1 |
-    | corpus, texts, texts.jsonl, texts.jsonl.gz | a prepared corpus with a tokenizer of its own, and texts for one |
+    | corpus | a prepared one with a tokenizer of its own |
+    | texts, texts.jsonl, texts.jsonl.gz, texts.parquet | texts for one |
     | study, exported | the records of a study; a run as transformers reads it |
     """
     with sandbox.world() as world:
@@ -39,6 +42,8 @@ def make(sandbox: Sandbox, folder: Path) -> Path:
         lines = "".join(json.dumps({"text": f"{number} {TEXT[:300].decode()}"}) + "\n" for number in range(40))
         (world.work / "texts.jsonl").write_text(lines)
         (world.work / "texts.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+        table = pyarrow.table({"text": [json.loads(line)["text"] for line in lines.splitlines()]})
+        pyarrow.parquet.write_table(table, world.work / "texts.parquet", row_group_size=10)
         small = ("trainer.max_steps=3", "trainer.val_check_interval=3", "logger=[tensorboard,csv]")
         for program, *arguments in (
             ("train.py", *tiny_job(*small), *SNAPSHOTS, "run_dir=run"),

@@ -15,6 +15,10 @@ EXPORT = ("tools.export", "{}", "output=new")
 EVALUATE = ("tools.evaluate", "{}", "batches=1")
 INSPECT = ("tools.prepare", "inspect", "{}")
 TRAIN = ("train.py", "data=shards", "data.path={}")
+REMOTE = ("train.py", "data=shards", "data.path={address}", "data.cache_dir={cache}")
+"""From a server on this machine, which does to a file what one of ANSWERS says, or what has been done to the file."""
+ANSWERS = (*([None] * 4), "zipping", "shifted", "endless", "truncating", "failing", "elsewhere")
+"""Attributes of tests.datamodules.servers.Server; None: it does nothing to it."""
 REPORT = ("studies.report", "{}")
 PREPARE = ("tools.prepare", "input={}", "output=new", "validation=0.4", "processes=1")
 TOKENIZE = (*("tools.prepare", "input=texts", "output=new", "validation=0.4"), "tokenizer={}/tokenizer.json")
@@ -71,7 +75,7 @@ TARGETS = (
     Target("summary", "run", "summary.json", (RUNS, COMPARE), (mutations.json_values,)),
     Target("event file", "run", "tensorboard/events*", (COMPARE,)),
     Target("table", "run", "csv/version_0/metrics.csv", (COMPARE,), (mutations.table_values,)),
-    Target("events", "run", "events.jsonl", (REPLAY,), (mutations.json_values,)),
+    Target("events", "run", "events.jsonl", (REPLAY, RESUME), (mutations.json_values,)),
     Target("flight record", "run", "flight_recorder/*.pt", (REPLAY,), (mutations.torch_values,)),
     Target("previous checkpoint", "run", "checkpoints/previous.ckpt", (REPLAY,), (mutations.torch_values,)),
     Target("snapshot", "run", "checkpoints/step_*/*", (RESUME,), (mutations.torch_values,)),
@@ -82,4 +86,7 @@ TARGETS = (
     Target("text", "texts", "1.txt", (PREPARE,), (mutations.line_values,), ()),
     Target("JSON lines", "texts.jsonl", "", (PREPARE,), (mutations.json_values, mutations.line_values), ()),
     Target("compressed text", "texts.jsonl.gz", "", (PREPARE,), (), ()),
+    Target("parquet", "texts.parquet", "", (PREPARE,), (), ()),
+    Target("remote index", "corpus", "index.json", (REMOTE,), (mutations.json_values,), ()),
+    Target("remote files", "corpus", "*.*", (REMOTE,), (), ()),
 )

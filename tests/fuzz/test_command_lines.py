@@ -9,6 +9,8 @@ from tests.fuzz.sandbox import Sandbox, tree
 from tests.helpers_run import tiny_job
 
 TINY = tiny_job("trainer.max_steps=1")
+LITTLE = {"tools.signal": ("model.dim=32", "model.num_layers=2", "model.num_heads=2", "data.seq_len=32")}
+"""By module, what makes its usual work little; what is drawn comes behind it, and counts."""
 GROUPS = command_lines.all_group_overrides()
 
 
@@ -63,7 +65,8 @@ def test_groups_of_train(sandbox: Sandbox, fields: tuple[str, ...]) -> None:
 @sample(80)
 @given(command_lines.tool_command_lines())
 def test_tools(sandbox: Sandbox, command: tuple[str, tuple[str, ...]]) -> None:
-    check(sandbox, *command)
+    module, arguments = command
+    check(sandbox, module, (*LITTLE.get(module, ()), *arguments))
 
 
 @pytest.mark.slow
@@ -79,7 +82,8 @@ def test_six_hundred_of_fields(sandbox: Sandbox, fields: tuple[str, ...]) -> Non
 @sample(500)
 @given(command_lines.tool_command_lines())
 def test_five_hundred_of_tools(sandbox: Sandbox, command: tuple[str, tuple[str, ...]]) -> None:
-    check(sandbox, *command)
+    module, arguments = command
+    check(sandbox, module, (*LITTLE.get(module, ()), *arguments))
 
 
 @pytest.mark.slow

@@ -9,11 +9,11 @@ import pytest
 from tests.fuzz import seeds
 from tests.fuzz.judge import faults
 from tests.fuzz.mutations import Draw, any_bytes
-from tests.fuzz.sandbox import Sandbox, tree
-from tests.fuzz.targets import READ_ONLY, REPORT, RESUME, TARGETS, Target
+from tests.fuzz.sandbox import Outcome, Sandbox, World, tree
+from tests.fuzz.targets import ANSWERS, READ_ONLY, REMOTE, REPORT, RESUME, TARGETS, Target
 from tests.helpers_run import tiny_job
 
-QUICK = [target for target in TARGETS if target.readers[0] not in (RESUME, REPORT)]
+QUICK = [target for target in TARGETS if target.readers[0] not in (RESUME, REPORT, REMOTE)]
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +38,19 @@ def command(target: Target, reader: tuple[str, ...]) -> list[str]:
     return words
 
 
+def fetch(sandbox: Sandbox, world: World, folder: Path, name: str, answer: str | None) -> Outcome:
+    """Train on what a server on this machine says that the folder holds."""
+    from tests.datamodules.servers import http_server  # which takes a while to import
+
+    with http_server(folder) as server:
+        kind = getattr(server, answer) if answer else set()
+        wrong = {"endless": 1 << 20, "elsewhere": f"{server.address}/{name}", "truncating": 3, "failing": 1}
+        kind.add(name) if isinstance(kind, set) else kind.update({name: wrong[answer or ""]})
+        words = [word.format(address=server.address, cache=world.cache) for word in REMOTE[1:]]
+        tiny = [word for word in tiny_job("trainer.max_steps=1") if not word.startswith("data.root=")]
+        return sandbox.run(world, REMOTE[0], *tiny, *words, port=server.server_port)
+
+
 def check(sandbox: Sandbox, folder: Path, target: Target, draw: Draw) -> None:
     """Damage a copy and let one of its readers at it."""
     with sandbox.world() as world:
@@ -51,7 +64,10 @@ def check(sandbox: Sandbox, folder: Path, target: Target, draw: Draw) -> None:
         how = draw([*target.how, *target.how, *target.how, any_bytes, any_bytes, *target.anything])
         how(file, draw, world.canary)
         before = tree(world.work)
-        outcome = sandbox.run(world, reader[0], *command(target, reader))
+        if reader == REMOTE:
+            outcome = fetch(sandbox, world, copy, file.name, draw(list(ANSWERS)))
+        else:
+            outcome = sandbox.run(world, reader[0], *command(target, reader))
         is_text = reader[0] == "tools.generate"
         found = faults(outcome, before, world, writes=reader[0] not in READ_ONLY, is_text=is_text)
         what = f"{file.name} of {target.kind}, {how.__name__}, {' '.join(reader)}"
@@ -65,7 +81,10 @@ def test_an_undamaged_file_is_read(sandbox: Sandbox, seeds_folder: Path, target:
     with sandbox.world() as world:
         shutil.copytree(seeds_folder, world.work, dirs_exist_ok=True)
         for reader in target.readers:
-            outcome = sandbox.run(world, reader[0], *command(target, reader))
+            if reader == REMOTE:
+                outcome = fetch(sandbox, world, world.work / target.folder, "index.json", None)
+            else:
+                outcome = sandbox.run(world, reader[0], *command(target, reader))
             assert outcome.code == 0, outcome.err
 
 

@@ -188,6 +188,7 @@ def odd(**changes: Any) -> dict[str, Any]:
         ("[" * 5000 + "]" * 5000, "nested more than 200 levels deep"),
         ('{"name": "spann', "EOF while parsing"),
         ("\ufeff{}", "cannot be read"),
+        (" " * (5 << 20), "has more than 4,194,304 bytes; the bound is 4,194,304, and READ_LIMITS=10"),
         (None, "is no regular file"),
     ],
 )

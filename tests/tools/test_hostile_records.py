@@ -104,6 +104,13 @@ def test_odd_events_are_refused_with_their_line(tmp_path: Path, line: str) -> No
         rollbacks(tmp_path)
 
 
+def test_events_have_a_bound(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").touch()
+    os.truncate(tmp_path / "events.jsonl", 65 << 20)
+    with pytest.raises(UserError, match=r"has more than 67,108,864 bytes; the bound is 67,108,864, and READ_LIMITS=10"):
+        rollbacks(tmp_path)
+
+
 def test_events_in_a_pipe_are_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "events.jsonl")
     with pytest.raises(UserError, match="is no regular file"):

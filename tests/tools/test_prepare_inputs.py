@@ -591,6 +591,25 @@ def test_settings_of_an_unfinished_preparation_that_cannot_be_read_are_in_nobody
     assert len(prepare.documents()) == len(TEXTS)
 
 
+@pytest.mark.parametrize("name", ["", "train-00000.npy", "lock", "progress.json.draft"])
+def test_no_link_leads_an_unfinished_preparation_out_of_its_folder(name: str, prepare: Prepared) -> None:
+    """It may have come with the folder around it, and what is written would go to a file of the user's."""
+    (prepare.folder / "a.jsonl").write_bytes(RECORDS)
+    mine, partial = prepare.folder / "mine", prepare.folder / ".out1.partial"
+    if name:
+        mine.write_text("mine")
+        partial.mkdir()
+    else:
+        mine.mkdir()
+    (partial / name if name else partial).symlink_to(mine)
+    with pytest.raises(SystemExit, match="2"):
+        prepare("a.jsonl")
+    assert "is a link or no regular file; delete it" in prepare.capsys.readouterr().err
+    assert not list(mine.iterdir()) if mine.is_dir() else mine.read_text() == "mine"
+    (partial / name if name else partial).unlink()
+    prepare("a.jsonl", output=prepare.folder / "out1")
+
+
 def test_nothing_comes_before_an_error_where_there_is_no_terminal(prepare: Prepared) -> None:
     (prepare.folder / "a.jsonl").write_text("{")
     prepare.refused("a.jsonl")

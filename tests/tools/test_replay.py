@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.plugins import HalfPrecision
 from omegaconf import OmegaConf
 from torch import Tensor
 
@@ -149,6 +150,18 @@ def test_whether_a_callback_steers_is_a_matter_of_its_class() -> None:
     assert [name for name, node in nodes.items() if replay.steers(node)] == ["other", "mine"]
     for odd in ("x", 5, OmegaConf.create({"x": 1}), OmegaConf.create(["x"])):
         assert not replay.steers(odd), "what names no class"
+
+
+@pytest.mark.parametrize("plugins", [None, "16", 5, [], [None], ["x"], [{"x": 1}]])
+def test_of_the_plugins_those_of_precision_are_kept(plugins: Any) -> None:
+    """The step comes out again in the precision that it had; what saves or starts processes is the replay's own."""
+    half = {"_target_": "lightning.pytorch.plugins.HalfPrecision", "precision": "bf16-true"}
+    saving = {"_target_": "core.checkpoint.CheckpointIO"}
+    config = OmegaConf.create({"trainer": {"plugins": [saving, half, "x", None]}})
+    (kept,) = replay.precision_plugins(config)
+    assert isinstance(kept, HalfPrecision)
+    assert kept.precision == "bf16-true"
+    assert replay.precision_plugins(OmegaConf.create({"trainer": {"plugins": plugins}})) == []
 
 
 @pytest.mark.parametrize(

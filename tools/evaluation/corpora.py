@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from core.errors import require
+from core.memory import memory_of_machine
 from core.open_run import OpenRun
 from datamodules.shard_corpus import ShardCorpus
 
@@ -87,7 +88,15 @@ def measure(module: Any, data: Any, name: str, num_batches: int) -> list[Loss]:
         data: a StreamDataModule.
         name: of the whole; sources have names of their own.
         num_batches: the last may be smaller.
+
+    Raises:
+        ConfigError: the machine's memory does not even hold what one block makes of a batch.
     """
+    sequences = min(data.batch_size, data.num_val_samples)
+    needed, held = 4 * sequences * data.seq_len * module.model_config.dim, memory_of_machine()
+    if held is not None:
+        valid = f"a batch that fits: one block's output takes {needed:,} bytes, and this machine has {held:,}"
+        require(needed <= held, "data.batch_size", data.batch_size, valid)
     num_sources = max(1, len(data.source_names))
     sums = torch.zeros(num_sources, data.seq_len, dtype=torch.float64)
     counts = torch.zeros(num_sources, dtype=torch.float64)

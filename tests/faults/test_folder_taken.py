@@ -1,0 +1,110 @@
+"""A run folder from anywhere is looked at when it is taken: nothing trains in one that could not be left well."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from core.run_folder import read_overrides, resume_command
+from tests.fuzz.sandbox import tree
+from tests.helpers_run import run, tiny_job, train
+
+JOB = ["trainer.max_steps=2", "callbacks.last_checkpoint.every_n_train_steps=1"]
+GOING_ON = [*tiny_job(*JOB), "run_dir=run", "trainer.max_steps=4"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    cwd = tmp_path_factory.mktemp("finished")
+    run(cwd, "run", *JOB)
+    return cwd
+
+
+@pytest.fixture
+def cwd(finished: Path, tmp_path: Path) -> Path:
+    """A folder of its own with a run of 2 steps."""
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+def assert_refused(cwd: Path, part: str, *arguments: str) -> None:
+    before = tree(cwd.parent)
+    refused = train(cwd, *GOING_ON, *(arguments or ("ckpt_path=last",)))
+    assert refused.code == 2, refused.out
+    assert part in refused.err
+    assert refused.err.count("\n") == 1
+    assert tree(cwd.parent) == before
+
+
+@pytest.mark.parametrize("content", ["[", "a: 1\n", "- 1\n", "\0"])
+def test_damaged_overrides_are_found_before_anything_is_trained(cwd: Path, content: str) -> None:
+    (cwd / "run/overrides.yaml").write_text(content, errors="surrogateescape")
+    assert_refused(cwd, "Error: run/overrides.yaml ")
+
+
+def test_overrides_that_are_gone_are_those_of_the_run_that_goes_on(cwd: Path) -> None:
+    (cwd / "run/overrides.yaml").unlink()
+    resumed = train(cwd, *GOING_ON, "ckpt_path=last")
+    assert resumed.code == 0, resumed.err
+    assert read_overrides(cwd / "run") == [*GOING_ON, "ckpt_path=last"]
+    assert "trainer.max_steps=4" in resume_command(cwd / "run")
+
+
+def away(name: str) -> Callable[[Path, Path], None]:
+    """Move a part of the run out of it, and leave a link there."""
+
+    def move(run: Path, outside: Path) -> None:
+        if not (run / name).exists():
+            (run / name).write_text("")
+        (run / name).rename(outside / "theirs")
+        (run / name).symlink_to(outside / "theirs")
+
+    return move
+
+
+def snapshots(run: Path, outside: Path) -> None:
+    """`step_1` is one of those that are removed when its checkpoint is gone."""
+    (outside / "step_1").mkdir()
+    (outside / "step_1/thesis.txt").write_text("mine")
+    shutil.copytree(run / "checkpoints", outside, dirs_exist_ok=True)
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").symlink_to(os.path.relpath(outside, run))
+
+
+LINKS = {
+    "checkpoints": snapshots,
+    **{name: away(name) for name in ("tensorboard", "events.jsonl", "status.json.new", "checkpoints/last.ckpt")},
+    "deep": lambda run, outside: (run / "checkpoints/step_3").symlink_to(outside),
+}
+
+
+@pytest.mark.parametrize("kind", LINKS)
+def test_no_link_leads_a_run_out_of_its_folder(cwd: Path, kind: str) -> None:
+    (cwd / "outside").mkdir()
+    LINKS[kind](cwd / "run", cwd / "outside")
+    assert_refused(cwd, "leads out of it by a link, through which the run would write and delete; remove the link")
+
+
+def test_no_link_leads_a_new_run_out_of_the_folder_that_it_is_given(cwd: Path) -> None:
+    """A folder without a run in it: nothing but a link to a place where somebody's checkpoints lie."""
+    (cwd / "outside/step_1").mkdir(parents=True)
+    shutil.rmtree(cwd / "run")
+    (cwd / "run").mkdir()
+    (cwd / "run/checkpoints").symlink_to(cwd / "outside")
+    assert_refused(cwd, "run/checkpoints leads out of it by a link", "ckpt_path=null")
+
+
+def test_links_within_a_run_and_to_it_are_followed(cwd: Path) -> None:
+    (cwd / "run").rename(cwd / "elsewhere")
+    (cwd / "run").symlink_to("elsewhere")
+    (cwd / "run/tensorboard").rename(cwd / "run/curves")
+    (cwd / "run/tensorboard").symlink_to("curves")
+    (cwd / "run/notes").symlink_to(cwd.parent)
+    resumed = train(cwd, *GOING_ON, "ckpt_path=last")
+    assert resumed.code == 0, resumed.err
+
+
+def test_a_pipe_in_the_place_of_the_events_is_not_waited_for(cwd: Path) -> None:
+    os.mkfifo(cwd / "run/events.jsonl")
+    assert_refused(cwd, "run/events.jsonl is no regular file; remove it")
