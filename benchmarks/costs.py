@@ -22,7 +22,7 @@ from benchmarks.contenders import Sizes
 from benchmarks.measure import judged, machine, ratio, take_turns
 from benchmarks.overhead import startup, trainer_overhead
 from benchmarks.workers import Contender, Result, start
-from lightning_modules.placements.registry import PLACEMENTS
+from spannorm import PLACEMENTS
 
 TWO_STREAMS = ("residual", "siamesenorm")
 

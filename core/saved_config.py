@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import Strategy
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from core.errors import Refused, UserError, one_line, require
-from core.untrusted import YAML_BYTES, Untrusted, parse_yaml, read_bytes
+from core.untrusted import NAMED, YAML_BYTES, Untrusted, parse_yaml, read_bytes
 
 PACKAGES = ("callbacks", "core", "datamodules", "lightning_modules", "lightning")
 _LIGHTNING = "lightning.pytorch"
@@ -39,6 +39,10 @@ open files or connections as they are made; a DataModule of Lightning's examples
 TRAINERS = ("lightning.Trainer", f"{_LIGHTNING}.Trainer", f"{_LIGHTNING}.trainer.Trainer")
 ADDRESS = "://"
 """What makes of a corpus' path an address elsewhere (datamodules/remote.py)."""
+
+
+IMPORTABLE = ("placement", "norm", "init", "schedule")
+"""Fields that hold a name of this project's, or the import path of a class or function of the user's own."""
 
 
 def load_config(run: Path, allow: Collection[str] = ()) -> DictConfig:
@@ -87,16 +91,30 @@ def read_config(path: Path) -> Any:
 
 
 def refuse_foreign_code(config: DictConfig, allow: Collection[str] = ()) -> None:
-    """Hold every class that a saved configuration names against what may be made of it, and make none.
+    """Hold every class and function that a saved configuration names against what may be made of it, and make none.
 
     Raises:
-        ConfigError: names the field of the first that is neither one of KINDS, nor allowed.
+        ConfigError: names the field of the first that is neither one of KINDS, nor allowed, and how to allow all that
+            are not.
     """
+    foreign: dict[str, Any] = {}
     for field, value in _leaves(OmegaConf.to_container(config, resolve=False)):
-        if field.rpartition(".")[2] == "_target_" and value not in allow and not _is_ours(field, value):
-            way = f"--allow {value} runs it (or allow={value}, of a tool that takes FIELD=VALUE)"
-            reason = f"the saved configuration names code that is not this project's; {way}"
-            raise Refused(field, value, reason)
+        if value not in allow and _names_foreign_code(field, value):
+            foreign[field] = value
+    if not foreign:
+        return
+    names = list(dict.fromkeys(str(value) for value in foreign.values()))[:NAMED]
+    way = f"{' '.join(f'--allow {name}' for name in names)} runs it (or allow={','.join(names)}, of a tool that takes"
+    reason = f"the saved configuration names code that is not this project's; {way} FIELD=VALUE)"
+    raise Refused(next(iter(foreign)), next(iter(foreign.values())), reason)
+
+
+def _names_foreign_code(field: str, value: Any) -> bool:
+    """Return whether a value of the configuration is the name of code that is neither this project's nor allowed."""
+    key = field.rpartition(".")[2]
+    if key == "_target_":
+        return not _is_ours(field, value)
+    return key in IMPORTABLE and isinstance(value, str) and "." in value
 
 
 def add_allow_option(parser: argparse.ArgumentParser) -> None:

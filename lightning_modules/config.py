@@ -94,12 +94,12 @@ class MoEConfig:
 class ModelConfig:
     """A decoder-only transformer. Every field can be overridden as `model.FIELD=VALUE`."""
 
-    placement: str = "spannorm"  # where the block normalizes: lightning_modules/placements
+    placement: str = "spannorm"  # where the block normalizes: spannorm/placements, or the import path of a class
     placement_options: dict[str, Any] = field(default_factory=dict)  # arguments of that placement
-    init: str = "default"  # lightning_modules/initialization.py; default: what the placement names
+    init: str = "default"  # spannorm/initialization.py, or an import path; default: what the placement names
     init_options: dict[str, Any] = field(default_factory=dict)  # arguments of that init
     init_truncation: float | None = None  # redraw what is beyond so many standard deviations (OLMo: 3); null: nothing
-    norm: str = "rmsnorm"  # lightning_modules/layers/norms.py
+    norm: str = "rmsnorm"  # spannorm/norms.py, or an import path
     norm_options: dict[str, Any] = field(default_factory=dict)  # arguments of that kind of norm
     norm_eps: float = 1e-6
     num_layers: int = 8
@@ -181,7 +181,7 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1  # not on norms, biases and embeddings
-    schedule: str = "cosine"  # cosine, wsd or constant
+    schedule: str = "cosine"  # cosine, wsd or constant, or the import path of a function
     warmup_steps: int = 100
     min_lr_ratio: float = 0.1  # where the schedule ends, as a fraction of lr
     decay_fraction: float = 0.2  # wsd: the last part of the run that decays

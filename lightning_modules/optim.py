@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.errors import lookup, require
+from core.errors import require
+from lightning_modules.argument_errors import as_config_errors
 from lightning_modules.config import OptimConfig
 from lightning_modules.transformer import Transformer
 from lightning_modules.width_scaling import width_scaling
+from spannorm.import_path import find
 
 Schedule = Callable[[int], float]
 """Optimizer step (0-based) -> factor on the peak learning rate."""
@@ -128,6 +130,7 @@ def constant(config: OptimConfig, num_steps: int) -> Schedule:
 
 
 SCHEDULES: dict[str, Callable[[OptimConfig, int], Schedule]] = {"cosine": cosine, "wsd": wsd, "constant": constant}
+"""The schedules by name. One of your own is a function of the same arguments: `optim.schedule=my_file.my_schedule`."""
 
 
 def check_schedule(config: OptimConfig, num_steps: float) -> None:
@@ -166,7 +169,11 @@ def describe_warmup(config: OptimConfig, num_steps: float) -> str | None:
 
 def make_schedule(config: OptimConfig, num_steps: int) -> Schedule:
     """The configured schedule behind a linear warm-up that reaches the peak after warmup_steps."""
-    after = lookup("optim.schedule", config.schedule, SCHEDULES)(config, num_steps)
+    with as_config_errors("optim"):
+        make = find("schedule", config.schedule, SCHEDULES)
+    after = make(config, num_steps)
+    valid = "a function of an OptimConfig and the number of steps that returns a Schedule"
+    require(callable(after), "optim.schedule", config.schedule, valid)
 
     def factor(step: int) -> float:
         return (step + 1) / config.warmup_steps if step < config.warmup_steps else after(step)

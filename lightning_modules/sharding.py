@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from core.errors import require
@@ -77,11 +77,6 @@ def shard_rest(model: Transformer, mesh: DeviceMesh) -> None:
     experts = {p for mixture in model.mixtures().values() for p in mixture.experts.parameters()}
     shared_out = experts if model.config.moe.expert_parallel > 1 else set()
     fully_shard(model, mesh=mesh["data_parallel"], ignored_params=shared_out)
-
-
-def part_of(whole: Tensor, like: DTensor) -> DTensor:
-    """What this process holds of a tensor that all have in full, distributed as another one; nothing is sent."""
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:

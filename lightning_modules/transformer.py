@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from core.errors import lookup, require
 from core.options import check_arguments
+from lightning_modules.argument_errors import as_config_errors
 from lightning_modules.config import ModelConfig
 from lightning_modules.cross_entropy import linear_cross_entropy
 from lightning_modules.layers.attention import Attention
@@ -18,13 +19,11 @@ from lightning_modules.layers.document_mask import Mask, document_mask
 from lightning_modules.layers.ffn import FeedForward
 from lightning_modules.layers.kv_cache import KVCache, Slots
 from lightning_modules.layers.linear import Linear
-from lightning_modules.layers.matrices import Matrix, Role
 from lightning_modules.layers.moe import MoE
-from lightning_modules.layers.norms import EmbeddingScale, embedding_scale, norm_factory
+from lightning_modules.layers.norms import norm_factory
 from lightning_modules.layers.rope import Rope, at_positions, rope_tables
 from lightning_modules.layers.router import RouterStats
-from lightning_modules.placements.base import Depth
-from lightning_modules.placements.registry import PLACEMENTS
+from spannorm import Depth, Matrix, Role, find_placement
 
 FFNS: dict[str, type[FeedForward] | type[MoE]] = {"dense": FeedForward, "moe": MoE}
 KINDS: dict[Role, str] = dict.fromkeys(("query", "key", "value"), "attn_in")
@@ -36,15 +35,17 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, depth: Depth) -> None:
         super().__init__()
-        scheme = lookup("model.placement", config.placement, PLACEMENTS)
-        check_arguments("model.placement_options", scheme, config.placement_options, "depth", "norm")
-        self.placement = scheme(depth, norm_factory(config, config.dim), **config.placement_options)
+        norm = norm_factory(config, config.dim)
+        with as_config_errors("model.placement_options"):
+            scheme = find_placement(config.placement)
+            check_arguments("model.placement_options", scheme, config.placement_options, "depth", "norm")
+            self.placement = scheme(depth, norm, **config.placement_options)
         self.attn = Attention(config, self.placement.qkv_norm, self.placement.inner_norm)
         ffn = lookup("model.ffn", config.ffn, FFNS)
         if ffn is MoE and not config.moe.is_mixture(depth.index):
             ffn = FeedForward
         self.ffn = ffn(config, self.placement.inner_norm)
-        self.embedding_scale = embedding_scale(config) if depth.is_first else nn.Identity()
+        self.embedding_scale = norm.embedding_scale() if depth.is_first else nn.Identity()
 
     def forward(
         self, state: Any, rope: Rope, mask: Mask | None = None, slots: Slots | None = None
@@ -157,17 +158,6 @@ class Transformer(nn.Module):
         # Here, and not with the head's weight handed out: sharded, it is whole during forward only.
         state, targets = state.flatten(0, 1), targets.flatten()
         return linear_cross_entropy(state, self.head.weight, targets, self.config.compile), router_stats
-
-    @torch.no_grad()
-    def unit_embedding(self, std: float) -> None:
-        """Let a learned scalar on the embedding start so that the stream has unit variance, where it is to.
-
-        Args:
-            std: the standard deviation of the embedding's weights.
-        """
-        for block in self.blocks[:1]:
-            if isinstance(block.embedding_scale, EmbeddingScale) and block.embedding_scale.is_unit:
-                block.embedding_scale.weight.fill_(1 / std)
 
     def matrices(self) -> Iterator[Matrix]:
         """Every weight matrix, with its role. Norm gains and biases are what is left."""

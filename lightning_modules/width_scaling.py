@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from core.errors import require
 from lightning_modules.config import ModelConfig, OptimConfig
-from lightning_modules.layers.matrices import Matrix
+from spannorm import Matrix
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class WidthScaling:
         kind: none, mup or standard.
         dim: model.dim over optim.base_width.
         derived: a hidden width that is derived from model.dim, over its value at the base width.
-        pinned: likewise, one that the configuration gives.
+        explicit: a hidden width that the configuration gives, over its value at the base width.
     """
 
     kind: str
     dim: float
     derived: float
-    pinned: float
+    explicit: float
 
     @property
     def output_multiplier(self) -> float:
@@ -54,7 +54,7 @@ class WidthScaling:
         return self._hidden(matrix) if matrix.role == "ffn_down" else self.dim
 
     def _hidden(self, matrix: Matrix) -> float:
-        return self.pinned if matrix.pinned else self.derived
+        return self.explicit if matrix.width_is_explicit else self.derived
 
     def at_base(self, matrix: Matrix) -> Matrix:
         """The matrix as the init would see it at the base width."""
@@ -98,8 +98,8 @@ def width_scaling(model: ModelConfig, optim: OptimConfig) -> WidthScaling:
     )
     dim, widths = model.dim / optim.base_width, sorted(model.hidden_dims)
     if optim.base_ffn_width is None:
-        return WidthScaling(optim.width_scaling, dim, derived=dim, pinned=1.0)
+        return WidthScaling(optim.width_scaling, dim, derived=dim, explicit=1.0)
     valid = f"null where hidden widths differ: this model has {', '.join(map(str, widths))}"
     require(len(widths) == 1, "optim.base_ffn_width", optim.base_ffn_width, valid)
     hidden = widths[0] / optim.base_ffn_width
-    return WidthScaling(optim.width_scaling, dim, derived=hidden, pinned=hidden)
+    return WidthScaling(optim.width_scaling, dim, derived=hidden, explicit=hidden)

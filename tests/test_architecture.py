@@ -12,26 +12,30 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted(
     path
     for path in ROOT.glob("**/*.py")
-    if not any(part.startswith(".") or part in ("data", "runs", "sweeps") for part in path.relative_to(ROOT).parts)
+    if not any(
+        part.startswith(".") or part in ("build", "data", "runs", "sweeps") for part in path.relative_to(ROOT).parts
+    )
 )
 PROJECT = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in SOURCES}
 
 # Of the project, a module may import its own package and what stands here; the longest matching prefix counts.
 MAY_IMPORT = {
+    "spannorm": set[str](),  # the library is installed without the rest
     "core": {"lightning_modules.config"},
     "datamodules": {"core"},
     "callbacks": {"core", "analysis"},  # which measures and predicts what monitors watch, in any model of blocks
     "lightning_modules.config": {"core"},
-    "lightning_modules.layers": {"core", "lightning_modules.config"},
-    "lightning_modules.placements": {"core", "lightning_modules.config", "lightning_modules.layers"},
+    "lightning_modules.argument_errors": {"core", "spannorm"},
+    "lightning_modules.layers": {"core", "spannorm", "lightning_modules.config", "lightning_modules.argument_errors"},
     "lightning_modules.transformer": {
         "core",
+        "spannorm",
+        "lightning_modules.argument_errors",
         "lightning_modules.config",
         "lightning_modules.cross_entropy",
         "lightning_modules.layers",
-        "lightning_modules.placements",
     },
-    "lightning_modules": {"core"},
+    "lightning_modules": {"core", "spannorm"},
 }
 
 
@@ -65,6 +69,14 @@ def test_imports_point_downwards(path: Path) -> None:
     for imported in project_imports(path):
         assert any(within(imported, allowed) for allowed in {package} | MAY_IMPORT[package]), imported
         assert not within(imported, "lightning_modules.language_module"), "nothing builds on the top"
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if within(module_name(path), "spannorm")], ids=module_name)
+def test_the_library_needs_torch_alone(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        modules += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+        assert {module.partition(".")[0] for module in modules} <= {"spannorm", "torch", *sys.stdlib_module_names}
 
 
 def test_the_typed_configuration_costs_no_torch() -> None:

@@ -31,7 +31,8 @@ from core import cli
 from core.build import build
 from core.errors import require
 from lightning_modules.config import ModelConfig
-from lightning_modules.placements.registry import PLACEMENTS
+from lightning_modules.initialization import init_name
+from spannorm import PLACEMENTS
 from tools.picture import check_picture, save_picture
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -90,8 +91,9 @@ def report(overrides: Sequence[str], batch_size: int = 4, seq_len: int = 64) -> 
     module.configure_model()
     tokens = torch.randint(VOCAB_SIZE, (batch_size, seq_len + 1), generator=torch.Generator().manual_seed(config.seed))
     model_config: ModelConfig = module.model_config
-    init = model_config.init if model_config.init != "default" else PLACEMENTS[model_config.placement].default_init
-    return Report(model_config, init, measure(module.model, tokens), predict_model(module.model, seq_len))
+    return Report(
+        model_config, init_name(model_config), measure(module.model, tokens), predict_model(module.model, seq_len)
+    )
 
 
 def make_table(result: Report, all_rows: bool) -> Table:

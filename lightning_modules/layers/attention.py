@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -10,21 +9,9 @@ from lightning_modules.config import ModelConfig
 from lightning_modules.layers.document_mask import Mask, attend
 from lightning_modules.layers.kv_cache import Slots
 from lightning_modules.layers.linear import Linear
-from lightning_modules.layers.matrices import Matrix
 from lightning_modules.layers.norms import make_norm
 from lightning_modules.layers.rope import Rope, rotate
-
-
-class QKVNorm(NamedTuple):
-    """Norms on the projections, before the rotation.
-
-    Attributes:
-        on: which of q, k and v, as letters.
-        per_head: over each head's dimensions (2503.04598), or over all heads together (OLMo 2, 2501.00656).
-    """
-
-    on: str
-    per_head: bool
+from spannorm import Matrix, QKVNorm
 
 
 class Attention(nn.Module):

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from lightning_modules.config import ModelConfig
 from lightning_modules.layers.linear import Linear
-from lightning_modules.layers.matrices import Matrix
 from lightning_modules.layers.norms import make_norm
 from lightning_modules.layers.swiglu import swiglu
+from spannorm import Matrix
 
 
 class FeedForward(nn.Module):
@@ -21,7 +21,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig, inner_norm: bool = False) -> None:
         super().__init__()
-        self.pinned = config.ffn_dim is not None
+        self.width_is_explicit = config.ffn_dim is not None
         self.gate_proj = Linear(config.dim, config.hidden_dim)
         self.up_proj = Linear(config.dim, config.hidden_dim)
         self.down_proj = Linear(config.hidden_dim, config.dim)
@@ -33,6 +33,6 @@ class FeedForward(nn.Module):
 
     def matrices(self) -> Iterator[Matrix]:
         dim, hidden = self.gate_proj.in_features, self.gate_proj.out_features
-        yield Matrix("ffn_up", self.gate_proj.weight, dim, hidden, self.pinned)
-        yield Matrix("ffn_up", self.up_proj.weight, dim, hidden, self.pinned)
-        yield Matrix("ffn_down", self.down_proj.weight, hidden, dim, self.pinned)
+        yield Matrix("ffn_up", self.gate_proj.weight, dim, hidden, self.width_is_explicit)
+        yield Matrix("ffn_up", self.up_proj.weight, dim, hidden, self.width_is_explicit)
+        yield Matrix("ffn_down", self.down_proj.weight, hidden, dim, self.width_is_explicit)

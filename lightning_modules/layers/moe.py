@@ -9,8 +9,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from lightning_modules.config import ModelConfig
 from lightning_modules.layers.experts import choose_backend, make_experts
 from lightning_modules.layers.ffn import FeedForward
-from lightning_modules.layers.matrices import Matrix
 from lightning_modules.layers.router import Router, RouterStats
+from spannorm import Matrix
 
 
 class MoE(nn.Module):
@@ -59,14 +59,14 @@ class MoE(nn.Module):
     def matrices(self) -> Iterator[Matrix]:
         router, mlp = self.router.layer, self.experts.mlp
         dim, hidden, moe = self.config.dim, self.config.expert_hidden_dim, self.config.moe
-        pinned = self.config.ffn_dim is not None or moe.expert_dim is not None
+        explicit = self.config.ffn_dim is not None or moe.expert_dim is not None
         yield Matrix("router", router.weight, dim, moe.num_experts)
-        yield Matrix("ffn_up", mlp.w1, dim, hidden, pinned)
-        yield Matrix("ffn_up", mlp.v1, dim, hidden, pinned)
-        yield Matrix("ffn_down", mlp.w2, hidden, dim, pinned)
+        yield Matrix("ffn_up", mlp.w1, dim, hidden, explicit)
+        yield Matrix("ffn_up", mlp.v1, dim, hidden, explicit)
+        yield Matrix("ffn_down", mlp.w2, hidden, dim, explicit)
         if self.shared_expert is not None:
-            pinned = pinned or moe.shared_expert_dim is not None
-            yield from (matrix._replace(pinned=pinned) for matrix in self.shared_expert.matrices())
+            explicit = explicit or moe.shared_expert_dim is not None
+            yield from (matrix._replace(width_is_explicit=explicit) for matrix in self.shared_expert.matrices())
 
     def num_idle_parameters(self) -> int:
         """Those of the experts that a token does not go to."""

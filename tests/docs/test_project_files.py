@@ -20,7 +20,7 @@ def pins(*names: str) -> dict[str, str]:
 def test_the_citation_is_of_this_version_and_refers_to_the_paper() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors"} <= citation.keys(), "what the format requires"
-    assert (citation["title"], citation["version"]) == (PROJECT["name"], PROJECT["version"])
+    assert (citation["title"], citation["version"]) == (f"{PROJECT['name']}-suite", PROJECT["version"])
     assert citation["license"] == PROJECT["license"] == "Apache-2.0"
     assert [item["value"] for item in citation["references"][0]["identifiers"]] == ["arXiv:2601.22580"]
 

@@ -198,6 +198,7 @@ def prepare(cwd: Path) -> None:
     (cwd / "texts").mkdir()
     for number in range(60):
         (cwd / f"texts/{number}.txt").write_text(random.Random(number).randbytes(1500).hex())
+    (cwd / "my_file.py").write_text((ROOT / "docs/library.md").read_text().split("```python\n")[-1].split("```")[0])
     (cwd / "loudest.py").write_text("import lightning as L\n\n\nclass Loudest(L.Callback):\n    pass\n")
     tool = Command("", 0, "python -m tools.prepare")
     for name, tokenizer in (("texts", "byte"), ("code", "byte"), ("stdlib-bpe", "bpe:300")):
@@ -215,9 +216,10 @@ WAYS: list[tuple[str, Way]] = [
     (r"python (train\.py|-m tools\.plan) .*(_7b|_gpu|trainer=gpu|=megablocks|bf16)", composes(GPU)),
     (r"python train\.py .*(trainer=(ddp|fsdp|slurm)|trainer\.devices=)", composes("tests/distributed runs several")),
     (r"python train\.py .*\w+://", composes("needs a network; tests/datamodules reads such a corpus")),
-    (r"python train\.py .*my_file\.", composes("the file is yours; tests/callbacks and docs/monitoring.md have one")),
+    (r"python train\.py .*my_file\.My", composes("the file is yours; tests/callbacks and docs/monitoring.md have one")),
     (r"python train\.py .*hydra/sweeper=optuna", listed("tests/test_sweeps.py runs it where Optuna is installed")),
     (r"python train\.py", trains()),
+    (r"python examples/own_model\.py", listed("tests/spannorm/test_installed.py trains it")),
     (r"python -m tools\.prepare inspect", calls()),
     (r"python -m tools\.prepare input=texts/ ", calls(output="data/again")),
     (r"python -m tools\.prepare input=python_stdlib", calls(input="texts/", tokenizer="bpe:300", output="data/bpe")),

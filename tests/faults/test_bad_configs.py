@@ -10,8 +10,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from lightning_modules.initialization import INITS
-from lightning_modules.placements.registry import PLACEMENTS
+from spannorm import INITS, PLACEMENTS
 from tests.helpers_run import tiny_job, train
 
 WORDS = ["abc", "''", "null", "true", "[]", "[1,2]", "{}", "{a: 1}", "nan", "inf", "-inf", "1e400", "-0.0", "'1 2'"]

@@ -1,5 +1,6 @@
 """A run's folder from elsewhere: reading its configuration runs nothing that the user has not vouched for."""
 
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -152,3 +153,28 @@ def test_a_module_from_elsewhere_is_not_even_imported(tmp_path: Path, monkeypatc
     with pytest.raises(ConfigError, match=r"evil\.Callback"):
         load_config(saved(tmp_path, {"callbacks": {"x": {"_target_": "evil.Callback"}}}))
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("field", ["model.placement", "module.model.norm", "module.x.0.init", "optim.schedule"])
+def test_an_import_path_is_allowed_by_name_and_not_imported_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str
+) -> None:
+    (tmp_path / "evil_norm.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    config: Any = "evil_norm.MyNorm"
+    for name in reversed(field.split(".")):
+        config = [config] if name == "0" else {name: config}
+    with pytest.raises(ConfigError, match=r"names code that is not .* allow=evil_norm\.MyNorm, of a tool") as error:
+        load_config(saved(tmp_path, config))
+    assert error.value.field == field
+    assert not (tmp_path / "ran").exists()
+    assert load_config(tmp_path, ["evil_norm.MyNorm"]) == config, "nor by reading it"
+    assert not (tmp_path / "ran").exists()
+
+
+def test_one_line_says_how_to_allow_all(tmp_path: Path) -> None:
+    config = {"model": {"placement": "my.A", "norm": "my.B", "init": "plain"}, "callbacks": {"x": {"_target_": "my.C"}}}
+    way = "--allow my.A --allow my.B --allow my.C runs it (or allow=my.A,my.B,my.C, of a tool"
+    with pytest.raises(ConfigError, match=re.escape(way)):
+        load_config(saved(tmp_path, config))
+    assert load_config(tmp_path, ["my.A", "my.B", "my.C"]) == config

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from lightning_modules.initialization import initialize
-from lightning_modules.placements.registry import PLACEMENTS
 from lightning_modules.transformer import Transformer
+from spannorm import PLACEMENTS
 from tests.conftest import tiny_config
 
 

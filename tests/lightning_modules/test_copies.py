@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lightning_modules.language_module import LanguageModule
-from lightning_modules.placements.registry import PLACEMENTS
+from spannorm import PLACEMENTS
 from tests.conftest import make_module, tokens
 from tests.lightning_modules.test_language_module import fit
 from tests.megablocks_cpu import megablocks_on_cpu

@@ -12,8 +12,8 @@ from datamodules.samples import positions
 from lightning_modules.layers.attention import Attention
 from lightning_modules.layers.document_mask import document_mask
 from lightning_modules.layers.rope import at_positions, rope_tables
-from lightning_modules.placements.registry import PLACEMENTS
 from lightning_modules.transformer import Transformer
+from spannorm import PLACEMENTS
 from tests.conftest import VOCAB_SIZE, make_module, tiny_config, tokens
 
 LENGTHS = [[5, 1, 9, 3], [18]]  # of the documents in two sequences

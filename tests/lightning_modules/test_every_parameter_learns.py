@@ -15,11 +15,11 @@ import torch.nn.functional as F
 
 from core.errors import ConfigError
 from lightning_modules.config import OptimConfig
-from lightning_modules.initialization import INITS, TARGETS, initialize
-from lightning_modules.layers.norms import NORMS
+from lightning_modules.initialization import initialize
 from lightning_modules.optim import SCHEDULES, make_schedule
-from lightning_modules.placements.registry import PLACEMENTS
 from lightning_modules.transformer import Transformer
+from spannorm import INITS, NORMS, PLACEMENTS
+from spannorm.initialization import TARGETS
 from tests.conftest import VOCAB_SIZE, tiny_config, tokens
 
 Choice = dict[str, Any]

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from lightning_modules.generation import choose, feed, generate, stream
 from lightning_modules.layers.kv_cache import KVCache
-from lightning_modules.placements.registry import PLACEMENTS
 from lightning_modules.transformer import Transformer
+from spannorm import PLACEMENTS
 from tests.conftest import VOCAB_SIZE, make_module, tiny_config, tokens
 
 LENGTH = 48

@@ -7,8 +7,8 @@ import torch
 from accelerate import cpu_offload
 from torch import nn
 
-from lightning_modules.placements.registry import PLACEMENTS
 from lightning_modules.transformer import Transformer
+from spannorm import PLACEMENTS
 from tests.conftest import VOCAB_SIZE, tiny_config, tokens
 
 SHARED = {"num_experts": 8, "num_shared_experts": 1, "first_dense_layers": 1, "balancing": "bias", "score": "sigmoid"}

@@ -13,7 +13,7 @@ from torch import nn
 
 from core.open_run import open_run
 from datamodules.tokenizers import Tokenizer
-from lightning_modules.placements.registry import PLACEMENTS
+from spannorm import PLACEMENTS
 from tests.helpers_run import run_on
 from tests.tools.exports import exported, loaded, remade, tokenizer_of
 from tests.tools.runs import SMALL, bpe_corpus, bpe_run, byte_run

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_modules.placements.registry import PLACEMENTS
+from spannorm import PLACEMENTS
 from tools import signal
 
 ROOT = Path(__file__).parents[2]

@@ -1,20 +1,37 @@
 """A folder with the model's own code, taken from this project's sources, that transformers loads."""
 
-import ast
 import json
 import re
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_modules.placements.registry import PLACEMENTS
+from tools.exporting.flatten import flatten
+from lightning_modules.config import ModelConfig
 from lightning_modules.transformer import Transformer
+from spannorm import PLACEMENTS
+from spannorm.import_path import is_import_path
 
-ROOT = Path(__file__).resolve().parents[2]
-MODELING, REGISTRY = "tools.exporting.modeling_placement", "lightning_modules.placements.registry"
-IMPORT = re.compile(r"^( *)from ([\w.]+) import ([^\n]*)", re.MULTILINE)
+MODELING = "tools.exporting.modeling_placement"
+
+
+class Registry(NamedTuple):
+    """Where the library looks a name up.
+
+    Attributes:
+        module: the module that defines the registry.
+        name: the dictionary's name in it.
+    """
+
+    module: str
+    name: str
+
+
+PLACEMENT = Registry("spannorm.placements.registry", "PLACEMENTS")
+NORM = Registry("spannorm.norms", "NORMS")
 
 
 def write(model: Transformer, folder: Path, max_length: int, end_of_document: int | None) -> None:
@@ -27,14 +44,15 @@ def write(model: Transformer, folder: Path, max_length: int, end_of_document: in
         end_of_document: the token that ends a text, and stands before one; None: there is none.
     """
     config = model.config
+    code = sources(config)
     is_mixture = config.ffn == "moe"
-    code = MODELING.rpartition(".")[2]
+    file = MODELING.rpartition(".")[2]
     description = {
         "model_type": "placement",
         "architectures": ["PlacementForCausalLM"],
         "auto_map": {
-            "AutoConfig": f"{code}.PlacementConfig",
-            "AutoModelForCausalLM": f"{code}.PlacementForCausalLM",
+            "AutoConfig": f"{file}.PlacementConfig",
+            "AutoModelForCausalLM": f"{file}.PlacementForCausalLM",
         },
         "model": asdict(config),
         "output_multiplier": model.output_multiplier,
@@ -58,60 +76,45 @@ def write(model: Transformer, folder: Path, max_length: int, end_of_document: in
         del tensors["head.weight"]
     kept: dict[str, Tensor] = {f"model.{name}": tensor.contiguous() for name, tensor in tensors.items()}
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    for name, text in sources(config.placement).items():
+    for name, text in code.items():
         (folder / f"{name}.py").write_text(text)
 
 
-def sources(placement: str) -> dict[str, str]:
-    """{file name without .py: content} of the modeling file and whatever it imports of this project.
+def sources(config: ModelConfig) -> dict[str, str]:
+    """Return {file name without .py: source} of the modeling file and whatever it needs of this project and the user.
 
-    The folder is flat, and imports in it are relative. Of all placements it holds the one.
+    Of all placements the folder holds the one. A placement and a norm kind by import path come along with their files
+    and what these import of the user's own; what is installed has to be installed there as well.
+
+    Raises:
+        UserError: the user's file has an import that cannot be exported; says which, and what to write instead.
     """
-    texts: dict[str, str] = {}
-    waiting = [MODELING]
-    while waiting:
-        module = waiting.pop()
-        if module not in texts:
-            texts[module] = _source(module, placement)
-            waiting += _imported(texts[module])
-    flat = {_flat(module): IMPORT.sub(_relative, text) for module, text in texts.items()}
-    named = "".join(f"from .{name} import __name__ as _\n" for name in sorted(flat) if name != _flat(MODELING))
-    flat[_flat(MODELING)] += f"\n\n# transformers brings along only what this file names.\n{named}"
+    named = [(PLACEMENT, config.placement), (NORM, config.norm)]
+    registrations = [_registration(registry, name) for registry, name in named if is_import_path(name)]
+
+    def edit(module: str, source: str) -> str:
+        if module == PLACEMENT.module:
+            return _without_others(source, config.placement)
+        return "".join([source, *registrations]) if module == MODELING else source
+
+    flat = flatten(MODELING, edit)
+    modeling = MODELING.rpartition(".")[2]
+    others = "".join(f"from .{name} import __name__ as _\n" for name in sorted(flat) if name != modeling)
+    flat[modeling] += f"\n\n# transformers brings along only what this file names.\n{others}"
     return flat
 
 
-def _source(module: str, placement: str) -> str:
-    text = (ROOT / f"{module.replace('.', '/')}.py").read_text()
-    if module != REGISTRY:
-        return text
+def _registration(registry: Registry, name: str) -> str:
+    """Return the lines that enter the user's own class under its import path, at the end of the modeling file.
+
+    There and not in the registry's module: the user's file may import that one.
+    """
+    module, _, attribute = name.rpartition(".")
+    lines = f"from {registry.module} import {registry.name}\nfrom {module} import {attribute} as {registry.name}_OWN\n"
+    return f'\n\n{lines}\n{registry.name}["{name}"] = {registry.name}_OWN\n'
+
+
+def _without_others(source: str, placement: str) -> str:
     others = [scheme for name, scheme in PLACEMENTS.items() if name != placement]
     lines = [rf'from {re.escape(o.__module__)} import {o.__name__}\n|    "\w+": {o.__name__},\n' for o in others]
-    return re.sub("|".join(lines), "", text)
-
-
-def _imported(text: str) -> set[str]:
-    """The project's modules that a source imports."""
-    found = set()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-            found |= {name for name in (*names, node.module) if _is_ours(name)}
-    return found
-
-
-def _is_ours(module: str) -> bool:
-    return (ROOT / f"{module.replace('.', '/')}.py").is_file()
-
-
-def _flat(module: str) -> str:
-    return module.removeprefix("tools.exporting.").replace(".", "_")
-
-
-def _relative(match: re.Match[str]) -> str:
-    indent, module, names = match.groups()
-    if _is_ours(module):
-        return f"{indent}from .{_flat(module)} import {names}"
-    parts = {name: f"{module}.{name}" for name in names.split(", ")}
-    if all(map(_is_ours, parts.values())):
-        return f"{indent}from . import " + ", ".join(f"{_flat(part)} as {name}" for name, part in parts.items())
-    return match[0]
+    return re.sub("|".join(lines), "", source)

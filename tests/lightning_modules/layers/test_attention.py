@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_modules.layers.attention import Attention, QKVNorm
+from lightning_modules.layers.attention import Attention
 from lightning_modules.layers.rope import rope_tables, rotate
+from spannorm import QKVNorm
 from tests.conftest import tiny_config
 from tests.lightning_modules import reference
 

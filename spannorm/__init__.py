@@ -1,0 +1,104 @@
+"""Where a transformer block normalizes, and how its matrices start, for models of your own.
+
+    from spannorm import Depth, NormFactory, SpanNorm, initialize, scale_init
+
+    block = SpanNorm(Depth(index, total), NormFactory("rmsnorm", dim))
+    x = block(x, my_attention, my_ffn)
+
+A placement is the equation of one block around an attention and a feed-forward layer that may be anything; a norm kind
+says what each of its norms is; an init gives every matrix its standard deviation by its role. torch is all that this
+package needs. `examples/own_model.py` trains a model with it, `docs/library.md` explains it.
+"""
+
+from spannorm.errors import InvalidArgument
+from spannorm.initialization import (
+    INITS,
+    Init,
+    b2t_init,
+    deepnorm_init,
+    deepscalelm_init,
+    draw,
+    fan_in_init,
+    find_init,
+    initialize,
+    megatron_init,
+    plain_init,
+    scale_init,
+    standard_deviation,
+    start_at_unit_variance,
+    subln_init,
+)
+from spannorm.matrices import ROLES, Matrix, Role
+from spannorm.norms import NORMS, DyT, EmbeddingScale, NormFactory, RMSNorm, find_norm
+from spannorm.placements.b2t import B2T
+from spannorm.placements.base import Depth, Placement, QKVNorm, Streams, Sublayer, TwoStreams
+from spannorm.placements.deepnorm import DeepNorm
+from spannorm.placements.hybridnorm import HybridNorm
+from spannorm.placements.hybridnorm_star import HybridNormStar
+from spannorm.placements.keel import Keel
+from spannorm.placements.lnscaling import LNScaling
+from spannorm.placements.mixln import MixLN
+from spannorm.placements.outputnorm import OutputNorm
+from spannorm.placements.perinorm import PeriNorm
+from spannorm.placements.postnorm import PostNorm
+from spannorm.placements.prenorm import PreNorm
+from spannorm.placements.registry import PLACEMENTS, find_placement
+from spannorm.placements.residual import ResiDual
+from spannorm.placements.rezero import ReZero
+from spannorm.placements.sandwich import Sandwich
+from spannorm.placements.siamesenorm import SiameseNorm
+from spannorm.placements.spannorm import SpanNorm
+from spannorm.placements.subln import SubLN
+
+__all__ = [
+    "B2T",
+    "INITS",
+    "NORMS",
+    "PLACEMENTS",
+    "ROLES",
+    "DeepNorm",
+    "Depth",
+    "DyT",
+    "EmbeddingScale",
+    "HybridNorm",
+    "HybridNormStar",
+    "Init",
+    "InvalidArgument",
+    "Keel",
+    "LNScaling",
+    "Matrix",
+    "MixLN",
+    "NormFactory",
+    "OutputNorm",
+    "PeriNorm",
+    "Placement",
+    "PostNorm",
+    "PreNorm",
+    "QKVNorm",
+    "RMSNorm",
+    "ReZero",
+    "ResiDual",
+    "Role",
+    "Sandwich",
+    "SiameseNorm",
+    "SpanNorm",
+    "Streams",
+    "SubLN",
+    "Sublayer",
+    "TwoStreams",
+    "b2t_init",
+    "deepnorm_init",
+    "deepscalelm_init",
+    "draw",
+    "fan_in_init",
+    "find_init",
+    "find_norm",
+    "find_placement",
+    "initialize",
+    "megatron_init",
+    "plain_init",
+    "scale_init",
+    "standard_deviation",
+    "start_at_unit_variance",
+    "subln_init",
+]

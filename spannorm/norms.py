@@ -1,0 +1,205 @@
+"""Norm kinds, orthogonal to where a placement puts them."""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spannorm.errors import InvalidArgument
+from spannorm.import_path import find
+
+AUTHORS_ALPHAS = {
+    1024: (1.0, 1.0),
+    2048: (1.0, 0.5),
+    4096: (0.8, 0.2),
+    5120: (0.6, 0.15),
+    8192: (0.2, 0.05),
+}
+"""Where the authors' language models start DyT's a, by width: (in norms before attention, elsewhere)."""
+
+
+class DyT(nn.Module):
+    """Dynamic tanh: g * tanh(a x) + b, elementwise (2503.10622, eq. 1), without statistics. Keeps shape and dtype.
+
+    It does not bring its input to a size, so both a and the size of the stream matter. A language model takes the
+    authors' recipe for one by default: an `a` that depends on the width and is larger before attention, and a learned
+    scalar on the embedding (EmbeddingScale).
+
+    Args:
+        dim: number of features.
+        eps: not used; every kind of norm takes it.
+        alpha: where a starts; None takes the authors' value for a model of this width.
+        alpha_attention: where a starts in a norm that attention alone reads; None likewise.
+        embedding_scale: where the scalar on the embedding starts: `unit` for a stream of unit variance (1/std of the
+            embedding's init), `sqrt` for sqrt(dim), or a number; None for no scalar. The authors say sqrt, which at
+            their width of 4096 and std of 0.02 is nearly unit; in a narrow model it is far too small. The norm itself
+            does not use it: NormFactory.embedding_scale makes the scalar.
+        before_attention: whether attention alone reads this norm's output.
+        width: width of the model; None takes dim.
+
+    Raises:
+        InvalidArgument: `alpha` or `alpha_attention` is not a positive number.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        eps: float = 0.0,
+        alpha: float | None = None,
+        alpha_attention: float | None = None,
+        embedding_scale: float | Literal["unit", "sqrt"] | None = "unit",
+        before_attention: bool = False,
+        width: int | None = None,
+    ) -> None:
+        super().__init__()
+        at_attention, elsewhere = _authors_alphas(dim if width is None else width)
+        starts = {
+            "alpha": elsewhere if alpha is None else alpha,
+            "alpha_attention": at_attention if alpha_attention is None else alpha_attention,
+        }
+        for name, start in starts.items():
+            if not 0 < start < math.inf:
+                raise InvalidArgument(name, start, "a number > 0, or null")
+        self.alpha = nn.Parameter(torch.tensor([float(starts["alpha_attention" if before_attention else "alpha"])]))
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (torch.tanh(self.alpha * x) * self.weight + self.bias).to(x.dtype)
+
+
+def _authors_alphas(width: int) -> tuple[float, float]:
+    """Return (before attention, elsewhere) at the nearest of the authors' widths on a logarithmic scale."""
+    return AUTHORS_ALPHAS[min(AUTHORS_ALPHAS, key=lambda theirs: abs(math.log(theirs / width)))]
+
+
+class EmbeddingScale(nn.Module):
+    """Multiplies the embedding output by one learned number, as DyT needs in a language model (2503.10622, section 5).
+
+    Args:
+        start: where the number starts; None lets `initialize` set it to 1/std of the embedding.
+    """
+
+    def __init__(self, start: float | None) -> None:
+        super().__init__()
+        self.is_unit = start is None
+        self.weight = nn.Parameter(torch.tensor([1.0 if start is None else float(start)]))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """[batch, seq, dim] -> the same shape and dtype."""
+        return (h * self.weight).to(h.dtype)
+
+
+class RMSNorm(nn.RMSNorm):
+    """Root mean square norm (1910.07467), computed in the gain's precision whatever its input has.
+
+    torch's own warns under autocast, where gain and input differ in type, and is not fused there.
+    """
+
+    eps: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., dim] -> the same shape and dtype."""
+        return F.rms_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.eps).to(x.dtype)
+
+
+def _rms_norm(dim: int, eps: float) -> nn.Module:
+    return RMSNorm(dim, eps=eps)
+
+
+def _layer_norm(dim: int, eps: float) -> nn.Module:
+    return nn.LayerNorm(dim, eps=eps)
+
+
+def _no_norm(dim: int, eps: float) -> nn.Module:
+    return nn.Identity()
+
+
+NORMS: dict[str, Callable[..., nn.Module]] = {
+    "rmsnorm": _rms_norm,  # 1910.07467
+    "layernorm": _layer_norm,  # 1607.06450
+    "dyt": DyT,
+    "none": _no_norm,
+}
+"""The norm kinds by name. Each is called with the number of features, and with those of `eps`, `before_attention` and
+`width` that it takes, and the options of that kind; it returns a module that keeps the shape of its input."""
+
+LEAST_FEATURES = {"rmsnorm": 2, "layernorm": 3}
+"""Over fewer features a norm keeps nothing but the sign, so that what it reads would have no gradient."""
+
+FILLED_IN = ("eps", "before_attention", "width")
+"""The parameters of a norm kind that NormFactory fills in by itself where the kind takes them."""
+
+
+def find_norm(name: str) -> Callable[..., nn.Module]:
+    """Return what makes norms of a kind: an entry of NORMS, or a class of your own by its import path.
+
+    Raises:
+        InvalidArgument: there is none of that name.
+    """
+    return find("norm", name, NORMS)
+
+
+@dataclass(frozen=True)
+class NormFactory:
+    """Makes the norms of a model: a placement calls it once for every norm that it has.
+
+    Attributes:
+        kind: name in NORMS, or the import path of a class or function of your own.
+        dim: number of features that a norm is taken over.
+        eps: number added to the variance or the mean square.
+        options: further arguments of that kind.
+        width: width of the model, where a norm is over fewer features than that; None takes `dim`.
+    """
+
+    kind: str
+    dim: int
+    eps: float = 1e-6
+    options: Mapping[str, Any] = field(default_factory=dict)
+    width: int | None = None
+
+    def constructor(self) -> Callable[..., nn.Module]:
+        """Return what makes a norm of this kind. A subclass may put a faster equivalent in its place."""
+        return find_norm(self.kind)
+
+    def __call__(self, before_attention: bool = False) -> nn.Module:
+        """Make one norm.
+
+        Args:
+            before_attention: whether attention alone reads the norm's output, which DyT distinguishes.
+
+        Raises:
+            InvalidArgument: an unknown kind, an option outside its range, or too few features.
+        """
+        least = LEAST_FEATURES.get(self.kind, 1)
+        if self.dim < least:
+            valid = f"dyt, none, or {least} features and more: over {self.dim} nothing but a sign is left"
+            raise InvalidArgument("norm", self.kind, valid)
+        make = self.constructor()
+        taken = inspect.signature(make).parameters
+        ours = {"eps": self.eps, "before_attention": before_attention, "width": self.width}
+        norm = make(self.dim, **{name: ours[name] for name in FILLED_IN if name in taken}, **self.options)
+        if not isinstance(norm, nn.Module):
+            raise InvalidArgument("norm", self.kind, f"what makes a torch.nn.Module, not a {type(norm).__name__}")
+        return norm
+
+    def embedding_scale(self) -> nn.Module:
+        """Make the scalar on the embedding output that this kind of norm asks for: of DyT one, otherwise nothing.
+
+        Raises:
+            InvalidArgument: DyT's option `embedding_scale` is not in its range.
+        """
+        start = self.options.get("embedding_scale", "unit") if self.kind == "dyt" else None
+        if start is None:
+            return nn.Identity()
+        if start == "unit":
+            return EmbeddingScale(None)
+        start = (self.dim if self.width is None else self.width) ** 0.5 if start == "sqrt" else start
+        if not isinstance(start, int | float) or not 0 < start < math.inf:
+            raise InvalidArgument("embedding_scale", start, "a number > 0, unit, sqrt or null")
+        return EmbeddingScale(start)

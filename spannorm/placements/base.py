@@ -1,0 +1,128 @@
+"""The base class of placements: the equation of one transformer block, blind to what its sublayers are."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from spannorm.errors import InvalidArgument
+from spannorm.import_path import is_import_path
+from spannorm.norms import NORMS, NormFactory
+
+Sublayer = Callable[[Tensor], Tensor]
+"""Attention, a dense FFN or a mixture of experts: [batch, seq, dim] -> [batch, seq, dim]."""
+
+Streams = tuple[Tensor, Tensor]
+"""The state of a scheme with two streams, each [batch, seq, dim]."""
+
+
+class QKVNorm(NamedTuple):
+    """Says which projections attention has to normalize before the rotary rotation.
+
+    Attributes:
+        on: which of q, k and v, as letters.
+        per_head: whether over each head's dimensions (2503.04598) or over all heads together (OLMo 2, 2501.00656).
+    """
+
+    on: str
+    per_head: bool
+
+
+class Depth:
+    """Says where a block stands in the model.
+
+    A placement's `forward` may read the booleans, not the numbers: torch.compile specializes on every number that it
+    meets, and a graph for each index would exceed its limit of recompilations, after which blocks silently run
+    uncompiled.
+
+    Args:
+        index: number of the block, counted from 1.
+        total: number of blocks.
+
+    Raises:
+        InvalidArgument: the index is not from 1 to the total.
+    """
+
+    def __init__(self, index: int, total: int) -> None:
+        if not 1 <= index <= total:
+            raise InvalidArgument("index", index, f"an integer from 1 to total={total}: blocks count from 1")
+        self.index, self.total = index, total
+        self.is_first, self.is_last = index == 1, index == total
+
+
+class Placement(nn.Module):
+    """The residual topology of one block. It owns the block's norms (and scalar gates), never a matrix.
+
+    A model calls `enter` before its first block, each block as `state = block(state, attn, ffn)`, and `leave` after its
+    last one. A scheme overrides `forward`, and the class attributes where it differs from their defaults. A scheme
+    that carries more than one stream overrides `enter` and `leave` as well; its state may be any tuple of tensors.
+
+    Args:
+        depth: which block this is, of how many.
+        norm: makes one norm over the model dimension.
+        final_norm: whether the last block's output is normed; None takes `has_final_norm`.
+
+    Attributes:
+        has_final_norm: whether the published scheme norms the last block's output.
+        default_init: the init that the scheme was published with: a name in INITS, or an import path.
+        default_init_options: that init's options.
+        norms: the kinds of norms under which the scheme is still the published one. A kind by import path is not
+            held against them.
+        qkv_norm: the norms that this block's attention is to put on its projections; None for none.
+        inner_norm: whether each sublayer of this block is to have one more norm before its output matrix.
+
+    Raises:
+        InvalidArgument: the kind of norm is not in `norms`.
+    """
+
+    has_final_norm: ClassVar[bool] = False
+    default_init: ClassVar[str] = "plain"
+    default_init_options: ClassVar[dict[str, Any]] = {}
+    norms: ClassVar[tuple[str, ...]] = tuple(NORMS)
+    qkv_norm: QKVNorm | None = None
+    inner_norm: bool = False
+
+    def __init__(self, depth: Depth, norm: NormFactory, final_norm: bool | None = None) -> None:
+        super().__init__()
+        norm.constructor()  # refuses an unknown kind, also under a scheme that makes no norm
+        if not is_import_path(norm.kind) and norm.kind not in self.norms:
+            valid = f"one of {', '.join(sorted(self.norms))} under {type(self).__name__}"
+            raise InvalidArgument("norm", norm.kind, valid)
+        self.depth = depth
+        wants_final = self.has_final_norm if final_norm is None else final_norm
+        self.final_norm = norm() if wants_final and depth.is_last else nn.Identity()
+
+    def enter(self, h: Tensor) -> Any:
+        """Turn the embedding output [batch, seq, dim] into the state that goes through the blocks."""
+        return h
+
+    def forward(self, state: Any, attn: Sublayer, ffn: Sublayer) -> Any:
+        """Apply the block equation to the state before the block and return the state after it.
+
+        Args:
+            state: what `enter` or the block before has returned.
+            attn: attention, called once.
+            ffn: the feed-forward layer or mixture of experts, called once.
+        """
+        raise NotImplementedError
+
+    def leave(self, state: Any) -> Tensor:
+        """Turn the state after the last block into what the head reads, [batch, seq, dim]."""
+        return self.final_norm(state)
+
+
+class TwoStreams(Placement):
+    """The base class of schemes with two streams that take the same branches.
+
+    Stream x is normed on its way, stream y only at the end, where x + N(y) leaves.
+    """
+
+    has_final_norm = True
+    norms = tuple(kind for kind in NORMS if kind != "none")  # without norms both streams would be the same
+
+    def enter(self, h: Tensor) -> Streams:
+        return h, h
+
+    def leave(self, state: Streams) -> Tensor:
+        x, y = state
+        return x + self.final_norm(y)

@@ -1,0 +1,26 @@
+"""Pre-LN transformer (2002.04745)."""
+
+from torch import Tensor
+
+from spannorm.norms import NormFactory
+from spannorm.placements.base import Depth, Placement, Sublayer
+
+
+class PreNorm(Placement):
+    """y = x + A(N x);  out = y + F(N y).   2002.04745, Table 1
+
+    x ─┬─ N ─ A ─ + ─┬─ N ─ F ─ + ─
+       └──────────┘  └──────────┘
+    """
+
+    has_final_norm = True
+    default_init = "megatron"
+
+    def __init__(self, depth: Depth, norm: NormFactory, final_norm: bool | None = None) -> None:
+        super().__init__(depth, norm, final_norm)
+        self.norm_attn = norm(before_attention=True)
+        self.norm_ffn = norm()
+
+    def forward(self, x: Tensor, attn: Sublayer, ffn: Sublayer) -> Tensor:
+        x = x + attn(self.norm_attn(x))
+        return x + ffn(self.norm_ffn(x))

@@ -1,0 +1,26 @@
+"""Sandwich-LN (2105.13290): a norm before and after each sublayer, inside its branch."""
+
+from torch import Tensor
+
+from spannorm.norms import NormFactory
+from spannorm.placements.base import Depth, Placement, Sublayer
+
+
+class Sandwich(Placement):
+    """y = x + N(A(N x));  out = y + N(F(N y)).   2105.13290
+
+    x ─┬─ N ─ A ─ N ─ + ─┬─ N ─ F ─ N ─ + ─
+       └──────────────┘  └──────────────┘
+    """
+
+    has_final_norm = True
+    default_init = "megatron"
+
+    def __init__(self, depth: Depth, norm: NormFactory, final_norm: bool | None = None) -> None:
+        super().__init__(depth, norm, final_norm)
+        self.norm_attn_in, self.norm_attn_out = norm(before_attention=True), norm()
+        self.norm_ffn_in, self.norm_ffn_out = norm(), norm()
+
+    def forward(self, x: Tensor, attn: Sublayer, ffn: Sublayer) -> Tensor:
+        x = x + self.norm_attn_out(attn(self.norm_attn_in(x)))
+        return x + self.norm_ffn_out(ffn(self.norm_ffn_in(x)))

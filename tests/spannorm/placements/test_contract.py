@@ -1,0 +1,258 @@
+"""What every placement promises, over dense and MoE, RMSNorm and LayerNorm."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+
+from core.errors import ConfigError
+from lightning_modules.initialization import initialize
+from lightning_modules.layers.rope import rope_tables
+from lightning_modules.transformer import Block, Transformer
+from spannorm import PLACEMENTS
+from tests.conftest import VOCAB_SIZE, tiny_config, tokens
+from tests.lightning_modules import reference
+from tests.spannorm.placements.schemes import (
+    SCHEMES,
+    At,
+    Scheme,
+    b2t_with_every_skip,
+    bare,
+    keel_eased,
+    normed_sum,
+)
+
+HEADS, KV_HEADS, HEAD_DIM, SEQ, EPS, THETA = 4, 2, 8, 9, 1e-5, 10000.0
+schemes = pytest.mark.parametrize("name", SCHEMES)
+placements = pytest.mark.parametrize("name", PLACEMENTS)  # those without an equation in SCHEMES, too
+ffns = pytest.mark.parametrize("ffn", ["dense", "moe"])
+norms = pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
+
+
+def make_model(name: str, ffn: str, norm: str = "rmsnorm", num_layers: int = 4, **options: Any) -> Transformer:
+    """A model with random gains, biases and gates, so that a norm in the wrong place shows."""
+    config = tiny_config(
+        placement=name, placement_options=options, ffn=ffn, norm=norm, num_layers=num_layers, num_kv_heads=KV_HEADS
+    )
+    model = Transformer(config, VOCAB_SIZE)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(0.5, 1.5) if parameter.dim() == 1 else parameter.normal_(std=0.2)
+    return model
+
+
+def through(model: Transformer, h: Tensor) -> Tensor:
+    """Embedding output [batch, seq, dim] -> what the head reads."""
+    rope = rope_tables(h.size(1), HEAD_DIM, THETA, h.device)
+    for block in model.blocks:
+        h, _ = block(h, rope)
+    return h
+
+
+def norms_of(module: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Every norm of a module by its name, written out from its gain and, where it has one, its bias."""
+    parameters = dict(module.named_parameters())
+
+    def written_out(gain: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+        if bias is None:
+            return lambda x: reference.rms_norm(x, gain, EPS)
+        return lambda x: reference.rms_norm(x - x.mean(dim=-1, keepdim=True), gain, EPS) + bias
+
+    return {
+        name.removesuffix(".weight"): written_out(gain, parameters.get(name.replace(".weight", ".bias")))
+        for name, gain in parameters.items()
+        if gain.dim() == 1 and name.endswith(".weight")
+    }
+
+
+def seen_by_equation(block: Block, scheme: Scheme, index: int, total: int) -> At:
+    attn, ffn = dict(block.attn.named_parameters()), dict(block.ffn.named_parameters())
+    attn_norms, ffn_norms, norms = norms_of(block.attn), norms_of(block.ffn), norms_of(block.placement)
+    projection_norms = {letter: attn_norms[f"projection_norms.{letter}"] for letter in scheme.qkv.lower()}
+
+    def same(x: Tensor) -> Tensor:
+        return x
+
+    def attention(x: Tensor) -> Tensor:
+        inner = attn_norms["inner_norm"] if scheme.inner else same
+        return reference.attention(
+            x, attn, HEADS, KV_HEADS, THETA, projection_norms, per_head=scheme.qkv.isupper(), inner=inner
+        )
+
+    def feed_forward(x: Tensor) -> Tensor:
+        if "gate_proj.weight" in ffn:
+            return reference.swiglu(x, ffn, ffn_norms["inner_norm"] if scheme.inner else same)
+        return reference.moe(x, ffn, 4, 2, inner=ffn_norms["experts.mlp.inner_norm"] if scheme.inner else same)
+
+    gate = dict(block.placement.named_parameters()).get("gate")
+    return At(index, total, attention, feed_forward, lambda name, x: norms[name](x), gate)
+
+
+def from_equations(model: Transformer, scheme: Scheme, h: Tensor) -> Tensor:
+    """What the head reads, for one sequence h [seq, dim]."""
+    state: Any = h
+    for index, block in enumerate(model.blocks, start=1):
+        assert isinstance(block, Block)
+        at = seen_by_equation(block, scheme, index, len(model.blocks))
+        state = scheme.equation(at, state)
+    return scheme.leave(at, state)
+
+
+def test_the_table_is_of_registered_placements_in_their_order() -> None:
+    assert [name for name in PLACEMENTS if name in SCHEMES] == list(SCHEMES)
+
+
+@norms
+@ffns
+@schemes
+def test_the_stack_is_the_equation_and_calls_each_sublayer_once(name: str, ffn: str, norm: str) -> None:
+    model = make_model(name, ffn, norm)
+    calls: list[nn.Module] = []
+    for block in model.blocks:
+        for sublayer in (block.attn, block.ffn):
+            sublayer.register_forward_hook(lambda module, inputs, output: calls.append(module))
+    h = 3 * torch.randn(2, SEQ, 32)  # not of unit variance, so that a missing norm shows
+    out = through(model, h)
+    assert calls == [sublayer for block in model.blocks for sublayer in (block.attn, block.ffn)]
+    assert not torch.isclose(out, h, rtol=1e-2).all(dim=-1).any()
+    expected = torch.stack([from_equations(model, SCHEMES[name], sequence) for sequence in h])
+    torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+
+
+@ffns
+def test_keel_eases_its_first_block_in(ffn: str) -> None:
+    model, h = make_model("keel", ffn, ease_in=True), 3 * torch.randn(SEQ, 32)
+    expected = from_equations(model, SCHEMES["keel"]._replace(equation=keel_eased), h)
+    torch.testing.assert_close(through(model, h[None])[0], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "as_published"),
+    [
+        ("b2t", {"last_skip": True}, {"equation": b2t_with_every_skip}),
+        ("siamesenorm", {"normed_sum": True}, {"leave": normed_sum}),
+        ("siamesenorm", {"head_norms": True}, {"qkv": "QKV"}),
+        ("rezero", {"final_norm": False}, {"leave": bare}),
+    ],
+    ids=["b2t", "siamesenorm, its sum", "siamesenorm, its heads", "rezero"],
+)
+@ffns
+def test_what_the_authors_code_has_is_an_option(
+    name: str, options: dict[str, Any], as_published: dict[str, Any], ffn: str
+) -> None:
+    model, h = make_model(name, ffn, **options), 3 * torch.randn(SEQ, 32)
+    out = through(model, h[None])[0]
+    expected = from_equations(model, SCHEMES[name]._replace(**as_published), h)
+    largest = float(expected.detach().abs().max())  # without any norm a stream of experts grows to millions
+    torch.testing.assert_close(out, expected, atol=1e-4 * max(1.0, largest), rtol=1e-4)
+    assert not torch.allclose(out, through(make_model(name, ffn), h[None])[0], rtol=1e-2)
+
+
+@norms
+@ffns
+@schemes
+def test_it_has_the_declared_norms_and_default_and_moves_no_sublayer_weight(name: str, ffn: str, norm: str) -> None:
+    scheme, model, plain = SCHEMES[name], make_model(name, ffn, norm), make_model("prenorm", ffn, norm)
+    assert tuple(len(norms_of(block.placement)) for block in model.blocks) == scheme.norms
+    assert PLACEMENTS[name].default_init == scheme.init
+    own = {f"attn.projection_norms.{letter}" for letter in scheme.qkv.lower()}
+    if scheme.inner:
+        own |= {"attn.inner_norm", "ffn.inner_norm" if ffn == "dense" else "ffn.experts.mlp.inner_norm"}
+    kinds = ("weight", "bias") if norm == "layernorm" else ("weight",)
+    for block, other in zip(model.blocks, plain.blocks, strict=True):
+        names = {key for key in block.state_dict() if not key.startswith("placement.")}
+        expected = {key for key in other.state_dict() if not key.startswith("placement.")}
+        assert names == expected | {f"{key}.{kind}" for key in own for kind in kinds}
+
+
+@norms
+@ffns
+@placements
+def test_gradients_reach_every_parameter(name: str, ffn: str, norm: str) -> None:
+    model = make_model(name, ffn, norm)
+    model(tokens(4, SEQ))[0].square().mean().backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.abs().sum() > 0, key
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # read by the tracer itself
+@norms
+@ffns
+@placements
+def test_compiled_blocks_equal_eager_ones_with_no_graph_for_every_index(name: str, ffn: str, norm: str) -> None:
+    torch._dynamo.reset()
+    model, counter = make_model(name, ffn, norm).double(), CompileCounter()  # they add up in different orders
+    h = torch.randn(2, SEQ, 32, dtype=torch.float64, requires_grad=True)
+    expected = through(model, h)
+    (gradient,) = torch.autograd.grad(expected.square().mean(), h)
+    for block in model.blocks:
+        block.compile(backend=counter, fullgraph=True)
+    out = through(model, h)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(torch.autograd.grad(out.square().mean(), h)[0], gradient)
+    assert 2 <= counter.frame_count <= 3  # the first of the four blocks, those between, and the last
+
+
+@pytest.mark.parametrize(("name", "norm"), [(name, norm) for name in PLACEMENTS for norm in PLACEMENTS[name].norms])
+@ffns
+def test_bf16_autocast_stays_finite_and_close(ffn: str, name: str, norm: str) -> None:
+    model = make_model(name, ffn, norm)
+    initialize(model)
+    sequence = tokens(2, SEQ)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, _ = model(sequence)
+        loss = logits.float().square().mean()
+    loss.backward()
+    assert torch.isfinite(logits).all()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters() if parameter.grad is not None)
+    exact = model(sequence)[0]
+    if norm == "rmsnorm":
+        assert (logits.float() - exact).square().mean() < 0.05 * exact.square().mean()
+
+
+@pytest.mark.parametrize("norm", ["dyt", "none"])
+@ffns
+@schemes
+def test_norms_without_statistics_work_or_are_refused(name: str, ffn: str, norm: str) -> None:
+    if norm in SCHEMES[name].refuses:
+        with pytest.raises(ConfigError) as error:
+            make_model(name, ffn, norm)
+        assert (error.value.field, error.value.value) == ("model.norm", norm)
+        assert f"under {PLACEMENTS[name].__name__}" in error.value.valid
+        assert norm not in error.value.valid
+        return
+    model = make_model(name, ffn, norm)
+    initialize(model)
+    out = model(tokens(2, SEQ))[0]
+    out.square().mean().backward()
+    assert torch.isfinite(out).all()
+    if norm == "none":
+        assert [key for key, parameter in model.named_parameters() if parameter.dim() == 1 and "gate" not in key] == []
+
+
+@pytest.mark.parametrize("final_norm", [False, True])
+@schemes
+def test_the_final_norm_can_be_switched(name: str, final_norm: bool) -> None:
+    model = make_model(name, "dense", final_norm=final_norm)
+    assert sum("final_norm" in key for key, _ in model.named_parameters()) == final_norm
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "valid"),
+    [
+        ("keel", {"alpha": 0.0}, "a number > 0, 2L or sqrt"),
+        ("keel", {"alpha": float("inf")}, "a number > 0, 2L or sqrt"),
+        ("keel", {"alpha": "4L"}, "'2L', 'sqrt'"),
+        ("mixln", {"post_fraction": 1.5}, "a number in [0, 1]"),
+        ("prenorm", {"alpha": 2.0}, "one of final_norm"),
+    ],
+)
+def test_options_outside_their_range_are_refused(name: str, options: dict[str, Any], valid: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        make_model(name, "dense", **options)
+    assert error.value.field == f"model.placement_options.{next(iter(options))}"
+    assert valid in error.value.valid

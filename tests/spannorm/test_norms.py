@@ -1,0 +1,159 @@
+"""Each norm kind against its formula."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from core.errors import ConfigError
+from lightning_modules.initialization import initialize
+from lightning_modules.layers.norms import make_norm
+from lightning_modules.transformer import Transformer
+from spannorm import DyT, NormFactory
+from tests.conftest import VOCAB_SIZE, tiny_config, tokens
+
+EPS = 0.1  # large enough to show
+
+
+def formula(kind: str, x: np.ndarray, p: dict[str, np.ndarray]) -> np.ndarray:
+    if kind == "rmsnorm":
+        return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + EPS) * p["weight"]
+    if kind == "layernorm":
+        centred = x - x.mean(axis=-1, keepdims=True)
+        return centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + EPS) * p["weight"] + p["bias"]
+    if kind == "dyt":
+        return p["weight"] * np.tanh(p["alpha"] * x) + p["bias"]
+    return x
+
+
+@pytest.mark.parametrize("kind", ["rmsnorm", "layernorm", "dyt", "none"])
+def test_norm_is_its_formula(kind: str) -> None:
+    norm = make_norm(tiny_config(norm=kind, norm_eps=EPS), dim=12)
+    x = 2 * torch.randn(3, 5, 12) + 1
+    for randomized in (False, True):
+        if randomized:
+            for parameter in norm.parameters():
+                torch.nn.init.normal_(parameter)
+        parameters = {name: parameter.detach().numpy() for name, parameter in norm.named_parameters()}
+        expected = formula(kind, x.numpy(), parameters)
+        np.testing.assert_allclose(norm(x).detach().numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "start"), [("rmsnorm", {"weight": 1}), ("layernorm", {"weight": 1, "bias": 0})])
+def test_gains_start_at_one_and_biases_at_zero(kind: str, start: dict[str, float]) -> None:
+    norm = make_norm(tiny_config(norm=kind), dim=12)
+    assert {name: set(parameter.tolist()) for name, parameter in norm.named_parameters()} == {
+        name: {value} for name, value in start.items()
+    }
+
+
+def alphas(**overrides: Any) -> dict[str, float]:
+    """Where dyt's a starts, by the names of the norms in a model of two prenorm blocks."""
+    model = Transformer(tiny_config(norm="dyt", **overrides), VOCAB_SIZE)
+    return {name: norm.alpha.item() for name, norm in model.named_modules() if isinstance(norm, DyT)}
+
+
+@pytest.mark.parametrize(
+    ("width", "attention", "elsewhere"),
+    [(12, 1.0, 1.0), (1024, 1.0, 1.0), (2000, 1.0, 0.5), (4096, 0.8, 0.2), (5120, 0.6, 0.15), (20000, 0.2, 0.05)],
+)
+def test_dyt_starts_as_steep_as_its_authors_have_it_at_that_width(
+    width: int, attention: float, elsewhere: float
+) -> None:
+    make = NormFactory("dyt", 8, EPS, width=width)
+    x = torch.randn(4, 8)
+    torch.testing.assert_close(make()(x), torch.tanh(elsewhere * x))
+    torch.testing.assert_close(make(before_attention=True)(x), torch.tanh(attention * x))
+
+
+@pytest.mark.parametrize(
+    ("placement", "before_attention"),
+    [
+        ("prenorm", ["0.placement.norm_attn", "1.placement.norm_attn"]),
+        ("sandwich", ["0.placement.norm_attn_in", "1.placement.norm_attn_in"]),
+        ("spannorm", ["0.placement.first_norm"]),
+        ("hybridnorm_star", ["0.placement.norm_attn"]),
+        ("siamesenorm", ["0.placement.norms_attn.in", "1.placement.norms_attn.in"]),
+        ("postnorm", []),  # attention reads the stream, and so do others
+    ],
+)
+def test_dyt_is_told_where_attention_alone_reads(placement: str, before_attention: list[str]) -> None:
+    found = alphas(placement=placement, norm_options={"alpha": 0.3, "alpha_attention": 0.7})
+    assert {name for name, alpha in found.items() if alpha == pytest.approx(0.7)} == {
+        f"blocks.{name}" for name in before_attention
+    }
+    assert {round(alpha, 6) for alpha in found.values()} <= {0.3, 0.7}
+
+
+@pytest.mark.parametrize(
+    ("options", "start"),
+    [
+        ({}, 50.0),  # the embedding is drawn with 0.02
+        ({"embedding_scale": "sqrt"}, 32**0.5),
+        ({"embedding_scale": 3}, 3.0),
+        ({"embedding_scale": None}, None),
+    ],
+)
+def test_dyt_scales_the_embedding_by_one_learned_number(options: dict[str, Any], start: float | None) -> None:
+    model = Transformer(tiny_config(norm="dyt", placement="rezero", norm_options=options), VOCAB_SIZE)
+    initialize(model)
+    sequence = tokens(2, 5)
+    final = model.blocks[-1].placement.final_norm
+    torch.testing.assert_close(  # closed gates: the blocks are the identity
+        model(sequence)[0], model.head(final(model.embedding(sequence) * (1 if start is None else start)))
+    )
+    scales = [name for name, _ in model.named_parameters() if "embedding_scale" in name]
+    assert len(scales) == (start is not None)
+    assert [name for name, _ in Transformer(tiny_config(), VOCAB_SIZE).named_parameters() if "scale" in name] == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "field", "valid"),
+    [
+        ("dyt", {"alpha": 0.0}, "alpha", "a number > 0, or null"),
+        ("dyt", {"alpha_attention": -1.0}, "alpha_attention", "a number > 0, or null"),
+        ("dyt", {"alpha": float("inf")}, "alpha", "a number > 0, or null"),
+        ("dyt", {"embedding_scale": 0.0}, "embedding_scale", "a number > 0, unit, sqrt or null"),
+        ("dyt", {"embedding_scale": "root"}, "embedding_scale", "'sqrt'"),
+        ("dyt", {"beta": 1.0}, "beta", "one of alpha, alpha_attention, embedding_scale"),
+        ("dyt", {"width": 1}, "width", "no such field"),
+        ("rmsnorm", {"alpha": 1.0}, "alpha", "no such field"),
+        ("none", {"alpha": 1.0}, "alpha", "no such field"),
+    ],
+)
+def test_options_of_norms_outside_their_range_are_refused(
+    kind: str, options: dict[str, Any], field: str, valid: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        Transformer(tiny_config(norm=kind, norm_options=options), VOCAB_SIZE)
+    assert error.value.field == f"model.norm_options.{field}"
+    assert valid in error.value.valid
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"dim": 2, "num_heads": 1, "norm": "layernorm"},
+        {"dim": 8, "num_heads": 4, "norm": "layernorm", "placement": "hybridnorm"},  # over one head
+        {"ffn_dim": 1, "placement": "subln"},  # over the hidden layer
+        {"ffn_dim": 2, "norm": "layernorm", "placement": "subln"},
+    ],
+    ids=str,
+)
+def test_a_norm_that_leaves_nothing_but_a_sign_is_refused(overrides: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"model\.norm=.* over \d nothing but a sign is left"):
+        Transformer(tiny_config(**overrides), VOCAB_SIZE)
+
+
+def test_unknown_kind() -> None:
+    with pytest.raises(ConfigError, match=r"model\.norm='rmsnrm'.*dyt, layernorm, none, rmsnorm.*mean rmsnorm"):
+        make_norm(tiny_config(norm="rmsnrm"), dim=12)
+
+
+@pytest.mark.parametrize("kind", ["rmsnorm", "dyt", "none"])  # layernorm's result is autocast's to choose
+def test_bf16_stays_bf16_and_is_computed_in_fp32(kind: str) -> None:
+    norm, x = make_norm(tiny_config(norm=kind), dim=12), torch.randn(4, 12, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = norm(x)
+    torch.testing.assert_close(out, norm(x.float()).bfloat16(), rtol=0, atol=0)

@@ -1,0 +1,198 @@
+"""Puts a module and whatever it imports of this project and of the user into one flat folder, by relative imports.
+
+transformers loads the code of a model from such a folder. What is installed (torch, transformers, a package from PyPI)
+stays an import.
+"""
+
+import ast
+import functools
+import importlib.util
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from core.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+LIBRARY = "spannorm"
+Edit = Callable[[str, str], str]
+"""Takes a module's name and source, and returns the source that is to be used."""
+
+
+class _Alias(NamedTuple):
+    """One name that an import statement binds.
+
+    Attributes:
+        module: the module that it comes from, or that it is.
+        name: its name in that module; None: the module itself.
+        bound: the name that it is bound to.
+    """
+
+    module: str
+    name: str | None
+    bound: str
+
+
+def flatten(entry: str, edit: Edit = lambda module, source: source) -> dict[str, str]:
+    """Return {file name without .py: source} of a module and of all that it needs.
+
+    Args:
+        entry: dotted name of the module, which becomes the file that names all others: transformers brings along only
+            what that one names.
+        edit: called with each module's source.
+
+    Raises:
+        UserError: a source has an import that cannot be made relative; says which line, and what to write instead.
+    """
+    sources: dict[str, str] = {}
+    waiting = [entry]
+    while waiting:
+        module = waiting.pop()
+        if module not in sources:
+            sources[module] = edit(module, _read(module))
+            waiting += sorted({alias.module for _, aliases in _imports(module, sources[module]) for alias in aliases})
+    names: dict[str, str] = {}
+    for module in sorted(sources):
+        name = module.removeprefix("tools.exporting.").replace(".", "_")
+        while name in names.values():  # a.b and a_b
+            name += "_"
+        names[module] = name
+    return {names[module]: _relative(module, source, names) for module, source in sources.items()}
+
+
+def comes_along(module: str) -> bool:
+    """Return whether a module is a file of this project or of the user, rather than installed or Python's own."""
+    return _file(module) is not None
+
+
+def _file(module: str) -> Path | None:
+    """Return a module's source where it is to come along."""
+    below = ROOT / module.replace(".", "/")
+    for path in (below.with_suffix(".py"), below / "__init__.py"):
+        if path.is_file():
+            return path
+    top = module.partition(".")[0]
+    if _is_installed(top):  # asked first: to look for a submodule imports the packages that it is in
+        return None
+    return _origin(module)
+
+
+@functools.cache
+def _is_installed(top: str) -> bool:
+    """Return whether a module that is in no package is Python's own, or lies where packages are installed."""
+    path = _origin(top)
+    if path is None:
+        return True
+    folder = path.parent.parent if path.name == "__init__.py" else path.parent
+    standard = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib")]
+    return folder in standard or folder.name in ("site-packages", "dist-packages") or any(folder.glob("*.dist-info"))
+
+
+def _origin(module: str) -> Path | None:
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None
+    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        return None
+    return Path(spec.origin).resolve()
+
+
+def _read(module: str) -> str:
+    path = _file(module)
+    assert path is not None, module
+    return path.read_text()
+
+
+@functools.cache
+def _public() -> dict[str, tuple[str, str]]:
+    """Return where each public name of the library is defined: {name: (module, its name there)}."""
+    found: dict[str, tuple[str, str]] = {}
+    for node in ast.parse(_read(LIBRARY)).body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {alias.asname or alias.name: (node.module, alias.name) for alias in node.names}
+    return found
+
+
+def _imports(module: str, source: str) -> Iterator[tuple[ast.Import | ast.ImportFrom, list[_Alias]]]:
+    """Yield each import statement of what comes along, with what it binds."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            origin = _absolute(module, node)
+            if comes_along(origin):
+                yield node, list(_from(module, tree, node, origin))
+        elif isinstance(node, ast.Import):
+            ours = [alias for alias in node.names if comes_along(alias.name)]
+            if not ours:
+                continue
+            for alias in node.names:
+                if (
+                    alias not in ours
+                    or alias.name.partition(".")[0] == LIBRARY
+                    or ("." in alias.name and alias.asname is None)
+                ):
+                    package, _, last = alias.name.rpartition(".")
+                    instead = f"from {package} import {last}" if package else f"from {alias.name} import NAME"
+                    raise _refusal(module, node, source, instead if alias in ours else "one import a line")
+            yield node, [_Alias(alias.name, None, alias.asname or alias.name) for alias in ours]
+
+
+def _from(module: str, tree: ast.Module, node: ast.ImportFrom, origin: str) -> Iterator[_Alias]:
+    for alias in node.names:
+        bound = alias.asname or alias.name
+        if origin == LIBRARY and alias.name == "*":
+            used = {name.id for name in ast.walk(tree) if isinstance(name, ast.Name)}
+            yield from (_Alias(*_public()[name], name) for name in sorted(used & _public().keys()))
+        elif origin == LIBRARY and alias.name in _public():
+            yield _Alias(*_public()[alias.name], bound)
+        elif comes_along(f"{origin}.{alias.name}"):
+            yield _Alias(f"{origin}.{alias.name}", None, bound)
+        else:
+            yield _Alias(origin, alias.name, bound)
+
+
+def _absolute(module: str, node: ast.ImportFrom) -> str:
+    if not node.level:
+        return node.module or ""
+    path = _file(module)
+    package = module if path is not None and path.name == "__init__.py" else module.rpartition(".")[0]
+    for _ in range(node.level - 1):
+        package = package.rpartition(".")[0]
+    return ".".join(part for part in (package, node.module) if part)
+
+
+def _relative(module: str, source: str, names: dict[str, str]) -> str:
+    """Return a module's source with relative imports of what comes along."""
+    lines = source.splitlines(keepends=True)
+    statements = sorted(
+        _imports(module, source), key=lambda found: (found[0].lineno, found[0].col_offset), reverse=True
+    )
+    for node, aliases in statements:
+        assert node.end_lineno is not None
+        assert node.end_col_offset is not None
+        # ast counts bytes
+        first, last = lines[node.lineno - 1].encode(), lines[node.end_lineno - 1].encode()
+        before, after = first[: node.col_offset].decode(), last[node.end_col_offset :].decode()
+        separator = "; " if before.strip() else f"\n{before}"
+        text = separator.join(_statements(aliases, names))
+        lines[node.lineno - 1 : node.end_lineno] = [before + text + after]
+    return "".join(lines)
+
+
+def _statements(aliases: list[_Alias], names: dict[str, str]) -> Iterator[str]:
+    by_module: dict[str, list[str]] = {}
+    for alias in aliases:
+        if alias.name is None:
+            flat = names[alias.module]
+            yield f"from . import {flat}" + ("" if flat == alias.bound else f" as {alias.bound}")
+        else:
+            bound = alias.name if alias.name == alias.bound else f"{alias.name} as {alias.bound}"
+            by_module.setdefault(alias.module, []).append(bound)
+    yield from (f"from .{names[module]} import {', '.join(bound)}" for module, bound in by_module.items())
+
+
+def _refusal(module: str, node: ast.stmt, source: str, instead: str) -> UserError:
+    written = ast.get_source_segment(source, node)
+    return UserError(f"{_file(module)}, line {node.lineno}: `{written}` cannot be exported; write `{instead}`")
