@@ -55,7 +55,7 @@ format: $(FOR_TESTS)  ## let ruff rewrite the code
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment and caches; data/ and runs/ stay
-	rm -rf $(VENV) .venv-bench site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-bench site build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(MADE):
 	@test -n "$(VERSION)" || { echo "$(PYTHON) is not Python 3.11 to 3.13; choose one: make train PYTHON=python3.12"; exit 1; }

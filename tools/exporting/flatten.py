@@ -34,6 +34,20 @@ class _Alias(NamedTuple):
     bound: str
 
 
+class _Statement(NamedTuple):
+    """An import statement that has to be written anew.
+
+    Attributes:
+        node: where it stands.
+        aliases: what it binds of what comes along.
+        others: further statements that take its place.
+    """
+
+    node: ast.Import | ast.ImportFrom
+    aliases: list[_Alias]
+    others: list[str]
+
+
 def flatten(entry: str, edit: Edit = lambda module, source: source) -> dict[str, str]:
     """Return {file name without .py: source} of a module and of all that it needs.
 
@@ -51,7 +65,8 @@ def flatten(entry: str, edit: Edit = lambda module, source: source) -> dict[str,
         module = waiting.pop()
         if module not in sources:
             sources[module] = edit(module, _read(module))
-            waiting += sorted({alias.module for _, aliases in _imports(module, sources[module]) for alias in aliases})
+            imported = (alias.module for statement in _imports(module, sources[module]) for alias in statement.aliases)
+            waiting += sorted(set(imported))
     names: dict[str, str] = {}
     for module in sorted(sources):
         name = module.removeprefix("tools.exporting.").replace(".", "_")
@@ -115,31 +130,44 @@ def _public() -> dict[str, tuple[str, str]]:
     return found
 
 
-def _imports(module: str, source: str) -> Iterator[tuple[ast.Import | ast.ImportFrom, list[_Alias]]]:
-    """Yield each import statement of what comes along, with what it binds."""
+def _imports(module: str, source: str) -> Iterator[_Statement]:
+    """Yield each import statement that binds something of what comes along."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             origin = _absolute(module, node)
             if comes_along(origin):
-                yield node, list(_from(module, tree, node, origin))
-        elif isinstance(node, ast.Import):
-            ours = [alias for alias in node.names if comes_along(alias.name)]
-            if not ours:
-                continue
+                yield _Statement(node, list(_from(tree, node, origin)), [])
+        elif isinstance(node, ast.Import) and any(comes_along(alias.name) for alias in node.names):
+            statement = _Statement(node, [], [])
             for alias in node.names:
-                if (
-                    alias not in ours
-                    or alias.name.partition(".")[0] == LIBRARY
-                    or ("." in alias.name and alias.asname is None)
-                ):
+                bound = alias.asname or alias.name
+                if not comes_along(alias.name):
+                    statement.others.append(f"import {ast.unparse(alias)}")
+                elif alias.name == LIBRARY:
+                    used = _attributes(tree, bound)
+                    if not used <= _public().keys():
+                        raise _refusal(module, node, source, f"from {LIBRARY} import NAME")
+                    own = {name: f"_{bound}_{name}" for name in sorted(used)}
+                    statement.aliases.extend(_Alias(*_public()[name], hidden) for name, hidden in own.items())
+                    fields = ", ".join(f"{name}={hidden}" for name, hidden in own.items())
+                    statement.others.append(f'{bound} = __import__("types").SimpleNamespace({fields})')
+                elif "." in bound:  # it binds the package, which there is none of in a flat folder
                     package, _, last = alias.name.rpartition(".")
-                    instead = f"from {package} import {last}" if package else f"from {alias.name} import NAME"
-                    raise _refusal(module, node, source, instead if alias in ours else "one import a line")
-            yield node, [_Alias(alias.name, None, alias.asname or alias.name) for alias in ours]
+                    raise _refusal(module, node, source, f"from {package} import {last}")
+                else:
+                    statement.aliases.append(_Alias(alias.name, None, bound))
+            yield statement
 
 
-def _from(module: str, tree: ast.Module, node: ast.ImportFrom, origin: str) -> Iterator[_Alias]:
+def _attributes(tree: ast.Module, name: str) -> set[str]:
+    """Return the attributes that are read of a name; the name itself where it is used in another way."""
+    parents = {child: parent for parent in ast.walk(tree) for child in ast.iter_child_nodes(parent)}
+    uses = [parents[node] for node in parents if isinstance(node, ast.Name) and node.id == name]
+    return {use.attr if isinstance(use, ast.Attribute) else name for use in uses}
+
+
+def _from(tree: ast.Module, node: ast.ImportFrom, origin: str) -> Iterator[_Alias]:
     for alias in node.names:
         bound = alias.asname or alias.name
         if origin == LIBRARY and alias.name == "*":
@@ -166,17 +194,15 @@ def _absolute(module: str, node: ast.ImportFrom) -> str:
 def _relative(module: str, source: str, names: dict[str, str]) -> str:
     """Return a module's source with relative imports of what comes along."""
     lines = source.splitlines(keepends=True)
-    statements = sorted(
-        _imports(module, source), key=lambda found: (found[0].lineno, found[0].col_offset), reverse=True
-    )
-    for node, aliases in statements:
+    statements = sorted(_imports(module, source), key=lambda found: (found.node.lineno, found.node.col_offset))
+    for node, aliases, others in reversed(statements):
         assert node.end_lineno is not None
         assert node.end_col_offset is not None
         # ast counts bytes
         first, last = lines[node.lineno - 1].encode(), lines[node.end_lineno - 1].encode()
         before, after = first[: node.col_offset].decode(), last[node.end_col_offset :].decode()
         separator = "; " if before.strip() else f"\n{before}"
-        text = separator.join(_statements(aliases, names))
+        text = separator.join([*_statements(aliases, names), *others])
         lines[node.lineno - 1 : node.end_lineno] = [before + text + after]
     return "".join(lines)
 

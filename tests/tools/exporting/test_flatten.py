@@ -1,0 +1,110 @@
+"""Sources with imports of every form, flattened into one folder: what they mean there is what they meant before."""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from core.errors import UserError
+from tools.exporting.flatten import comes_along, flatten
+
+PACKAGE = {
+    "own_pkg/__init__.py": "raise RuntimeError('a package file is not needed')",
+    "own_pkg/norms.py": '''"""é: columns are counted in bytes."""
+import math; from .deep.helpers import (  # a comment
+    two,
+    three as drei,
+)
+from . import consts
+from .consts import ONE, sums as added
+import own_single, torch
+import spannorm, spannorm as sn
+import spannorm.norms as norms
+import own_single as single
+from spannorm import *
+from spannorm import SpanNorm as Spanned, Depth
+import own_pkg.consts as constants
+
+def total():
+    from own_single import four
+    assert single is own_single and constants is consts and torch.ones(1).item() == ONE
+    return ONE + two() + drei() + four + added(5) + math.floor(6.5) + len(PreNorm.__name__) + of_the_library()
+
+def of_the_library():
+    return spannorm.Depth(1, 7).total + sn.Depth(1, 8).total + norms.NormFactory('none', 9).dim
+''',
+    "own_pkg/deep/__init__.py": "",
+    "own_pkg/deep/helpers.py": "from ..consts import ONE\ndef two(): return 2 * ONE\ndef three(): return 3\n",
+    "own_pkg/consts.py": "ONE = 1\ndef sums(n): return n\n",
+    "own_single.py": "import json\nfour = 4\n",
+}
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    for name, source in PACKAGE.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(source)
+    (tmp_path / "own_pkg/__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    yield tmp_path
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("own_pkg", "own_single", "flat_pkg")]:
+        del sys.modules[name]
+
+
+def test_every_form_of_import_means_the_same_in_the_flat_folder(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flat = flatten("own_pkg.norms")
+    (home / "flat_pkg").mkdir()
+    for name, source in flat.items():
+        (home / f"flat_pkg/{name}.py").write_text(source)
+    assert {"own_pkg_norms", "own_pkg_deep_helpers", "own_pkg_consts", "own_single"} < flat.keys()
+    assert {name for name in flat if "placements" in name} == {
+        f"spannorm_placements_{name}" for name in ("base", "prenorm", "spannorm")
+    }, "of the library, what is used"
+    (home / "own_pkg").rename(home / "gone")
+    (home / "own_single.py").rename(home / "gone.py")
+    for name in [name for name in sys.modules if name.startswith(("own_pkg", "own_single"))]:
+        del sys.modules[name]
+    importlib.invalidate_caches()
+    module = importlib.import_module("flat_pkg.own_pkg_norms")
+    assert module.total() == 1 + 2 + 3 + 4 + 5 + 6 + len("PreNorm") + 7 + 8 + 9
+    assert module.Spanned.__module__ == "flat_pkg.spannorm_placements_spannorm"
+
+
+@pytest.mark.parametrize(
+    ("source", "written", "instead"),
+    [
+        ("\nimport own_pkg.consts\n", "line 2: `import own_pkg.consts`", "from own_pkg import consts"),
+        ("import spannorm\nf = spannorm.norms.DyT", "line 1: `import spannorm`", "from spannorm import NAME"),
+        ("import spannorm as s\nf = s", "line 1: `import spannorm as s`", "from spannorm import NAME"),
+    ],
+)
+def test_an_import_that_has_no_relative_form_is_refused(home: Path, source: str, written: str, instead: str) -> None:
+    (home / "own_single.py").write_text(source)
+    with pytest.raises(UserError) as error:
+        flatten("own_pkg.norms")
+    assert str(error.value) == f"{home}/own_single.py, {written} cannot be exported; write `{instead}`"
+
+
+@pytest.mark.usefixtures("home")
+@pytest.mark.parametrize(
+    ("module", "comes"),
+    [
+        *(("own_single", True), ("own_pkg.deep.helpers", True), ("core.errors", True), ("spannorm.norms", True)),
+        *(("torch", False), ("torch.nn", False), ("json", False), ("sys", False), ("own_pkg.nothing", False)),
+        *(("megablocks.layers", False), ("nowhere.at.all", False), ("own_single.four", False)),
+    ],
+)
+def test_what_comes_along_is_the_projects_and_the_users(module: str, comes: bool) -> None:
+    assert comes_along(module) == comes
+
+
+def test_two_modules_of_one_flat_name_get_two_files(home: Path) -> None:
+    (home / "own_pkg_consts.py").write_text("TEN = 10\n")
+    (home / "own_single.py").write_text("from own_pkg_consts import TEN as four\n")
+    flat = flatten("own_pkg.norms")
+    assert "TEN = 10" in flat["own_pkg_consts_"]
+    assert "from .own_pkg_consts_ import TEN as four" in flat["own_single"]
