@@ -8,6 +8,7 @@ import ast
 import functools
 import importlib.util
 import sysconfig
+import tokenize
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -117,7 +118,8 @@ def _origin(module: str) -> Path | None:
 def _read(module: str) -> str:
     path = _file(module)
     assert path is not None, module
-    return path.read_text()
+    with tokenize.open(path) as file:  # in the encoding that the file declares
+        return file.read()
 
 
 @functools.cache
@@ -193,7 +195,7 @@ def _absolute(module: str, node: ast.ImportFrom) -> str:
 
 def _relative(module: str, source: str, names: dict[str, str]) -> str:
     """Return a module's source with relative imports of what comes along."""
-    lines = source.splitlines(keepends=True)
+    lines = source.split("\n")  # as ast counts them: splitlines ends a line at a form feed, too
     statements = sorted(_imports(module, source), key=lambda found: (found.node.lineno, found.node.col_offset))
     for node, aliases, others in reversed(statements):
         assert node.end_lineno is not None
@@ -204,7 +206,7 @@ def _relative(module: str, source: str, names: dict[str, str]) -> str:
         separator = "; " if before.strip() else f"\n{before}"
         text = separator.join([*_statements(aliases, names), *others])
         lines[node.lineno - 1 : node.end_lineno] = [before + text + after]
-    return "".join(lines)
+    return "\n".join(lines)
 
 
 def _statements(aliases: list[_Alias], names: dict[str, str]) -> Iterator[str]:

@@ -12,7 +12,7 @@ from tools.exporting.flatten import comes_along, flatten
 
 PACKAGE = {
     "own_pkg/__init__.py": "raise RuntimeError('a package file is not needed')",
-    "own_pkg/norms.py": '''"""é: columns are counted in bytes."""
+    "own_pkg/norms.py": '''"""é: columns are counted in bytes, and a form feed\f ends no line."""
 import math; from .deep.helpers import (  # a comment
     two,
     three as drei,
