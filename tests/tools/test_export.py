@@ -154,7 +154,7 @@ tokenizer = AutoTokenizer.from_pretrained("out", trust_remote_code=True)
 batch = tokenizer(["def f(x):"], return_tensors="pt")
 out = model(**batch, labels=batch["input_ids"])
 tokens = model.generate(**batch, max_new_tokens=8, do_sample=False)
-assert not {"core", "lightning_modules", "lightning"} & set(sys.modules)
+assert not {"core", "lightning_modules", "lightning", "spannorm"} & set(sys.modules)
 torch.save([out.logits, out.loss.detach(), tokens], "seen.pt")
 """
     environment = {**os.environ, "PYTHONPATH": "", "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
@@ -167,8 +167,8 @@ torch.save([out.logits, out.loss.detach(), tokens], "seen.pt")
     torch.testing.assert_close(loss, nn.functional.cross_entropy(expected[0, :-1], batch[0, 1:]))
     ours = opened.module.generate(batch[0].tolist(), 8, 0.0, 0, 64)
     assert tokens[0].tolist() == ours[: tokens.size(1)]
-    files = {path.name for path in (tmp_path / "out").glob("lightning_modules_placements_*.py")}
-    assert files == {f"lightning_modules_placements_{name}.py" for name in ("base", "registry", "prenorm", "lnscaling")}
+    files = {path.name for path in (tmp_path / "out").glob("spannorm_placements_*.py")}
+    assert files == {f"spannorm_placements_{name}.py" for name in ("base", "registry", "prenorm", "lnscaling")}
 
 
 def same_tokens(output: Path, ours: Tokenizer) -> None:
