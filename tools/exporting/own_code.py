@@ -9,11 +9,11 @@ from typing import NamedTuple
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tools.exporting.flatten import flatten
 from lightning_modules.config import ModelConfig
 from lightning_modules.transformer import Transformer
 from spannorm import PLACEMENTS
 from spannorm.import_path import is_import_path
+from tools.exporting.flatten import flatten
 
 MODELING = "tools.exporting.modeling_placement"
 
