@@ -195,14 +195,18 @@ def _call(command: Command, cwd: Path, arguments: list[str]) -> tuple[object, st
 
 def prepare(cwd: Path) -> None:
     """What the commands count on: texts, corpora made of them, and runs."""
-    (cwd / "texts").mkdir()
-    for number in range(60):
-        (cwd / f"texts/{number}.txt").write_text(random.Random(number).randbytes(1500).hex())
+    for number, folder in enumerate(["texts", "code"] * 60):
+        (cwd / folder).mkdir(exist_ok=True)
+        (cwd / f"{folder}/{number // 2}.txt").write_text(random.Random(number).randbytes(1500).hex())
     (cwd / "my_file.py").write_text((ROOT / "docs/library.md").read_text().split("```python\n")[-1].split("```")[0])
     (cwd / "loudest.py").write_text("import lightning as L\n\n\nclass Loudest(L.Callback):\n    pass\n")
     tool = Command("", 0, "python -m tools.prepare")
-    for name, tokenizer in (("texts", "byte"), ("code", "byte"), ("stdlib-bpe", "bpe:300")):
-        code, out = _call(tool, cwd, ["input=texts/", f"tokenizer={tokenizer}", f"output=data/{name}"])
+    for name, given, tokenizer in (
+        ("texts", "texts", "byte"),
+        ("code", "code", "byte"),
+        ("stdlib-bpe", "texts", "bpe:300"),
+    ):
+        code, out = _call(tool, cwd, [f"input={given}/", f"tokenizer={tokenizer}", f"output=data/{name}"])
         assert code in (0, None), out
     run(cwd, RUN, "experiment=moe_spannorm")
 
