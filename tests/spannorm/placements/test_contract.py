@@ -179,10 +179,17 @@ def test_gradients_reach_every_parameter(name: str, ffn: str, norm: str) -> None
         assert parameter.grad.abs().sum() > 0, key
 
 
+QUICK = {("spannorm", "moe", "rmsnorm"), ("siamesenorm", "dense", "rmsnorm"), ("prenorm", "dense", "layernorm")}
+COMPILED = [
+    pytest.param(name, ffn, norm, marks=() if (name, ffn, norm) in QUICK else pytest.mark.slow)  # seconds each
+    for name in PLACEMENTS
+    for ffn in ("dense", "moe")
+    for norm in ("rmsnorm", "layernorm")
+]
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # read by the tracer itself
-@norms
-@ffns
-@placements
+@pytest.mark.parametrize(("name", "ffn", "norm"), COMPILED)
 def test_compiled_blocks_equal_eager_ones_with_no_graph_for_every_index(name: str, ffn: str, norm: str) -> None:
     torch._dynamo.reset()
     model, counter = make_model(name, ffn, norm).double(), CompileCounter()  # they add up in different orders
