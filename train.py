@@ -20,10 +20,11 @@ def main(config: DictConfig) -> float:
     from core.ending import tell_early_end
     from core.errors import require
     from core.interruption import explained
-    from core.lightning_callbacks import check_callbacks
+    from core.lightning_callbacks import check_callbacks, without_stand_ins
     from core.memory import check_memory
     from core.parallel import accumulate, check_parts
     from core.quiet import quieten
+    from core.run_control import take_control
     from core.run_folder import check_resumable, entered, folder_name
     from core.steps import check_length
     from core.sweep import swept_overrides
@@ -41,13 +42,16 @@ def main(config: DictConfig) -> float:
 
         datamodule = build(config, "data")
         module = build(config, "module", vocab_size=datamodule.vocab_size)
+        callbacks = build_all(config, "callbacks")
         trainer = build(
             config,
             "trainer",
-            callbacks=build_all(config, "callbacks"),
+            callbacks=callbacks,
             logger=build_all(config, "logger"),
             default_root_dir=config.run_dir,
+            **without_stand_ins(config.trainer, callbacks),
         )
+        take_control(trainer)
         check_length(trainer, config.trainer.val_check_interval)
         if hasattr(module, "check_run"):  # a LightningModule of one's own need not have it
             module.check_run(trainer, resumed=run.ckpt_path is not None)

@@ -21,13 +21,13 @@ from hydra import compose, initialize_config_dir
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from benchmarks.measure import machine
-from callbacks.curvature import Curvature
-from callbacks.divergence import Divergence
-from callbacks.flight_recorder import FlightRecorder
-from callbacks.gradient_health import GradientHealth
-from callbacks.representation_collapse import RepresentationCollapse
-from callbacks.signal_propagation import SignalPropagation
-from callbacks.throughput import Throughput
+from callbacks.divergence.divergence import Divergence
+from callbacks.divergence.flight_recorder import FlightRecorder
+from callbacks.monitors.curvature import Curvature
+from callbacks.monitors.gradient_health import GradientHealth
+from callbacks.monitors.representation_collapse import RepresentationCollapse
+from callbacks.monitors.signal_propagation import SignalPropagation
+from callbacks.monitors.throughput import Throughput
 from core import cli
 from core.build import build
 

@@ -11,7 +11,9 @@ MAX_BLOCKS = 16
 
 
 def write_scalars(trainer: L.Trainer, values: Mapping[str, float], step: int) -> None:
-    """To every logger. TensorBoard takes them as one event: 4 us a scalar, where `add_scalar` and `log` take over 100.
+    """Write scalars to every logger.
+
+    TensorBoard takes them as one event: 4 us a scalar, where `add_scalar` and `log` take over 100.
 
     Args:
         step: the optimizer step that the values are of, counted from 1; it is written as Lightning counts, from 0.
@@ -27,7 +29,7 @@ def write_scalars(trainer: L.Trainer, values: Mapping[str, float], step: int) ->
 
 
 def written_blocks(numbers: Iterable[int]) -> set[int]:
-    """At most MAX_BLOCKS of them, evenly spaced, the first and the last among them."""
+    """Return at most MAX_BLOCKS of them, evenly spaced, the first and the last among them."""
     ordered = sorted(set(numbers))
     if len(ordered) <= MAX_BLOCKS:
         return set(ordered)

@@ -16,7 +16,7 @@ from core.steps import is_logged
 
 
 class Group(NamedTuple):
-    """What is summed up into one figure.
+    """Names what is summed up into one figure.
 
     Attributes:
         block: counted from 1; 0 outside of the blocks.
@@ -28,7 +28,7 @@ class Group(NamedTuple):
 
 
 class GradientStatistics(NamedTuple):
-    """Of the gradients of one optimizer step: accumulated, over all processes, before clipping.
+    """Describes the gradients of one optimizer step: accumulated, over all processes, before clipping.
 
     Attributes:
         groups: which the lists below go by.
@@ -54,7 +54,7 @@ class GradientStatistics(NamedTuple):
 
 
 class _Cache:
-    """What is kept for one LightningModule between two questions.
+    """Keeps, for one LightningModule, what lies between two questions.
 
     Attributes:
         batch: number of the step's last batch, and a gradient of that step: they tell whether `statistics` still hold.
@@ -80,7 +80,7 @@ _CACHES: WeakKeyDictionary[L.LightningModule, _Cache] = WeakKeyDictionary()
 
 
 def gradient_statistics(trainer: L.Trainer, pl_module: L.LightningModule) -> GradientStatistics:
-    """The step's statistics, with one transfer from the device; a second one only where a gradient is not finite.
+    """Return the step's statistics, with one transfer from the device, and a second where a gradient is not finite.
 
     To be called first in `on_before_optimizer_step`, by all processes alike; until the next step, every further call
     returns the same object. All processes get the same figures.
@@ -100,7 +100,7 @@ def gradient_statistics(trainer: L.Trainer, pl_module: L.LightningModule) -> Gra
 
 
 def watch_update(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-    """In `on_before_optimizer_step`: keep the parameters, so that the next step's statistics know this step's update.
+    """Keep the parameters, in `on_before_optimizer_step`, so that the next step's statistics know this step's update.
 
     Until then it takes as much memory as the parameters.
     """
@@ -110,13 +110,13 @@ def watch_update(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
 
 
 def forget_update(pl_module: L.LightningModule) -> None:
-    """The parameters were replaced: what they were before says nothing of the optimizer's update."""
+    """Forget the parameters of before: they were replaced since, and say nothing of the optimizer's update."""
     cache = _CACHES.setdefault(pl_module, _Cache())
     cache.watched, cache.restored = {}, {}
 
 
 def update_to_save(trainer: L.Trainer, pl_module: L.LightningModule) -> list[float]:
-    """The l2 norms of the last step's update, parameter by parameter, where the next step's statistics are to know it.
+    """Return the l2 norm of each parameter's last update, where the next step's statistics are to know it.
 
     They go into the checkpoint: a process that goes on from there does not have the weights of before. To be called by
     all processes together; empty where nobody has watched.
@@ -131,7 +131,7 @@ def update_to_save(trainer: L.Trainer, pl_module: L.LightningModule) -> list[flo
 
 
 def restore_update(trainer: L.Trainer, pl_module: L.LightningModule, norms: Sequence[float]) -> None:
-    """In a run that has just been resumed: what `update_to_save` gave; of another model, it is left out."""
+    """Take up, in a run that has just been resumed, what `update_to_save` gave; of another model, it is left out."""
     cache = _CACHES.setdefault(pl_module, _Cache())
     parameters = [parameter for _, parameter in _labelled(trainer, pl_module)]
     if len(parameters) == len(norms):
@@ -202,7 +202,7 @@ def _update_norms(cache: _Cache, parameters: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def norms(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> Tensor:
-    """l2 norm of each, [tensors], on their device; of the whole tensor where processes hold a part each. Summed up in
+    """Return each l2 norm, [tensors], on their device; of the whole tensor where processes hold a part each. Summed in
     fp32, or in fp64 where there are tensors in fp64.
 
     Args:
@@ -216,7 +216,7 @@ def norms(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> Tensor:
 
 
 def _over_processes(values: Tensor, like: Sequence[Tensor]) -> Tensor:
-    """values [parameters] summed over the processes that hold different parts of the parameter."""
+    """Return the values, [parameters], summed over the processes that hold different parts of the parameter."""
     layouts = [(p.device_mesh, p.placements) if isinstance(p, DTensor) else None for p in like]
     total = values.clone()
     for layout in dict.fromkeys(layout for layout in layouts if layout is not None):
@@ -231,7 +231,7 @@ def _over_processes(values: Tensor, like: Sequence[Tensor]) -> Tensor:
 def _nonfinite(
     labelled: list[tuple[Group, Any]], found: list[float], groups: Sequence[Group]
 ) -> tuple[list[float], float]:
-    """Share by group, and of all. A finite norm has finite entries, so only the other gradients are looked at."""
+    """Return the share by group, and of all. A finite norm has finite entries: only other gradients are looked at."""
     suspects = [pair for pair, norm in zip(labelled, found, strict=True) if not math.isfinite(norm)]
     if not suspects:
         return [0.0] * len(groups), 0.0
@@ -245,7 +245,7 @@ def _nonfinite(
 
 
 def _root_sum_squares(values: Sequence[float], labels: Sequence[Group], groups: Sequence[Group]) -> list[float]:
-    """l2 norm over the tensors of each group."""
+    """Return the l2 norm over the tensors of each group."""
     parts: dict[Group, list[float]] = {group: [] for group in groups}
     for label, value in zip(labels, values, strict=True):
         parts[label].append(value)
@@ -253,5 +253,5 @@ def _root_sum_squares(values: Sequence[float], labels: Sequence[Group], groups: 
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """What this process holds of it."""
+    """Return what this process holds of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

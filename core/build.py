@@ -2,15 +2,19 @@
 
 import pydoc
 import re
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from core.errors import ConfigError, Refused, UserError, one_line, require
+from core.moved import current_name, describe_move, with_current_names
 from core.options import check_arguments
+from core.overrides import shipped_entries
 from core.paths import require_path
 
 PATHS = {"root", "path", "cache_dir", "run_dir", "dirpath", "save_dir", "default_root_dir"}
@@ -31,9 +35,10 @@ def build(config: DictConfig, field: str, **filled_in: Any) -> Any:
     """
     node = OmegaConf.select(config, field)
     require(isinstance(node, DictConfig) and "_target_" in node, field, node, "a group with a _target_")
+    _say_moved(field, node["_target_"])
     target = locate(f"{field}._target_", node["_target_"])
     # Resolved here: a reference further down does not find the rest of the configuration from a part of it.
-    content = cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))
+    content = cast(dict[str, Any], with_current_names(OmegaConf.to_container(node, resolve=True)))
     given = instantiate(DictConfig({k: v for k, v in content.items() if k != "_target_"}), _convert_="all")
     arguments = {name: value for name, value in given.items() if not name.startswith("_")}
     for name, value in arguments.items():
@@ -52,25 +57,44 @@ def build(config: DictConfig, field: str, **filled_in: Any) -> Any:
 
 
 def build_all(config: DictConfig, group: str) -> list[Any]:
-    """Every entry of a group that is not null, in order: `callbacks.NAME=null` leaves one out."""
-    entries = OmegaConf.select(config, group) or {}
-    return [build(config, f"{group}.{name}") for name, node in entries.items() if node is not None]
+    """Return what every entry of a group describes, in order.
+
+    An entry that is null is left out: `callbacks.NAME=null`. So is one of ours that has settings and nothing to be set:
+    an experiment sets fields of a callback, which `callbacks=[monitors]` may not have.
+    """
+    entries, ours = OmegaConf.select(config, group) or {}, shipped_entries(group)
+    chosen = [
+        name
+        for name, node in entries.items()
+        if node is not None and not (name in ours and isinstance(node, DictConfig) and "_target_" not in node)
+    ]
+    return [build(config, f"{group}.{name}") for name in chosen]
 
 
 def locate(field: str, name: object) -> Callable[..., Any]:
-    """What a `_target_` names.
+    """Return what a `_target_` names, also by the name that it had in an earlier version.
 
     Raises:
         ConfigError: it cannot be imported, or called.
     """
     reason = ""
     try:
-        target = pydoc.locate(str(name))
+        target = pydoc.locate(current_name(str(name)))
     except pydoc.ErrorDuringImport as error:
-        target, reason = None, f" ({error})"
+        target, reason = None, f" ({error}{describe_move(error.value)})"
     if not callable(target):
         raise ConfigError(field, name, f"a class that can be imported, as package.module.Class{reason}")
     return target
+
+
+def _say_moved(field: str, name: object) -> None:
+    """Tell whoever composed the configuration the new name of a class that has moved; saved ones are rewritten before.
+
+    One process of several says it.
+    """
+    new = current_name(str(name))
+    if new != name and not getattr(rank_zero_only, "rank", 0):
+        print(f"{field}._target_={name} is now {new}", file=sys.stderr, flush=True)
 
 
 def _culprit(arguments: Mapping[str, Any], message: str) -> str:

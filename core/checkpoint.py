@@ -82,6 +82,11 @@ def keep(last: Path, previous: Path) -> None:
     remove(second)  # two names of one file: nothing was replaced
 
 
+def folder_beside(checkpoint: Path, step: int) -> Path:
+    """Return the folder of what belongs to the checkpoint of a step, but goes into none."""
+    return checkpoint.parent / f"step_{step}"
+
+
 def _link(source: str | Path, target: str | Path) -> None:
     try:
         os.link(source, target)

@@ -83,6 +83,7 @@ def run(main: Callable[[], None]) -> None:
 
 def _call(main: Callable[[], None]) -> None:
     try:
+        sys.argv[1:] = overrides.as_lists(sys.argv[1:])
         main()
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from core.errors import ConfigError, Refused, UnknownField, suggest
+from core.moved import current_name
 from core.options import describe
 from core.overrides import choices as group_choices
 
@@ -60,7 +61,7 @@ def _unknown(field: str, value: Any, error: OmegaConfBaseException) -> ConfigErr
 def _parameters(target: str) -> Iterable[str]:
     """Names of what a `_target_` takes; none where it cannot be imported."""
     try:
-        return inspect.signature(pydoc.locate(target)).parameters  # type: ignore[arg-type]
+        return inspect.signature(pydoc.locate(current_name(target))).parameters  # type: ignore[arg-type]
     except (pydoc.ErrorDuringImport, TypeError, ValueError):
         return ()
 

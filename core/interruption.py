@@ -12,31 +12,20 @@ from typing import NoReturn
 
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from core.errors import ConfigError, UserError, one_line
 from core.file_errors import DISK, about_a_file
 from core.memory import explain_lack
 from core.printable import printable
 from core.quiet import quiet_writers
+from core.run_control import TrainingInterrupted
 from core.run_folder import LAST, is_main_process, resume_command
 from core.together import leave_together, lost_a_peer
 
 PEER_LOST = 4
 RESTORING = ("restore_callbacks", "restore_loops", "restore_optimizers_and_schedulers", "restore_datamodule")
 """Lightning's functions that hand out what a checkpoint holds."""
-
-
-class TrainingInterrupted(Exception):
-    """A signal ended the run early; everything is saved.
-
-    Attributes:
-        signum: the signal.
-        step: optimizer steps done.
-    """
-
-    def __init__(self, signum: int, step: int) -> None:
-        self.signum, self.step = signum, step
-        super().__init__(f"{signal.Signals(signum).name} after step {step}")
 
 
 @contextmanager
@@ -51,13 +40,17 @@ def explained(trainer: L.Trainer, run_dir: Path) -> Iterator[None]:
         with quiet_writers():
             yield
     except TrainingInterrupted as interruption:
-        _leave(run_dir, interruption.signum, f"Interrupted: {interruption}. Saved")
+        _leave(run_dir, interruption)
+    except SIGTERMException:
+        # Lightning's answer to a SIGTERM that comes before the first step, amid its check of the validation.
+        _print(f"Interrupted at once; {_way_on(run_dir)}")
+        sys.exit(128 + signal.SIGTERM)
     except SystemExit:
         # Lightning's answer to a Ctrl-C that no callback took: before the first step, or the second one.
         if not trainer.interrupted:
             raise
         # Nobody is waited for: processes that Lightning launched are killed by now.
-        _say(run_dir, "Interrupted at once")
+        _print(f"Interrupted at once; {_way_on(run_dir)}")
         sys.exit(128 + signal.SIGINT)
     except MisconfigurationException as error:
         raise UserError(one_line(error)) from error
@@ -117,17 +110,24 @@ def _is_elsewhere(error: OSError, run_dir: Path) -> bool:
     return isinstance(name, str | bytes) and not Path(os.fsdecode(name)).resolve().is_relative_to(run_dir.resolve())
 
 
-def _leave(run_dir: Path, signum: int, message: str) -> NoReturn:
-    _say(run_dir, message)
-    if is_main_process() and signum == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ:
+def _leave(run_dir: Path, interruption: TrainingInterrupted) -> NoReturn:
+    if not interruption.saved:
+        _print(f"Interrupted: {interruption}. Not saved, as callbacks.last_checkpoint is off.")
+    elif (run_dir / LAST).exists():
+        _print(f"Interrupted: {interruption}. Saved; {_way_on(run_dir)}")
+    else:  # by a callback of the user's own, which alone knows where
+        _print(f"Interrupted: {interruption}. Saved.")
+    in_slurm = interruption.signum == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ
+    if is_main_process() and in_slurm and interruption.saved:  # or the job would do the same steps for ever
         _requeue()
     leave_together()
-    sys.exit(128 + signum)
+    sys.exit(interruption.code)
 
 
-def _say(run_dir: Path, message: str) -> None:
+def _print(message: str) -> None:
+    """Print a message below a progress bar, once for all processes."""
     if is_main_process():
-        print(f"\n{message}; {_way_on(run_dir)}", flush=True)
+        print(f"\n{message}", flush=True)
 
 
 def _way_on(run_dir: Path) -> str:

@@ -1,13 +1,16 @@
 """Callbacks of Lightning's that assume what a run here is not: several epochs, or settings that may change."""
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
+    Checkpoint,
     GradientAccumulationScheduler,
     LearningRateFinder,
+    ProgressBar,
     StochasticWeightAveraging,
 )
 from omegaconf import DictConfig
@@ -21,6 +24,23 @@ REFUSED: dict[type[L.Callback], str] = {
     StochasticWeightAveraging: "it averages from epoch to epoch, and a run is a single epoch of trainer.max_steps; "
     "lightning.pytorch.callbacks.EMAWeightAveraging and WeightAveraging go by steps",
 }
+
+
+def without_stand_ins(settings: Mapping[str, Any], callbacks: Collection[L.Callback]) -> dict[str, bool]:
+    """Return the Trainer's switches that are to be off, as no callback was chosen for what they stand for.
+
+    Lightning would put one of its own in the place: a bar over an epoch without an end, a checkpoint beside the curves.
+
+    Args:
+        settings: of the Trainer, by name; a switch that they do not turn on is left alone.
+        callbacks: which the Trainer is given.
+    """
+    kinds = {"enable_checkpointing": Checkpoint, "enable_progress_bar": ProgressBar}
+    return {
+        switch: False
+        for switch, kind in kinds.items()
+        if settings.get(switch) is True and not any(isinstance(callback, kind) for callback in callbacks)
+    }
 
 
 def check_callbacks(trainer: L.Trainer, config: DictConfig | None = None, passes: int = 1) -> None:

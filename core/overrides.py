@@ -7,10 +7,13 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 
-from core.errors import ConfigError, suggest
+from core.errors import ConfigError, require, suggest
 
 GRAMMAR = "FIELD=VALUE, +FIELD=VALUE for a new field, or ~FIELD to leave one out"
+LISTED = ("callbacks",)
+"""Groups whose default in configs/train.yaml is a list, so that +GROUP=NAME adds to it."""
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
@@ -30,6 +33,50 @@ def choices(group: str) -> list[str]:
     if not group or group.startswith("hydra") or ".." in group:
         return []
     return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+def as_lists(arguments: Iterable[str]) -> list[str]:
+    """Return the arguments with what they choose of a group of LISTED in one override, as Hydra understands it.
+
+    Hydra drops `+callbacks=curvature` beside `callbacks=[monitors]` without a word, and cannot delete such a group.
+
+    Raises:
+        ConfigError: names are to be added to each list of a sweep.
+    """
+    found = list(arguments)
+    for group in LISTED:
+        found = [f"{group}=[]" if argument in (f"~{group}", f"~{group}=default") else argument for argument in found]
+        choosing = [argument for argument in found if argument.partition("=")[0] in (group, f"+{group}")]
+        if (merged := _merged(group, choosing)) is not None:
+            first = found.index(choosing[0])
+            found = [*found[:first], merged, *(argument for argument in found[first:] if argument not in choosing)]
+    return found
+
+
+def _merged(group: str, arguments: list[str]) -> str | None:
+    """Return one override for several that choose of a group; None where they may stay, for Hydra to judge."""
+    parsed = parse(arguments)
+    if len(parsed) != len(arguments) or not any(override.is_add() for override in parsed):
+        return None
+    chosen, added = ["default"], list[str]()
+    for override in parsed:
+        valid = f"whole lists where {group} is swept, as {group}=[monitors],[monitors,curvature]"
+        require(not override.is_sweep_override(), group, str(override.input_line).partition("=")[2], valid)
+        value: Any = override.value()
+        if isinstance(value, dict) or _is_no_choice(override, value):
+            return None
+        names = value if isinstance(value, list) else [value]
+        if override.is_add():
+            added += names
+        else:
+            chosen = names
+    return f"{group}=[{','.join([*chosen, *added])}]"
+
+
+def shipped_entries(group: str) -> set[str]:
+    """Return the names that the files of a group define, as callbacks.NAME."""
+    files = [OmegaConf.load(CONFIGS / group / f"{choice}.yaml") for choice in choices(group)]
+    return {str(name) for file in files for name in file} - {"defaults"}
 
 
 def not_a_choice(arguments: Iterable[str]) -> ConfigError | None:

@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from core.errors import ConfigError, Refused, UserError, one_line, require, writing
 from core.file_errors import about_a_file
 from core.mappings import flatten
+from core.moved import override_with_current_names
 from core.paths import require_path
 from core.printable import printable
 from core.run_lock import held
@@ -439,7 +440,7 @@ def resume_command(run_dir: Path, max_steps: int | None = None) -> str:
     """
     overrides = read_overrides(run_dir)
     replaced = {"run_dir", "ckpt_path", *(["trainer.max_steps"] if max_steps else [])}
-    kept = [item for item in overrides if item.split("=")[0] not in replaced]
+    kept = [override_with_current_names(item) for item in overrides if item.split("=")[0] not in replaced]
     kept += [f"trainer.max_steps={max_steps}"] if max_steps else []
     script = "train.py" if Path(sys.argv[0]).name != "train.py" else sys.argv[0]
     # The environment's own interpreter, also where it is not activated.

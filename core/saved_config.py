@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import Strategy
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from core.errors import Refused, UserError, one_line, require
+from core.moved import with_current_names
 from core.untrusted import NAMED, YAML_BYTES, Untrusted, parse_yaml, read_bytes
 
 PACKAGES = ("callbacks", "core", "datamodules", "lightning_modules", "lightning")
@@ -46,7 +47,9 @@ IMPORTABLE = ("placement", "norm", "init", "schedule")
 
 
 def load_config(run: Path, allow: Collection[str] = ()) -> DictConfig:
-    """The configuration with which a run was last started, its own or a resumed one's.
+    """Return the configuration with which a run was last started, its own or a resumed one's.
+
+    Classes that have moved since are in it under their names of today.
 
     Args:
         run: the run's folder.
@@ -60,7 +63,7 @@ def load_config(run: Path, allow: Collection[str] = ()) -> DictConfig:
     require(bool(found), "RUN", str(run), "the folder of a run, with its config.yaml")
     config = read_config(found[-1])
     require(isinstance(config, DictConfig), "RUN", str(run), f"a configuration in {found[-1].name}")
-    assert isinstance(config, DictConfig)
+    config = OmegaConf.create(with_current_names(OmegaConf.to_container(config, resolve=False)))
     refuse_foreign_code(config, allow)
     return config
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from core.errors import ConfigError, Refused, require
 from core.lightning_callbacks import check_callbacks
+from core.run_control import take_control
 from core.steps import begin_epoch, completes_step, is_logged, num_steps
 from lightning_modules.config import ModelConfig, OptimConfig, parse
 from lightning_modules.cross_entropy import LARGE_VOCABULARY
@@ -123,6 +124,8 @@ class LanguageModule(L.LightningModule):
         return []
 
     def setup(self, stage: str) -> None:
+        if stage == "fit":
+            take_control(self.trainer)  # under train.py and any other Trainer alike
         names = getattr(getattr(self.trainer, "datamodule", None), "source_names", ())
         if names:
             self.train_sources, self.val_sources = SourceLoss(names, "train/loss"), SourceLoss(names, "val/loss")

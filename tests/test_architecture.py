@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,21 @@ SOURCES = sorted(
 )
 PROJECT = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in SOURCES}
 
+GROUPS = ("monitors", "divergence", "checkpointing", "console")
+SHARED = ("statistics", "scalars", "charts", "protocols")
+
 # Of the project, a module may import its own package and what stands here; the longest matching prefix counts.
 MAY_IMPORT = {
     "spannorm": set[str](),  # the library is installed without the rest
     "core": {"lightning_modules.config"},
     "datamodules": {"core"},
-    "callbacks": {"core", "analysis"},  # which measures and predicts what monitors watch, in any model of blocks
+    "callbacks": {"core"},
+    **{f"callbacks.{shared}": {"core"} for shared in SHARED},
+    # No group knows another: what one asks of another stands in callbacks.protocols.
+    **{f"callbacks.{group}": {"core", *(f"callbacks.{shared}" for shared in SHARED)} for group in GROUPS},
+    # Which measures and predicts what monitors watch, in any model of blocks.
+    "callbacks.monitors": {"core", "analysis", *(f"callbacks.{shared}" for shared in SHARED)},
+    "callbacks.console": {"core", "datamodules.tokenizers", *(f"callbacks.{shared}" for shared in SHARED)},
     "lightning_modules.config": {"core"},
     "lightning_modules.argument_errors": {"core", "spannorm"},
     "lightning_modules.layers": {"core", "spannorm", "lightning_modules.config", "lightning_modules.argument_errors"},
@@ -77,6 +87,51 @@ def test_the_library_needs_torch_alone(path: Path) -> None:
         modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         modules += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
         assert {module.partition(".")[0] for module in modules} <= {"spannorm", "torch", *sys.stdlib_module_names}
+
+
+def imports_as_it_loads(path: Path) -> set[str]:
+    """The project's modules that are imported before anything of the module is called."""
+    known, found = {module_name(source) for source in SOURCES}, set()
+    nodes: list[ast.AST] = list(ast.parse(path.read_text()).body)
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [name for alias in node.names for name in (f"{node.module}.{alias.name}", str(node.module))]
+        found |= known & set(names)
+        nodes += ast.iter_child_nodes(node)
+    return found - {module_name(path)}
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """Of such a circle, what can be imported depends on who comes first."""
+    graph = {module_name(path): imports_as_it_loads(path) for path in SOURCES if path.name != "__init__.py"}
+    assert {"callbacks.statistics", "core.steps"} <= graph["callbacks.divergence.divergence"] | graph[
+        "core.run_control"
+    ]
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_no_callback_is_found_by_its_class() -> None:
+    """But by what it can do (callbacks.protocols), unless the class is a base that others derive from."""
+    concrete = {
+        node.name
+        for path in ROOT.glob("callbacks/*/**/*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef)
+        and any(base in ("L.Callback", "Checkpoint") for base in map(ast.unparse, node.bases))
+    }
+    assert {"LastCheckpoint", "FlightRecorder", "Throughput", "Divergence"} <= concrete
+    for path in [*ROOT.glob("callbacks/**/*.py"), *ROOT.glob("core/*.py"), *ROOT.glob("lightning_modules/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
+                asked = {name.id for name in ast.walk(node.args[1]) if isinstance(name, ast.Name)}
+                assert not asked & (concrete - {"BlockMonitor"}), f"{path}:{node.lineno}"
 
 
 def test_the_typed_configuration_costs_no_torch() -> None:

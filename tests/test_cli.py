@@ -10,7 +10,7 @@ import pytest
 from tests.helpers_run import EXPERIMENTS, ROOT, TRAIN, tiny_job, train
 
 PLACEMENTS = ("postnorm", "prenorm", "spannorm")
-SAMPLE = "callbacks.text_sample={_target_: callbacks.text_sample.TextSample"
+SAMPLE = "callbacks.text_sample={_target_: callbacks.console.text_sample.TextSample"
 BAD = [  # (arguments, what the message must hold)
     (["experiment=moe_spannrom"], ("experiment='moe_spannrom'", *EXPERIMENTS, "did you mean moe_spannorm?")),
     (["model=huge"], ("model='huge'", "dense", "moe")),
@@ -77,7 +77,7 @@ BAD = [  # (arguments, what the message must hold)
     (["ckpt_path=[]"], ("ckpt_path=[]", "last, or the path of a checkpoint")),
     (["data.root="], ("data.root=''", "the path of a folder")),
     (["callbacks.run_summary.run_dir="], ("callbacks.run_summary.run_dir=''", "the path of a folder")),
-    (["callbacks=null"], ("callbacks='null'", "one of default", "~callbacks")),
+    (["callbacks=null"], ("callbacks='null'", "one of checkpointing, console", "~callbacks")),
     (["model=0"], ("model='0'", "one of dense, moe, moe_1b")),
     (["model="], ("model=''", "one of dense, moe, moe_1b")),
     (["model=[0]"], ("model='[0]'", "one of dense, moe, moe_1b")),

@@ -9,7 +9,7 @@ import pytest
 from tests.helpers_run import events, run, scalars, tiny_job, train
 
 EVERYTHING = (  # whatever writes text, histograms or a layout, which only TensorBoard takes
-    "callbacks.text_sample={_target_: callbacks.text_sample.TextSample, prompt: a, num_tokens: 1}",
+    "callbacks.text_sample={_target_: callbacks.console.text_sample.TextSample, prompt: a, num_tokens: 1}",
     "callbacks.gradient_health.histogram_every_n_steps=1",
     "callbacks.signal_propagation.every_n_steps=1",
     "callbacks.representation_collapse.every_n_steps=1",

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from callbacks.curvature import top_eigenvalue
-from callbacks.signal_propagation import relative_entropy
+from callbacks.monitors.curvature import top_eigenvalue
+from callbacks.monitors.signal_propagation import relative_entropy
 from core.open_run import open_run
 from core.precision import at_least_fp32
 from lightning_modules.sharding import gradient_norm

@@ -14,10 +14,10 @@ from lightning.pytorch.callbacks import (
 )
 from torch import Tensor
 
-from callbacks.last_checkpoint import LastCheckpoint
-from callbacks.progress import StepProgress
-from callbacks.run_status import RunStatus
-from callbacks.run_summary import RunSummary
+from callbacks.checkpointing.last_checkpoint import LastCheckpoint
+from callbacks.console.progress import StepProgress
+from callbacks.console.run_status import RunStatus
+from callbacks.console.run_summary import RunSummary
 from core.errors import ConfigError
 from core.status import read
 from lightning_modules.language_module import LanguageModule

@@ -15,7 +15,7 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,9 @@ from rich.table import Table
 from torch import Tensor
 
 from analysis.propagation import BlockSignal, measure
-from callbacks.flight_recorder import FOLDER
+from callbacks.checkpointing.random_state import RandomState
+from callbacks.divergence.divergence import Divergence
+from callbacks.divergence.flight_recorder import FOLDER
 from core import cli, tensor_archive
 from core.build import build, build_all, locate
 from core.checkpoint import CheckpointIO, load_beside_weights
@@ -45,7 +47,7 @@ from core.saved_config import PACKAGES, add_allow_option, load_config
 from core.untrusted import MIB, parse_json, read_bytes
 from core.whole_file import is_whole
 
-STEERING = {"callbacks.random_state.RandomState", "callbacks.divergence.Divergence"}
+STEERING = {f"{kind.__module__}.{kind.__qualname__}" for kind in (RandomState, Divergence)}
 """Of this project's callbacks, those that the weights depend on."""
 COLUMNS = ("variance", "attn_ratio", "ffn_ratio", "hidden_gradient", "attn_gradient", "ffn_gradient")
 HEADERS = (
@@ -65,7 +67,7 @@ EVENT_BYTES = 64 * MIB
 
 @dataclass(frozen=True)
 class Event:
-    """What is used of a line of events.jsonl (callbacks/divergence.py)."""
+    """What is used of a line of events.jsonl (callbacks/divergence/divergence.py)."""
 
     __pydantic_config__ = ConfigDict(extra="ignore")
 
@@ -86,6 +88,9 @@ class Halt(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.global_step == self.step - 1:
             raise Arrived
+
+    def keep_beside(self, save: Callable[[Path], None]) -> None:
+        """Keep nothing: no checkpoint is saved on the way, and a policy that wants its snapshots kept must not mind."""
 
 
 def recorded_steps(run: Path) -> dict[int, list[Path]]:
@@ -126,7 +131,7 @@ def rollbacks(run: Path) -> list[tuple[int, int]]:
 
 
 def load_record(path: Path) -> dict[str, Any]:
-    """Return what the flight recorder wrote; see callbacks/flight_recorder.py.
+    """Return what the flight recorder wrote; see callbacks/divergence/flight_recorder.py.
 
     Raises:
         UserError: it is not whole, or no such record: says what is wrong.

@@ -12,7 +12,9 @@ from hydra.utils import get_class
 from benchmarks import monitoring
 from tests.helpers_run import ROOT, tiny_job
 
-DEFAULT = yaml.safe_load((ROOT / "configs/callbacks/default.yaml").read_text())
+GROUPS = ("monitors", "divergence", "checkpointing", "console")
+FILES = [yaml.safe_load((ROOT / f"configs/callbacks/{group}.yaml").read_text()) for group in GROUPS]
+DEFAULT = {name: fields for file in FILES for name, fields in file.items()}
 NO_MONITORS = {"StepProgress", "RunStatus", "LastCheckpoint", "BestCheckpoint", "RandomState"}
 
 

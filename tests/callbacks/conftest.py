@@ -28,7 +28,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
             "trainer.val_check_interval=4",
         ),
         *("trainer.gradient_clip_val=0.01", "model.moe.load_balancing_weight=0", "model.moe.z_loss_weight=0"),
-        "callbacks.text_sample={_target_: callbacks.text_sample.TextSample, prompt: 'def ', num_tokens: 16}",
+        "callbacks.text_sample={_target_: callbacks.console.text_sample.TextSample, prompt: 'def ', num_tokens: 16}",
         "callbacks.progress.line_seconds=0",
         "+callbacks.recorder._target_=tests.callbacks.test_tensorboard.Recorder",
         "run_dir=run",

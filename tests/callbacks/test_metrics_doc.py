@@ -45,8 +45,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         "trainer.accumulate_grad_batches=4",
         "trainer.val_check_interval=32",
         "callbacks.throughput.peak_flops=1.0e9",
-        "+callbacks.curvature._target_=callbacks.curvature.Curvature",
-        "+callbacks.poison._target_=tests.callbacks.test_metrics_doc.Poison",
+        "+callbacks.curvature._target_=callbacks.monitors.curvature.Curvature",
+        f"+callbacks.poison._target_={__name__}.Poison",
     ]
     folders = [run(cwd, name, f"experiment={name}", *everything) for name in ("dense_spannorm", "moe_spannorm")]
     evaluate.main([str(folders[0]), f"allow={Poison.__module__}.Poison"])

@@ -14,10 +14,10 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from callbacks.gradient_health import GradientHealth
-from callbacks.noise_scale import CARRIED
-from callbacks.representation_collapse import RepresentationCollapse
-from callbacks.signal_propagation import SignalPropagation
+from callbacks.monitors.gradient_health import GradientHealth
+from callbacks.monitors.noise_scale import CARRIED
+from callbacks.monitors.representation_collapse import RepresentationCollapse
+from callbacks.monitors.signal_propagation import SignalPropagation
 from callbacks.statistics import GradientStatistics, gradient_statistics
 from lightning_modules.language_module import LanguageModule
 from tests.conftest import VOCAB_SIZE, tiny_values, tokens

@@ -9,10 +9,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from callbacks.best_checkpoint import BestCheckpoint
-from callbacks.divergence import Divergence
-from callbacks.random_state import RandomState
-from callbacks.throughput import Throughput
+from callbacks.checkpointing.best_checkpoint import BestCheckpoint
+from callbacks.checkpointing.random_state import RandomState
+from callbacks.divergence.divergence import Divergence
+from callbacks.monitors.throughput import Throughput
 from core.checkpoint_values import checked
 from core.untrusted import Untrusted
 

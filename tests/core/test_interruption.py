@@ -9,7 +9,8 @@ import pytest
 import torch.distributed as dist
 
 from core.errors import ConfigError
-from core.interruption import PEER_LOST, RESTORING, TrainingInterrupted, explained
+from core.interruption import PEER_LOST, RESTORING, explained
+from core.run_control import TrainingInterrupted
 
 TRAINER: Any = SimpleNamespace(global_rank=0, interrupted=False)
 

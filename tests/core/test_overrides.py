@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from core.overrides import GRAMMAR, choices, given, not_a_choice, parse
+from core.overrides import GRAMMAR, as_lists, choices, given, not_a_choice, parse
 
 LOGGERS = "expected one of csv, tensorboard, wandb"
 
@@ -76,3 +76,30 @@ def test_names_are_those_of_the_files_and_stay_within_the_folder() -> None:
 
 def test_a_value_nested_without_end_is_no_override() -> None:
     assert parse(["a=" + "[" * 5000]) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["+callbacks=curvature"], ["callbacks=[default,curvature]"]),
+        (
+            ["a=1", "callbacks=monitors", "b=2", "+callbacks=[curvature]"],
+            ["a=1", "callbacks=[monitors,curvature]", "b=2"],
+        ),
+        (["+callbacks=curvature", "callbacks=[monitors,console]"], ["callbacks=[monitors,console,curvature]"]),
+        (["+callbacks=curvature", "callbacks=[]"], ["callbacks=[curvature]"]),
+        (["callbacks=a", "callbacks=b", "+callbacks=c"], ["callbacks=[b,c]"]),
+        (["~callbacks"], ["callbacks=[]"]),
+        (["~callbacks", "+callbacks=curvature"], ["callbacks=[curvature]"]),
+        (["callbacks=[monitors]"], ["callbacks=[monitors]"]),
+        (
+            ["+callbacks.x.y=1", "callbacks.x=null", "~callbacks.x"],
+            ["+callbacks.x.y=1", "callbacks.x=null", "~callbacks.x"],
+        ),
+        (["+callbacks={a: 1}"], ["+callbacks={a: 1}"]),
+        (["+callbacks=]"], ["+callbacks=]"]),
+        (["~logger", "--help"], ["~logger", "--help"]),
+    ],
+)
+def test_what_is_said_of_the_callbacks_becomes_one_list(arguments: list[str], expected: list[str]) -> None:
+    assert as_lists(arguments) == expected

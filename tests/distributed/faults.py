@@ -15,8 +15,8 @@ import lightning as L
 import torch
 import torch.distributed as dist
 
-from callbacks.last_checkpoint import LastCheckpoint
 from core.errors import UserError
+from core.run_control import RunControl
 
 
 def send_from_outside(signum: int, *processes: int) -> None:
@@ -67,8 +67,8 @@ class SignalLauncher(SignalLast):
         if trainer.global_step == self.step - 1:
             if trainer.global_rank == trainer.world_size - 1:
                 os.kill(os.getppid(), self.signum)
-            (last,) = (callback for callback in trainer.callbacks if isinstance(callback, LastCheckpoint))
-            while not last._received:
+            (control,) = (callback for callback in trainer.callbacks if isinstance(callback, RunControl))
+            while not control.received:
                 time.sleep(0.01)
 
 

@@ -10,7 +10,7 @@ from core.checkpoint import load, load_beside_weights
 from core.cli import DIVERGED, USER_ERROR
 from core.interruption import PEER_LOST
 from core.run_folder import folder_name
-from tests.callbacks.test_recovery import RECOVERING, done
+from tests.callbacks.divergence.test_recovery import RECOVERING, done
 from tests.distributed.processes import command_line, together
 from tests.helpers_run import assert_began, run, scalars, tiny_job
 from tests.test_train import assert_equal

@@ -44,6 +44,8 @@ def trains(**replaced: str) -> Way:
         arguments = _replace(command.arguments, replaced)
         own_data = any(argument.startswith("data=") for argument in arguments)
         tiny = [override for override in tiny_job() if not (own_data and override.startswith(SHARED))]
+        if any(argument.startswith("callbacks=") for argument in arguments):  # which may be without that one
+            tiny.remove("callbacks.text_sample=null")
         steps = "trainer.max_steps=2"
         if "ckpt_path=last" in arguments:
             steps = "trainer.max_steps=3"

@@ -20,19 +20,19 @@ from tests.helpers_run import ROOT, documents, train
 PLACES = {  # a moment is a call, of Python or of C, from within one of these
     "step": ("lightning/pytorch/loops/optimization/automatic.py", "run"),
     "checkpoint": ("core/whole_file.py", "write_whole"),
-    "rotation": ("callbacks/last_checkpoint.py", "_save"),
+    "rotation": ("callbacks/checkpointing/last_checkpoint.py", "_save"),
     "validation": ("lightning/pytorch/loops/evaluation_loop.py", "run"),
     "shards": ("datamodules/writer.py", "write_corpus"),
     "log": ("tensorboard/summary/writer/event_file_writer.py", "flush"),
     "notes": ("core/run_folder.py", "create"),
     "end": ("lightning/pytorch/loops/fit_loop.py", "on_run_end"),
-    "summary": ("callbacks/run_summary.py", "on_fit_end"),
-    "status": ("callbacks/run_status.py", "on_fit_end"),
+    "summary": ("callbacks/console/run_summary.py", "on_fit_end"),
+    "status": ("callbacks/console/run_status.py", "on_fit_end"),
 }
 
 
 IMPORTED = ["lightning", "tensorboard", "lightning_modules.language_module", "core.build"]
-IMPORTED += [f"callbacks.{path.stem}" for path in sorted((ROOT / "callbacks").glob("*.py"))]
+IMPORTED += [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sorted(ROOT.glob("callbacks/*/*.py"))]
 
 
 class Moments:

@@ -42,7 +42,7 @@ def test_an_own_callback_just_works_in_a_run_and_is_allowed_by_name_afterwards(t
         *("os.system", "subprocess.Popen", "builtins.eval", "hydra.utils.get_method", "runpy.run_path"),
         *("torch.load", "torch.hub.load", "torch.utils.cpp_extension.load", "torch.nn.Linear"),
         *("torch.serialization.os.system", "lightning.pytorch.callbacks.progress.os.system"),
-        *("callbacks.flight_recorder.Path", "lightning.LightningModule.load_from_checkpoint"),
+        *("callbacks.divergence.flight_recorder.Path", "lightning.LightningModule.load_from_checkpoint"),
         *("lightning.fabric.utilities.cloud_io._load", "core.build.build", "core.cli.run", "torchevil.Callback"),
         *("callbacks", "callbacks.", "", ".os.system", "os", 5, None, ["os.system"], {"_target_": "os.system"}),
     ],
@@ -73,7 +73,7 @@ LIGHTNING = "lightning.pytorch"
         ("logger.x", f"{LIGHTNING}.callbacks.ModelCheckpoint"),
         ("anything", f"{LIGHTNING}.callbacks.ModelCheckpoint"),
         ("callbacks.x", "torch.testing._internal.common_utils.TestCase"),
-        ("callbacks.x", "callbacks.event_log.EventLog"),  # of the right place, and of another kind
+        ("callbacks.x", "callbacks.divergence.event_log.EventLog"),  # of the right place, and of another kind
         ("data", "datamodules.writer.CorpusWriter"),
         ("module", "lightning_modules.config.ModelConfig"),
         ("trainer.x", "lightning_modules.language_module.LanguageModule"),

@@ -142,8 +142,8 @@ def test_whether_a_callback_steers_is_a_matter_of_its_class() -> None:
     """Not of the name that it goes by: a run from elsewhere may call a callback that writes files `random_state`."""
     callbacks = {
         "random_state": "lightning.pytorch.callbacks.ModelCheckpoint",
-        "divergence": "callbacks.flight_recorder.FlightRecorder",
-        "other": "callbacks.random_state.RandomState",
+        "divergence": "callbacks.divergence.flight_recorder.FlightRecorder",
+        "other": "callbacks.checkpointing.random_state.RandomState",
         "mine": "my_file.MyCallback",
     }
     nodes = OmegaConf.create({name: {"_target_": target} for name, target in callbacks.items()})

@@ -1,0 +1,130 @@
+"""What a run came to, as a table on the console and as summary.json."""
+
+import json
+import math
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from rich.console import Console
+from rich.table import Table
+
+from callbacks.protocols import CountsTokens
+from core.printable import cell
+from core.run_folder import resume_command
+from core.whole_file import write_whole
+
+MEASURED = "run_summary"  # in a checkpoint
+
+
+class RunSummary(L.Callback):
+    """Writes RUN/summary.json when training ends, and prints the same.
+
+    What was measured is in each checkpoint too: a run that was killed behind its last save is summed up by the process
+    that resumes it, which trains nothing.
+
+    | key | unit |
+    |---|---|
+    | train_loss, val_loss | nats per token; null where not finite |
+    | val_perplexity | exp(val_loss) |
+    | val_bits_per_byte | bits per byte of the validation text |
+    | bigram_loss | nats per token on the same validation sequences; null for large vocabularies |
+    | steps, tokens | since step 0 |
+    | tokens_per_second | mean of the process that trained last |
+    | seconds | wall clock of that process' training, validation included |
+    | parameters, active_parameters | count |
+    | tensorboard, resume | command lines; null where another logger keeps the curves, and where there is no last |
+    | | checkpoint to resume from, or no command line that began the run |
+
+    Args:
+        run_dir: the run's folder.
+    """
+
+    def __init__(self, run_dir: str) -> None:
+        self.run_dir = Path(run_dir)
+        self._started: float | None = None  # in this process
+        self._before: dict[str, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._started = time.monotonic()
+        module: Any = pl_module
+        total, active = module.num_parameters
+        if trainer.is_global_zero:
+            config = module.model_config
+            print(
+                f"{config.placement}, {config.ffn}, {config.num_layers} blocks of dim {config.dim}: "
+                f"{total:,} parameters, {active:,} active"
+            )
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint[MEASURED] = self._measure(trainer)  # by all processes together: Lightning may reduce a metric
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._before = checkpoint.get(MEASURED, {})
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        summary = self._collect(trainer, pl_module)
+        text = json.dumps(summary, indent=2) + "\n"
+        write_whole(self.run_dir / "summary.json", lambda unfinished: unfinished.write_text(text))
+        table = Table(title="Run summary", show_header=False)
+        for key, value in summary.items():
+            table.add_row(
+                key.replace("_", " "), f"{value:,.4f}" if isinstance(value, float) else cell(_plain(value), None)
+            )
+        Console(width=None if Console().is_terminal else 160).print(table)
+
+    def _resume_command(self, trainer: L.Trainer) -> str | None:
+        """Return the command that goes on; None where no command line has begun the run and given its steps."""
+        begun_so = trainer.max_steps >= 1 and (self.run_dir / "overrides.yaml").is_file()
+        return resume_command(self.run_dir, 2 * trainer.max_steps) if begun_so else None
+
+    def _measure(self, trainer: L.Trainer) -> dict[str, Any]:
+        """Return what only the process that trains knows."""
+        values = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        metrics = {key: value for key, value in values.items() if math.isfinite(value)}  # JSON has no NaN
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        counter = next((callback for callback in callbacks if isinstance(callback, CountsTokens)), None)
+        return {
+            "train_loss": metrics.get("train/loss"),
+            "val_loss": metrics.get("val/loss"),
+            "val_perplexity": metrics.get("val/perplexity"),
+            "tokens": counter.total_tokens if counter else None,
+            "tokens_per_second": counter.tokens_per_second if counter else None,
+            "seconds": time.monotonic() - self._started if self._started is not None else None,
+        }
+
+    def _collect(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        measured = self._measure(trainer) if self._started is not None else self._before
+        # A Trainer of one's own may have DataLoaders instead, and no command line started it.
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        is_ours = hasattr(datamodule, "bits_per_byte")
+        module: Any = pl_module
+        total, active = module.num_parameters
+        val_loss = measured.get("val_loss")
+        best, last = (self.run_dir / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
+        curves = self.run_dir / "tensorboard"
+        return {
+            "train_loss": measured.get("train_loss"),
+            "val_loss": val_loss,
+            "val_perplexity": measured.get("val_perplexity"),
+            "val_bits_per_byte": datamodule.bits_per_byte(val_loss) if is_ours and val_loss is not None else None,
+            "bigram_loss": datamodule.baseline_loss() if is_ours else None,
+            "steps": trainer.global_step,
+            "tokens": measured.get("tokens"),
+            "tokens_per_second": measured.get("tokens_per_second"),
+            "seconds": measured.get("seconds"),
+            "parameters": total,
+            "active_parameters": active,
+            "best_checkpoint": str(best) if best.exists() else None,
+            "last_checkpoint": str(last) if last.exists() else None,
+            "tensorboard": shlex.join(["tensorboard", "--logdir", str(self.run_dir)]) if curves.exists() else None,
+            "resume": self._resume_command(trainer) if last.exists() else None,
+        }
+
+
+def _plain(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else "-" if value is None else str(value)

@@ -1,0 +1,120 @@
+"""Watches the blocks from inside, in a forward pass of its own of a few sequences."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from analysis.states import BlockView, watching
+from callbacks.charts import block_chart
+from callbacks.scalars import write_scalars, written_blocks
+from callbacks.statistics import carry, gradient_statistics
+from core.errors import require
+
+
+class BlockMonitor(L.Callback):
+    """Logs NAME/block_NUMBER/FIGURE for the first optimizer step and every n-th, before it changes the weights.
+
+    A subclass says what it measures of a block. Sampled are the first sequences of the step, of the first process;
+    documents packed into one are seen as one text, whatever `data.document_mask` is in training. Monitors that sample
+    the same share one forward pass. Blocks count from 1; of more than 16 a choice is written.
+
+    Args:
+        every_n_steps: optimizer steps between two samples.
+        sequences: at most so many of the batch.
+        positions: at most so many of each sequence.
+
+    Raises:
+        ConfigError: one of them is too small; before the first step, where sequences are of one position.
+    """
+
+    name: ClassVar[str]  # of the entry in configs/callbacks
+    prefix: ClassVar[str]  # of the keys
+    figures: ClassVar[tuple[str, ...]]
+
+    def __init__(self, every_n_steps: int = 100, sequences: int = 2, positions: int = 256) -> None:
+        limits = (("every_n_steps", every_n_steps, 1), ("sequences", sequences, 1), ("positions", positions, 2))
+        for field, value, least in limits:
+            require(value >= least, f"callbacks.{self.name}.{field}", value, f"an integer >= {least}")
+        self.every_n_steps, self.sequences, self.positions = every_n_steps, sequences, positions
+
+    @abstractmethod
+    def measure(self, view: BlockView) -> tuple[Tensor, ...]:
+        """Return the figures, scalars on the device, in the order of `figures`."""
+
+    def before_sample(self, trainer: L.Trainer, pl_module: L.LightningModule, num_positions: int) -> None:
+        """Prepare for a sample of the weights as they are; called right before it."""
+
+    def constants(self, number: int) -> dict[str, float]:
+        """Return further figures of a block, which are not measured."""
+        return {}
+
+    def charts(self, pl_module: L.LightningModule) -> dict[str, dict[str, str]]:
+        """Return what Dashboard lays out: callbacks.protocols.HasCharts."""
+        return {self.prefix: {figure.replace("_", " "): block_chart(self.prefix, figure) for figure in self.figures}}
+
+    def _is_sampled(self, step: int) -> bool:
+        return step == 1 or step % self.every_n_steps == 0
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx % trainer.accumulate_grad_batches or not self._is_sampled(trainer.global_step + 1):
+            return
+        monitors = self._sharing(trainer)
+        if monitors[0] is not self:
+            return
+        tokens = batch["tokens"][: self.sequences, :-1][:, : self.positions]
+        valid = f"an integer >= 2 for callbacks.{self.name}, which compares positions"
+        require(tokens.size(1) >= 2, "data.seq_len", tokens.size(1), valid)
+        measured: dict[BlockMonitor, list[Tensor]] = {monitor: [] for monitor in monitors}
+
+        def see(view: BlockView) -> None:
+            for monitor, figures in measured.items():
+                figures.append(torch.stack(monitor.measure(view)))
+
+        for monitor in monitors:
+            monitor.before_sample(trainer, pl_module, tokens.size(1))
+        self._forward(trainer, pl_module, tokens, see)
+        for monitor, figures in measured.items():
+            carry(pl_module, monitor.prefix, torch.cat(figures))
+
+    def _sharing(self, trainer: L.Trainer) -> "list[BlockMonitor]":
+        """Return the run's monitors that sample the same of this step, in order: one forward pass serves them all."""
+        monitors = [c for c in trainer.callbacks if isinstance(c, BlockMonitor)]  # type: ignore[attr-defined]
+        mine = self.sequences, self.positions
+        due = (m for m in monitors if m._is_sampled(trainer.global_step + 1))
+        return [m for m in due if (m.sequences, m.positions) == mine]
+
+    @torch.no_grad()
+    def _forward(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, tokens: Tensor, see: Callable[[BlockView], None]
+    ) -> None:
+        """Run the model once, without a graph or random numbers (the jitter is off), so training stays the same."""
+        model: Any = pl_module.model
+        stance: AbstractContextManager[Any] = nullcontext()
+        if model.config.compile:  # nothing inside of a compiled block can be watched
+            stance = torch.compiler.set_stance("force_eager")
+        was_training = model.training
+        model.eval()
+        try:
+            with stance, trainer.precision_plugin.forward_context(), watching(model, see):
+                model(tokens, logits_to_keep=1)  # nobody looks at them
+        finally:
+            model.train(was_training)
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        step = trainer.global_step + 1
+        if not self._is_sampled(step):
+            return
+        measured = gradient_statistics(trainer, pl_module).carried[self.prefix]
+        size, values = len(self.figures), {}
+        for number in written_blocks(range(1, len(measured) // size + 1)):
+            of_block = dict(zip(self.figures, measured[(number - 1) * size : number * size], strict=True))
+            for figure, value in (of_block | self.constants(number)).items():
+                values[f"{self.prefix}/block_{number}/{figure}"] = value
+        write_scalars(trainer, values, step)

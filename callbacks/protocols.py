@@ -1,0 +1,51 @@
+"""What callbacks ask of each other: one finds another by what it can do, whatever its class is.
+
+A callback of your own takes part by having the method; it needs to derive from nothing here.
+core.run_control.SavesBeforeLeaving is the fifth: the run asks for it.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import lightning as L
+
+
+@runtime_checkable
+class HasCharts(Protocol):
+    """Has charts for TensorBoard's tab Custom Scalars, which Dashboard lays out."""
+
+    def charts(self, pl_module: L.LightningModule) -> dict[str, dict[str, str]]:
+        """Return {group of charts: {title: pattern of tags}}."""
+
+
+@runtime_checkable
+class CountsTokens(Protocol):
+    """Knows how many tokens the run has trained on, which RunSummary reports."""
+
+    @property
+    def total_tokens(self) -> int:
+        """Return the tokens since step 0, over all processes, earlier ones of the same run included."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Return the mean over this process' training so far, tokens of all processes."""
+
+
+@runtime_checkable
+class RecordsEvents(Protocol):
+    """Is told by Divergence of each event, amid the step that it belongs to."""
+
+    def record_event(self, trainer: L.Trainer, line: str) -> None:
+        """Keep what is known of the step in progress; the line says what has happened."""
+
+
+@runtime_checkable
+class KeepsBeside(Protocol):
+    """Saves checkpoints that the run can be resumed from, and with each of them what others keep beside it."""
+
+    def keep_beside(self, save: Callable[[Path], None]) -> None:
+        """Call `save` in every process before each checkpoint, with the folder core.checkpoint.folder_beside names.
+
+        The folder stays as long as the checkpoint does.
+        """

@@ -1,0 +1,52 @@
+"""The layout of TensorBoard's page, and the table of the model, as a real run writes them."""
+
+import re
+
+import pytest
+from tensorboard.plugins.custom_scalar import layout_pb2
+
+from callbacks.console.dashboard import model_table
+from tests.callbacks.conftest import Job
+from tests.conftest import make_module
+from tests.helpers_run import EventAccumulator, events
+
+
+@pytest.fixture(scope="module")
+def written(job: Job) -> EventAccumulator:
+    return events(job.folder)
+
+
+def test_each_chart_has_one_line_a_block_of_one_quantity(written: EventAccumulator) -> None:
+    (event,) = written.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    groups = {category.title: [chart.title for chart in category.chart] for category in layout.category}
+    assert set(groups) == {
+        *("gradient norm", "update over parameter norm", "parameter norm"),
+        *("signal", "representation", "router"),
+    }
+    assert groups["gradient norm"] == ["all", "norm", "attn_in", "attn_out", "router", "experts"]
+    tags = written.Tags()["scalars"]
+    for category in layout.category:
+        for chart in category.chart:
+            (pattern,) = chart.multiline.tag
+            matched = [tag for tag in tags if re.match(pattern, tag)]
+            assert [re.findall(r"\d+", tag)[0] for tag in matched] == ["1", "2"], pattern
+            assert len({re.sub(r"\d+", "", tag) for tag in matched}) == 1
+
+
+def test_the_table_of_the_model_is_there(written: EventAccumulator, job: Job) -> None:
+    (event,) = written.Tensors("model/text_summary")
+    text = event.tensor_proto.string_val[0].decode()
+    assert text.splitlines()[2] == "| block | embedding | head | norm | attn_in | attn_out | router | experts | all |"
+
+
+def test_its_numbers_add_up() -> None:
+    module = make_module(num_layers=3)
+    assert module.model is not None
+    first, _, _, _, *rows = model_table(module).splitlines()
+    total = sum(parameter.numel() for parameter in module.model.parameters())
+    assert first == f"{total:,} parameters, {total:,} active"
+    cells = [[cell.strip().replace(",", "") for cell in row.strip("|").split("|")] for row in rows]
+    assert [row[0] for row in cells] == ["1", "2", "3", "outside"]
+    assert sum(int(row[-1]) for row in cells) == total
+    assert all(sum(int(cell or 0) for cell in row[1:-1]) == int(row[-1]) for row in cells)

@@ -1,0 +1,52 @@
+"""The progress bar, and the plain lines where there is no terminal."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from callbacks.console.progress import StepProgress
+from tests.callbacks.conftest import ACCUMULATE, STEPS, Job
+from tests.callbacks.test_tensorboard import Recorder
+from tests.helpers_run import scalars, tiny_job, train
+
+
+def test_without_a_terminal_it_prints_plain_lines(job: Job) -> None:
+    pattern = r"^step (\d)/5  loss ([\d.]+)(?:  [\d,]+ tokens/s)?  (\d+:\d\d) left$"
+    lines = re.findall(pattern, job.finished.out, re.MULTILINE)
+    assert [int(step) for step, _, _ in lines] == list(range(1, STEPS + 1))
+    last_batches = Recorder.losses[ACCUMULATE - 1 :: ACCUMULATE]
+    assert [float(loss) for _, loss, _ in lines] == pytest.approx(last_batches, abs=1e-3)
+    assert lines[-1][2] == "0:00"
+    assert len(re.findall(r"tokens/s", job.finished.out)) >= STEPS - 1
+    assert "\x1b" not in job.finished.out
+
+
+def test_each_validation_has_its_line(job: Job) -> None:
+    found = re.findall(r"^step (\d): validation loss ([\d.]+)$", job.finished.out, re.MULTILINE)
+    expected = {step + 1: round(loss, 4) for step, loss in scalars(job.folder, "val/loss").items()}
+    assert {int(step): float(loss) for step, loss in found} == pytest.approx(expected)
+
+
+def test_on_a_terminal_it_is_a_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    finished = train(tmp_path, *tiny_job("run_dir=run", "callbacks.progress.refresh_seconds=0"))
+    assert finished.code == 0
+    plain = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", finished.out)
+    assert re.search(r"━+ step 2/2  loss \d\.\d{3}  [\d,]+ tokens/s 0:00:0\d 0:00:00", plain)
+    assert finished.out.count("\x1b[?25l") == finished.out.count("\x1b[?25h") == 1, "the cursor comes back"
+
+
+def test_time_left_follows_the_steps_of_this_process(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = StepProgress()
+    progress._first_step, progress._first_time = 20, 1000.0
+    progress._num_steps = 60
+    trainer = SimpleNamespace(global_step=30)
+    assert progress._time_left(trainer, 1025.0) == "1:15"  # type: ignore[arg-type]
+
+
+def test_it_can_be_switched_off(tmp_path: Path) -> None:
+    finished = train(tmp_path, *tiny_job("run_dir=run", "callbacks.progress=null"))
+    assert finished.code == 0
+    assert "loss 5" not in finished.out

@@ -1,0 +1,82 @@
+"""configs/callbacks: a file for each of the groups, which are chosen one by one, in lists, or all together."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.helpers_run import ROOT, scalars, tiny_job, train
+from tests.test_experiments import composed
+
+GROUPS = ("monitors", "divergence", "checkpointing", "console")
+DEFAULT = [
+    *("progress", "throughput", "gradient_health", "signal_propagation", "representation_collapse", "dashboard"),
+    *("hyperparameters", "random_state", "text_sample", "run_summary", "run_status", "best_checkpoint"),
+    *("last_checkpoint", "flight_recorder", "divergence"),
+]
+
+
+def group(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((ROOT / f"configs/callbacks/{name}.yaml").read_text())
+    return found
+
+
+def test_the_default_is_all_groups_in_the_order_of_always() -> None:
+    callbacks = composed().callbacks
+    assert list(callbacks) == DEFAULT
+    files = {name: node for file in map(group, GROUPS) for name, node in file.items()}
+    assert files.keys() == set(DEFAULT)
+    for name, node in files.items():
+        assert list(callbacks[name]) == list(node), name
+        assert callbacks[name]["_target_"] == node["_target_"]
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_a_group_holds_the_callbacks_of_its_package(name: str) -> None:
+    for node in group(name).values():
+        assert node["_target_"].startswith(f"callbacks.{name}.")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        (["callbacks=monitors"], [*group("monitors")]),
+        (["callbacks=[monitors,divergence]"], [*group("monitors"), *group("divergence")]),
+        (["callbacks=[default,curvature]"], [*DEFAULT, "curvature"]),
+        (["+callbacks=curvature"], [*DEFAULT, "curvature"]),
+        (["callbacks={}"], DEFAULT),
+    ],
+    ids=lambda value: " ".join(value) if value and "callbacks" in value[0] else "",
+)
+def test_groups_are_chosen(chosen: list[str], expected: list[str]) -> None:
+    assert list(composed(*chosen).callbacks) == expected
+
+
+def test_a_run_has_the_callbacks_that_were_chosen(tmp_path: Path) -> None:
+    """Of an experiment that sets fields of others, too."""
+    job = [override for override in tiny_job("run_dir=run") if override != "callbacks.text_sample=null"]
+    chosen = ["study_scale=laptop", "callbacks=[monitors,divergence]", "+callbacks=curvature"]
+    finished = train(tmp_path, *chosen, *job, "trainer.val_check_interval=2")
+    assert finished.code == 0, finished.err
+    assert list(scalars(tmp_path / "run", "curvature/top_eigenvalue")) == [0]
+    assert scalars(tmp_path / "run", "gradients/block_1/all")
+    assert not (tmp_path / "run/summary.json").exists()
+    assert not (tmp_path / "run/checkpoints/last.ckpt").exists()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        (["callbacks=[monitor]"], "expected one of checkpointing, console, curvature, default, divergence, monitors"),
+        (["+callbacks=[console,curvatur]"], "(did you mean curvature?)"),
+        (["-m", "callbacks=monitors,console", "+callbacks=curvature"], "whole lists where callbacks is swept"),
+        (["+callbacks.mine={a: 1}"], "callbacks.mine={'a': 1} is not valid: expected a group with a _target_"),
+    ],
+)
+def test_what_is_no_choice_is_said_in_a_line(chosen: list[str], message: str, tmp_path: Path) -> None:
+    refused = train(tmp_path, *tiny_job("run_dir=run", *chosen))
+    assert refused.code == 2
+    assert message in refused.err
+    assert len(refused.err.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
