@@ -37,6 +37,29 @@ def num_steps(trainer: L.Trainer) -> float:
     return min(end, sum(math.ceil(batches / size) for size in sizes) if math.isfinite(batches) else math.inf)
 
 
+def num_batches(trainer: L.Trainer, steps: int) -> int:
+    """How many batches of endless data the first optimizer steps of a run are made of.
+
+    An epoch of `trainer.limit_train_batches` may end with a step of fewer batches, and a GradientAccumulationScheduler
+    may make the steps of each epoch of another number.
+
+    Args:
+        trainer: of the run; how it accumulates is taken as having been so from the run's beginning.
+        steps: that were done.
+    """
+    limit, batches = trainer.limit_train_batches, 0
+    if not isinstance(limit, int) or limit < 1:  # a single epoch without an end
+        return steps * _batches_per_step(trainer, 0)
+    for epoch in range(_last_change(trainer)):
+        size = _batches_per_step(trainer, epoch)
+        if steps <= limit // size:
+            return batches + steps * size
+        steps, batches = max(steps - math.ceil(limit / size), 0), batches + limit
+    size = _batches_per_step(trainer, _last_change(trainer))
+    epochs, steps = divmod(steps, math.ceil(limit / size))
+    return batches + epochs * limit + steps * size
+
+
 def at_the_end(trainer: L.Trainer) -> bool:
     """Whether the run has done the `max_steps` that it was to do; a run that is so many epochs long has none."""
     return 0 <= trainer.max_steps <= trainer.global_step
@@ -66,6 +89,12 @@ def _batches_per_step(trainer: L.Trainer, epoch: int) -> int:
         if isinstance(callback, GradientAccumulationScheduler):
             return callback.get_accumulate_grad_batches(epoch)
     return trainer.accumulate_grad_batches
+
+
+def _last_change(trainer: L.Trainer) -> int:
+    """The epoch from which on all steps are of the same number of batches."""
+    schedulers = [c for c in _callbacks(trainer) if isinstance(c, GradientAccumulationScheduler)]
+    return max((max(scheduler.scheduling) for scheduler in schedulers), default=0)
 
 
 def _callbacks(trainer: L.Trainer) -> Iterable[L.Callback]:

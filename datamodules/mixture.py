@@ -175,7 +175,7 @@ class Mixture(StreamDataModule):
 
         Raises:
             ConfigError: a split is too short, two of the corpora are the same, they were made with different
-                tokenizers, or the cache is too small for them together.
+                tokenizers or other tokens that close documents, or the cache is too small for them together.
             CorpusError: a corpus is damaged.
         """
         first = self.corpora[0].index
@@ -191,6 +191,12 @@ class Mixture(StreamDataModule):
             if not same:
                 valid = f"corpora of one tokenizer; {corpus.path} has {index.tokenizer}, not {first.tokenizer}"
                 raise ConfigError("data.paths", [c.path for c in self.corpora], valid)
+            valid = (
+                f"corpora whose documents one token closes; in {corpus.path} it is {index.end_of_document}, "
+                f"in {self.corpora[0].path} {first.end_of_document}"
+            )
+            ends_alike = index.end_of_document == first.end_of_document
+            require(ends_alike, "data.paths", [c.path for c in self.corpora], valid)
         require_room(self.corpora)
         most = self.num_val_samples
         valid = f"at most {most}: validation samples before a source repeats itself"

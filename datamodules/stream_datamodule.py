@@ -9,7 +9,7 @@ import torch
 from core.errors import require
 from core.limits import require_at_most
 from core.parallel import data_part, num_data_parts
-from core.steps import begin_step
+from core.steps import begin_step, num_batches
 from datamodules.samples import Samples
 from datamodules.stream import StreamLoader, TokenStream
 from datamodules.tokenizers import NumberTokenizer, Tokenizer
@@ -130,9 +130,9 @@ class StreamDataModule(L.LightningDataModule):
         A half-accumulated step is not in the weights, so it is not counted.
         """
         assert self.trainer is not None
-        steps = self.trainer.global_step - self._first_step
-        consumed = steps * self.trainer.accumulate_grad_batches * self.batch_size
-        samples = self._first_sample + consumed
+        step = self.trainer.global_step
+        consumed = num_batches(self.trainer, step) - num_batches(self.trainer, self._first_step)
+        samples = self._first_sample + consumed * self.batch_size
         return {"samples": samples, "step": self.trainer.global_step, "stream_identity": self.stream_identity}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

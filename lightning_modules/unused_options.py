@@ -34,6 +34,10 @@ def _lines(found: list[Unused]) -> list[str]:
 def _of_model(model: ModelConfig) -> Iterator[Unused]:
     if _is_set(model, "checkpoint_every") and not model.activation_checkpointing:
         yield "model.checkpoint_every", model.checkpoint_every, "model.activation_checkpointing is false"
+    if _is_set(model, "norm_eps") and model.norm in ("dyt", "none"):
+        yield "model.norm_eps", model.norm_eps, f"model.norm={model.norm} divides by nothing"
+    if model.ffn_dim is not None and model.ffn_dim not in model.hidden_dims:
+        yield "model.ffn_dim", model.ffn_dim, "all FFNs are experts, whose widths model.moe sets"
 
 
 def _of_mixture(moe: MoEConfig) -> Iterator[Unused]:
@@ -58,6 +62,9 @@ def _of_optim(optim: OptimConfig) -> Iterator[Unused]:
             yield f"optim.{name}", getattr(optim, name), f"optim.schedule={optim.schedule} has no decay phase"
     if _is_set(optim, "min_lr_ratio") and optim.schedule == "constant":
         yield "optim.min_lr_ratio", optim.min_lr_ratio, "optim.schedule=constant does not decay"
+    for name in ("min_lr_ratio", "decay_shape"):
+        if _is_set(optim, name) and optim.schedule == "wsd" and optim.decay_fraction == 0:
+            yield f"optim.{name}", getattr(optim, name), "with optim.decay_fraction=0 wsd does not decay"
     for name in ("base_width", "base_ffn_width"):
         if _is_set(optim, name) and optim.width_scaling == "none":
             yield f"optim.{name}", getattr(optim, name), "optim.width_scaling is none"

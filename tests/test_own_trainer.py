@@ -125,6 +125,21 @@ def test_accumulation_by_a_scheduler_goes_on_after_a_stop_amid_an_epoch(tmp_path
     assert [batch.tolist() for batch in rest.seen] == [batch.tolist() for batch in whole.seen[6:]]
 
 
+@pytest.mark.parametrize(
+    ("scheduling", "limit", "epochs"),
+    [({0: 2, 1: 1}, 2, 2), ({0: 1, 1: 2}, 2, 3), ({0: 1, 1: 3, 2: 2}, 4, 3), ({0: 2}, 3, 2)],
+    ids=str,
+)
+def test_epochs_of_other_steps_leave_out_no_data_and_repeat_none(
+    scheduling: dict[int, int], limit: int, epochs: int, tmp_path: Path
+) -> None:
+    """The position in the stream is counted in batches, also where steps differ, or an epoch ends with a short one."""
+    _, plain = fit(tmp_path, max_steps=limit * epochs)
+    accumulation = GradientAccumulationScheduler(scheduling)
+    _, found = fit(tmp_path, accumulation, max_epochs=epochs, limit_train_batches=limit)
+    assert [batch.tolist() for batch in found.seen] == [batch.tolist() for batch in plain.seen]
+
+
 def test_our_callbacks_know_epochs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Those that go by trainer.max_steps, which is -1: last.ckpt would end the run with its first step."""
     own = [LastCheckpoint(str(tmp_path / "checkpoints"), 2), RunStatus(str(tmp_path)), StepProgress(line_seconds=0.0)]

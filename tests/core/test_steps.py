@@ -4,9 +4,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from core.errors import ConfigError
-from core.steps import check_length, completes_step, is_logged
+from core.steps import check_length, completes_step, is_logged, num_batches
 
 
 def trainer(**values: Any) -> Any:
@@ -62,3 +63,21 @@ def test_a_run_without_an_end_or_with_half_steps_is_refused(field: str, value: A
         check_length(trainer(**{field: value}))
     assert error.value.field == f"trainer.{field}"
     check_length(trainer(**{field: value}, fast_dev_run=True))
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 7, 1.0])
+@pytest.mark.parametrize("scheduling", [{0: 1}, {0: 3}, {0: 2, 1: 1}, {0: 1, 1: 3, 2: 2}, {2: 3}], ids=str)
+def test_batches_are_counted_as_the_steps_are_made_of_them(scheduling: dict[int, int], limit: float) -> None:
+    """Against a loop over batches that steps where Lightning does."""
+    callback = GradientAccumulationScheduler(scheduling)
+    stepped, batches, epoch = [0], 0, 0
+    while len(stepped) < 30:
+        size = callback.get_accumulate_grad_batches(epoch)
+        last = limit if isinstance(limit, int) else 1000
+        for number in range(1, last + 1):
+            batches += 1
+            if number % size == 0 or number == last:
+                stepped.append(batches)
+        epoch += 1
+    own = trainer(callbacks=[callback], limit_train_batches=limit)
+    assert [num_batches(own, steps) for steps in range(30)] == stepped[:30]

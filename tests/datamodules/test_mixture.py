@@ -154,6 +154,15 @@ def test_corpora_of_different_vocabularies_are_not_mixed(folders: list[str]) -> 
         mixture(folders, paths=[folders[0], folders[2]]).check()
 
 
+def test_corpora_whose_documents_end_otherwise_are_not_mixed(folders: list[str], tmp_path: Path) -> None:
+    """Of one tokenizer, prepared with another end_of_document each: the model would read both tokens as ends."""
+    text = b"xy" * 2000
+    documents = [(split, text, np.frombuffer(text, np.uint8).astype(np.uint16)) for split in ("train", "val")]
+    write_corpus(tmp_path / "zeros", documents, 0, {"vocab_size": 257})
+    with pytest.raises(ConfigError, match=r"documents one token closes; in .*zeros it is 0, in .*letters 256"):
+        mixture(folders, paths=[folders[0], str(tmp_path / "zeros")]).check()
+
+
 @pytest.mark.parametrize("way", ["link", "relative", "copy"])
 def test_a_corpus_is_not_mixed_with_itself(
     way: str, folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

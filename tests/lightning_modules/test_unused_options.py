@@ -20,6 +20,14 @@ SILENT: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {"schedule": "wsd", "decay_fraction": 0.1, "decay_shape": "exponential"}),
     ({}, {"width_scaling": "mup", "base_width": 64}),
     ({}, {"min_lr_ratio": 0.0}),
+    ({"norm": "layernorm", "norm_eps": 1e-5}, {}),
+    ({}, {"schedule": "wsd", "decay_fraction": 0.0}),
+    ({"ffn_dim": 48}, {}),
+    ({"ffn": "moe", "ffn_dim": 48}, {}),
+    *(
+        ({"ffn": "moe", "ffn_dim": 48, "moe": {"expert_dim": 16, **moe}}, {})
+        for moe in ({"first_dense_layers": 1}, {"every": 2})
+    ),
 ]
 UNUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     *(
@@ -51,6 +59,12 @@ UNUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"ffn": "moe", "moe": {"num_experts": 1, "top_k": 1, "jitter": 0.1}}, {}, "model.moe.jitter=0.1 has no effect"),
     ({"moe": {"num_experts": 16, "top_k": 4}}, {}, "model.moe.num_experts=16, model.moe.top_k=4 without effect"),
     ({"checkpoint_every": 2}, {}, "model.checkpoint_every=2 has no effect: model.activation_checkpointing"),
+    *(({"norm": kind, "norm_eps": 1e-3}, {}, "model.norm_eps=0.001 has no effect") for kind in ("dyt", "none")),
+    ({"ffn": "moe", "ffn_dim": 48, "moe": {"expert_dim": 16}}, {}, "model.ffn_dim=48 has no effect: all FFNs"),
+    *(
+        ({}, {"schedule": "wsd", "decay_fraction": 0.0, name: value}, f"optim.{name}={value} has no effect: with")
+        for name, value in (("min_lr_ratio", 0.01), ("decay_shape", "exponential"))
+    ),
     *(({}, {"decay_fraction": 0.1, "schedule": kind}, "optim.decay_fraction=0.1") for kind in ("cosine", "constant")),
     ({}, {"decay_shape": "exponential"}, "optim.decay_shape=exponential has no effect: optim.schedule=cosine"),
     ({}, {"min_lr_ratio": 0.0, "schedule": "constant"}, "optim.min_lr_ratio=0.0 has no effect"),

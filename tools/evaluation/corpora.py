@@ -74,6 +74,8 @@ def _prepared(run: OpenRun, path: str) -> ShardCorpus:
     ours, theirs = run.datamodule.tokenizer, corpus.tokenizer
     same = getattr(ours, "content", ours.name) == getattr(theirs, "content", theirs.name)
     require(same, "data", path, f"a corpus of the run's own tokenizer, {ours.name}; this one has {theirs.name}")
+    end = f"one whose documents token {ours.end_of_document} closes, as in the run's own data; here it is "
+    require(ours.end_of_document == theirs.end_of_document, "data", path, f"{end}{theirs.end_of_document}")
     most = corpus.split("val").num_tokens - 1
     require(corpus.num_val_samples > 0, "data", path, f"one with {data.seq_len + 1} validation tokens, not {most + 1}")
     return corpus

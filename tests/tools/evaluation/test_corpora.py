@@ -1,10 +1,16 @@
 """Losses on corpora: what a run's saved configuration asks for is held against what there is."""
 
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from core.errors import ConfigError
+from datamodules.preparation.prepare import PrepareConfig, prepare
+from datamodules.shard_corpus import ShardCorpus
+from tests.tools.runs import bpe_corpus
 from tools.evaluation import corpora
 
 
@@ -18,3 +24,16 @@ def test_a_batch_that_no_memory_holds_is_refused_before_it_is_read(monkeypatch: 
     monkeypatch.setattr(corpora, "memory_of_machine", lambda: 4 * 100 * 32 * 8)
     with pytest.raises(AttributeError, match="samples"):  # of data, which it goes on to
         corpora.measure(module, data, "val", 1)
+
+
+def test_a_corpus_whose_documents_end_otherwise_is_refused(tmp_path: Path) -> None:
+    """Of the run's tokenizer, but closed by a token that the model has never read as an end."""
+    own = bpe_corpus(tmp_path / "own")
+    given = {"tokenizer": str(own / "tokenizer.json"), "end_of_document": "\u0100", "validation": 0.3, "processes": 1}
+    prepare(PrepareConfig(str(tmp_path / "own/texts"), str(tmp_path / "other"), **given))
+    tokenizer = ShardCorpus(str(own), 8, 2).tokenizer
+    data = OmegaConf.create({"seq_len": 8, "batch_size": 2})
+    run: Any = SimpleNamespace(config=SimpleNamespace(data=data), datamodule=SimpleNamespace(tokenizer=tokenizer))
+    assert corpora._prepared(run, str(own)).tokenizer.end_of_document == tokenizer.end_of_document
+    with pytest.raises(ConfigError, match=rf"whose documents token {tokenizer.end_of_document} closes, as in the run"):
+        corpora._prepared(run, str(tmp_path / "other"))
