@@ -97,6 +97,9 @@ def _check_optimizers(states: Any) -> None:
         if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
             raise _wrong(f"{where}.param_groups", groups, "a list of groups")
         for place, group in enumerate(groups):
+            betas = group.get("betas", (0.0, 0.0))
+            if not isinstance(betas, list | tuple) or len(betas) != 2:
+                raise _wrong(f"{where}.param_groups.{place}.betas", betas, "two numbers")
             for name in ("lr", "initial_lr", "weight_decay", "eps", "betas", "momentum"):
                 for part, value in _leaves(group.get(name), f"{where}.param_groups.{place}.{name}"):
                     _check_number(part, value)
