@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from core.untrusted import Untrusted
 
@@ -44,6 +45,12 @@ def checked(content: Any) -> dict[str, Any]:
     for name, value in _leaves(content.get("loops", {}), "loops"):
         if not isinstance(value, bool | None):
             _count(name, value)
+    for name, state in content.items():
+        if isinstance(state, dict) and "stream_identity" in state:
+            for part in ("samples", "step"):
+                _count(f"{name}.{part}", state.get(part))
+    _check_schedulers(content.get("lr_schedulers", []))
+    _check_optimizers(content.get("optimizer_states", []))
     for name, state in content.get("callbacks", {}).items():
         # Not by its name, which is that of its class: the user's own may be a ModelCheckpoint too.
         if isinstance(state, dict) and not state.keys().isdisjoint((*PATHS, "best_k_models")):
@@ -54,6 +61,48 @@ def checked(content: Any) -> dict[str, Any]:
             for part, value in _leaves(state, f"callbacks.{name}"):
                 _check_number(part, value)
     return content
+
+
+def _check_schedulers(states: Any) -> None:
+    """Hold their states against torch's classes, which take every value in one for an attribute, their methods too."""
+    if not isinstance(states, list):
+        raise _wrong("lr_schedulers", states, "a list of their states")
+    for number, state in enumerate(states):
+        where = f"lr_schedulers.{number}"
+        if not isinstance(state, dict):
+            raise _wrong(where, state, "a group of values")
+        for name, value in state.items():
+            part = f"{where}.{name}"
+            if name == "optimizer" or callable(getattr(LambdaLR, str(name), None)):
+                raise _wrong(part, value, "nothing")
+            if name in ("last_epoch", "_step_count"):
+                _count(part, value)
+            elif name in ("base_lrs", "_last_lr"):
+                if not isinstance(value, list | tuple):
+                    raise _wrong(part, value, "a list of numbers")
+                for each, rate in _leaves(value, part):
+                    _check_number(each, rate)
+
+
+def _check_optimizers(states: Any) -> None:
+    """Hold the settings of each group of parameters, and what is kept of each parameter, against what optimizers keep.
+
+    Whether a tensor is of its parameter's shape is found where it is used: core/interruption.py has the words for it.
+    """
+    if not isinstance(states, list):
+        raise _wrong("optimizer_states", states, "a list of their states")
+    for number, state in enumerate(states):
+        where = f"optimizer_states.{number}"
+        groups = state.get("param_groups") if isinstance(state, dict) else None
+        if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+            raise _wrong(f"{where}.param_groups", groups, "a list of groups")
+        for place, group in enumerate(groups):
+            betas = group.get("betas", (0.0, 0.0))
+            if not isinstance(betas, list | tuple) or len(betas) != 2:
+                raise _wrong(f"{where}.param_groups.{place}.betas", betas, "two numbers")
+            for name in ("lr", "initial_lr", "weight_decay", "eps", "betas", "momentum"):
+                for part, value in _leaves(group.get(name), f"{where}.param_groups.{place}.{name}"):
+                    _check_number(part, value)
 
 
 def _check_generators(state: Any) -> None:

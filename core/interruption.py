@@ -86,7 +86,11 @@ def explained(trainer: L.Trainer, run_dir: Path) -> Iterator[None]:
 def _not_of_this_run(trainer: L.Trainer, error: Exception) -> ConfigError | None:
     """What is to be said where a callback, a loop or an optimizer could not take its state from the checkpoint."""
     frames = traceback.extract_tb(error.__traceback__)
-    if not any(frame.name in RESTORING for frame in frames):
+    # torch takes an optimizer's state as it is; what it does not fit is found in the first step.
+    # The last frame alone counts: Lightning computes the loss in a closure within the optimizer's step.
+    stepping = trainer.ckpt_path is not None and "/torch/optim/" in frames[-1].filename
+    lacks = isinstance(error, RuntimeError) and (explain_lack(error) is not None or lost_a_peer(error))
+    if lacks or not (stepping or any(frame.name in RESTORING for frame in frames)):
         return None
     valid = f"a checkpoint of this run; its states cannot be restored ({type(error).__name__}: {one_line(error)})"
     return ConfigError("ckpt_path", str(trainer.ckpt_path), valid)

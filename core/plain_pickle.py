@@ -17,6 +17,9 @@ MAX_DEPTH = 100
 MAX_TUPLE_KEYS = 1_000  # so many could be made to have one hash
 MAX_KEY_PARTS = 64
 LETTERS_IN_A_VALUE = 16
+WEIGHTS = {"EMPTY_LIST": 1, "EMPTY_DICT": 1, "EMPTY_SET": 3}
+CALL_WEIGHT = 3
+"""In values: an instruction of one byte makes a set of 216, and a call that takes three makes a tensor of some 600."""
 
 
 class Maker:
@@ -65,7 +68,7 @@ class _Machine:
         self.below: list[list[Any]] = []  # the stacks under each mark
         self.memo: dict[int, Any] = {}
         self.tuple_keys = 0
-        self.made = 0  # values that calls have returned
+        self.made = 0  # values that instructions and calls have made
 
     def run(self, content: bytes) -> Any:
         argument: Any
@@ -77,6 +80,7 @@ class _Machine:
             if name == "STOP":
                 return self.stack[-1]
             if name in _CONSTANTS:
+                self.count(WEIGHTS.get(name, 0))
                 self.stack.append(_CONSTANTS[name]())
             elif name in _VALUES:
                 self.stack.append(argument)
@@ -165,12 +169,15 @@ class _Machine:
             raise Untrusted("its pickle calls what is no function")
         made = maker.function(*arguments)
         # Counted here and not only by _measure: a text of 1 MB is a few bytes where it is called upon again.
-        self.made += len(made) // LETTERS_IN_A_VALUE if isinstance(made, _TEXTS) else _length(made)
-        if self.made > bound(MAX_VALUES):
-            raise Untrusted(beyond("its pickle makes too many values", MAX_VALUES))
+        self.count(CALL_WEIGHT + (len(made) // LETTERS_IN_A_VALUE if isinstance(made, _TEXTS) else _length(made)))
         self.stack.append(made)
 
     op_newobj = op_reduce
+
+    def count(self, values: int) -> None:
+        self.made += values
+        if self.made > bound(MAX_VALUES):
+            raise Untrusted(beyond("its pickle makes too many values", MAX_VALUES))
 
     def op_build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
@@ -246,6 +253,8 @@ def _measure(root: Any) -> None:
         elif isinstance(node, _CONTAINERS) and id(node) not in found:
             if id(node) in inside:
                 raise Untrusted("it contains itself")
+            if _length(node) > bound(MAX_VALUES):  # before a list of them is made here
+                raise Untrusted(beyond("it unfolds to too many values", MAX_VALUES))
             inside.add(id(node))
             pending.append((node, True))
             pending.extend((child, False) for child in _children(node))

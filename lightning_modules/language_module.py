@@ -25,6 +25,7 @@ from lightning_modules.layers.router import RouterStats
 from lightning_modules.mean_metrics import WeightedMean
 from lightning_modules.optim import (
     check_schedule,
+    check_state,
     describe_warmup,
     make_optimizer,
     make_schedule,
@@ -326,6 +327,8 @@ class LanguageModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
+        for optimizer in self.trainer.optimizers:
+            check_state(optimizer)
         self._check_router(resumed=self.trainer.global_step > 0)
         if self.global_rank == 0:
             for line in describe_unused(self.model_config, self.optim_config):

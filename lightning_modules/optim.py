@@ -179,3 +179,20 @@ def make_schedule(config: OptimConfig, num_steps: int) -> Schedule:
         return (step + 1) / config.warmup_steps if step < config.warmup_steps else after(step)
 
     return factor
+
+
+def check_state(optimizer: torch.optim.Optimizer) -> None:
+    """Hold what AdamW keeps of each parameter against the parameter, where it may come from a checkpoint.
+
+    torch takes any shape, and its fused kernels write beyond the end of a tensor that is too small.
+
+    Raises:
+        ConfigError: a tensor has another shape than its parameter, or a count of steps is no single number.
+    """
+    for parameter, state in optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"):
+            kept = state.get(name)
+            if isinstance(kept, torch.Tensor):
+                fits = kept.numel() == 1 if name == "step" else kept.shape == parameter.shape
+                valid = f"a checkpoint of this model; its {name} has another shape than {list(parameter.shape)}"
+                require(fits, "ckpt_path", list(kept.shape), valid)

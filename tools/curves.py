@@ -10,6 +10,7 @@ import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -25,6 +26,10 @@ FILE_BYTES = 4096 * MIB
 """Of all the files of a run's curves together."""
 RECORD_BYTES = 64 * MIB
 """Of one event, which TensorBoard's reader allocates before it sees whether the file is that long."""
+LINE_CHARACTERS = 1 << 20
+"""Of a line of a table, which is held in memory whole; a run's have a few thousand."""
+MAX_EVENTS = 10_000_000
+"""Of all the event files of a run together: each takes time to step over, and memory once it is read."""
 FRAME, CHECKSUM = 12, 4  # bytes before and after an event: its length and that one's checksum, its own checksum
 MAX_STEP = 10**15
 
@@ -53,13 +58,22 @@ def _of_tables(run: Path) -> Iterator[tuple[str, int, float]]:
     for path in paths:
         with path.open(newline="", errors="replace") as file:
             try:
-                whole = (line for line in file if line.endswith("\n"))  # the last one may still be written
-                for row in csv.DictReader(whole):
+                for row in csv.DictReader(_lines(file, path)):
                     step = _step(row.pop("step"))
                     yield from ((tag, step, float(value)) for tag, value in row.items() if tag and value)
             except (csv.Error, ValueError, TypeError, KeyError) as error:
                 reason = f"there is no column {error}" if isinstance(error, KeyError) else one_line(error)
                 raise Untrusted(f"{path} cannot be read as a table of curves: {reason}") from error
+
+
+def _lines(file: TextIO, path: Path) -> Iterator[str]:
+    """Yield the lines of a table but for the last one where it may still be written."""
+    limit = bound(LINE_CHARACTERS)
+    while line := file.readline(limit + 1):
+        if len(line) > limit:
+            raise Untrusted(beyond(f"{path} has a line of more than {limit:,} characters", LINE_CHARACTERS))
+        if line.endswith("\n"):
+            yield line
 
 
 def _step(text: str | None) -> int:
@@ -75,8 +89,9 @@ def _of_events(run: Path) -> Iterator[tuple[str, int, float]]:
         return
     paths = [path for path in folder.iterdir() if "tfevents" in path.name]  # which TensorBoard reads
     _check_sizes(run, paths)
+    left = bound(MAX_EVENTS)
     for path in paths:
-        _check_frames(path)
+        left -= _check_frames(path, left)
     try:
         events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
         found = [(tag, event) for tag in events.Tags()["scalars"] for event in events.Scalars(tag)]
@@ -99,14 +114,25 @@ def _check_sizes(run: Path, paths: list[Path]) -> None:
         raise Untrusted(beyond(f"the curves of {run} have {total:,} bytes", FILE_BYTES))
 
 
-def _check_frames(path: Path) -> None:
-    """Go from event to event without reading any; the last one may be cut off, as its run may go on."""
-    size = path.stat().st_size
+def _check_frames(path: Path, most: int) -> int:
+    """Go from event to event without reading any, and count them; the last may be cut off, as its run may go on.
+
+    Raises:
+        Untrusted: one is too long, or there are more than `most`.
+    """
+    size, count = path.stat().st_size, 0
     with path.open("rb") as file:
         at = 0
         while at + FRAME <= size:
             file.seek(at, os.SEEK_SET)
-            length = int.from_bytes(file.read(8), "little")
+            frame = file.read(FRAME)
+            if frame == bytes(FRAME):  # as a crash leaves them; no checksum is like that, and TensorBoard stops there
+                break
+            length = int.from_bytes(frame[:8], "little")
             if length > bound(RECORD_BYTES):
                 raise Untrusted(beyond(f"{path} has an event of {length:,} bytes", RECORD_BYTES))
+            count += 1
+            if count > most:
+                raise Untrusted(beyond(f"{path}: the run's event files have too many events", MAX_EVENTS))
             at += FRAME + length + CHECKSUM
+    return count

@@ -82,6 +82,50 @@ def test_what_is_used_where_training_begins_or_ends_is_looked_at_before(name: st
     assert checked(good) is good
 
 
+def training() -> dict[str, Any]:
+    """What a checkpoint has of the optimizer, its schedule and the position in the data."""
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.AdamW([weight])
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    weight.grad = torch.ones(2)
+    optimizer.step()
+    schedule.step()
+    return {
+        "optimizer_states": [optimizer.state_dict()],
+        "lr_schedulers": [schedule.state_dict()],
+        "Synthetic": {"samples": 16, "step": 4, "stream_identity": {"seed": 0}},
+    }
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("optimizer_states",),
+        ("optimizer_states", 0),
+        ("optimizer_states", 0, "param_groups"),
+        ("optimizer_states", 0, "param_groups", 0),
+        ("optimizer_states", 0, "param_groups", 0, "lr"),
+        ("optimizer_states", 0, "param_groups", 0, "betas"),
+        ("lr_schedulers",),
+        ("lr_schedulers", 0),
+        ("lr_schedulers", 0, "step"),
+        ("lr_schedulers", 0, "optimizer"),
+        ("lr_schedulers", 0, "last_epoch"),
+        ("lr_schedulers", 0, "_last_lr"),
+        ("Synthetic", "samples"),
+        ("Synthetic", "step"),
+    ],
+    ids=str,
+)
+def test_what_training_goes_on_with_is_looked_at_before(path: tuple[Any, ...]) -> None:
+    """torch and Lightning take any of it, and fail steps later: a schedule's state even replaces its methods."""
+    saved = training()
+    assert checked(saved) is saved
+    put(*path, "x")(saved)
+    with pytest.raises(Untrusted, match=f"its {path[0]}"):
+        checked(saved)
+
+
 class Mine(ModelCheckpoint):
     """The user's own, whose state goes by its own name."""
 

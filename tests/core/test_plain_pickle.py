@@ -153,6 +153,9 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
     "a key of shared halves": (lambda: halves(64), "it has a tuple in a key"),
     "complex keys": (complex_keys, "it has a complex as a key"),
     "bytes made again": (lambda: called_again(1 << 20, 100_000), "makes too many values; the bound is 2,000,000"),
+    "sets of a byte each": (lambda: b"\x80\x04](" + b"\x8f" * 700_000 + b"e.", "makes too many values"),
+    "small objects": (lambda: called_again(0, 670_000), "makes too many values"),
+    "a list that is long": (lambda: b"\x80\x04](" + b"N" * 2_000_001 + b"e.", "unfolds to too many values"),
     "length": (lambda: b"\x80\x02" + b" " * plain_pickle.MAX_BYTES, "too many bytes; the bound is 33,554,432"),
     "a length that is a lie": (lambda: b"\x80\x04\x8d" + b"\xff" * 7 + b"\x0fx.", "it is no pickle"),
 }

@@ -19,9 +19,10 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from core.errors import ConfigError, UserError
 from core.open_run import open_data, open_run
+from core.run_folder import read_overrides
 from core.saved_config import load_config
 from tests.faults.test_old_checkpoints import FIXTURES
-from tests.helpers_run import ROOT, corpus_root
+from tests.helpers_run import ROOT, corpus_root, train
 
 EVIL = "__9_0.distcp"
 
@@ -176,6 +177,36 @@ def test_what_cannot_be_is_refused_by_all_that_open_a_run(tmp_path: Path) -> Non
             assert beside.startswith("refused Untrusted"), f"{name}: {beside}"
             assert consolidated.startswith("refused UserError"), f"{name}: {consolidated}"
         assert opened.startswith("refused ConfigError checkpoint="), f"{name}: {opened}"
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("optimizer_states/0/state/0/exp_avg", torch.zeros(3)),
+        ("optimizer_states/0/param_groups/0/betas", (0.9,)),
+        ("lr_schedulers/0/step", 5),
+        ("Synthetic/samples", "x"),
+    ],
+)
+def test_what_an_optimizer_finds_in_its_first_step_is_said_of_the_checkpoint(
+    tmp_path: Path, path: str, value: Any
+) -> None:
+    run = Path(shutil.copytree(FIXTURES / "one_file", tmp_path / "run"))
+    checkpoint = run / "checkpoints/last.ckpt"
+    content = torch.load(checkpoint, weights_only=True)
+    node, (*way, last) = content, [int(part) if part.isdecimal() else part for part in path.split("/")]
+    for part in way:
+        node = node[part]
+    node[last] = value
+    torch.save(content, checkpoint)
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    replaced = ("run_dir=", "trainer.max_steps=")
+    overrides = [override for override in read_overrides(run) if not override.startswith(replaced)]
+    ended = train(tmp_path, *overrides, "trainer.max_steps=6", "run_dir=run", "ckpt_path=last")
+    assert ended.code == 2, ended.err
+    assert ended.err.splitlines()[-1].startswith("Error: ckpt_path=")
+    after = {file: file.read_bytes() for file in run.rglob("*") if file.is_file() and file.name != "lock"}
+    assert after == before
 
 
 CONFIGS = {

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import resource
 import struct
 import time
 from collections.abc import Callable
@@ -224,6 +225,41 @@ def test_a_file_that_is_still_written_is_read_as_far_as_it_goes(tmp_path: Path) 
         path.write_bytes(whole[: len(whole) - cut])
         curves = read_curves(tmp_path)
         assert curves["t"][0] == list(range(5 if cut == 0 else 4))
+
+
+def test_an_event_file_that_a_crash_has_left_full_of_zeros_is_read_up_to_them(tmp_path: Path) -> None:
+    """Of gigabytes that take no room on the disk: nobody goes through them."""
+    (tmp_path / "tensorboard").mkdir()
+    path = tmp_path / "tensorboard/events.out.tfevents.1.x"
+    path.write_bytes(b"".join(frame(event("t", float(step), step)) for step in range(5)))
+    os.truncate(path, 3 << 30)
+    began = time.monotonic()
+    assert read_curves(tmp_path)["t"][0] == list(range(5))
+    assert time.monotonic() - began < 10
+
+
+def test_event_files_have_a_number_of_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tools.curves.MAX_EVENTS", 9)
+    (tmp_path / "tensorboard").mkdir()
+    for name, count in (("1", 5), ("2", 4)):
+        content = b"".join(frame(event("t", float(step), step)) for step in range(count))
+        (tmp_path / f"tensorboard/events.out.tfevents.{name}.x").write_bytes(content)
+    read_curves(tmp_path)
+    with (tmp_path / "tensorboard/events.out.tfevents.1.x").open("ab") as file:
+        file.write(frame(b""))
+    with pytest.raises(Untrusted, match="too many events; the bound is 9, and READ_LIMITS=10"):
+        read_curves(tmp_path)
+
+
+def test_a_table_of_one_line_without_end_is_not_held_in_memory(tmp_path: Path) -> None:
+    (tmp_path / "csv/version_0").mkdir(parents=True)
+    path = tmp_path / "csv/version_0/metrics.csv"
+    path.write_text("step,a\n1,2\n")
+    os.truncate(path, 3 << 30)
+    limit = (256 << 20) + resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    with pytest.raises(Untrusted, match="a line of more than 1,048,576 characters; the bound is 1,048,576, and READ"):
+        read_curves(tmp_path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < limit
 
 
 def test_mutated_event_files_are_read_or_refused(tmp_path: Path) -> None:
