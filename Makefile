@@ -25,8 +25,9 @@ help:  ## list the targets
 train: $(FOR_TRAINING)  ## set up the environment and run the main job; ARGS="trainer.max_steps=20" hands overrides on
 	$(BIN)/python train.py experiment=moe_spannorm $(ARGS)
 
+# A file at a time, so that what its tests share is made once, and not once in each process.
 test: $(FOR_TESTS) lint types docs  ## lint, types, documentation, and every test that takes no patience
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 test-slow: $(FOR_TESTS)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
