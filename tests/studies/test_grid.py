@@ -15,7 +15,7 @@ from studies.grid import Study, read
 from studies.run import CONFIGS, planned
 
 STUDIES = sorted(path.stem for path in (CONFIGS / "study").glob("*.yaml"))
-SCALES = ("laptop", "gpu", "paper")
+SCALES = ("laptop", pytest.param("gpu", marks=pytest.mark.slow), pytest.param("paper", marks=pytest.mark.slow))
 
 
 def study(name: str, scale: str) -> Study:
