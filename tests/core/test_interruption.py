@@ -12,7 +12,7 @@ from core.errors import ConfigError
 from core.interruption import PEER_LOST, RESTORING, explained
 from core.run_control import TrainingInterrupted
 
-TRAINER: Any = SimpleNamespace(global_rank=0, interrupted=False)
+TRAINER: Any = SimpleNamespace(ckpt_path=None, global_rank=0, interrupted=False)
 
 
 def scontrol(folder: Path, code: int, monkeypatch: pytest.MonkeyPatch) -> Path:
