@@ -228,6 +228,7 @@ def test_a_fault_of_the_project_keeps_its_traceback(cwd: Path, monkeypatch: pyte
         train(cwd, *tiny_job())
 
 
+@pytest.mark.slow
 def test_who_asks_for_tracebacks_gets_them(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     monkeypatch.delenv("HYDRA_FULL_ERROR_IS_OURS", raising=False)

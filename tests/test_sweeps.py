@@ -125,6 +125,7 @@ def test_neither_does_one_that_diverges_nor_one_that_crashes(tmp_path: Path) -> 
     assert 0 < Values.seen[1] < 10
 
 
+@pytest.mark.slow
 def test_a_signal_ends_the_sweep(tmp_path: Path) -> None:
     swept = train(tmp_path, "-m", *tiny_job(AT, "callbacks.at.what=bug,SIGINT,none"))
     assert swept.code == 130

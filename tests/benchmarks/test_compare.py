@@ -114,6 +114,7 @@ def test_goals_of_a_gpu(device: str, dense: float, mixture: float, first: str, l
     assert [case.title for case in compare.cases("cuda")] == list(rates)
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_step_without_what_is_imported() -> None:
     sizes = TINY._replace(vocab_size=4096, seq_len=512, batch_size=4)
     workers, _ = compare.start({"one": compare.Contender(compare.OURS, sizes, False, "cpu", 1)}, in_turn=True)
@@ -125,6 +126,7 @@ def test_memory_is_that_of_a_step_without_what_is_imported() -> None:
     assert 0 < worker.end().memory < 4 * logits, "Lightning takes twice as much"
 
 
+@pytest.mark.slow
 def test_a_contender_that_fails_says_why() -> None:
     overrides = {"nobody": {}, "ours": {}, "ours, cut in three": {"num_heads": 3}}
     contenders = {n: compare.Contender(n, TINY, False, "cpu", 1, others) for n, others in overrides.items()}

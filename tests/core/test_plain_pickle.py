@@ -161,7 +161,12 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", BOMBS)
+LONG = {"instructions", "small objects", "a list that is long", "sets of a byte each"}  # seconds each
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in BOMBS]
+)
 def test_what_would_take_long_or_much_is_refused(name: str) -> None:
     make, reason = BOMBS[name]
     content, begin = make(), time.process_time()

@@ -37,7 +37,9 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     return scalars(run(tmp_path_factory.mktemp("uninterrupted"), "run", *STEPS), "train/loss")
 
 
-@pytest.mark.parametrize("signum", STOPPING)
+@pytest.mark.parametrize(
+    "signum", [pytest.param(s, marks=[] if s == signal.SIGTERM else pytest.mark.slow) for s in STOPPING]
+)
 def test_a_run_saves_when_its_whole_group_is_stopped(
     signum: signal.Signals, tmp_path: Path, uninterrupted: dict[int, float]
 ) -> None:
@@ -182,7 +184,7 @@ def _have_a_fork_server(told: Connection) -> None:
 
 
 @only_where_sender_known
-@pytest.mark.parametrize("start", [_fork_another_after_it, _have_a_fork_server])
+@pytest.mark.parametrize("start", [pytest.param(_fork_another_after_it, marks=pytest.mark.slow), _have_a_fork_server])
 def test_only_its_parents_end_ends_it(start: Callable[[Connection], None]) -> None:
     # Forked, it would take this process' fork server, if there is one, for its own.
     context = multiprocessing.get_context("spawn")

@@ -46,7 +46,8 @@ class Wait(L.Callback):
             time.sleep(0.05)
 
 
-@pytest.mark.parametrize("resume", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("resume", [False, True])
 def test_who_prepares_has_the_folder_already(resume: bool, tmp_path: Path) -> None:
     """Else the second run would finish meanwhile, and the first one write over it."""
     going_on = []

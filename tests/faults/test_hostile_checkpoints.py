@@ -169,6 +169,7 @@ EDITS: dict[str, tuple[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 def test_what_cannot_be_is_refused_by_all_that_open_a_run(tmp_path: Path) -> None:
     runs = [edited(tmp_path, f"run{n}", at(*edit)) for n, edit in enumerate(EDITS.values())]
     for name, (first, _, _, beside, consolidated, opened, _) in zip(EDITS, opened_by_all(*runs), strict=True):

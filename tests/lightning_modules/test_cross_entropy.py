@@ -25,7 +25,9 @@ def problem(num_tokens: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # inductor's own
-@pytest.mark.parametrize(("num_tokens", "compiled"), [(1, False), (8, False), (21, False), (21, True)])
+@pytest.mark.parametrize(
+    ("num_tokens", "compiled"), [(1, False), (8, False), (21, False), pytest.param(21, True, marks=pytest.mark.slow)]
+)
 def test_it_is_the_cross_entropy_of_all_logits(num_tokens: int, compiled: bool) -> None:
     hidden, weight, targets = problem(num_tokens)
     losses = linear_cross_entropy(hidden, weight, targets, compiled)

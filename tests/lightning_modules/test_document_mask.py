@@ -41,7 +41,9 @@ def test_logits_of_a_packed_document_are_those_of_the_document_alone(placement: 
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch looks at it while it traces
-@pytest.mark.parametrize("options", [{"compile": True}, {"activation_checkpointing": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [pytest.param({"compile": True}, marks=pytest.mark.slow), {"activation_checkpointing": True}], ids=str
+)
 def test_compiled_and_checkpointed_it_is_the_same(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
     plain, other = make_module(), make_module(**options)

@@ -160,6 +160,7 @@ def test_a_model_that_diverged_has_nothing_to_say(temperature: float) -> None:
     assert model.training
 
 
+@pytest.mark.slow
 def test_compiled_and_in_bfloat16_it_is_nearly_the_same() -> None:
     module = make_module(num_layers=1)
     module.model.blocks[0].compile(backend="aot_eager")

@@ -245,6 +245,7 @@ def test_yaml_that_is_no_study_is_refused(tmp_path: Path, text: str) -> None:
         load(tmp_path)
 
 
+@pytest.mark.slow
 def test_numbers_that_no_scale_holds_are_drawn_without(tmp_path: Path) -> None:
     huge = [1e308, -1e308, float("inf"), float("nan"), 0.0, 5e-324]
     tags = ("signal/block_{}/variance", "representation/block_{}/token_cosine", "gradients/block_{}/all")

@@ -102,6 +102,7 @@ def test_tasks_are_reported_as_the_harness_does(run: Path, capsys: pytest.Captur
     )
 
 
+@pytest.mark.slow
 def test_the_papers_tasks_are_the_harness_own() -> None:
     from lm_eval.tasks import TaskManager
 
@@ -126,7 +127,9 @@ def test_the_papers_tasks_are_the_harness_own() -> None:
         (["tasks=a", "data=b"], "tasks='a' is not valid: expected none where data is given"),
         (["data=a/x,b/x"], "data='a/x,b/x' is not valid: expected corpora whose folders' names differ, not x, x"),
         (["batches=0"], "batches=0 is not valid: expected an integer >= 1"),
-        (["tasks=offline_choice", "window=5"], "window=5 is not valid: expected at least"),
+        pytest.param(
+            ["tasks=offline_choice", "window=5"], "window=5 is not valid: expected at least", marks=pytest.mark.slow
+        ),
         (["tasks=offline", "batches=3"], "batches=3 is not valid: expected null with tasks"),
         (["limit=3"], "limit=3 is not valid: expected null where there are no tasks"),
         (["batch_size=3"], "batch_size=3 is not valid: expected null where there are no tasks"),
@@ -161,9 +164,16 @@ def test_a_run_on_numbers_has_no_tasks(tmp_path: Path, capsys: pytest.CaptureFix
     ("option", "message"),
     [
         ("num_beams: 4", "generation_kwargs.num_beams=4 is not valid: expected 1: the task asks"),
-        ("temperature: abc", "generation_kwargs.temperature='abc' is not valid: expected a number >= 0"),
-        ("temperature: null", "generation_kwargs={"),
-        ("top_k: [1]", "generation_kwargs.top_k=[1] is not valid: expected an integer >= 0"),
+        # The harness reads all its tasks for each: many seconds.
+        pytest.param(
+            "temperature: abc",
+            "generation_kwargs.temperature='abc' is not valid: expected a number >= 0",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("temperature: null", "generation_kwargs={", marks=pytest.mark.slow),
+        pytest.param(
+            "top_k: [1]", "generation_kwargs.top_k=[1] is not valid: expected an integer >= 0", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_task_that_asks_for_what_is_not_there_is_refused(

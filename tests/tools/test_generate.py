@@ -90,6 +90,7 @@ def test_characters_come_whole() -> None:
     assert pieces == ["a", "", "é", "b", "", "\N{REPLACEMENT CHARACTER}!", "", "", "\N{REPLACEMENT CHARACTER}"]
 
 
+@pytest.mark.slow
 def test_on_a_terminal_control_characters_are_symbols(run: Path) -> None:
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "tools.generate", str(run), "prompt=\x1b[2J\tx", "num_tokens=1"]

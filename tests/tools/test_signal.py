@@ -71,6 +71,7 @@ def test_mistakes_are_one_message(
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_table_of_every_placement() -> None:
     rows = [
         line.strip("| ").split(" | ") for line in signal.placements_table([*SMALL, "model.num_layers=2"]).split("\n")

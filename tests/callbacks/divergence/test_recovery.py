@@ -162,6 +162,7 @@ def test_without_the_saved_snapshots_it_goes_back_to_the_checkpoint(tmp_path: Pa
     assert done(tmp_path / "run")[19] == "rolled back to step 18, learning rate x 0.5 to step 31"
 
 
+@pytest.mark.slow
 def test_two_processes_act_as_one_also_where_only_one_of_them_is_hurt(tmp_path: Path, uninterrupted: Path) -> None:
     finished = train_on_two(tmp_path, *tiny_job(*RECOVERING), "run_dir=run")
     assert finished.code == 0, finished.err

@@ -60,7 +60,7 @@ def train(root: Path, module: LanguageModule, data: Held) -> Recorder:
     return recorder
 
 
-@pytest.mark.parametrize("ffn", ["dense", "moe"])
+@pytest.mark.parametrize("ffn", ["dense", pytest.param("moe", marks=pytest.mark.slow)])
 def test_the_top_eigenvalue(tmp_path: Path, ffn: str) -> None:
     module, data = make_module(ffn=ffn), Held()
     assert module.model is not None
