@@ -62,12 +62,10 @@ def build_all(config: DictConfig, group: str) -> list[Any]:
     An entry that is null is left out: `callbacks.NAME=null`. So is one of ours that has settings and nothing to be set:
     an experiment sets fields of a callback, which `callbacks=[monitors]` may not have.
     """
-    entries, ours = OmegaConf.select(config, group) or {}, shipped_entries(group)
-    chosen = [
-        name
-        for name, node in entries.items()
-        if node is not None and not (name in ours and isinstance(node, DictConfig) and "_target_" not in node)
-    ]
+    entries = OmegaConf.select(config, group) or {}
+    bare = {name for name, node in entries.items() if isinstance(node, DictConfig) and "_target_" not in node}
+    unset = bare & shipped_entries(group) if bare else bare  # our files are read only where it matters
+    chosen = [name for name, node in entries.items() if node is not None and name not in unset]
     return [build(config, f"{group}.{name}") for name in chosen]
 
 
