@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.damage import flip, truncate
-from tests.helpers_run import assert_began, load, run, tiny_job, train
+from tests.helpers_run import assert_began, load, tiny_job, train
 
 JOB = ["trainer.max_steps=3", "callbacks.last_checkpoint.every_n_train_steps=1"]
 LAST, PREVIOUS = "run/checkpoints/last.ckpt", "run/checkpoints/previous.ckpt"
@@ -24,19 +24,6 @@ class Create:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, (str(self.path),)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    cwd = tmp_path_factory.mktemp("finished")
-    run(cwd, "run", *JOB)
-    return cwd
-
-
-@pytest.fixture
-def cwd(finished: Path, tmp_path: Path) -> Path:
-    """A folder of its own with a run of 3 steps."""
-    return Path(shutil.copytree(finished, tmp_path / "copy"))
 
 
 def test_the_last_two_are_kept(finished: Path) -> None:

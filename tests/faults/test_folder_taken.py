@@ -9,23 +9,10 @@ import pytest
 
 from core.run_folder import read_overrides, resume_command
 from tests.fuzz.sandbox import tree
-from tests.helpers_run import run, tiny_job, train
+from tests.helpers_run import tiny_job, train
 
 JOB = ["trainer.max_steps=2", "callbacks.last_checkpoint.every_n_train_steps=1"]
 GOING_ON = [*tiny_job(*JOB), "run_dir=run", "trainer.max_steps=4"]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    cwd = tmp_path_factory.mktemp("finished")
-    run(cwd, "run", *JOB)
-    return cwd
-
-
-@pytest.fixture
-def cwd(finished: Path, tmp_path: Path) -> Path:
-    """A folder of its own with a run of 2 steps."""
-    return Path(shutil.copytree(finished, tmp_path / "copy"))
 
 
 def assert_refused(cwd: Path, part: str, *arguments: str) -> None:
