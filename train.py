@@ -7,6 +7,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from core import cli
+from lightning_modules.composing import register_schemas
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
@@ -17,13 +18,13 @@ def main(config: DictConfig) -> float:
     import lightning as L
 
     from core.build import build, build_all
-    from core.ending import tell_early_end
+    from core.console import silence_noise
+    from core.early_end import tell_early_end
     from core.errors import require
-    from core.interruption import explained
+    from core.interruption import report_failures
     from core.lightning_callbacks import check_callbacks, without_stand_ins
     from core.memory import check_memory
-    from core.parallel import accumulate, check_parts
-    from core.quiet import quieten
+    from core.parallel import apply_micro_batching, check_parts
     from core.run_control import take_control
     from core.run_folder import check_resumable, entered, folder_name
     from core.steps import check_length
@@ -36,7 +37,7 @@ def main(config: DictConfig) -> float:
     name = folder_name(time.strftime("%Y-%m-%d_%H-%M-%S"), overrides, swept_overrides(overrides))
     with entered(config, hydra_config.runtime.choices.get("experiment"), name) as run:
         config.run_dir = str(run.path)
-        quieten()
+        silence_noise()
         require(type(config.seed) is int and 0 <= config.seed < 2**32, "seed", config.seed, "an integer in [0, 2**32)")
         L.seed_everything(config.seed, workers=True, verbose=False)
 
@@ -60,16 +61,17 @@ def main(config: DictConfig) -> float:
         check_callbacks(trainer, config, passes)
         datamodule.prepare_data()
         datamodule.check()
-        accumulate(trainer, datamodule, config.micro_batch_size)
+        apply_micro_batching(trainer, datamodule, config.micro_batch_size)
         step = 0
         if run.ckpt_path is not None:
             step = check_resumable(run, trainer, module, datamodule, config)
 
-        with run.begun(trainer, config, overrides, step), explained(trainer, run.path):
+        with run.running(trainer, config, overrides, step), report_failures(trainer, run.path):
             trainer.fit(module, datamodule=datamodule, ckpt_path=run.ckpt_path, weights_only=True)
             tell_early_end(trainer)
         return final_loss(trainer, run.path)
 
 
 if __name__ == "__main__":
+    register_schemas()
     cli.run(main)

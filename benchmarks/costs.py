@@ -138,7 +138,7 @@ def tables(device: str) -> Iterator[Table]:
         "Activation checkpointing",
         {
             "none": Cost(deep),
-            "each 2nd block": Cost(deep, False, {"activation_checkpointing": True, "checkpoint_every": 2}),
+            "each 2nd block": Cost(deep, False, {"activation_checkpointing": True, "activation_checkpoint_every": 2}),
             "each block": Cost(deep, False, {"activation_checkpointing": True}),
         },
     )

@@ -24,19 +24,18 @@ import lightning as L
 import numpy as np
 import tokenizers
 import torch
-from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 from benchmarks.measure import machine, ratio, take_turns, timed
-from core import cli
 from core.build import build
 from datamodules.order import permute
 from datamodules.preparation.bpe import train_bpe
 from datamodules.shard_corpus import ShardCorpus
 from datamodules.stdlib_documents import library_documents
 from datamodules.writer import write_corpus
+from lightning_modules.composing import compose_run
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+ROOT = Path(__file__).resolve().parents[1]
 VOCAB_SIZE, DOCUMENT = 50_000, 1 << 20
 Batches = Iterator[Tensor]
 
@@ -77,9 +76,7 @@ def stream_batches(data: ShardCorpus) -> tuple[Batches, float]:
 
 def model_rate(arguments: argparse.Namespace) -> float:
     """Tokens/s that the model of the overrides trains on."""
-    cli.register_schemas()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("train", arguments.overrides)
+    config = compose_run(arguments.overrides)
     data = build(config, "data")
     data.prepare_data()
     module = build(config, "module", vocab_size=data.vocab_size)
@@ -157,7 +154,7 @@ def memory(folders: list[Path], arguments: argparse.Namespace) -> Iterator[str]:
     for folder in folders:
         sizes = (arguments.seq_len, arguments.batch_size, arguments.rounds * arguments.batches)
         command = [sys.executable, "-c", MEMORY, str(folder), *map(str, sizes)]
-        said = subprocess.run(command, cwd=CONFIGS.parent, capture_output=True, text=True, check=True).stdout
+        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
         (before, _), (after, mapped) = json.loads(said.splitlines()[-1])
         size = sum(path.stat().st_size for path in folder.iterdir())
         yield f"| {size / 1e6:,.0f} | {before:.1f} | {after:.1f} | {mapped:.0f} |"
@@ -184,7 +181,7 @@ def preparing(folder: Path, arguments: argparse.Namespace) -> Iterator[str]:
 
     def prepare_them() -> float:
         command = [sys.executable, "-c", PREPARE, *(str(folder / name) for name in FILES), str(folder / next(outputs))]
-        return float(subprocess.run(command, cwd=CONFIGS.parent, capture_output=True, text=True, check=True).stdout)
+        return float(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
 
     encode = {"encode_batch": timed(lambda: library.encode_batch(strings))}
     rounds = take_turns({**encode, "tools.prepare": prepare_them}, arguments.prepare_rounds)

@@ -17,7 +17,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from hydra import compose, initialize_config_dir
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from benchmarks.measure import machine
@@ -28,11 +27,10 @@ from callbacks.monitors.gradient_health import GradientHealth
 from callbacks.monitors.representation_collapse import RepresentationCollapse
 from callbacks.monitors.signal_propagation import SignalPropagation
 from callbacks.monitors.throughput import Throughput
-from core import cli
 from core.build import build
+from lightning_modules.composing import compose_run
 
 RUN = "runs/benchmark"
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 WINDOW, SAMPLED_EVERY, CURVATURE_EVERY = 10, 100, 500  # steps; but for the first, the monitors' defaults
 HOOKS = (
     "on_train_batch_start",
@@ -88,9 +86,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("results/monitoring-cpu.md"))
     arguments = parser.parse_args()
-    cli.register_schemas()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("train", arguments.overrides)
+    config = compose_run(arguments.overrides)
     load = machine("cpu")
     torch.set_num_threads(arguments.threads)
     L.seed_everything(0, verbose=False)

@@ -139,7 +139,7 @@ def restore_update(trainer: L.Trainer, pl_module: L.LightningModule, norms: Sequ
         cache.watched_step = trainer.global_step
 
 
-def carry(pl_module: L.LightningModule, name: str, values: Tensor) -> None:
+def add_to_transfer(pl_module: L.LightningModule, name: str, values: Tensor) -> None:
     """Send a monitor's own figures along with the step's transfer; to be called before `on_before_optimizer_step`.
 
     Args:

@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from core.errors import ConfigError, Refused, UserError, one_line, require
+from core.errors import ConfigError, InvalidValue, UserError, one_line, require
 from core.moved import current_name, describe_move, with_current_names
 from core.options import check_arguments
 from core.overrides import shipped_entries
@@ -36,7 +36,7 @@ def build(config: DictConfig, field: str, **filled_in: Any) -> Any:
     node = OmegaConf.select(config, field)
     require(isinstance(node, DictConfig) and "_target_" in node, field, node, "a group with a _target_")
     _say_moved(field, node["_target_"])
-    target = locate(f"{field}._target_", node["_target_"])
+    target = import_target(f"{field}._target_", node["_target_"])
     # Resolved here: a reference further down does not find the rest of the configuration from a part of it.
     content = cast(dict[str, Any], with_current_names(OmegaConf.to_container(node, resolve=True)))
     given = instantiate(DictConfig({k: v for k, v in content.items() if k != "_target_"}), _convert_="all")
@@ -53,7 +53,7 @@ def build(config: DictConfig, field: str, **filled_in: Any) -> Any:
         # What Lightning and the like find wrong: the message says more than its traceback.
         message = one_line(error)
         name = _culprit(arguments, message)
-        raise Refused(f"{field}.{name}", node[name], message) from error
+        raise InvalidValue(f"{field}.{name}", node[name], message) from error
 
 
 def build_all(config: DictConfig, group: str) -> list[Any]:
@@ -69,7 +69,7 @@ def build_all(config: DictConfig, group: str) -> list[Any]:
     return [build(config, f"{group}.{name}") for name in chosen]
 
 
-def locate(field: str, name: object) -> Callable[..., Any]:
+def import_target(field: str, name: object) -> Callable[..., Any]:
     """Return what a `_target_` names, also by the name that it had in an earlier version.
 
     Raises:

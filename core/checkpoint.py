@@ -1,4 +1,4 @@
-"""A checkpoint is one file, or a folder in pieces, which any number of processes reads: core/pieces.py."""
+"""A checkpoint is one file, or a folder in pieces, which any number of processes reads: core/sharded_checkpoint.py."""
 
 import os
 import shutil
@@ -7,9 +7,9 @@ from typing import Any
 
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from core import pieces, tensor_archive
+from core import sharded_checkpoint, tensor_archive
+from core.atomic_write import save, unfinished_of
 from core.checkpoint_values import checked
-from core.whole_file import save, unfinished_of
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         Exception: of many kinds; it is not whole, or no checkpoint at all.
     """
-    return checked(pieces.load(path) if path.is_dir() else tensor_archive.load(path, mapped=True))
+    return checked(sharded_checkpoint.load(path) if path.is_dir() else tensor_archive.load(path, mapped=True))
 
 
 def load_beside_weights(path: Path) -> dict[str, Any]:
@@ -31,8 +31,8 @@ def load_beside_weights(path: Path) -> dict[str, Any]:
     """
     if not path.is_dir():
         return load(path)  # which maps the weights, and does not read them
-    pieces.read_index(path)
-    return checked(pieces.load_meta(path))
+    sharded_checkpoint.read_index(path)
+    return checked(sharded_checkpoint.load_meta(path))
 
 
 class CheckpointIO(TorchCheckpointIO):

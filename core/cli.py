@@ -11,19 +11,16 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from core import overrides, sweep
-from core.accelerator import register_resolver
 from core.allocator import keep_freed_memory
-from core.errors import ConfigError, Refused, UserError, one_line, suggest
+from core.errors import ConfigError, InvalidValue, UserError, one_line, suggest
 from core.explain import explain_omegaconf
 from core.file_errors import about_a_file
 from core.printable import printable
-from lightning_modules.config import ModelConfig, OptimConfig, writable_schema
 
 FAULT = 1
 USER_ERROR = 2
@@ -47,18 +44,6 @@ class RunDiverged(Exception):
         super().__init__(line)
 
 
-def register_schemas() -> None:
-    """Give Hydra the typed `model` and `optim` groups, which configs/train.yaml starts from, and our resolver."""
-    register_resolver()
-    store = ConfigStore.instance()
-    for name, schema in (("model", ModelConfig), ("optim", OptimConfig)):
-        node = writable_schema(schema)
-        for child in node.values():
-            if OmegaConf.get_type(child) is dict:
-                OmegaConf.set_struct(child, False)  # options: what they may hold is known where they are used
-        store.store(group="schema", name=name, node=node, package=name)
-
-
 def run(main: Callable[[], None]) -> None:
     """Call a `hydra.main` function; what the user can mend is said without a traceback, exit code 2.
 
@@ -71,7 +56,6 @@ def run(main: Callable[[], None]) -> None:
     if not DEBUGGING:  # Hydra then raises instead of printing, so that the message can be better
         os.environ.update({"HYDRA_FULL_ERROR": "1", OURS: "1"})
     sys.path.append(os.getcwd())  # your own classes may lie where you are
-    register_schemas()
     code = 0
     try:
         _call(main)
@@ -83,7 +67,7 @@ def run(main: Callable[[], None]) -> None:
 
 def _call(main: Callable[[], None]) -> None:
     try:
-        sys.argv[1:] = overrides.as_lists(sys.argv[1:])
+        sys.argv[1:] = overrides.with_names_of_today(sys.argv[1:])
         main()
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
@@ -186,7 +170,7 @@ def explain(error: BaseException) -> str:
     text = re.split(r"\nSee https://|\n?Config search path|\n    full_key:", str(error))[0]
     text = re.sub(r"^In '\w+': |\.$", "", one_line(text))
     if isinstance(error, OverrideParseException):
-        return str(Refused("argument", _unparsed(error) or "", f"{text}; expected {overrides.GRAMMAR}"))
+        return str(InvalidValue("argument", _unparsed(error) or "", f"{text}; expected {overrides.GRAMMAR}"))
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return str(_no_such_choice(group, name) or ConfigError(group, name, suggest(name, error.options)))

@@ -32,13 +32,13 @@ class ConfigError(UserError, ValueError):
         return type(self), (self.field, self.value, self.valid)
 
 
-class Refused(ConfigError):
+class InvalidValue(ConfigError):
     """A value that cannot work for a reason that stands in `valid` as a sentence of its own."""
 
     template = "{}={!r} is not valid: {}"
 
 
-class UnknownField(Refused):
+class UnknownField(InvalidValue):
     """A field that does not exist; `valid` lists those that do."""
 
     def __init__(self, field: str, value: object, choices: Iterable[str]) -> None:

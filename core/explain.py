@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
-from core.errors import ConfigError, Refused, UnknownField, suggest
+from core.errors import ConfigError, InvalidValue, UnknownField, suggest
 from core.moved import current_name
 from core.options import describe
 from core.overrides import choices as group_choices
@@ -34,7 +34,7 @@ def explain_omegaconf(error: OmegaConfBaseException, prefix: str = "", value: An
     if isinstance(error, ValidationError) and (wanted := _wanted(error)):
         given = re.search(r"'(.*)' of type", message)
         return ConfigError(field, given[1] if given else value, wanted)
-    return Refused(field, value, message)
+    return InvalidValue(field, value, message)
 
 
 def _wanted(error: ValidationError) -> str | None:
@@ -54,7 +54,9 @@ def _unknown(field: str, value: Any, error: OmegaConfBaseException) -> ConfigErr
     target = error.parent_node["_target_"]
     taken = _parameters(str(target))
     if field.rpartition(".")[2] in taken:
-        return Refused(field, value, f"the configuration does not set it yet; +{field}={value} hands it on to {target}")
+        return InvalidValue(
+            field, value, f"the configuration does not set it yet; +{field}={value} hands it on to {target}"
+        )
     return UnknownField(field, value, {*choices, *taken})
 
 

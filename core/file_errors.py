@@ -4,7 +4,7 @@ import errno
 import os
 import sys
 
-from core.errors import Refused, UserError
+from core.errors import InvalidValue, UserError
 
 DISK = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOTDIR),
@@ -31,5 +31,5 @@ def about_a_file(error: BaseException) -> UserError | None:
         field, equals, value = argument.partition("=")
         field, value = (field.lstrip("+~-"), value.strip("'\"")) if equals else ("argument", argument)
         if value and (value in name or (null and "\0" in value)):
-            return Refused(field, value, reason)
+            return InvalidValue(field, value, reason)
     return UserError(f"{name}: {reason}") if name else None

@@ -14,14 +14,14 @@ import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from core.console import quiet_writers
 from core.errors import ConfigError, UserError, one_line
 from core.file_errors import DISK, about_a_file
 from core.memory import explain_lack
 from core.printable import printable
-from core.quiet import quiet_writers
+from core.rank_errors import leave_together, lost_a_peer
 from core.run_control import TrainingInterrupted
 from core.run_folder import LAST, is_main_process, resume_command
-from core.together import leave_together, lost_a_peer
 
 PEER_LOST = 4
 RESTORING = ("restore_callbacks", "restore_loops", "restore_optimizers_and_schedulers", "restore_datamodule")
@@ -29,7 +29,7 @@ RESTORING = ("restore_callbacks", "restore_loops", "restore_optimizers_and_sched
 
 
 @contextmanager
-def explained(trainer: L.Trainer, run_dir: Path) -> Iterator[None]:
+def report_failures(trainer: L.Trainer, run_dir: Path) -> Iterator[None]:
     """While it trains: an interruption ends in words, the way to go on, and exit code 128 + the signal's number.
 
     Raises:

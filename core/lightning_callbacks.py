@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import (
 )
 from omegaconf import DictConfig
 
-from core.errors import ConfigError, Refused, require
+from core.errors import ConfigError, InvalidValue, require
 
 REFUSED: dict[type[L.Callback], str] = {
     LearningRateFinder: "it would train at another rate than optim.lr says; sweep that instead: -m optim.lr=1e-3,3e-3",
@@ -60,7 +60,7 @@ def check_callbacks(trainer: L.Trainer, config: DictConfig | None = None, passes
         field = field_of(callback, config)
         for kind, reason in REFUSED.items():
             if isinstance(callback, kind) and (trainer.max_epochs == -1 or kind is not StochasticWeightAveraging):
-                raise Refused(f"{field}._target_" if config else field, type(callback).__name__, reason)
+                raise InvalidValue(f"{field}._target_" if config else field, type(callback).__name__, reason)
         if isinstance(callback, GradientAccumulationScheduler) and trainer.max_epochs == -1 and endless:
             _check_accumulation(callback, trainer, f"{field}.scheduling", passes)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from core.errors import Refused, UserError, one_line
+from core.errors import InvalidValue, UserError, one_line
 
 GIB = 2**30
 
@@ -37,7 +37,7 @@ def check_memory(trainer: Any, module: Any) -> None:
             f"{parameters[0]:,} parameters with their gradients and AdamW's moments take {needed / GIB:,.1f} GiB, and "
             f"this machine has {held / GIB:,.1f}; a smaller model.dim, model.num_layers or model.ffn_dim takes less"
         )
-        raise Refused("model.dim", module.model_config.dim, reason)
+        raise InvalidValue("model.dim", module.model_config.dim, reason)
 
 
 def memory_of_machine() -> int | None:

@@ -1,5 +1,6 @@
 """Command lines in Hydra's grammar: which of their overrides is at fault, and what it set a field to."""
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from core.errors import ConfigError, require, suggest
+from core.moved import rename_fields
 
 GRAMMAR = "FIELD=VALUE, +FIELD=VALUE for a new field, or ~FIELD to leave one out"
 LISTED = ("callbacks",)
@@ -33,6 +35,20 @@ def choices(group: str) -> list[str]:
     if not group or group.startswith("hydra") or ".." in group:
         return []
     return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+def with_names_of_today(arguments: Iterable[str]) -> list[str]:
+    """Return the arguments as Hydra understands them: `as_lists`, and fields that have been renamed by their new name.
+
+    A line on stderr says each new name.
+    """
+    found = []
+    for argument in arguments:
+        renamed, notes = rename_fields(argument)
+        for note in notes:
+            print(note, file=sys.stderr, flush=True)
+        found.append(renamed)
+    return as_lists(found)
 
 
 def as_lists(arguments: Iterable[str]) -> list[str]:

@@ -26,7 +26,7 @@ def _cut(trainer: L.Trainer) -> int:
     return size
 
 
-def accumulate(trainer: L.Trainer, datamodule: Any, micro_batch_size: int | None) -> None:
+def apply_micro_batching(trainer: L.Trainer, datamodule: Any, micro_batch_size: int | None) -> None:
     """Split each forward pass that the configuration asks for into as many as the devices need, in place.
 
     The sequences of an optimizer step, those of a validation and all intervals stay what they are. A mean over tokens

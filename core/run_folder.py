@@ -7,7 +7,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from core.errors import ConfigError, Refused, UserError, one_line, require, writing
+from core.atomic_write import damage_of, is_whole, write_whole
+from core.errors import ConfigError, InvalidValue, UserError, one_line, require, writing
 from core.file_errors import about_a_file
 from core.mappings import flatten
 from core.moved import override_with_current_names
@@ -27,8 +28,6 @@ from core.run_lock import held
 from core.status import FILE as STATUS
 from core.status import LOCK, is_done
 from core.untrusted import read_yaml
-from core.whole_file import damage_of, is_whole, write_whole
-from lightning_modules.config import ModelConfig, OptimConfig, parse, settings
 
 RUNS = Path("runs")
 NAME_LENGTH = 80  # file systems take 255 bytes; a table of runs takes less
@@ -42,11 +41,12 @@ BEGINNING = rf"(config|overrides)(-resumed-[\w-]+)?\.yaml|{re.escape(STATUS)}|te
 WRITTEN = rf"{BEGINNING}|checkpoints|flight_recorder|wandb|(divergence|events|summary|status)\..*"
 """The names of all that a run writes into its folder, or removes there."""
 MAY_CHANGE = {  # in a resumed run: how it computes, and what follows from the step alone
-    *("model.compile", "model.activation_checkpointing", "model.checkpoint_every"),
+    *("model.compile", "model.activation_checkpointing", "model.activation_checkpoint_every"),
     *("model.moe.backend", "model.moe.expert_parallel"),
     *("optim.schedule", "optim.warmup_steps", "optim.min_lr_ratio", "optim.decay_fraction", "optim.decay_shape"),
 }
-ADDED = {"data.corpus", "data.task"}  # of which older checkpoints say nothing; they are resumed all the same
+ABSENT_IN_OLD_CHECKPOINTS = {"data.corpus", "data.task"}
+"""Older checkpoints say nothing of these, and are resumed all the same."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class RunFolder:
     holds_run: bool = False
 
     @contextmanager
-    def begun(self, trainer: Any, config: DictConfig, overrides: list[str], step: int = 0) -> Iterator[None]:
+    def running(self, trainer: Any, config: DictConfig, overrides: list[str], step: int = 0) -> Iterator[None]:
         """While it lasts, the run trains. What is refused before the first step leaves no trace of a run.
 
         Args:
@@ -252,9 +252,9 @@ def refuse_links(path: Path) -> None:
         part = pending.pop()
         if part.is_symlink() and not Path(os.path.realpath(part)).is_relative_to(home):
             reason = f"{part} leads out of it by a link, through which the run would write and delete; remove the link"
-            raise Refused("run_dir", str(path), reason)
+            raise InvalidValue("run_dir", str(path), reason)
         if part.exists() and not (part.is_file() or part.is_dir()):
-            raise Refused("run_dir", str(path), f"{part} is no regular file; remove it")
+            raise InvalidValue("run_dir", str(path), f"{part} is no regular file; remove it")
         if part.is_dir() and not part.is_symlink():
             pending.extend(part.iterdir())
 
@@ -290,10 +290,10 @@ def _choose(config: DictConfig, siblings: Path) -> Path | None:
         valid = f"a run with a {LAST} in {given or siblings}, or the path of a checkpoint"
         require(bool(resumable), "ckpt_path", "last", valid)
         return resumable[-1]
-    from core import pieces
+    from core import sharded_checkpoint
 
     checkpoint = Path(str(config.ckpt_path))
-    there = checkpoint.is_file() or pieces.is_there(checkpoint)
+    there = checkpoint.is_file() or sharded_checkpoint.is_there(checkpoint)
     require(there, "ckpt_path", str(checkpoint), "last, or the path of a checkpoint")
     owner = checkpoint.absolute().parent.parent
     return given or (owner if (owner / "config.yaml").exists() else None)
@@ -363,7 +363,7 @@ def check_resumable(
             or is at the end already, or out of time.
     """
     from core.checkpoint import load_beside_weights
-    from core.ending import check_time_left
+    from core.early_end import check_time_left
 
     checkpoint, max_steps = run.ckpt_path, trainer.max_steps
     assert checkpoint is not None
@@ -376,11 +376,11 @@ def check_resumable(
     position = content.get(type(datamodule).__qualname__, {})
     _check_same_data(content, datamodule)
     identity = position.get("stream_identity", {}) if isinstance(position, dict) else {}
-    ours = isinstance(getattr(module, "model_config", None), ModelConfig)
-    take = _settings if ours else partial(flatten, separator=".")
-    old = take({**saved, "data": identity})
-    new = take({**module.hparams, "data": getattr(datamodule, "stream_identity", {})})
-    for field in sorted((old.keys() | new.keys()) - MAY_CHANGE - (ADDED - old.keys())):
+    # A module of one's own need not say what its hyperparameters stand for: they are compared as they are.
+    in_effect = getattr(module, "settings_in_effect", partial(flatten, separator="."))
+    old = {**in_effect(saved), **flatten({"data": identity}, ".")}
+    new = {**in_effect(module.hparams), **flatten({"data": getattr(datamodule, "stream_identity", {})}, ".")}
+    for field in sorted((old.keys() | new.keys()) - MAY_CHANGE - (ABSENT_IN_OLD_CHECKPOINTS - old.keys())):
         if old.get(field) != new.get(field):
             raise ConfigError(field, new.get(field), f"{old.get(field)!r}, as in the checkpoint that is resumed")
     if step == max_steps and checkpoint.absolute() == (run.path / LAST).absolute() and not is_done(run.path, step):
@@ -392,14 +392,6 @@ def check_resumable(
         require(step < max_steps, "trainer.max_steps", max_steps, f"more than {step}, the step of the checkpoint")
     check_time_left(trainer, content, config)
     return int(step)
-
-
-def _settings(hyper_parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of our module by name, as they take effect: a field that came later has the value that it stands for."""
-    rest = {name: value for name, value in hyper_parameters.items() if name not in ("model", "optim")}
-    model = parse(ModelConfig, "model", hyper_parameters["model"])
-    optim = parse(OptimConfig, "optim", hyper_parameters["optim"])
-    return {**flatten(rest, "."), **settings(model, "model"), **settings(optim, "optim")}
 
 
 def _check_same_data(content: dict[str, Any], datamodule: Any) -> None:

@@ -13,7 +13,7 @@ from lightning.pytorch.plugins import CheckpointIO, Precision
 from lightning.pytorch.strategies import Strategy
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from core.errors import Refused, UserError, one_line, require
+from core.errors import InvalidValue, UserError, one_line, require
 from core.moved import with_current_names
 from core.untrusted import NAMED, YAML_BYTES, Untrusted, parse_yaml, read_bytes
 
@@ -86,7 +86,7 @@ def read_config(path: Path) -> Any:
         if isinstance(value, str) and "${" in value:
             short = value if len(value) <= 100 else f"{value[:100]}…"
             reason = "a saved configuration holds no references; this one was not saved by a run"
-            raise Refused(field[-200:], short, reason)
+            raise InvalidValue(field[-200:], short, reason)
     try:
         return OmegaConf.create(text.decode())
     except Exception as error:  # of YAML's and OmegaConf's many kinds
@@ -109,7 +109,7 @@ def refuse_foreign_code(config: DictConfig, allow: Collection[str] = ()) -> None
     names = list(dict.fromkeys(str(value) for value in foreign.values()))[:NAMED]
     way = f"{' '.join(f'--allow {name}' for name in names)} runs it (or allow={','.join(names)}, of a tool that takes"
     reason = f"the saved configuration names code that is not this project's; {way} FIELD=VALUE)"
-    raise Refused(next(iter(foreign)), next(iter(foreign.values())), reason)
+    raise InvalidValue(next(iter(foreign)), next(iter(foreign.values())), reason)
 
 
 def _names_foreign_code(field: str, value: Any) -> bool:
@@ -171,4 +171,4 @@ def refuse_addresses(data: DictConfig, allow: Collection[str] = ()) -> None:
         if isinstance(value, str) and ADDRESS in value and value not in allow:
             way = f"--allow {value} asks there (or allow={value}, of a tool that takes FIELD=VALUE)"
             reason = f"the saved configuration names an address, of which nothing is fetched by itself; {way}"
-            raise Refused(f"data.{field}", value, reason)
+            raise InvalidValue(f"data.{field}", value, reason)

@@ -16,7 +16,7 @@ SECONDS = 1.0  # between two looks whether the parent is there
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Hold STOPPING back from this thread, and for good from processes that it starts: these call `obey_parent_alone`.
+    """Hold STOPPING back from this thread, and for good from the processes it starts: these call `ignore_stop_signals`.
 
     Processes are born so, as a signal may come before their first line of Python.
     """
@@ -30,7 +30,7 @@ def held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def obey_parent_alone(*_: object) -> None:
+def ignore_stop_signals(*_: object) -> None:
     """In a process started under `held_back`: end upon its parent's own SIGTERM, or when the parent is gone."""
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from core.errors import ConfigError, Refused, require
+from core.errors import ConfigError, InvalidValue, require
 from datamodules.order import permute
 from datamodules.samples import Numbers, Rows, ShuffledSplit
 from datamodules.shard_corpus import ShardCorpus, require_room
@@ -186,7 +186,9 @@ class Mixture(StreamDataModule):
             twin = by_digest.setdefault(index.digest, corpus)
             if twin is not corpus:  # by a link, another way of writing its path, or a copy
                 reason = f"{twin.path} and {corpus.path} hold the same corpus, which would count twice"
-                raise Refused("data.paths", [c.path for c in self.corpora], f"{reason}; data.weights gives its share")
+                raise InvalidValue(
+                    "data.paths", [c.path for c in self.corpora], f"{reason}; data.weights gives its share"
+                )
             same = (index.tokenizer_sha256, index.vocab_size) == (first.tokenizer_sha256, first.vocab_size)
             if not same:
                 valid = f"corpora of one tokenizer; {corpus.path} has {index.tokenizer}, not {first.tokenizer}"

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from fsspec.config import conf
 from fsspec.core import url_to_fs
 
-from core.errors import Refused, UserError, one_line
+from core.errors import InvalidValue, UserError, one_line
 from core.printable import printable
 from core.untrusted import beyond, bound
 from datamodules.index import ArrayFile, CorpusError
@@ -142,15 +142,19 @@ class RemoteFolder:
         """(fsspec's file system, which it caches for each process and thread; the folder's path in it)."""
         protocol = self.address.partition("://")[0]
         if "::" in self.address:  # fsspec's chains of file systems, some of which write
-            raise Refused("data.path", self.address, "an address of one file system; shards are cached as they are")
+            raise InvalidValue(
+                "data.path", self.address, "an address of one file system; shards are cached as they are"
+            )
         try:
             system, path = url_to_fs(self.address, **_options(protocol))
         except ImportError as error:
             package = PACKAGES.get(protocol, protocol)
-            raise Refused("data.path", self.address, f"{package} is not installed: pip install {package}") from error
+            raise InvalidValue(
+                "data.path", self.address, f"{package} is not installed: pip install {package}"
+            ) from error
         except ValueError as error:
             known = ", ".join(f"{name}://" for name in PACKAGES)
-            raise Refused("data.path", self.address, f"{one_line(error)}; known are {known}") from error
+            raise InvalidValue("data.path", self.address, f"{one_line(error)}; known are {known}") from error
         if protocol == "s3":
             system.retries = 1  # of its own; WAITS are ours
         return system, path.rstrip("/")

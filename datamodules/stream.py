@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from core.errors import UserError
-from core.signals import held_back, obey_parent_alone
+from core.signals import held_back, ignore_stop_signals
 from datamodules.samples import Rows, Samples
 from datamodules.shared_memory import shared
 
@@ -85,7 +85,7 @@ class StreamLoader(DataLoader[Batch | UserError]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.worker_init_fn = obey_parent_alone
+        self.worker_init_fn = ignore_stop_signals
         self.position: Callable[[], int] | None = None  # the sample that an iterator begins at; None: the stream's own
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]

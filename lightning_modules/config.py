@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from core.errors import ConfigError, require, suggest
 from core.explain import explain_omegaconf
 from core.limits import require_at_most
+from core.moved import with_current_names
 
 WIDTH_SCALINGS = ("none", "mup", "standard")
 DECAY_SHAPES = ("linear", "exponential")
@@ -34,7 +35,7 @@ class MoEConfig:
     shared_expert_dim: int | None = None  # hidden width of one shared expert; None: that of a routed one
     shared_expert_weighted_sum: bool = False  # shared / (k + 1) + routed k / (k + 1); false: their plain sum
     first_dense_layers: int = 0  # that many layers keep the dense FFN (2401.06066)
-    every: int = 1  # of the layers after those, each n-th is a mixture
+    layer_interval: int = 1  # of the layers after those, each n-th is a mixture
     backend: str = "auto"  # auto, megablocks, grouped or loop: lightning_modules/layers/experts.py
     expert_parallel: int = 1  # processes that share out the experts of a layer
     score: str = "softmax"  # softmax or sigmoid, of the router's logits
@@ -46,7 +47,12 @@ class MoEConfig:
     z_loss_weight: float = 0.001
 
     def __post_init__(self) -> None:
-        for name, least in (("num_experts", 1), ("num_shared_experts", 0), ("first_dense_layers", 0), ("every", 1)):
+        for name, least in (
+            ("num_experts", 1),
+            ("num_shared_experts", 0),
+            ("first_dense_layers", 0),
+            ("layer_interval", 1),
+        ):
             require(getattr(self, name) >= least, f"model.moe.{name}", getattr(self, name), f"an integer >= {least}")
         for name, most in (("num_experts", MAX_EXPERTS), ("num_shared_experts", MAX_EXPERTS)):
             require_at_most(most, f"model.moe.{name}", getattr(self, name))
@@ -87,7 +93,7 @@ class MoEConfig:
 
     def is_mixture(self, layer: int) -> bool:
         """Whether the layer of this number, counted from 1, is one of `model.ffn=moe`'s mixtures."""
-        return layer > self.first_dense_layers and (layer - self.first_dense_layers) % self.every == 0
+        return layer > self.first_dense_layers and (layer - self.first_dense_layers) % self.layer_interval == 0
 
 
 @dataclass(frozen=True)
@@ -112,11 +118,11 @@ class ModelConfig:
     tie_embeddings: bool = False
     compile: bool = False  # torch.compile each block
     activation_checkpointing: bool = False  # recompute blocks in the backward pass instead of storing them
-    checkpoint_every: int = 1  # of the blocks, each n-th: less is recomputed, and less is saved
+    activation_checkpoint_every: int = 1  # of the blocks, each n-th: less is recomputed, and less is saved
     moe: MoEConfig = field(default_factory=MoEConfig)
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "dim", "num_heads", "checkpoint_every"):
+        for name in ("num_layers", "dim", "num_heads", "activation_checkpoint_every"):
             require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "an integer >= 1")
         for name, most in (("num_layers", MAX_LAYERS), ("dim", MAX_DIM), ("ffn_dim", MAX_HIDDEN_DIM)):
             require_at_most(most, f"model.{name}", getattr(self, name))
@@ -234,6 +240,7 @@ def parse(schema: type[C], prefix: str, values: dict[str, Any]) -> C:
     Raises:
         ConfigError: an unknown field, a wrong type, or a value outside its range.
     """
+    values = with_current_names(values, prefix)
     if schema is ModelConfig:
         values = _with_former_defaults(values)
     try:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -13,11 +14,11 @@ from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, Call
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
-from core.errors import ConfigError, Refused, require
+from core.errors import ConfigError, InvalidValue, require
 from core.lightning_callbacks import check_callbacks
 from core.run_control import take_control
 from core.steps import begin_epoch, completes_step, is_logged, num_steps
-from lightning_modules.config import ModelConfig, OptimConfig, parse
+from lightning_modules.config import ModelConfig, OptimConfig, parse, settings
 from lightning_modules.cross_entropy import LARGE_VOCABULARY
 from lightning_modules.generation import generate
 from lightning_modules.initialization import initialize
@@ -98,6 +99,17 @@ class LanguageModule(L.LightningModule):
         self._num_steps: float = math.nan  # that the learning-rate schedule goes by
         self._num_steps_before: float | None = None  # likewise, in the run that is resumed; None: it did not say
 
+    @staticmethod
+    def settings_in_effect(hyper_parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a checkpoint's hyperparameters by dotted name, with the values that take effect.
+
+        A field that the checkpoint is too old to have is there with the value that its absence stands for.
+        """
+        rest = {name: value for name, value in hyper_parameters.items() if name not in ("model", "optim")}
+        model = parse(ModelConfig, "model", hyper_parameters["model"])
+        optim = parse(OptimConfig, "optim", hyper_parameters["optim"])
+        return {**rest, **settings(model, "model"), **settings(optim, "optim")}
+
     def configure_callbacks(self) -> list[Callback]:
         """None of its own. Lightning asks before any callback's setup, where some of its own look for the weights."""
         if self.trainer.state.fn == "fit":
@@ -105,7 +117,7 @@ class LanguageModule(L.LightningModule):
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, BackboneFinetuning):
                 reason = "no part of the model is a backbone; a BaseFinetuning of your own can say what it freezes"
-                raise Refused("callbacks", "BackboneFinetuning", reason)
+                raise InvalidValue("callbacks", "BackboneFinetuning", reason)
             if isinstance(callback, WeightAveraging) and self.trainer.precision in ("bf16-true", "16-true"):
                 valid = (
                     "bf16-mixed or 16-mixed: an average is kept in the type of the weights, "
@@ -121,7 +133,7 @@ class LanguageModule(L.LightningModule):
                 reason = (
                     "the run is a single epoch, which ends when all is saved; prune_on_train_epoch_end=false prunes "
                 )
-                raise Refused("callbacks", "ModelPruning", f"{reason}after each validation")
+                raise InvalidValue("callbacks", "ModelPruning", f"{reason}after each validation")
         return []
 
     def setup(self, stage: str) -> None:

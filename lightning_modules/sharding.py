@@ -13,7 +13,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from core.errors import require
 from lightning_modules.config import ModelConfig
 from lightning_modules.layers.moe import MoE
-from lightning_modules.tensor_parallel import cut
+from lightning_modules.tensor_parallel import apply_tensor_parallel
 from lightning_modules.transformer import Block, Transformer
 
 
@@ -59,7 +59,7 @@ def shard_block(block: Block, mesh: DeviceMesh) -> None:
     """
     data, tensor = mesh["data_parallel"], mesh["tensor_parallel"]
     if tensor.size() > 1:
-        cut(block, tensor)
+        apply_tensor_parallel(block, tensor)
     shared_out: set[nn.Parameter] = set()
     if isinstance(block.ffn, MoE) and block.ffn.config.moe.expert_parallel > 1:
         block.ffn.shard_experts(data)

@@ -24,12 +24,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from core.atomic_write import save, unfinished_of
 from core.checkpoint import load, load_beside_weights, put_in_place, remove
+from core.distributed_checkpoint import PiecesWriter, fill
 from core.errors import one_line, require
-from core.pieces import META, VALUES, joined, name_of, read_index, split
-from core.pieces_of_processes import PiecesWriter, fill
-from core.together import failing_together
-from core.whole_file import save, unfinished_of
+from core.rank_errors import failing_together
+from core.sharded_checkpoint import META, VALUES, joined, name_of, read_index, split
 
 
 class DataParallelStrategy(DDPStrategy):
@@ -55,7 +55,7 @@ class DataParallelStrategy(DDPStrategy):
 class ShardedStrategy(ModelParallelStrategy):
     """One model over all processes: trainer=fsdp.
 
-    A checkpoint is a folder of core/pieces.py, which any number of processes loads. Saving copies the
+    A checkpoint is a folder of core/sharded_checkpoint.py, which any number of processes loads. Saving copies the
     weights to the host, and goes on writing while the next steps run. The folder has its name once it is whole, so a
     kill leaves the one before.
 

@@ -43,7 +43,7 @@ class WholeInput(PrepareModuleInputOutput):
         return super()._apply(distribute_module(module, device_mesh), device_mesh)
 
 
-def cut(block: Any, mesh: DeviceMesh) -> None:
+def apply_tensor_parallel(block: Any, mesh: DeviceMesh) -> None:
     """In place.
 
     Args:

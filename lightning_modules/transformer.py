@@ -104,9 +104,14 @@ class Transformer(nn.Module):
             block = Block(config, Depth(index, config.num_layers))
             built(block)
             self.blocks.append(block)
-        first = config.moe.first_dense_layers + config.moe.every
-        valid = f"at least one mixture: first_dense_layers + every <= model.num_layers={config.num_layers}"
-        require(config.ffn != "moe" or first <= config.num_layers, "model.moe.every", config.moe.every, valid)
+        first = config.moe.first_dense_layers + config.moe.layer_interval
+        valid = f"at least one mixture: first_dense_layers + layer_interval <= model.num_layers={config.num_layers}"
+        require(
+            config.ffn != "moe" or first <= config.num_layers,
+            "model.moe.layer_interval",
+            config.moe.layer_interval,
+            valid,
+        )
         self.head = Linear(config.dim, vocab_size)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
@@ -146,7 +151,7 @@ class Transformer(nn.Module):
         slots = repeat(None) if cache is None or positions is None else cache.at(positions)
         checkpointing = self.config.activation_checkpointing and torch.is_grad_enabled()
         for number, (block, slot) in enumerate(zip(self.blocks, slots, strict=False), start=1):
-            if checkpointing and number % self.config.checkpoint_every == 0:
+            if checkpointing and number % self.config.activation_checkpoint_every == 0:
                 state, stats = self.checkpoint(block, state, rope, mask)
             else:
                 state, stats = block(state, rope, mask, slot)

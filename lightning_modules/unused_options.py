@@ -32,8 +32,12 @@ def _lines(found: list[Unused]) -> list[str]:
 
 
 def _of_model(model: ModelConfig) -> Iterator[Unused]:
-    if _is_set(model, "checkpoint_every") and not model.activation_checkpointing:
-        yield "model.checkpoint_every", model.checkpoint_every, "model.activation_checkpointing is false"
+    if _is_set(model, "activation_checkpoint_every") and not model.activation_checkpointing:
+        yield (
+            "model.activation_checkpoint_every",
+            model.activation_checkpoint_every,
+            "model.activation_checkpointing is false",
+        )
     if _is_set(model, "norm_eps") and model.norm in ("dyt", "none"):
         yield "model.norm_eps", model.norm_eps, f"model.norm={model.norm} divides by nothing"
     if model.ffn_dim is not None and model.ffn_dim not in model.hidden_dims:

@@ -16,7 +16,7 @@ class Decay:
     """Gradient norm of the hidden state after each block, over that after the last one.
 
     Attributes:
-        measured: by block, of random tokens; see tools.signal.
+        measured: by block, of random tokens; see tools.propagation.
         predicted: by docs/theory.md; None: there is no theory of this model.
     """
 
@@ -28,7 +28,7 @@ def measure(overrides: Sequence[str], seed: int) -> Decay:
     """Build the model that train.py builds under these overrides, which are the user's own, and measure it."""
     from hydra.core.global_hydra import GlobalHydra
 
-    from tools.signal import report
+    from tools.propagation import report
 
     job = GlobalHydra.instance().hydra  # a study's run is a job of Hydra's, and composing begins anew
     GlobalHydra.instance().clear()

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from core.atomic_write import write_whole
 from core.printable import printable
-from core.whole_file import write_whole
 from studies.grid import Study
 from studies.record import Record
 from studies.tables import Cell, Point

@@ -12,9 +12,9 @@ from typing import Annotated, Any
 from omegaconf import DictConfig, OmegaConf
 from pydantic import ConfigDict, Field
 
+from core.atomic_write import write_whole
 from core.errors import ConfigError, require, suggest
 from core.untrusted import Untrusted, beyond, bound, parse_json, read_yaml
-from core.whole_file import write_whole
 
 # What the file of a study may hold, which may come from anywhere.
 Label = Annotated[str, Field(max_length=200)]

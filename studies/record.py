@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, ConfigDict, Field
 
+from core.atomic_write import write_whole
 from core.untrusted import MIB, Untrusted, read_json
-from core.whole_file import write_whole
 from studies.decay import Decay
 from studies.grid import Label, Override, Planned, Seed
 from tools.compare import LATE, Run

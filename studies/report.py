@@ -18,9 +18,9 @@ from functools import partial
 from pathlib import Path
 
 from core import cli
+from core.atomic_write import write_whole
 from core.errors import ConfigError, UserError
 from core.printable import printable
-from core.whole_file import write_whole
 from studies import figures
 from studies.decay import Decay
 from studies.document import (

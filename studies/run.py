@@ -26,6 +26,7 @@ from omegaconf import DictConfig
 
 from core import cli
 from core.errors import ConfigError, one_line, require, suggest
+from core.overrides import CONFIGS
 from core.printable import printable
 from core.run_folder import LAST
 from studies.decay import LARGEST_BUILT, measure
@@ -33,7 +34,6 @@ from studies.grid import Planned, Study, read
 from studies.record import BROKEN, Record, collect
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = ROOT / "configs"
 
 
 class Plan(NamedTuple):

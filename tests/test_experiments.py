@@ -12,7 +12,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from core.cli import register_schemas
+from lightning_modules.composing import register_schemas
 from tests.helpers_run import ROOT, run, scalars
 
 CHOICES = [path.relative_to(ROOT / "configs").with_suffix("") for path in sorted((ROOT / "configs").glob("*/*.yaml"))]

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from core.cli import run as command_line
-from core.errors import Refused
+from core.errors import InvalidValue
 from core.open_run import open_run
 from lightning_modules.transformer import Transformer
 from tests.conftest import tiny_config
 from tests.helpers_run import ROOT, scalars, tiny_job, train
-from tools import evaluate, export, generate, signal
+from tools import evaluate, export, generate, propagation
 
 OWN = ("model.placement=my_norms.HalfNorm", "model.norm=my_norms.ScaleOnly", "model.norm_options={start: 0.5}")
 ALLOW = "allow=my_norms.HalfNorm,my_norms.ScaleOnly,my_norms.halving"
@@ -90,7 +90,7 @@ def test_it_is_opened_with_allow_alone(at_home: Path, capsys: pytest.CaptureFixt
         assert "my_norms.HalfNorm' is not valid: the saved configuration names code that is not this project's" in said
         assert ALLOW in said, "the line says how"
         assert "my_norms" not in sys.modules
-    with pytest.raises(Refused, match=r"my_norms\.ScaleOnly"):
+    with pytest.raises(InvalidValue, match=r"my_norms\.ScaleOnly"):
         open_run(at_home / "whole", allow="my_norms.HalfNorm")
     evaluate.main(["whole", ALLOW])
     generate.main(["whole", "prompt=def", "num_tokens=3", ALLOW])
@@ -99,7 +99,7 @@ def test_it_is_opened_with_allow_alone(at_home: Path, capsys: pytest.CaptureFixt
 
 
 def test_its_signal_is_measured(at_home: Path) -> None:
-    result = signal.report(
+    result = propagation.report(
         ["model.placement=my_norms.HalfNorm", "model.num_layers=2", "model.dim=32", "model.num_heads=2"]
     )
     assert result.init == "my_norms.small"

@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from core import cli
+from core.atomic_write import write_whole
 from core.checkpoint import load
 from core.errors import UserError, one_line
 from core.printable import printable
 from core.untrusted import within
-from core.whole_file import write_whole
 
 PREFIX = "model."
 

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core import cli
+from core.atomic_write import write_whole
+from core.dataclass_cli import parse_fields
 from core.errors import UserError, require, writing
-from core.fields import parse_fields
 from core.printable import printable
 from core.untrusted import within
-from core.whole_file import write_whole
 
 if TYPE_CHECKING:
     from core.open_run import OpenRun

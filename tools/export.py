@@ -16,8 +16,8 @@ from functools import partial
 from pathlib import Path
 
 from core import cli
+from core.dataclass_cli import parse_fields
 from core.errors import UserError, require, writing
-from core.fields import parse_fields
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def export(folder: Path, config: ExportConfig) -> str:
         raise UserError(f"{error.name} is not installed: pip install -r requirements-eval.txt") from error
     from core.open_run import open_run
     from datamodules.tokenizers import NumberTokenizer
-    from tools.exporting import llama, own_code, tokenizer
+    from tools.exporting import llama, remote_code, tokenizer
 
     output = Path(config.output)
     require(not output.exists(), "output", config.output, "a new folder: this one is there already")
@@ -61,7 +61,7 @@ def export(folder: Path, config: ExportConfig) -> str:
                 llama.save(converted, output)
                 what = type(converted).__name__
             else:
-                own_code.write(model, output, max_length, end)
+                remote_code.write(model, output, max_length, end)
                 what = "PlacementForCausalLM, by its own code (trust_remote_code=True): "
                 what += f"{why} is in neither Llama nor Mixtral"
             if theirs is not None:

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from core import cli
+from core.dataclass_cli import parse_fields
 from core.errors import UserError, require
-from core.fields import parse_fields
 
 
 @dataclass(frozen=True)

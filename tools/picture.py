@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from core.atomic_write import unfinished_of
 from core.errors import require, writing
-from core.whole_file import unfinished_of
 
 ENDINGS = (".png", ".svg", ".pdf")
 

@@ -15,12 +15,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from rich import box
 from rich.console import Console
@@ -33,6 +31,7 @@ from core.build import build
 from core.errors import ConfigError, UserError, lookup, require
 from core.options import check_arguments
 from core.parallel import num_models, num_passes
+from lightning_modules.composing import compose_run
 from lightning_modules.config import ModelConfig
 from lightning_modules.cross_entropy import LARGE_VOCABULARY
 from lightning_modules.layers.moe import MoE
@@ -40,7 +39,6 @@ from lightning_modules.sharding import check_mesh, check_unsharded
 from lightning_modules.strategy import ShardedStrategy
 from lightning_modules.transformer import Block, Transformer
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GIB = 2**30
 CHECKED = ("max_steps", "accumulate_grad_batches", "precision")
 
@@ -168,7 +166,7 @@ def plan(config: DictConfig, vocab_size: int | None = None) -> Plan:
         gradients=held,
         buckets=held if mesh.reduced else 0,
         optimizer=2 * held,  # AdamW's two moments
-        activations=saved.total(model.checkpoint_every if model.activation_checkpointing else None),
+        activations=saved.total(model.activation_checkpoint_every if model.activation_checkpointing else None),
         gathered=num_gathered(weightless, mesh) * size,
         flops_per_token=weightless.flops_per_token(datamodule.seq_len),
         tokens=config.trainer.max_steps * sequences * datamodule.seq_len,
@@ -240,9 +238,7 @@ def num_cut(block: Block) -> int:
 
 def compose_config(overrides: Sequence[str]) -> DictConfig:
     """The configuration that train.py would have of these overrides on a machine with GPUs."""
-    cli.register_schemas()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("train", list(overrides))
+    config = compose_run(overrides)
     if config.trainer.accelerator == "auto":
         config.trainer.accelerator = "gpu"  # ${on_gpu:...} would look for those of this machine
     return config

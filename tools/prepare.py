@@ -19,8 +19,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from core import cli
+from core.dataclass_cli import parse_fields
 from core.errors import require
-from core.fields import parse_fields
 from core.printable import cell, printable
 from datamodules.index import SPLITS
 from datamodules.preparation.inspect import describe, describe_unknown, statistics, verify

@@ -37,15 +37,15 @@ from callbacks.checkpointing.random_state import RandomState
 from callbacks.divergence.divergence import Divergence
 from callbacks.divergence.flight_recorder import FOLDER
 from core import cli, tensor_archive
-from core.build import build, build_all, locate
+from core.atomic_write import is_whole
+from core.build import build, build_all, import_target
 from core.checkpoint import CheckpointIO, load_beside_weights
+from core.console import silence_noise
 from core.errors import UserError, one_line, require
 from core.open_run import open_data
 from core.printable import printable
-from core.quiet import quieten
 from core.saved_config import PACKAGES, add_allow_option, load_config
 from core.untrusted import MIB, parse_json, read_bytes
-from core.whole_file import is_whole
 
 STEERING = {f"{kind.__module__}.{kind.__qualname__}" for kind in (RandomState, Divergence)}
 """Of this project's callbacks, those that the weights depend on."""
@@ -199,7 +199,7 @@ def precision_plugins(config: DictConfig) -> list[Precision]:
     if not isinstance(nodes, ListConfig):
         return []
     targets = {n: node.get("_target_") if isinstance(node, DictConfig) else None for n, node in enumerate(nodes)}
-    classes = {n: locate(f"trainer.plugins.{n}._target_", target) for n, target in targets.items() if target}
+    classes = {n: import_target(f"trainer.plugins.{n}._target_", target) for n, target in targets.items() if target}
     kept = [n for n, plugin in classes.items() if isinstance(plugin, type) and issubclass(plugin, Precision)]
     return [instantiate(nodes[n], _convert_="all") for n in kept]
 
@@ -261,7 +261,7 @@ def main(arguments: argparse.Namespace) -> None:
     print(f"Step {step} of {printable(run)}, {samples}. It was recorded for this reason:")
     print(f"  {printable(records[0]['reason'], 2000)}")
     print(f"From {printable(checkpoint or 'the beginning')}, {step - 1 - at} steps to catch up with.", flush=True)
-    quieten()
+    silence_noise()
     with tempfile.TemporaryDirectory() as scratch:
         module = arrive(config, step, checkpoint, Path(scratch), arguments.allow)
     report(module, records)

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from core.checkpoint import keep
-from core.together import failing_together
+from core.rank_errors import failing_together
 
 
 class BestCheckpoint(ModelCheckpoint):

@@ -10,9 +10,9 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from core.checkpoint import folder_beside, keep, remove
 from core.errors import require
+from core.rank_errors import failing_together
 from core.run_control import take_control
 from core.steps import at_the_end, completes_step
-from core.together import failing_together
 
 
 class LastCheckpoint(Checkpoint):

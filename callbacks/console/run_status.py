@@ -11,7 +11,7 @@ import lightning as L
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from core.cli import RunDiverged
-from core.ending import early_end
+from core.early_end import early_end
 from core.run_control import TrainingInterrupted
 from core.status import DIVERGED, DONE, FAILED, FILE, RUNNING, STOPPED, read
 from core.steps import completes_step

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from callbacks.protocols import CountsTokens
+from core.atomic_write import write_whole
 from core.printable import cell
 from core.run_folder import resume_command
-from core.whole_file import write_whole
 
 MEASURED = "run_summary"  # in a checkpoint
 

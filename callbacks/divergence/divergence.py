@@ -10,13 +10,13 @@ from callbacks.divergence.detectors import Detectors
 from callbacks.divergence.divergence_report import write_report
 from callbacks.divergence.event_log import EventLog
 from callbacks.divergence.loss_scaling import refuse_loss_scaling
-from callbacks.divergence.one_step import OneStep
 from callbacks.divergence.policies.base import GiveUp, Step
 from callbacks.divergence.policies.registry import POLICIES
 from callbacks.divergence.samples import samples_of_step
+from callbacks.divergence.step_override import StepOverride
 from callbacks.divergence.worst_group import GroupHistory, describe
 from callbacks.protocols import RecordsEvents
-from callbacks.statistics import carry, gradient_statistics
+from callbacks.statistics import add_to_transfer, gradient_statistics
 from core.cli import RunDiverged
 from core.errors import lookup, require
 from core.options import check_arguments
@@ -72,7 +72,7 @@ class Divergence(L.Callback):
         self.run_dir, self.policy_name, self.policy = run_dir, policy, scheme(**options)
         self.detectors = Detectors(loss_threshold, gradient_threshold, climb_threshold)
         self.groups, self.events = GroupHistory(), EventLog(run_dir)
-        self._one_step: OneStep | None = None
+        self._one_step: StepOverride | None = None
         self._last_batch = False
         self._loss: Tensor | None = None
 
@@ -81,7 +81,7 @@ class Divergence(L.Callback):
         self.policy.check_run(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._one_step = OneStep(trainer.optimizers[0])
+        self._one_step = StepOverride(trainer.optimizers[0])
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -92,7 +92,7 @@ class Divergence(L.Callback):
         loss = at_least_fp32(loss.detach())  # Lightning has divided it by the number of batches of a step
         self._loss = loss if self._loss is None else self._loss + loss
         if self._last_batch:
-            carry(pl_module, CARRIED, self._loss[None])
+            add_to_transfer(pl_module, CARRIED, self._loss[None])
             self._loss = None
 
     def on_before_optimizer_step(
@@ -111,7 +111,7 @@ class Divergence(L.Callback):
         step = Step(
             trainer=trainer,
             pl_module=pl_module,
-            one_step=self._one_step,
+            step_override=self._one_step,
             number=trainer.global_step + 1,
             loss=loss,
             statistics=statistics._replace(total_norm=norm),

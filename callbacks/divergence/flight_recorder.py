@@ -11,10 +11,10 @@ from torch import Tensor
 from callbacks.divergence.loss_scaling import refuse_loss_scaling
 from callbacks.divergence.samples import samples_of_step
 from callbacks.statistics import gradient_statistics
+from core.atomic_write import save
 from core.errors import require
 from core.printable import printable
 from core.run_control import TrainingInterrupted
-from core.whole_file import save
 
 FOLDER = "flight_recorder"
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from analysis.states import BlockView, watching
 from callbacks.charts import block_chart
 from callbacks.scalars import write_scalars, written_blocks
-from callbacks.statistics import carry, gradient_statistics
+from callbacks.statistics import add_to_transfer, gradient_statistics
 from core.errors import require
 
 
@@ -81,7 +81,7 @@ class BlockMonitor(L.Callback):
             monitor.before_sample(trainer, pl_module, tokens.size(1))
         self._forward(trainer, pl_module, tokens, see)
         for monitor, figures in measured.items():
-            carry(pl_module, monitor.prefix, torch.cat(figures))
+            add_to_transfer(pl_module, monitor.prefix, torch.cat(figures))
 
     def _sharing(self, trainer: L.Trainer) -> "list[BlockMonitor]":
         """Return the run's monitors that sample the same of this step, in order: one forward pass serves them all."""

@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from callbacks.scalars import write_scalars
-from callbacks.statistics import carry, gradient_statistics
-from core.errors import Refused, require
+from callbacks.statistics import add_to_transfer, gradient_statistics
+from core.errors import InvalidValue, require
 from core.precision import at_least_fp32
 
 CARRIED = "curvature"
@@ -49,11 +49,13 @@ class Curvature(L.Callback):
         model: Any = pl_module.model
         name = type(self).__name__
         if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-            raise Refused("callbacks.curvature", name, "it needs every parameter whole in each process")
+            raise InvalidValue("callbacks.curvature", name, "it needs every parameter whole in each process")
         if model.config.activation_checkpointing:
-            raise Refused("callbacks.curvature", name, "it cannot see through model.activation_checkpointing=true")
+            raise InvalidValue("callbacks.curvature", name, "it cannot see through model.activation_checkpointing=true")
         if any(mixture.backend.name == "megablocks" for mixture in model.mixtures().values()):
-            raise Refused("callbacks.curvature", name, "it cannot differentiate model.moe.backend=megablocks twice")
+            raise InvalidValue(
+                "callbacks.curvature", name, "it cannot differentiate model.moe.backend=megablocks twice"
+            )
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         batch = next(iter(datamodule.val_dataloader()))
         self._tokens = batch["tokens"][: self.sequences].to(pl_module.device)
@@ -77,7 +79,9 @@ class Curvature(L.Callback):
             with stance, sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
                 logits, _ = model(self._tokens[:, :-1])
                 loss = F.cross_entropy(logits.flatten(0, 1).float(), self._tokens[:, 1:].flatten())
-                carry(pl_module, CARRIED, top_eigenvalue(loss, list(model.parameters()), self.iterations).view(1))
+                add_to_transfer(
+                    pl_module, CARRIED, top_eigenvalue(loss, list(model.parameters()), self.iterations).view(1)
+                )
         finally:
             model.train(was_training)
 

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
-from callbacks.statistics import carry
+from callbacks.statistics import add_to_transfer
 
 CARRIED = "noise_scale"
 DECAY = 0.95  # of the moving averages, a logged step
@@ -68,5 +68,5 @@ class PartialGradient:
         if self._handles:
             # Lightning has divided the loss by the number of batches.
             square = torch.stack(self._squares).sum() * trainer.accumulate_grad_batches**2
-            carry(pl_module, CARRIED, trainer.strategy.reduce(square, reduce_op="mean").view(1))
+            add_to_transfer(pl_module, CARRIED, trainer.strategy.reduce(square, reduce_op="mean").view(1))
         self._handles, self._squares = [], []

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from core.errors import Refused
+from core.errors import InvalidValue
 
 SLACK = 1 << 26  # bytes that a file may always expand to
 
@@ -24,13 +24,13 @@ class Bounds:
         return self.record_mb * 1_000_000
 
     def check_record(self, num_bytes: int, where: str, what: str) -> None:
-        """Raise Refused where a record is too large to be held in memory."""
+        """Raise InvalidValue where a record is too large to be held in memory."""
         if num_bytes > self.record_bytes:
             limit = f"{what} is longer than {self.record_bytes:,} bytes; max_record_mb={2 * self.record_mb} allows more"
-            raise Refused("input", where, limit)
+            raise InvalidValue("input", where, limit)
 
     def check_expansion(self, produced: int, consumed: int, where: str) -> None:
-        """Raise Refused where so many bytes of a file have become too many bytes of text."""
+        """Raise InvalidValue where so many bytes of a file have become too many bytes of text."""
         if produced > SLACK + self.expansion * consumed:
             became = f"{consumed:,} bytes of it have become over {produced:,}, more than {self.expansion} times as many"
-            raise Refused("input", where, f"{became}; max_expansion={10 * self.expansion} allows more")
+            raise InvalidValue("input", where, f"{became}; max_expansion={10 * self.expansion} allows more")

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from core.errors import ConfigError, Refused, one_line, require
+from core.errors import ConfigError, InvalidValue, one_line, require
 from datamodules.preparation.optional import import_optional
 from datamodules.tokenizer_file import LARGEST_FILE, BadTokenizer, load_library
 from datamodules.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer
@@ -83,16 +83,16 @@ def find_tokenizer(name: str) -> bytes | None:
         try:
             return str(library.Tokenizer.from_pretrained(name.removeprefix("hf:")).to_str(pretty=True)).encode()
         except Exception as error:  # network, no such repository, no tokenizer in it: the library's words say which
-            raise Refused("tokenizer", name, one_line(f"{type(error).__name__}: {error}")) from error
+            raise InvalidValue("tokenizer", name, one_line(f"{type(error).__name__}: {error}")) from error
     try:
         require(Path(name).is_file(), "tokenizer", name, "byte, bpe:SIZE, hf:NAME, or the path of a tokenizer.json")
         size = Path(name).stat().st_size
         if size > LARGEST_FILE:
             raised = f"at most {LARGEST_FILE:,} are read (LARGEST_FILE in datamodules/tokenizer_file.py raises it)"
-            raise Refused("tokenizer", name, f"it has {size:,} bytes; {raised}")
+            raise InvalidValue("tokenizer", name, f"it has {size:,} bytes; {raised}")
         return Path(name).read_bytes()
     except OSError as error:
-        raise Refused("tokenizer", name, f"cannot be read ({error.strerror})") from error
+        raise InvalidValue("tokenizer", name, f"cannot be read ({error.strerror})") from error
 
 
 def make_tokenizer(content: bytes | None, name: str, end_of_document: str | None) -> Tokenizer:
@@ -113,7 +113,7 @@ def make_tokenizer(content: bytes | None, name: str, end_of_document: str | None
     try:
         vocabulary = load_library(content).get_vocab(with_added_tokens=True)
     except BadTokenizer as error:
-        raise Refused("tokenizer", name, str(error)) from error
+        raise InvalidValue("tokenizer", name, str(error)) from error
     candidates = USUAL_ENDS if end_of_document is None else (end_of_document,)
     found = next((token for token in candidates if token in vocabulary), None)
     if found is None:

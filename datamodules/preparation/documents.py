@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from core.errors import ConfigError, Refused, one_line
+from core.errors import ConfigError, InvalidValue, one_line
 from core.untrusted import Untrusted, check_json
 from datamodules.preparation.bounds import Bounds
 from datamodules.preparation.formats import BYTE_ORDER_MARK, COMPRESSIONS, TABLE_SUFFIXES, open_input, suffix_of
@@ -106,7 +106,7 @@ class Inputs:
                 try:
                     yield from self._from_file(Path(name), tally)
                 except DAMAGED as error:
-                    raise Refused("input", name, f"cannot be read ({error})") from error
+                    raise InvalidValue("input", name, f"cannot be read ({error})") from error
 
     def _from_file(self, path: Path, tally: Tally) -> Iterator[Piece]:
         kind, file = open_input(path, self.format, self.text_field, self.bounds)
@@ -168,7 +168,7 @@ class Inputs:
             rows = iter(datasets.load_dataset(dataset, subset or None, split="train", streaming=True))
             number, row = 0, next(rows, None)
         except Exception as error:  # the library raises whatever its file systems do
-            raise Refused("input", f"{HUB}{name}", one_line(f"{type(error).__name__}: {error}")) from error
+            raise InvalidValue("input", f"{HUB}{name}", one_line(f"{type(error).__name__}: {error}")) from error
         while row is not None:
             number += 1
             text = self._text_of(row, f"row {number} of {name}")
@@ -177,7 +177,7 @@ class Inputs:
             try:
                 row = next(rows, None)
             except Exception as error:
-                raise Refused("input", f"{HUB}{name}", one_line(f"{type(error).__name__}: {error}")) from error
+                raise InvalidValue("input", f"{HUB}{name}", one_line(f"{type(error).__name__}: {error}")) from error
 
 
 def find_inputs(
@@ -210,11 +210,11 @@ def _parse(text: bytes, where: str, what: str) -> Any:
         check_json(text, what)
         return json.loads(text.removeprefix(BYTE_ORDER_MARK))
     except Untrusted as error:
-        raise Refused("input", where, str(error)) from error
+        raise InvalidValue("input", where, str(error)) from error
     except RecursionError as error:
-        raise Refused("input", where, "JSON nested deeper than the parser goes, some 1,000 levels") from error
+        raise InvalidValue("input", where, "JSON nested deeper than the parser goes, some 1,000 levels") from error
     except ValueError as error:
-        raise Refused("input", where, f"{what} is no JSON ({error})") from error
+        raise InvalidValue("input", where, f"{what} is no JSON ({error})") from error
 
 
 def _without_mark(file: BinaryIO) -> BinaryIO:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from core.errors import UserError
-from core.signals import held_back, obey_parent_alone
+from core.signals import held_back, ignore_stop_signals
 from datamodules.index import SPLITS
 from datamodules.tokenizers import Tokenizer
 
@@ -117,7 +117,7 @@ def _start(tokenizer: Tokenizer) -> None:
     global _tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _tokenizer = tokenizer
-    obey_parent_alone()
+    ignore_stop_signals()
 
 
 def _encode(unit: Unit) -> dict[str, Encoded]:

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from core.errors import Refused
+from core.errors import InvalidValue
 from datamodules.preparation.bounds import Bounds
 from datamodules.preparation.optional import import_optional
 
@@ -82,7 +82,7 @@ def open_input(path: Path, wanted: str, text_field: str, bounds: Bounds) -> Open
         text_field: a line of JSON that has it is one in a file of any name.
 
     Raises:
-        Refused: content that is none of text, JSON and parquet.
+        InvalidValue: content that is none of text, JSON and parquet.
         OSError, EOFError, lzma.LZMAError, zlib.error: a damaged file.
     """
     raw = _Counted(path.open("rb", buffering=0))
@@ -177,8 +177,8 @@ def suffix_of(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def _refused(path: Path, what: str) -> Refused:
-    return Refused(
+def _refused(path: Path, what: str) -> InvalidValue:
+    return InvalidValue(
         "input", str(path), f"holds {what}, which is not read; leave it out, or format=text takes it as it is"
     )
 
@@ -245,7 +245,7 @@ class _Content(io.RawIOBase):
         return block
 
     def check_text(self, block: bytes) -> None:
-        """Raise Refused where the bytes are no text's."""
+        """Raise InvalidValue where the bytes are no text's."""
         if b"\0" in block:
             raise _refused(self.path, "binary data (NUL bytes)")
 

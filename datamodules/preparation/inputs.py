@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from core.errors import Refused, require
+from core.errors import InvalidValue, require
 from datamodules.stdlib_documents import SOURCE
 
 STDLIB = "python_stdlib"
@@ -37,7 +37,7 @@ def find_names(patterns: Iterable[str]) -> tuple[tuple[str, ...], int]:
             for name in found:
                 names.setdefault(_identity(name), name)
         except OSError as error:
-            raise Refused("input", pattern, f"cannot be read ({error.strerror})") from error
+            raise InvalidValue("input", pattern, f"cannot be read ({error.strerror})") from error
     _check_apart(names.values())
     return tuple(names.values()), num_found - len(names)
 
@@ -48,7 +48,7 @@ def _check_apart(names: Collection[str]) -> None:
     for name in names if datasets else ():
         above = [] if _is_special(name) else [place for place in Path(name).resolve().parents if place in datasets]
         if above:
-            raise Refused("input", name, f"it is in {datasets[above[0]]} as well, and would count twice")
+            raise InvalidValue("input", name, f"it is in {datasets[above[0]]} as well, and would count twice")
 
 
 def fingerprint(names: Iterable[str]) -> list[list[Any]]:
@@ -124,7 +124,9 @@ def _is_meant(path: Path, pattern: str) -> bool:
     if str(path) != pattern or not path.exists() or path.is_dir():
         return False
     if not stat.S_ISFIFO(path.stat().st_mode):
-        raise Refused("input", pattern, "a device or socket, which may have no end; a file, a folder or a pipe is read")
+        raise InvalidValue(
+            "input", pattern, "a device or socket, which may have no end; a file, a folder or a pipe is read"
+        )
     return True
 
 

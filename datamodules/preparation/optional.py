@@ -3,17 +3,17 @@
 import importlib
 from typing import Any
 
-from core.errors import Refused
+from core.errors import InvalidValue
 
 
 def import_optional(module: str, package: str) -> Any:
     """A module of requirements-data.txt.
 
     Raises:
-        Refused: it is not installed; says how.
+        InvalidValue: it is not installed; says how.
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         remedy = f"{package} is not installed: pip install -r requirements-data.txt"
-        raise Refused("input", package, remedy) from error
+        raise InvalidValue("input", package, remedy) from error

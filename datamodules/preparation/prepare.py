@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from core.errors import ConfigError, Refused, require, writing
+from core.errors import ConfigError, InvalidValue, require, writing
 from core.untrusted import Untrusted, read_json
 from datamodules.expression import MAX_LOSS, SAID_LOSS, describe_loss
 from datamodules.index import SPLITS, Index
@@ -127,7 +127,7 @@ def prepare(config: PrepareConfig, report: Report = lambda *_: None, say: Say = 
                 valid = f"a share that gives {name} documents too (separator=... cuts text files into documents)"
                 require(split.num_tokens > 0, "validation", config.validation, valid)
             if fingerprint(inputs.names) != found:
-                raise Refused("input", config.input, "a file of it was changed while it was read; start again")
+                raise InvalidValue("input", config.input, "a file of it was changed while it was read; start again")
             _check_loss(writer, config, characters, say)
             writer.description["made"] |= {
                 "left_out": {"null": tally.null, "empty": tally.empty},
@@ -186,10 +186,12 @@ def _check_loss(writer: CorpusWriter, config: PrepareConfig, characters: Counter
     share = (lost + invalid) / max(size, 1)
     if share > config.max_lost:
         remedy = "take a tokenizer that has bytes, or text in UTF-8"
-        raise Refused("tokenizer", config.tokenizer, f"{line}; {remedy}, or max_lost={_up(share)} allows it")
+        raise InvalidValue("tokenizer", config.tokenizer, f"{line}; {remedy}, or max_lost={_up(share)} allows it")
     empty = [name for name, split in writer.splits.items() if split.num_bytes == split.lost + split.invalid]
     if empty:
-        raise Refused("tokenizer", config.tokenizer, f"nothing of the text of {' and '.join(empty)} is in the tokens")
+        raise InvalidValue(
+            "tokenizer", config.tokenizer, f"nothing of the text of {' and '.join(empty)} is in the tokens"
+        )
     if share > SAID_LOSS:
         say(line)
 
@@ -231,7 +233,7 @@ def _scratch(output: Path, made: dict[str, Any]) -> Iterator[Path]:
     scratch.mkdir(parents=True, exist_ok=True)
     for path in (scratch, *scratch.iterdir()):  # it may have come with the folder around it, from a stranger
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
-            raise Refused("output", str(output), f"{path} is a link or no regular file; delete it")
+            raise InvalidValue("output", str(output), f"{path} is a link or no regular file; delete it")
     with (scratch / LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

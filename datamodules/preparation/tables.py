@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from core.errors import ConfigError, Refused, one_line, require
+from core.errors import ConfigError, InvalidValue, one_line, require
 from datamodules.preparation.bounds import Bounds
 from datamodules.preparation.optional import import_optional
 
@@ -43,7 +43,7 @@ def texts_of_table(path: Path, column: str, bounds: Bounds) -> Iterator[bytes | 
     except (arrow.ArrowException, OSError, ValueError, MemoryError) as error:
         if isinstance(error, ConfigError):  # which is a ValueError
             raise
-        raise Refused("input", str(path), f"cannot be read as parquet ({one_line(error)})") from error
+        raise InvalidValue("input", str(path), f"cannot be read as parquet ({one_line(error)})") from error
 
 
 def _is_text(arrow: Any, kind: Any) -> bool:

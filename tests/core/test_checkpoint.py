@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from core.atomic_write import NotWritten
 from core.checkpoint import CheckpointIO
-from core.whole_file import NotWritten
 from tests.damage import small_files
 
 

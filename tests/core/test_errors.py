@@ -4,14 +4,14 @@ import pickle
 
 import pytest
 
-from core.errors import ConfigError, Refused, UnknownField, UserError, lookup, require, suggest, writing
+from core.errors import ConfigError, InvalidValue, UnknownField, UserError, lookup, require, suggest, writing
 
 
 @pytest.mark.parametrize(
     ("error", "message"),
     [
         (ConfigError("a.b", 3, "an even number"), "a.b=3 is not valid: expected an even number"),
-        (Refused("a.b", "x", "it is too late."), "a.b='x' is not valid: it is too late."),
+        (InvalidValue("a.b", "x", "it is too late."), "a.b='x' is not valid: it is too late."),
         (
             UnknownField("a.lrs", 1, ["lr", "dim"]),
             "a.lrs=1 is not valid: no such field; one of dim, lr (did you mean lr?)",

@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from core.errors import ConfigError
-from core.interruption import PEER_LOST, RESTORING, explained
+from core.interruption import PEER_LOST, RESTORING, report_failures
 from core.run_control import TrainingInterrupted
 
 TRAINER: Any = SimpleNamespace(ckpt_path=None, global_rank=0, interrupted=False)
@@ -43,7 +43,7 @@ def test_sigusr1_requeues_the_slurm_job(
     asked = scontrol(tmp_path, code, monkeypatch)
     for variable, value in job.items():
         monkeypatch.setenv(variable, value)
-    with pytest.raises(SystemExit) as leaving, explained(TRAINER, tmp_path):
+    with pytest.raises(SystemExit) as leaving, report_failures(TRAINER, tmp_path):
         raise TrainingInterrupted(signal.SIGUSR1, 3)
     assert leaving.value.code == 128 + signal.SIGUSR1
     assert asked.read_text() == f"requeue {name}\n"
@@ -57,7 +57,7 @@ def test_without_scontrol_it_says_so(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    with pytest.raises(SystemExit), explained(TRAINER, tmp_path):
+    with pytest.raises(SystemExit), report_failures(TRAINER, tmp_path):
         raise TrainingInterrupted(signal.SIGUSR1, 3)
     assert "SLURM job 7 is not requeued: [Errno 2]" in capsys.readouterr().out
 
@@ -68,7 +68,7 @@ def test_nothing_else_requeues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     if job:
         monkeypatch.setenv("SLURM_JOB_ID", job)
-    with pytest.raises(SystemExit), explained(TRAINER, tmp_path):
+    with pytest.raises(SystemExit), report_failures(TRAINER, tmp_path):
         raise TrainingInterrupted(signum, 3)
     assert not asked.exists()
 
@@ -77,14 +77,14 @@ def test_nothing_else_requeues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 def test_the_loss_of_a_process_is_no_traceback(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], error: RuntimeError
 ) -> None:
-    with pytest.raises(SystemExit) as leaving, explained(TRAINER, tmp_path):
+    with pytest.raises(SystemExit) as leaving, report_failures(TRAINER, tmp_path):
         raise error
     assert leaving.value.code == PEER_LOST
     assert "Process 0 stops: another one is gone" in capsys.readouterr().err
 
 
 def test_another_error_keeps_its_traceback(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="shape"), explained(TRAINER, tmp_path):
+    with pytest.raises(RuntimeError, match="shape"), report_failures(TRAINER, tmp_path):
         raise RuntimeError("shape mismatch")
 
 
@@ -100,8 +100,8 @@ def test_states_that_cannot_be_restored_end_in_one_line(tmp_path: Path) -> None:
     trainer: Any = SimpleNamespace(ckpt_path="x.ckpt", interrupted=False, global_rank=0)
     for error in (KeyError("parts"), TypeError("x"), AttributeError("x"), ValueError("x"), RuntimeError("x")):
         refused = rf"ckpt_path='x.ckpt'.*{type(error).__name__}"
-        with pytest.raises(ConfigError, match=refused), explained(trainer, tmp_path):
+        with pytest.raises(ConfigError, match=refused), report_failures(trainer, tmp_path):
             restore_callbacks(error)
-        with pytest.raises(type(error)) as raised, explained(trainer, tmp_path):
+        with pytest.raises(type(error)) as raised, report_failures(trainer, tmp_path):
             raise error.with_traceback(None)
         assert raised.value is error, "a fault of the project keeps its traceback"

@@ -8,10 +8,13 @@ import pytest
 from omegaconf import OmegaConf
 
 from core.build import build
-from core.moved import MOVED, current_name, override_with_current_names, with_current_names
+from core.errors import ConfigError
+from core.moved import MOVED, RENAMED_FIELDS, current_name, override_with_current_names, with_current_names
 from core.open_run import open_run
+from core.overrides import with_names_of_today
 from core.run_folder import resume_command
 from core.saved_config import load_config
+from lightning_modules.config import ModelConfig, parse
 from tests.helpers_run import ROOT, load, run, tiny_job, train
 from tests.test_experiments import composed
 from tools import replay
@@ -132,3 +135,39 @@ def test_a_file_of_ones_own_that_imports_an_old_module_is_told_the_new_one(tmp_p
     assert refused.code == 2
     assert "callbacks.block_monitor is now callbacks.monitors.block_monitor" in refused.err
     assert len(refused.err.splitlines()) == 1
+
+
+def test_a_renamed_field_is_understood_in_saved_values_and_on_a_command_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    node = {"model": {"checkpoint_every": 2, "moe": {"every": 3}}, "policy_options": {"every": 4}}
+    expected = {
+        "model": {"activation_checkpoint_every": 2, "moe": {"layer_interval": 3}},
+        "policy_options": {"every": 4},
+    }
+    assert with_current_names(node) == expected
+    assert with_current_names({"module": node}) == {"module": expected}
+    config = parse(ModelConfig, "model", {"num_layers": 3, **node["model"]})
+    assert (config.activation_checkpoint_every, config.moe.layer_interval) == (2, 3)
+    with pytest.raises(ConfigError, match="every"):  # both: which of them is meant, nobody knows
+        parse(ModelConfig, "model", {"moe": {"every": 2, "layer_interval": 3}})
+    given = ["model.moe.every=2", "+model={moe: {every: 3}, checkpoint_every: 4}", "x.options={every: 5}", "~model.moe"]
+    assert with_names_of_today(given) == [
+        "model.moe.layer_interval=2",
+        "+model={moe: {layer_interval: 3}, activation_checkpoint_every: 4}",
+        *given[2:],
+    ]
+    assert capsys.readouterr().err.splitlines() == [
+        "model.moe.every is now model.moe.layer_interval",
+        "model.checkpoint_every is now model.activation_checkpoint_every",
+        "model.moe.every is now model.moe.layer_interval",
+    ]
+
+
+def test_every_renamed_field_is_there_under_its_new_name_alone() -> None:
+    schema = OmegaConf.create({"model": OmegaConf.structured(ModelConfig)})
+    for group, names in RENAMED_FIELDS.items():
+        fields = OmegaConf.select(schema, group)
+        for old, new in names.items():
+            assert new in fields, new
+            assert old not in fields, old

@@ -7,7 +7,7 @@ import lightning as L
 import pytest
 
 from core.errors import ConfigError
-from core.parallel import accumulate, num_passes
+from core.parallel import apply_micro_batching, num_passes
 from tests.distributed.processes import QUIET
 from tests.helpers_run import TinyData, tiny_job, train
 
@@ -17,9 +17,9 @@ def test_a_step_a_validation_and_the_intervals_keep_their_sequences(tmp_path: Pa
     datamodule.prepare_data()
     counts = {"accumulate_grad_batches": 3, "val_check_interval": 6, "limit_val_batches": 2}
     trainer = L.Trainer(accelerator="cpu", max_steps=1, check_val_every_n_epoch=None, **counts, **QUIET)
-    accumulate(trainer, datamodule, micro_batch_size=None)
+    apply_micro_batching(trainer, datamodule, micro_batch_size=None)
     assert {name: getattr(trainer, name) for name in counts} == counts
-    accumulate(trainer, datamodule, micro_batch_size=1)
+    apply_micro_batching(trainer, datamodule, micro_batch_size=1)
     assert {name: getattr(trainer, name) for name in counts} == {name: 4 * count for name, count in counts.items()}
     assert (datamodule.batch_size, datamodule.num_val_batches) == (1, 12)
     assert trainer.limit_train_batches == 1.0, "all there is"

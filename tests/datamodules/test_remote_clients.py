@@ -10,7 +10,7 @@ from fsspec.config import conf
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
-from core.errors import Refused
+from core.errors import InvalidValue
 from datamodules import remote
 from datamodules.index import CorpusError
 from datamodules.remote import RemoteFolder
@@ -109,7 +109,7 @@ def test_a_package_that_is_missing_is_named(
 ) -> None:
     monkeypatch.delitem(_registry, protocol, raising=False)
     monkeypatch.setitem(sys.modules, package, None)  # its import fails
-    with pytest.raises(Refused) as error:
+    with pytest.raises(InvalidValue) as error:
         RemoteFolder(f"{protocol}://a/b/c", ShardCache(tmp_path, 10**9))
     assert (error.value.field, error.value.value) == ("data.path", f"{protocol}://a/b/c")
     assert error.value.valid == f"{package} is not installed: pip install {package}"

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from core.signals import SENDER_KNOWN, STOPPING, held_back, obey_parent_alone
+from core.signals import SENDER_KNOWN, STOPPING, held_back, ignore_stop_signals
 from datamodules.preparation import encoding
 from datamodules.samples import Numbers, Rows
 from datamodules.stream import Batch, StreamLoader, TokenStream
@@ -109,7 +109,7 @@ def test_a_loaders_process_ends_with_its_parent() -> None:
 def _begin(told: Connection) -> None:
     told.send("before its first line")
     told.recv()
-    obey_parent_alone()
+    ignore_stop_signals()
     signal.pause()
 
 
@@ -140,7 +140,7 @@ def stopping(pid: int, which: str) -> set[signal.Signals]:
 
 @only_where_sender_known
 def test_a_loaders_processes_are_born_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datamodules.stream.obey_parent_alone", lambda *_: None)
+    monkeypatch.setattr("datamodules.stream.ignore_stop_signals", lambda *_: None)
     before, mask = set(multiprocessing.active_children()), signal.pthread_sigmask(signal.SIG_BLOCK, [])
     batches = iter(StreamLoader(TokenStream(Zeros(), 1, num_batches=4), batch_size=None, num_workers=2))
     next(batches)
@@ -161,7 +161,7 @@ def test_a_preparations_processes_are_born_so(monkeypatch: pytest.MonkeyPatch) -
 
 
 def _obedient() -> None:
-    obey_parent_alone()
+    ignore_stop_signals()
     signal.pause()
 
 
@@ -178,7 +178,7 @@ def _fork_another_after_it(told: Connection) -> None:
 
 def _have_a_fork_server(told: Connection) -> None:
     """It bears the process, not held back, and outlives this one."""
-    pool = ProcessPoolExecutor(1, multiprocessing.get_context("forkserver"), initializer=obey_parent_alone)
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("forkserver"), initializer=ignore_stop_signals)
     told.send([pool.submit(os.getpid).result()])
     signal.pause()
 

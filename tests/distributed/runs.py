@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 
 from core.checkpoint import CheckpointIO
-from core.parallel import accumulate
+from core.parallel import apply_micro_batching
 from datamodules.samples import Numbers, Rows, Samples
 from lightning_modules.language_module import LanguageModule
 from lightning_modules.strategy import ShardedStrategy
@@ -124,7 +124,7 @@ def train(folder: Path, run: Run) -> list[dict[str, float]]:
         **QUIET,
     )
     datamodule.prepare_data()
-    accumulate(trainer, datamodule, run.micro_batch_size)
+    apply_micro_batching(trainer, datamodule, run.micro_batch_size)
     ckpt_path = folder / run.load if run.load else None
     try:
         torch.set_default_dtype(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from core.checkpoint import load, load_beside_weights
-from core.pieces import damage
+from core.sharded_checkpoint import damage
 from tests.damage import flip, flip_bit, truncate
 from tests.distributed.processes import command_line, together
 from tests.helpers_run import Finished, assert_began, tiny_job, train

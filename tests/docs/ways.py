@@ -20,8 +20,8 @@ from unittest import mock
 
 from hydra import compose, initialize_config_dir
 
-from core import cli
-from core.fields import parse_fields
+from core.dataclass_cli import parse_fields
+from lightning_modules.composing import register_schemas
 from tests.docs.commands import Command
 from tests.helpers_run import ROOT, run, tiny_job, train
 from tools.evaluate import EvaluateConfig, names
@@ -62,7 +62,7 @@ def composes(reason: str) -> Way:
 
     def way(command: Command, cwd: Path) -> None:
         assert reason
-        cli.register_schemas()
+        register_schemas()
         overrides = [argument for argument in command.arguments if argument[0] not in "-$"]
         with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
             compose("train", [re.sub(r"\$\w+", "x", override) for override in overrides])

@@ -19,7 +19,7 @@ from tests.helpers_run import ROOT, documents, train
 
 PLACES = {  # a moment is a call, of Python or of C, from within one of these
     "step": ("lightning/pytorch/loops/optimization/automatic.py", "run"),
-    "checkpoint": ("core/whole_file.py", "write_whole"),
+    "checkpoint": ("core/atomic_write.py", "write_whole"),
     "rotation": ("callbacks/checkpointing/last_checkpoint.py", "_save"),
     "validation": ("lightning/pytorch/loops/evaluation_loop.py", "run"),
     "shards": ("datamodules/writer.py", "write_corpus"),

@@ -33,7 +33,7 @@ MODEL = {
 }
 MOE = {
     **dict.fromkeys(["num_experts", "top_k", "expert_dim", "num_shared_experts", "shared_expert_dim"], COUNTS),
-    **dict.fromkeys(["first_dense_layers", "every", "expert_parallel"], COUNTS),
+    **dict.fromkeys(["first_dense_layers", "layer_interval", "expert_parallel"], COUNTS),
     **dict.fromkeys(["jitter", "load_balancing_weight", "bias_update_rate", "z_loss_weight"], RATES),
     **dict.fromkeys(["shared_expert_weighted_sum", "normalize_weights"], SWITCHES),
     "backend": ["loop", "grouped", "megablocks", *WORDS],

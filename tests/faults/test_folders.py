@@ -10,9 +10,9 @@ from typing import Any
 import lightning as L
 import pytest
 
+from core.atomic_write import damage
 from core.errors import ConfigError
 from core.run_lock import held
-from core.whole_file import damage
 from tests.faults.holder import holder
 from tests.helpers_run import load, tiny_job, train
 

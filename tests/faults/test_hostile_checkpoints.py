@@ -84,7 +84,7 @@ from pathlib import Path
 from core.checkpoint import load, load_beside_weights
 from core.open_run import open_run
 from core.run_folder import newest_whole
-from core.whole_file import damage_of
+from core.atomic_write import damage_of
 from tools.consolidate import consolidate
 for run in map(Path, sys.argv[1:]):
     path = run / "checkpoints/last.ckpt"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from core.errors import Refused
+from core.errors import InvalidValue
 from datamodules.preparation.documents import find_inputs
 from datamodules.preparation.inspect import verify
 from datamodules.storage import LocalFolder, read_index
@@ -72,5 +72,5 @@ def test_two_gibibytes_of_json_in_one_line_are_refused(tmp_path: Path) -> None:
         for _ in range(2048):
             file.write(b"a" * MEBIBYTE)
     pieces: Any = find_inputs([str(tmp_path / "a.jsonl")], "text", None).pieces()
-    with pytest.raises(Refused, match="is longer than 64,000,000 bytes; max_record_mb=128 allows more"):
+    with pytest.raises(InvalidValue, match="is longer than 64,000,000 bytes; max_record_mb=128 allows more"):
         next(pieces)

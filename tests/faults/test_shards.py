@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from core.errors import ConfigError, Refused
+from core.errors import ConfigError, InvalidValue
 from datamodules.index import CorpusError
 from datamodules.preparation.bounds import Bounds
 from datamodules.preparation.documents import find_inputs
@@ -96,6 +96,6 @@ def test_a_line_of_json_has_an_end(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "' + "a" * 1_000_000 + '"}\n')
     inputs = find_inputs([str(tmp_path / "a.jsonl")], bounds=Bounds(record_mb=1))
     bound = "a line of JSON is longer than 1,000,000 bytes; max_record_mb=2 allows more"
-    with pytest.raises(Refused, match=rf"a\.jsonl, line 1' is not valid: {bound}"):
+    with pytest.raises(InvalidValue, match=rf"a\.jsonl, line 1' is not valid: {bound}"):
         list(inputs.pieces())
     assert len(list(replace(inputs, bounds=Bounds(record_mb=2)).pieces())) == 1

@@ -9,8 +9,8 @@ from hydra import compose, initialize_config_dir
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from core import cli
 from datamodules.preparation.prepare import PrepareConfig
+from lightning_modules.composing import register_schemas
 from tests.helpers_run import ROOT
 from tools.evaluate import EvaluateConfig
 from tools.export import ExportConfig
@@ -61,7 +61,7 @@ SLOW = {
 @cache
 def composed() -> Any:
     """The configuration of train.py with every group's usual choice."""
-    cli.register_schemas()
+    register_schemas()
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         return OmegaConf.to_container(compose("train", ["logger=[tensorboard,csv]"]), resolve=False)
 
@@ -121,7 +121,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "tools.plan": ("--mfu", "--peak-flops"),
     "tools.replay": ("--step", "--allow"),
     "tools.runs": ("--status", "--sort"),
-    "tools.signal": ("--output", "--all-rows"),
+    "tools.propagation": ("--output", "--all-rows"),
     "studies.report": (),
 }
 STUDY_FIELDS = ("study", "scale", "seeds", "runs_dir", "results_dir", "threads", "run", "hydra/launcher")
@@ -151,7 +151,7 @@ def _of_dataclass(module: str, schema: Any) -> st.SearchStrategy[tuple[str, tupl
 
 
 def _of_options(module: str, names: tuple[str, ...]) -> st.SearchStrategy[tuple[str, tuple[str, ...]]]:
-    if module in ("tools.plan", "tools.signal"):
+    if module in ("tools.plan", "tools.propagation"):
         first = st.one_of(field_overrides(), group_overrides())
     else:
         first = st.lists(st.sampled_from(PLACES), min_size=1, max_size=2).map(tuple)

@@ -39,7 +39,7 @@ PRELOADED = (
         "tokenizers",
         "pyarrow.parquet",
         "tools.exporting.llama",
-        "tools.exporting.own_code",
+        "tools.exporting.remote_code",
         "tools.evaluation.corpora",
     ),
 )
@@ -184,10 +184,10 @@ def warm_up() -> None:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    from core import cli
     from core.build import build
+    from lightning_modules.composing import register_schemas
 
-    cli.register_schemas()
+    register_schemas()
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         config = compose("train", ["data=synthetic", "data.seq_len=15", "data.batch_size=2", "+model.moe={top_k: 1}"])
     GlobalHydra.instance().clear()

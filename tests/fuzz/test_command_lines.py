@@ -9,7 +9,7 @@ from tests.fuzz.sandbox import Sandbox, tree
 from tests.helpers_run import tiny_job
 
 TINY = tiny_job("trainer.max_steps=1")
-LITTLE = {"tools.signal": ("model.dim=32", "model.num_layers=2", "model.num_heads=2", "data.seq_len=32")}
+LITTLE = {"tools.propagation": ("model.dim=32", "model.num_layers=2", "model.num_heads=2", "data.seq_len=32")}
 """By module, what makes its usual work little; what is drawn comes behind it, and counts."""
 GROUPS = command_lines.all_group_overrides()
 

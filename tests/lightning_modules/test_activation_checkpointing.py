@@ -42,7 +42,7 @@ def test_it_changes_neither_loss_nor_gradient(placement: str, ffn: str) -> None:
 
 @pytest.mark.parametrize(("every", "again"), [(1, [1, 2, 3, 4, 5]), (2, [2, 4]), (5, [5]), (6, [])])
 def test_each_nth_block_runs_again(every: int, again: list[int]) -> None:
-    model = Transformer(tiny_config(num_layers=5, activation_checkpointing=True, checkpoint_every=every), 32)
+    model = Transformer(tiny_config(num_layers=5, activation_checkpointing=True, activation_checkpoint_every=every), 32)
     initialize(model)
     calls: list[int] = []
     for number, block in enumerate(model.blocks, start=1):

@@ -64,7 +64,7 @@ MIXTURES = [
     *(of_moe(normalize_weights=value) for value in (True, False)),
     *(of_moe(balancing=kind) for kind in ("loss", "bias", "none")),
     *(of_moe(num_shared_experts=1), of_moe(num_shared_experts=1, shared_expert_weighted_sum=True)),
-    *(of_moe(first_dense_layers=1), of_moe(every=2)),
+    *(of_moe(first_dense_layers=1), of_moe(layer_interval=2)),
 ]
 CHOICES: dict[str, list[Choice]] = {
     "placement": with_options("placement", PLACEMENTS, OF_PLACEMENTS),
@@ -75,7 +75,7 @@ CHOICES: dict[str, list[Choice]] = {
 }
 
 REFUSED = {
-    *("model.init_options", "model.init_options.correlation", "model.moe.every"),
+    *("model.init_options", "model.init_options.correlation", "model.moe.layer_interval"),
     *(f"model.norm_options.{name}" for name in ("alpha", "alpha_attention", "embedding_scale")),
 }
 """The fields that are refused for some value or pair, most of them as they would leave a constant."""

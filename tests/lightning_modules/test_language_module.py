@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.text import Perplexity
 
-from core.cli import register_schemas
 from core.errors import ConfigError
+from lightning_modules.composing import register_schemas
 from lightning_modules.language_module import LanguageModule
 from tests.conftest import VOCAB_SIZE, make_module, tiny_values, tokens
 

@@ -16,7 +16,7 @@ SILENT: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"ffn": "moe", "moe": {"num_experts": 2, "top_k": 2}}, {}),  # balancing=loss is the default, merely not needed
     ({"ffn": "moe", "moe": {"load_balancing_weight": 0.02}}, {}),
     ({"ffn": "moe", "moe": {"balancing": "bias", "bias_update_rate": 0.01}}, {}),
-    ({"activation_checkpointing": True, "checkpoint_every": 2}, {}),
+    ({"activation_checkpointing": True, "activation_checkpoint_every": 2}, {}),
     ({}, {"schedule": "wsd", "decay_fraction": 0.1, "decay_shape": "exponential"}),
     ({}, {"width_scaling": "mup", "base_width": 64}),
     ({}, {"min_lr_ratio": 0.0}),
@@ -26,7 +26,7 @@ SILENT: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"ffn": "moe", "ffn_dim": 48}, {}),
     *(
         ({"ffn": "moe", "ffn_dim": 48, "moe": {"expert_dim": 16, **moe}}, {})
-        for moe in ({"first_dense_layers": 1}, {"every": 2})
+        for moe in ({"first_dense_layers": 1}, {"layer_interval": 2})
     ),
 ]
 UNUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
@@ -58,7 +58,11 @@ UNUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ),
     ({"ffn": "moe", "moe": {"num_experts": 1, "top_k": 1, "jitter": 0.1}}, {}, "model.moe.jitter=0.1 has no effect"),
     ({"moe": {"num_experts": 16, "top_k": 4}}, {}, "model.moe.num_experts=16, model.moe.top_k=4 without effect"),
-    ({"checkpoint_every": 2}, {}, "model.checkpoint_every=2 has no effect: model.activation_checkpointing"),
+    (
+        {"activation_checkpoint_every": 2},
+        {},
+        "model.activation_checkpoint_every=2 has no effect: model.activation_checkpointing",
+    ),
     *(({"norm": kind, "norm_eps": 1e-3}, {}, "model.norm_eps=0.001 has no effect") for kind in ("dyt", "none")),
     ({"ffn": "moe", "ffn_dim": 48, "moe": {"expert_dim": 16}}, {}, "model.ffn_dim=48 has no effect: all FFNs"),
     *(

@@ -9,9 +9,9 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from core.build import build
-from core.cli import register_schemas
 from core.errors import ConfigError
 from datamodules.python_stdlib import PythonStdlib
+from lightning_modules.composing import register_schemas
 from lightning_modules.config import ModelConfig, MoEConfig, OptimConfig
 from lightning_modules.initialization import initialize
 from lightning_modules.language_module import LanguageModule
@@ -139,7 +139,11 @@ def test_every_matrix_counts_with_its_own_fan_in(overrides: list[str], down: dic
 
 @pytest.mark.parametrize(
     "override",
-    ["model.moe.first_dense_layers=1", "model.moe.every=2", "model.moe={num_shared_experts: 1, shared_expert_dim: 64}"],
+    [
+        "model.moe.first_dense_layers=1",
+        "model.moe.layer_interval=2",
+        "model.moe={num_shared_experts: 1, shared_expert_dim: 64}",
+    ],
 )
 def test_one_base_width_for_several_hidden_widths_is_refused(override: str) -> None:
     with pytest.raises(ConfigError, match=r"optim\.base_ffn_width=64 .*this model has \d+, \d+"):

@@ -8,11 +8,12 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from core import cli
 from core.build import build
 from core.errors import ConfigError
+from core.overrides import CONFIGS
+from lightning_modules.composing import register_schemas
 from studies.grid import Study, read
-from studies.run import CONFIGS, planned
+from studies.run import planned
 
 STUDIES = sorted(path.stem for path in (CONFIGS / "study").glob("*.yaml"))
 SCALES = ("laptop", pytest.param("gpu", marks=pytest.mark.slow), pytest.param("paper", marks=pytest.mark.slow))
@@ -27,7 +28,7 @@ def study(name: str, scale: str) -> Study:
 def test_every_run_of_every_study_can_be_built(name: str, scale: str) -> None:
     """On the meta device, which holds no numbers: every label of every axis, with the others at their first."""
     asked, sizes = study(name, scale), {}
-    cli.register_schemas()
+    register_schemas()
     assert asked.question.endswith("?")
     assert asked.needs
     first = asked.runs()[0]

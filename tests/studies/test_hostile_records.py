@@ -14,9 +14,9 @@ import pytest
 import yaml
 from markdown import markdown as render
 
+from core.atomic_write import write_whole
 from core.errors import UserError
 from core.untrusted import Untrusted
-from core.whole_file import write_whole
 from studies import figures
 from studies.decay import Decay
 from studies.grid import Study

@@ -224,7 +224,11 @@ def test_blocks_that_are_not_recomputed_keep_all() -> None:
     model = ["model.num_layers=4", "data=synthetic", "model.activation_checkpointing=true"]
     none, every, second = (
         plan(compose_config([*model, override])).activations
-        for override in ("model.activation_checkpointing=false", "model.checkpoint_every=1", "model.checkpoint_every=2")
+        for override in (
+            "model.activation_checkpointing=false",
+            "model.activation_checkpoint_every=1",
+            "model.activation_checkpoint_every=2",
+        )
     )
     assert every < second < none
     model[0] = "model.num_layers=1"

@@ -19,7 +19,7 @@ import pytest
 from tokenizers import AddedToken
 
 from core import cli
-from core.errors import Refused
+from core.errors import InvalidValue
 from datamodules.preparation.bounds import Bounds
 from datamodules.preparation.inputs import find_names
 from datamodules.preparation.tables import texts_of_table
@@ -271,7 +271,7 @@ def test_a_parquet_file_does_not_unfold(prepare: Prepared) -> None:
     )
     for name in ("a.parquet", "b.parquet"):
         assert (prepare.folder / name).stat().st_size < 2000
-        with pytest.raises(Refused, match="more than 200 times as many; max_expansion=2000 allows more"):
+        with pytest.raises(InvalidValue, match="more than 200 times as many; max_expansion=2000 allows more"):
             list(texts_of_table(prepare.folder / name, "text", Bounds()))
     assert "max_expansion=2000 allows more" in prepare.refused("a.parquet")
 

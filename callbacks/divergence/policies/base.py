@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from callbacks.divergence.detectors import Alarm, Detectors
-from callbacks.divergence.one_step import OneStep
 from callbacks.divergence.policies.snapshot import local
+from callbacks.divergence.step_override import StepOverride
 from callbacks.statistics import GradientStatistics
 
 
@@ -29,7 +29,7 @@ class Step:
 
     trainer: L.Trainer
     pl_module: L.LightningModule
-    one_step: OneStep
+    step_override: StepOverride
     number: int
     loss: float
     statistics: GradientStatistics
@@ -39,7 +39,7 @@ class Step:
 
     def skip(self) -> None:
         """Leave weights and optimizer state as they are; the detectors forget the step."""
-        self.one_step.skip()
+        self.step_override.skip()
         self.detectors.load_state_dict(self.detectors_before)
 
     def scale_gradients(self, factor: float | Tensor) -> None:

@@ -11,7 +11,7 @@ from callbacks.divergence.policies.snapshot import Snapshot
 from callbacks.divergence.policies.snapshot_file import SnapshotFile
 from callbacks.protocols import KeepsBeside
 from callbacks.statistics import forget_update
-from core.errors import Refused, require
+from core.errors import InvalidValue, require
 
 FIELD = "callbacks.divergence.policy_options"
 
@@ -60,7 +60,7 @@ class Rollback(Policy):
         if not kept and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # nothing is saved in that
             reason = "its snapshots are kept over a stop by callbacks.last_checkpoint, which is off; "
             reason += "turn it on, or choose another policy, as skip"
-            raise Refused("callbacks.divergence.policy", "rollback", reason)
+            raise InvalidValue("callbacks.divergence.policy", "rollback", reason)
 
     def act(self, step: Step) -> str | None:
         if self.file is None:
@@ -76,7 +76,7 @@ class Rollback(Policy):
             self._take_snapshot(step)
         factor = self.cooldown.factor_at(step.number)
         if factor < 1:
-            step.one_step.scale_lr(factor)
+            step.step_override.scale_lr(factor)
         return None
 
     def _on_alarm(self, step: Step) -> str:
@@ -96,7 +96,7 @@ class Rollback(Policy):
         if not self.snapshots:  # no step without an alarm so far, so that the weights are still those of the start
             self._take_snapshot(step)
         snapshot = self._choose(step.number)
-        snapshot.restore(step.pl_module, step.one_step.optimizer)
+        snapshot.restore(step.pl_module, step.step_override.optimizer)
         forget_update(step.pl_module)
         step.detectors.load_state_dict(snapshot.detectors)
         factor, last = self.cooldown.factor_at(step.number + 1), self.cooldown.last
@@ -105,7 +105,7 @@ class Rollback(Policy):
 
     def _take_snapshot(self, step: Step) -> None:
         """Keep the state after the step before; this step's update is still to come."""
-        snapshot = Snapshot(step.number - 1, step.pl_module, step.one_step.optimizer, step.detectors_before)
+        snapshot = Snapshot(step.number - 1, step.pl_module, step.step_override.optimizer, step.detectors_before)
         self.snapshots = [*self.snapshots[-1:], snapshot]
 
     def _choose(self, now: int) -> Snapshot:

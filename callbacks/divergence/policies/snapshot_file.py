@@ -11,8 +11,8 @@ from callbacks.divergence.detectors import Detectors
 from callbacks.divergence.policies.snapshot import Snapshot
 from callbacks.protocols import KeepsBeside
 from core import tensor_archive
+from core.atomic_write import damage, save
 from core.checkpoint import folder_beside
-from core.whole_file import damage, save
 
 
 class SnapshotFile:

@@ -223,8 +223,8 @@ def test_one_graph_compiles_and_computes_the_same(backend: str, inner_norm: bool
     [
         ({}, [1, 2, 3, 4, 5, 6]),
         ({"first_dense_layers": 2}, [3, 4, 5, 6]),
-        ({"every": 2}, [2, 4, 6]),
-        ({"first_dense_layers": 1, "every": 3}, [4]),
+        ({"layer_interval": 2}, [2, 4, 6]),
+        ({"first_dense_layers": 1, "layer_interval": 3}, [4]),
     ],
     ids=str,
 )
@@ -243,5 +243,5 @@ def test_which_layers_are_mixtures_and_what_they_weigh(moe: dict[str, Any], mixt
 
 
 def test_no_mixture_at_all_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"model\.moe\.every=2 .* model\.num_layers=2"):
-        Transformer(tiny_config(ffn="moe", moe={"first_dense_layers": 1, "every": 2}), 50)
+    with pytest.raises(ConfigError, match=r"model\.moe\.layer_interval=2 .* model\.num_layers=2"):
+        Transformer(tiny_config(ffn="moe", moe={"first_dense_layers": 1, "layer_interval": 2}), 50)

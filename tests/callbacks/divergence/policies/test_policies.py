@@ -10,13 +10,13 @@ from torch import nn
 
 from callbacks.divergence.detectors import CLIMB, LOSS_SPIKE, NONFINITE_GRADIENT, Alarm, Detectors
 from callbacks.divergence.divergence import Divergence
-from callbacks.divergence.one_step import OneStep
 from callbacks.divergence.policies.adagc import AdaGC
 from callbacks.divergence.policies.base import GiveUp, Policy, Step
 from callbacks.divergence.policies.skip import Skip
 from callbacks.divergence.policies.stop import Stop
 from callbacks.divergence.policies.warn import Warn
 from callbacks.divergence.policies.zclip import ZClip
+from callbacks.divergence.step_override import StepOverride
 from callbacks.statistics import GradientStatistics, Group
 from core.errors import ConfigError
 
@@ -31,7 +31,7 @@ class Run:
         self.policy, self.model = policy, nn.Linear(3, 2)
         self.model.device = torch.device("cpu")  # type: ignore[assignment]
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
-        self.one_step, self.detectors, self.number = OneStep(self.optimizer), Detectors(7.0, 8.0, 6.0), 0
+        self.step_override, self.detectors, self.number = StepOverride(self.optimizer), Detectors(7.0, 8.0, 6.0), 0
 
     def step(self, *alarms: Alarm, gradients: tuple[float, float] = (1.0, 1.0)) -> str | None:
         """One step whose gradients have these norms; returns what the policy said."""
@@ -50,7 +50,7 @@ class Run:
             facts: Any = {
                 "trainer": SimpleNamespace(callbacks=[], ckpt_path=None),
                 "pl_module": self.model,
-                "one_step": self.one_step,
+                "step_override": self.step_override,
             }
             figures: Any = {"number": self.number, "loss": 2.0, "statistics": statistics, "alarms": alarms}
             said.append(self.policy.act(Step(**facts, **figures, detectors=self.detectors, detectors_before=before)))

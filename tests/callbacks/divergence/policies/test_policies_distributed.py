@@ -15,11 +15,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW
 
 from callbacks.divergence.detectors import LOSS_SPIKE, Alarm, Detectors
-from callbacks.divergence.one_step import OneStep
 from callbacks.divergence.policies.adagc import AdaGC
 from callbacks.divergence.policies.base import Policy, Step
 from callbacks.divergence.policies.skip import Skip
 from callbacks.divergence.policies.zclip import ZClip
+from callbacks.divergence.step_override import StepOverride
 from lightning_modules.language_module import LanguageModule
 from lightning_modules.sharding import shard_block, shard_rest
 from lightning_modules.transformer import Block
@@ -43,7 +43,7 @@ def act(module: LanguageModule, policy: Policy) -> list[Tensor]:
     """What becomes of the gradients in each step, and of the weights in the end; all whole."""
     optimizer, detectors = AdamW(module.parameters(), lr=0.1), Detectors(7.0, 8.0, 6.0)
     base, seen = gradients(module), []
-    one_step = OneStep(optimizer)
+    step_override = StepOverride(optimizer)
     for number, scale in enumerate(SCALES, start=1):
         for parameter, gradient in zip(module.parameters(), base, strict=True):
             whole = scale * gradient
@@ -51,7 +51,7 @@ def act(module: LanguageModule, policy: Policy) -> list[Tensor]:
             if isinstance(parameter, DTensor):
                 parameter.grad = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
         total = math.hypot(*[float((scale * gradient).norm()) for gradient in base])
-        facts: Any = {"trainer": SimpleNamespace(world_size=1), "pl_module": module, "one_step": one_step}
+        facts: Any = {"trainer": SimpleNamespace(world_size=1), "pl_module": module, "step_override": step_override}
         alarms = [Alarm(LOSS_SPIKE, 9.0, 2.0, 20.0)] if scale > 2 else []
         statistics: Any = SimpleNamespace(total_norm=total)
         before = detectors.state_dict()

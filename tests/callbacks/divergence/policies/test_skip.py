@@ -6,21 +6,27 @@ from typing import Any
 import torch
 
 from callbacks.divergence.detectors import CLIMB, LOSS_SPIKE, Detectors
-from callbacks.divergence.one_step import OneStep
 from callbacks.divergence.policies.base import Step
 from callbacks.divergence.policies.skip import Skip
+from callbacks.divergence.step_override import StepOverride
 
 
 def act_on(losses: list[float]) -> list[tuple[int, list[str], str]]:
     """(index, kinds of alarm, what was done) of the steps that were worth an event."""
     detectors, policy, found = Detectors(7.0, 8.0, 6.0), Skip(max_in_a_row=3), []
-    one_step = OneStep(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]))
-    facts: Any = {"trainer": None, "pl_module": None, "statistics": None, "one_step": one_step, "detectors": detectors}
+    step_override = StepOverride(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]))
+    facts: Any = {
+        "trainer": None,
+        "pl_module": None,
+        "statistics": None,
+        "step_override": step_override,
+        "detectors": detectors,
+    }
     for index, loss in enumerate(losses):
         before = detectors.state_dict()
         alarms = detectors.update(loss, gradient_norm=1.0)
         done = policy.act(Step(number=index + 1, loss=loss, alarms=alarms, detectors_before=before, **facts))
-        one_step.optimizer.step()
+        step_override.optimizer.step()
         if done is not None:
             found.append((index, [alarm.kind for alarm in alarms], done))
     return found

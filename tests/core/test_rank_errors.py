@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from core.together import leave_together
+from core.rank_errors import leave_together
 from tests.distributed.processes import together
 
 SECONDS = 2.0

@@ -29,13 +29,13 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from core.pieces import META, VALUES, Path_, Piece, Pieces, Saved, checksum_of, key_of, name_of, write_index
+from core.atomic_write import sync
+from core.sharded_checkpoint import META, VALUES, Path_, Piece, Pieces, Saved, checksum_of, key_of, name_of, write_index
 from core.untrusted import Untrusted
-from core.whole_file import sync
 
 
 class PiecesWriter(StorageWriter, BlockingAsyncStager):
-    """Writes a folder of core/pieces.py; the first process has written `meta.pt` and `values.pt` before.
+    """Writes a folder of core/sharded_checkpoint.py; the first process has written `meta.pt` and `values.pt` before.
 
     Args:
         folder: which is there.

@@ -1,8 +1,8 @@
 """Signal propagation at initialization: how activations and gradients fare on their way through the blocks.
 
-    python -m tools.signal model.placement=spannorm model.num_layers=128
-    python -m tools.signal model=moe model.placement=prenorm model.init=fan_in seed=1 --output picture.png
-    python -m tools.signal --every-placement model.num_layers=64
+    python -m tools.propagation model.placement=spannorm model.num_layers=128
+    python -m tools.propagation model=moe model.placement=prenorm model.init=fan_in seed=1 --output picture.png
+    python -m tools.propagation --every-placement model.num_layers=64
 
 Takes the same overrides as train.py, builds the model as train.py would, and sends random tokens through it once,
 forward and backward; nothing is trained and no data is read. Prints a table with one row a block, and draws the same.
@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -30,12 +28,12 @@ from analysis.theory import Prediction, predict_model
 from core import cli
 from core.build import build
 from core.errors import require
+from lightning_modules.composing import compose_run
 from lightning_modules.config import ModelConfig
 from lightning_modules.initialization import init_name
 from spannorm import PLACEMENTS
 from tools.picture import check_picture, save_picture
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 PICTURES = Path("runs/signal")
 VOCAB_SIZE = 256
 NUM_ROWS = 16  # printed, of deeper models
@@ -80,9 +78,7 @@ def report(overrides: Sequence[str], batch_size: int = 4, seq_len: int = 64) -> 
     Raises:
         ConfigError, HydraException, OmegaConfBaseException: what cannot be built.
     """
-    cli.register_schemas()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config: DictConfig = compose("train", list(overrides))
+    config = compose_run(overrides)
     valid = "an integer in [0, 2**32)"
     require(type(config.seed) is int and 0 <= config.seed < 2**32, "seed", config.seed, valid)
     config.model.compile = config.model.activation_checkpointing = False  # hooks see neither well, results are the same
@@ -207,7 +203,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m tools.signal", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tools.propagation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="as for train.py: model, optim, seed")
     parser.add_argument("--output", type=Path, help=f"the picture (PNG); default: {PICTURES}/MODEL.png")

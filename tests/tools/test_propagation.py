@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from spannorm import PLACEMENTS
-from tools import signal
+from tools import propagation
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["model.dim=32", "model.num_heads=2"]
@@ -17,20 +17,20 @@ SMALL = ["model.dim=32", "model.num_heads=2"]
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["signal", *arguments])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # which the command sets, for good, in its process
-    monkeypatch.setattr(signal.torch, "set_num_threads", lambda count: None)
-    signal.cli.run(lambda: signal.main(signal.parse_arguments()))
+    monkeypatch.setattr(propagation.torch, "set_num_threads", lambda count: None)
+    propagation.cli.run(lambda: propagation.main(propagation.parse_arguments()))
 
 
 def test_command_prints_a_table_and_draws_it(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tools.signal", "model.placement=spannorm", "model.num_layers=40", *SMALL]
+    command = [sys.executable, "-m", "tools.propagation", "model.placement=spannorm", "model.num_layers=40", *SMALL]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert "…" not in done.stdout  # no column is cut
     lines = done.stdout.splitlines()
     rows = [line.split() for line in lines if line.strip() and line.split()[0].isdigit()]
-    assert (rows[0][0], rows[-1][0], len(rows)) == ("1", "40", signal.NUM_ROWS)
-    assert {len(row) for row in rows} == {1 + len(signal.COLUMNS) + len(signal.PREDICTED)}
+    assert (rows[0][0], rows[-1][0], len(rows)) == ("1", "40", propagation.NUM_ROWS)
+    assert {len(row) for row in rows} == {1 + len(propagation.COLUMNS) + len(propagation.PREDICTED)}
     assert rows[-1][1:3] == ["1", "1"]  # SpanNorm's variance, measured and predicted
     assert rows[-1][7] == rows[-1][8]  # gradients are predicted relative to the last block's
     assert any(line.startswith("Hidden gradient, first block over last: 1.") for line in lines)
@@ -46,7 +46,7 @@ def test_all_rows_and_no_theory_for_moe(
     out = capsys.readouterr().out
     rows = [line.split() for line in out.splitlines() if line.strip() and line.split()[0].isdigit()]
     assert [int(row[0]) for row in rows] == list(range(1, 19))
-    assert {len(row) for row in rows} == {1 + len(signal.COLUMNS)}
+    assert {len(row) for row in rows} == {1 + len(propagation.COLUMNS)}
     assert "No theory for this model" in out
     assert (tmp_path / "a.png").exists()
 
@@ -74,7 +74,8 @@ def test_mistakes_are_one_message(
 @pytest.mark.slow
 def test_table_of_every_placement() -> None:
     rows = [
-        line.strip("| ").split(" | ") for line in signal.placements_table([*SMALL, "model.num_layers=2"]).split("\n")
+        line.strip("| ").split(" | ")
+        for line in propagation.placements_table([*SMALL, "model.num_layers=2"]).split("\n")
     ]
     assert [row[0] for row in rows[2:]] == list(PLACEMENTS)
     assert {len(row) for row in rows[2:]} == {len(rows[0])}
@@ -93,7 +94,7 @@ def rows_of(markdown: str, num_cells: int) -> dict[tuple[str, str], list[str]]:
 @pytest.mark.parametrize("init", [[], ["model.init=fan_in"]], ids=["default", "fan_in"])
 def test_the_documented_table_is_what_the_command_prints(init: list[str]) -> None:
     documented = rows_of((ROOT / "docs/placements.md").read_text(), 9)
-    printed = rows_of(signal.placements_table(["model.num_layers=64", *init]), 9)
+    printed = rows_of(propagation.placements_table(["model.num_layers=64", *init]), 9)
     compared = [key for key in printed if key in documented]
     assert len(compared) >= 17
     for key in compared:
@@ -105,16 +106,18 @@ def test_the_documented_table_is_what_the_command_prints(init: list[str]) -> Non
 def test_a_documented_row_of_the_theory_is_what_the_command_prints() -> None:
     row = rows_of((ROOT / "docs/theory.md").read_text(), 6)["spannorm", "scale_init"]
     assert row[0] == "64"
-    result = signal.report(["model.placement=spannorm", "model.num_layers=64"])
+    result = propagation.report(["model.placement=spannorm", "model.num_layers=64"])
     assert result.predictions is not None
     first, last = result.predictions[0], result.predictions[-1]
     measured = result.signals[-1]
     expected = [last.variance, measured.variance, first.skip_gradient, first.hidden_gradient]
-    expected += [signal.gradient_ratio(result), last.cosine, measured.cosine]
+    expected += [propagation.gradient_ratio(result), last.cosine, measured.cosine]
     assert [float(cell) for cell in ", ".join(row[1:]).split(", ")] == pytest.approx(expected, rel=0.1, abs=5e-4)
 
 
 def test_compiling_and_checkpointing_change_nothing() -> None:
-    plain = signal.report([*SMALL, "model.num_layers=2"])
-    other = signal.report([*SMALL, "model.num_layers=2", "model.compile=true", "model.activation_checkpointing=true"])
+    plain = propagation.report([*SMALL, "model.num_layers=2"])
+    other = propagation.report(
+        [*SMALL, "model.num_layers=2", "model.compile=true", "model.activation_checkpointing=true"]
+    )
     assert plain.signals == other.signals

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from core import run_lock, tensor_archive
+from core.atomic_write import NotWritten, damage, save, unfinished_of, write_whole
 from core.checkpoint import keep
 from core.errors import ConfigError
 from core.run_lock import held
 from core.status import LOCK, is_running
-from core.whole_file import NotWritten, damage, save, unfinished_of, write_whole
 from tests.damage import small_files
 from tests.faults.holder import holder
 from tests.faults.racing import racing
@@ -96,7 +96,7 @@ def test_what_lies_in_the_place_of_the_unfinished_file_is_not_written_to(tmp_pat
 
 def test_two_processes_that_write_one_file_do_not_mix(tmp_path: Path) -> None:
     """As two calls of a tool for one run, which no lock of the run keeps apart."""
-    imports = "from pathlib import Path; from core.whole_file import write_whole"
+    imports = "from pathlib import Path; from core.atomic_write import write_whole"
     with racing(tmp_path, imports, WRITE, "a", "b") as processes:
         while any(process.poll() is None for process in processes):
             with suppress(FileNotFoundError):

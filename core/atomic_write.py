@@ -98,9 +98,9 @@ def is_whole(checkpoint: Path, thorough: bool = True) -> bool:
 
 def damage_of(checkpoint: Path, thorough: bool) -> str | None:
     """What is wrong with a checkpoint of either kind; None: nothing."""
-    from core import pieces
+    from core import sharded_checkpoint
 
-    return pieces.damage(checkpoint, thorough) if checkpoint.is_dir() else damage(checkpoint)
+    return sharded_checkpoint.damage(checkpoint, thorough) if checkpoint.is_dir() else damage(checkpoint)
 
 
 @contextlib.contextmanager

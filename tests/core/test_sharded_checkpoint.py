@@ -16,11 +16,11 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch.distributed.checkpoint.metadata import Metadata
 
+from core.atomic_write import save as save_file
 from core.checkpoint import load, load_beside_weights
-from core.pieces import META, VALUES, Piece, Saved, _check, damage, joined, name_of, read_index, split
-from core.pieces_of_processes import PiecesWriter
+from core.distributed_checkpoint import PiecesWriter
+from core.sharded_checkpoint import META, VALUES, Piece, Saved, _check, damage, joined, name_of, read_index, split
 from core.untrusted import Untrusted
-from core.whole_file import save as save_file
 from tests.core.test_tensor_archive import assert_same
 
 pytestmark = [

@@ -6,7 +6,7 @@ import torch
 from torch.optim import Optimizer
 
 
-class OneStep:
+class StepOverride:
     """Changes the optimizer in `on_before_optimizer_step`, and undoes it as soon as the optimizer has stepped, before a
     scheduler or a checkpoint sees its groups.
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR, LRScheduler
 
-from callbacks.divergence.one_step import OneStep
+from callbacks.divergence.step_override import StepOverride
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "AdamW": lambda groups: AdamW(groups, lr=0.1, weight_decay=0.5),
@@ -46,10 +46,10 @@ def state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_skipped_step_leaves_no_trace(name: str) -> None:
     model, optimizer = make(name)
-    one_step = OneStep(optimizer)
+    step_override = StepOverride(optimizer)
     step(model, optimizer, 1)
     before = state(model, optimizer)
-    step(model, optimizer, 2, one_step.skip)
+    step(model, optimizer, 2, step_override.skip)
     assert model.weight.grad is not None
     assert bool(model.weight.grad.any()), "who looks at gradients still finds them"
     torch.testing.assert_close(state(model, optimizer), before, rtol=0, atol=0)
@@ -64,7 +64,10 @@ def test_a_skipped_step_leaves_no_trace(name: str) -> None:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_learning_rate_is_cut_for_one_step(name: str) -> None:
     model, optimizer = make(name)
-    one_step, scheduler = OneStep(optimizer), ExponentialLR(optimizer, 0.5)  # multiplies what it finds in the group
+    step_override, scheduler = (
+        StepOverride(optimizer),
+        ExponentialLR(optimizer, 0.5),
+    )  # multiplies what it finds in the group
     without, its_optimizer = make(name)
     its_scheduler: LRScheduler = ExponentialLR(its_optimizer, 0.5)
 
@@ -73,7 +76,7 @@ def test_the_learning_rate_is_cut_for_one_step(name: str) -> None:
             group["lr"] *= 0.1
 
     for number in (1, 2, 3):
-        step(model, optimizer, number, (lambda: one_step.scale_lr(0.1)) if number == 2 else lambda: None)
+        step(model, optimizer, number, (lambda: step_override.scale_lr(0.1)) if number == 2 else lambda: None)
         step(without, its_optimizer, number, by_hand if number == 2 else lambda: None)
         for group, lr in zip(its_optimizer.param_groups, (0.1, 0.01), strict=True):
             group["lr"] = lr * 0.5 ** (number - 1)

@@ -16,7 +16,7 @@ _NOISE = (
 )
 
 
-def quieten() -> None:
+def silence_noise() -> None:
     """Silence Lightning's hardware banner and the warnings that do not apply here; errors and the rest stay."""
     for package in ("lightning.pytorch", "lightning.fabric.utilities.distributed"):
         logging.getLogger(package).setLevel(logging.WARNING)
