@@ -20,7 +20,6 @@ from omegaconf.errors import OmegaConfBaseException
 from core.atomic_write import damage_of, is_whole, write_whole
 from core.errors import ConfigError, InvalidValue, UserError, one_line, require, writing
 from core.file_errors import about_a_file
-from core.mappings import flatten
 from core.moved import override_with_current_names
 from core.paths import require_path
 from core.printable import printable
@@ -392,6 +391,20 @@ def check_resumable(
         require(step < max_steps, "trainer.max_steps", max_steps, f"more than {step}, the step of the checkpoint")
     check_time_left(trainer, content, config)
     return int(step)
+
+
+def flatten(values: Mapping[str, Any], separator: str, prefix: str = "") -> dict[str, Any]:
+    """Return nested settings as one flat mapping: {"model": {"dim": 8}} becomes {"model.dim": 8}.
+
+    An empty mapping stays a value.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, separator, f"{prefix}{key}{separator}"))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def _check_same_data(content: dict[str, Any], datamodule: Any) -> None:

@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from core.errors import UserError
 from core.signals import held_back, ignore_stop_signals
 from datamodules.samples import Rows, Samples
-from datamodules.shared_memory import shared
 
 Batch = dict[str, Tensor]
 
@@ -67,7 +66,7 @@ class TokenStream(IterableDataset[Batch | UserError]):
         while group := list(itertools.islice(remaining, size)):
             rows = self.read(*group)
             for first in range(0, len(group) * share, share):
-                yield {name: shared(torch.from_numpy(part[first : first + share])) for name, part in rows.items()}
+                yield {name: _shared(torch.from_numpy(part[first : first + share])) for name, part in rows.items()}
             size = min(2 * size, most)  # one by one at first, so that a run begins at once
 
     def read(self, *batches: int) -> Rows:
@@ -97,3 +96,15 @@ class StreamLoader(DataLoader[Batch | UserError]):
             if isinstance(batch, UserError):
                 raise batch
             yield batch
+
+
+def _shared(tensor: Tensor) -> Tensor:
+    """Return the tensor; in a data-loader process, moved to memory that it shares with the main one.
+
+    torch would move it there from the thread that hands batches on. Where /dev/shm is full, that prints a traceback and
+    drops the batch, and the main process waits for it without end.
+
+    Raises:
+        RuntimeError: there is no room; core.interruption says it in words.
+    """
+    return tensor if get_worker_info() is None else tensor.share_memory_()

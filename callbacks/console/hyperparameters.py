@@ -6,7 +6,7 @@ import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard.summary import hparams
 
-from core.mappings import flatten
+from core.run_folder import flatten
 
 
 class Hyperparameters(L.Callback):
