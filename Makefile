@@ -17,7 +17,7 @@ FOR_TESTS := $(VENV)/.test-$(VERSION)
 BENCH := .venv-bench/bin
 FOR_BENCH := .venv-bench/.made-$(VERSION)
 
-.PHONY: help train test test-slow bench bench-gpu lint types docs format clean
+.PHONY: help train test test-slow check-newest bench bench-gpu lint types docs format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,6 +31,13 @@ test: $(FOR_TESTS) lint types docs  ## lint, types, documentation, and every tes
 
 test-slow: $(FOR_TESTS)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+# The pins are left out, so that pip takes the newest; the tests are those of core/compat.py alone.
+check-newest: | $(MADE)  ## which undocumented uses of Lightning and torch still hold with their newest versions
+	$(BIN)/python -m venv --clear .venv-newest
+	sed -E 's/(==|~=)[^ ;]+//' requirements.txt > .venv-newest/requirements.txt
+	.venv-newest/bin/python -m pip install --quiet --upgrade -r .venv-newest/requirements.txt pytest pytest-timeout
+	.venv-newest/bin/python -m pytest -q tests/core/test_compat.py
 
 bench: $(FOR_BENCH)  ## the training step against its peers', and what each thing costs; a quarter of an hour
 	$(BENCH)/python -m benchmarks.compare $(ARGS)
@@ -56,7 +63,7 @@ format: $(FOR_TESTS)  ## let ruff rewrite the code
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment and caches; data/ and runs/ stay
-	rm -rf $(VENV) .venv-bench site build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-bench .venv-newest site build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(MADE):
 	@test -n "$(VERSION)" || { echo "$(PYTHON) is not Python 3.11 to 3.13; choose one: make train PYTHON=python3.12"; exit 1; }

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
+from core.compat import foreach_differences, foreach_norms
 from core.steps import is_logged
 
 
@@ -197,7 +198,7 @@ def _compute(labelled: list[tuple[Group, Any]], cache: _Cache, step: int, logged
 @torch.no_grad()
 def _update_norms(cache: _Cache, parameters: Sequence[Tensor]) -> Tensor:
     before = [cache.watched[p] for p in parameters]
-    return norms(torch._foreach_sub([_local(p.detach()) for p in parameters], before), parameters)
+    return norms(foreach_differences([_local(p.detach()) for p in parameters], before), parameters)
 
 
 @torch.no_grad()
@@ -211,7 +212,7 @@ def norms(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> Tensor:
     """
     parts = [_local(t) for t in tensors]
     dtype = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
-    local = torch.stack(torch._foreach_norm(parts, 2, dtype=dtype))
+    local = foreach_norms(parts, dtype)
     return _over_processes(local.square(), like).sqrt() if any(isinstance(p, DTensor) for p in like) else local
 
 

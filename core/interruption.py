@@ -14,18 +14,17 @@ import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from core.compat import is_restoring, lacks_shared_memory, lost_a_loader_process, lost_a_peer
 from core.console import quiet_writers
 from core.errors import ConfigError, UserError, one_line
 from core.file_errors import DISK, about_a_file
 from core.memory import explain_lack
 from core.printable import printable
-from core.rank_errors import leave_together, lost_a_peer
+from core.rank_errors import leave_together
 from core.run_control import TrainingInterrupted
 from core.run_folder import LAST, is_main_process, resume_command
 
 PEER_LOST = 4
-RESTORING = ("restore_callbacks", "restore_loops", "restore_optimizers_and_schedulers", "restore_datamodule")
-"""Lightning's functions that hand out what a checkpoint holds."""
 
 
 @contextmanager
@@ -57,7 +56,7 @@ def report_failures(trainer: L.Trainer, run_dir: Path) -> Iterator[None]:
     except MemoryError as error:
         raise explain_lack(error) or error from error
     except OSError as error:
-        if _cannot_share(error):
+        if lacks_shared_memory(error):
             raise _no_shared_memory(trainer) from error
         if run_dir.is_dir() and (error.errno not in DISK or _is_elsewhere(error, run_dir)):
             raise about_a_file(error) or error from error
@@ -70,7 +69,7 @@ def report_failures(trainer: L.Trainer, run_dir: Path) -> Iterator[None]:
     except RuntimeError as error:
         if (other := _not_of_this_run(trainer, error)) is not None:
             raise other from error
-        if str(error).startswith("DataLoader worker") or _cannot_share(error):
+        if lost_a_loader_process(error) or lacks_shared_memory(error):
             raise _no_shared_memory(trainer) from error
         if (lack := explain_lack(error)) is not None:
             raise lack from error
@@ -90,17 +89,10 @@ def _not_of_this_run(trainer: L.Trainer, error: Exception) -> ConfigError | None
     # The last frame alone counts: Lightning computes the loss in a closure within the optimizer's step.
     stepping = trainer.ckpt_path is not None and "/torch/optim/" in frames[-1].filename
     lacks = isinstance(error, RuntimeError) and (explain_lack(error) is not None or lost_a_peer(error))
-    if lacks or not (stepping or any(frame.name in RESTORING for frame in frames)):
+    if lacks or not (stepping or is_restoring(error)):
         return None
     valid = f"a checkpoint of this run; its states cannot be restored ({type(error).__name__}: {one_line(error)})"
     return ConfigError("ckpt_path", str(trainer.ckpt_path), valid)
-
-
-def _cannot_share(error: OSError | RuntimeError) -> bool:
-    """torch's words for a batch without room in /dev/shm; or there was none even for a loader's first lock."""
-    places = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-    no_lock = isinstance(error, OSError) and places[-1].endswith("multiprocessing/synchronize.py")
-    return no_lock or "shared memory(shm)" in str(error)
 
 
 def _no_shared_memory(trainer: L.Trainer) -> ConfigError:

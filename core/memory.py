@@ -4,8 +4,7 @@ import os
 import re
 from typing import Any
 
-import torch
-
+from core.compat import lacks_memory
 from core.errors import InvalidValue, UserError, one_line
 
 GIB = 2**30
@@ -53,10 +52,7 @@ def memory_of_machine() -> int | None:
 
 def explain_lack(error: BaseException) -> UserError | None:
     """Return the error in words for the user where it says that memory was not enough; None where it does not."""
-    lacks = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "Storage size calc" in str(error))
-    )
-    if not lacks:
+    if not lacks_memory(error):
         return None
     said = re.sub(r"^\[enforce fail .*?DefaultCPUAllocator: ", "", one_line(error)).partition(" If reserved but")[0]
     way = "data.batch_size, micro_batch_size, data.seq_len and the model's sizes decide: python -m tools.plan"

@@ -6,12 +6,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from core.compat import lost_a_peer
 from core.errors import UserError
-
-
-def lost_a_peer(error: BaseException) -> bool:
-    """gloo has no exception of its own, but names its source file."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import lightning as L
 import torch
 
+from core import compat
 from core.signals import STOPPING
 from core.steps import at_the_end, completes_step
 
@@ -68,14 +69,9 @@ class RunControl(L.Callback):
             self._handlers = {number: signal.signal(number, self._note) for number in STOPPING}
         except ValueError:  # not in the main thread (a notebook's executor, a test): Lightning's handling stays
             self._handlers = {}
-        connector: Any = trainer._signal_connector
-        if self._handlers and connector.received_sigterm:  # while data and model were set up
-            connector.received_sigterm = False  # or Lightning would leave amid the run, and nothing would be saved
+        if self._handlers and compat.take_early_sigterm(trainer):  # while data and model were set up
             self.received = int(signal.SIGTERM)
-        # A checkpoint that was saved before a batch says that this one was ready, although it had not begun, and
-        # Lightning counts validations by batches that are ready.
-        batches: Any = trainer.fit_loop.epoch_loop.batch_progress.total
-        batches.ready = min(batches.ready, batches.started)
+        compat.forget_batch_that_never_began(trainer)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self.received and signum == signal.SIGINT:
@@ -89,9 +85,7 @@ class RunControl(L.Callback):
         # Not at the end of the batch before: its metrics were not with the loggers yet.
         if self._leaving:
             self._leave(trainer)
-        # The step that loggers write. Lightning restores it one too small or too large where the checkpoint was saved
-        # around a validation, and the curve of a resumed run would be shifted.
-        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+        compat.set_logged_step(trainer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

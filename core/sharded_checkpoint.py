@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.load import _METADATA_FILENAME as META  # which tells Lightning what the folder is
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -32,6 +31,8 @@ from core.plain_pickle import Maker, Record
 from core.untrusted import Untrusted, beyond, bound, check_json, open_regular, parse_json, read_bytes
 
 INDEX, CHECKSUM, VALUES = "index.json", "index.crc32", "values.pt"
+META = "meta.pt"
+"""The name by which Lightning knows such a folder."""
 OLD_INDEX, OLD_CHECKSUM = ".metadata", "metadata.crc32"
 FORMAT, VERSION = "checkpoint in pieces", 1
 MAX_INDEX = 32 << 20  # bytes; room for a million pieces

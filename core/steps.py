@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
+from core import compat
 from core.errors import require
 from core.limits import require_at_most
 
@@ -74,13 +74,8 @@ def begin_step(trainer: L.Trainer) -> None:
     batches, limit = _batches_per_step(trainer, trainer.current_epoch), trainer.limit_train_batches
     # Each epoch of a Trainer of one's own may end with a step of fewer batches.
     remainder = isinstance(limit, int) and limit % batches
-    if not trainer.fit_loop.restarting or remainder:
-        return
-    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
-    shift = trainer.global_step * batches - progress.total.processed
-    for counts in (progress.total, progress.current):
-        for name in ("ready", "started", "processed", "completed"):
-            setattr(counts, name, getattr(counts, name) + shift)
+    if compat.is_resuming(trainer) and not remainder:
+        compat.set_processed_batches(trainer, trainer.global_step * batches)
 
 
 def _batches_per_step(trainer: L.Trainer, epoch: int) -> int:
@@ -108,8 +103,7 @@ def begin_epoch(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
     Callbacks set themselves up there: GradientAccumulationScheduler its number of batches, a progress bar its bar. To
     be called in the LightningModule's `on_train_start`, when those of all callbacks are done.
     """
-    loop = trainer.fit_loop
-    if loop.restarted_mid_epoch or loop.restarted_on_epoch_end:
+    if compat.is_resuming_within_epoch(trainer):
         for callback in _callbacks(trainer):
             callback.on_train_epoch_start(trainer, pl_module)
         pl_module.on_train_epoch_start()
@@ -138,8 +132,7 @@ def check_length(trainer: L.Trainer, val_check_interval: object = None) -> None:
     require(trainer.max_steps >= 1, "trainer.max_steps", trainer.max_steps, valid)
     require(trainer.max_epochs == -1, "trainer.max_epochs", trainer.max_epochs, "-1; give trainer.max_steps instead")
     require(not trainer.min_epochs, "trainer.min_epochs", trainer.min_epochs, "null; give trainer.min_steps instead")
-    # Left out, Lightning makes it 1 beside min_steps, and nothing could stop the run before its only epoch is over.
-    trainer.fit_loop.min_epochs = 0
+    compat.ask_for_no_epoch(trainer)
     batches = trainer.accumulate_grad_batches
     require(batches >= 1, "trainer.accumulate_grad_batches", batches, "an integer >= 1")
     require_at_most(MAX_STEPS, "trainer.max_steps", trainer.max_steps)

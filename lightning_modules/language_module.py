@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, Call
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
+from core.compat import allow_graphs
 from core.errors import ConfigError, InvalidValue, require
 from core.lightning_callbacks import check_callbacks
 from core.run_control import take_control
@@ -173,7 +174,7 @@ class LanguageModule(L.LightningModule):
             return
         valid = "false or null with model.moe.top_k=1: one weight divided by itself is 1, and the router learns nothing"
         require(resumed, "model.moe.normalize_weights", True, valid)
-        if self._trainer is not None and self.global_rank == 0:
+        if self._attached_trainer is not None and self.global_rank == 0:
             log.warning("model.moe.top_k=1 with normalize_weights=true: the router gets no gradient from the loss")
 
     def configure_model(self) -> None:
@@ -181,7 +182,7 @@ class LanguageModule(L.LightningModule):
         if self.model is not None:
             return
         # That of the run, which under a ModelParallelStrategy is not torch's default one.
-        device = torch.get_default_device() if self._trainer is None else self.trainer.strategy.root_device
+        device = torch.get_default_device() if self._attached_trainer is None else self.trainer.strategy.root_device
         mesh, built = self.device_mesh, partial(Transformer, self.model_config, self.vocab_size)
         if mesh is not None:
             check_mesh(self.model_config, mesh["data_parallel"].size(), mesh["tensor_parallel"].size())
@@ -195,17 +196,23 @@ class LanguageModule(L.LightningModule):
             if self.global_rank == 0:
                 log.info("MoE backend: %s (%s)", *mixture.backend)
         if self.model_config.compile:
-            # First, middle and last block, mixture or not, with and without gradients: past the limit of 8 graphs
-            # blocks would silently run uncompiled.
-            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+            allow_graphs(64)  # first, middle and last block, mixture or not, with and without gradients
             for block in self.model.blocks:
                 block.compile()
-        if mesh is None and self._trainer is not None and self.trainer.state.fn == "fit":
+        if mesh is None and self._attached_trainer is not None and self.trainer.state.fn == "fit":
             check_unsharded(self.model_config)  # elsewhere one process may have all experts
+
+    @property
+    def _attached_trainer(self) -> L.Trainer | None:
+        """The Trainer that holds this module; None where it is used without one."""
+        try:
+            return self.trainer
+        except RuntimeError:
+            return None
 
     def _precision(self) -> AbstractContextManager[Any]:
         """That of the forward pass in training, by which the backend of the experts is chosen."""
-        return nullcontext() if self._trainer is None else self.trainer.precision_plugin.forward_context()
+        return nullcontext() if self._attached_trainer is None else self.trainer.precision_plugin.forward_context()
 
     def forward(
         self, tokens: Tensor, positions: Tensor | None = None, targets: Tensor | None = None

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from core.compat import unscale_before_clipping
 from core.errors import require
 from lightning_modules.argument_errors import as_config_errors
 from lightning_modules.config import OptimConfig
@@ -37,9 +38,7 @@ def make_optimizer(model: Transformer, config: OptimConfig) -> torch.optim.AdamW
         groups.append({"params": weights, "lr": config.lr * factor, "weight_decay": config.weight_decay / factor})
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in model.parameters())
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
-    # A fused AdamW would undo fp16's loss scaling in its step, after the clipping; Lightning refuses to clip then, in
-    # any mixed precision. Without this the scaler undoes it before both.
-    optimizer._step_supports_amp_scaling = False
+    unscale_before_clipping(optimizer)
     return optimizer
 
 

@@ -10,6 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from core.compat import foreach_norms
 from core.errors import require
 from lightning_modules.config import ModelConfig
 from lightning_modules.layers.moe import MoE
@@ -90,7 +91,7 @@ def _total_norm(gradients: list[Tensor]) -> Tensor:
     """Return the l2 norm over all of them in fp32 or wider; torch's own comes in the gradients' type."""
     if all(gradient.dtype in (torch.float32, torch.float64) for gradient in gradients):
         return get_total_norm(gradients)
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)))
+    return torch.linalg.vector_norm(foreach_norms(gradients, torch.float32))
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> None:

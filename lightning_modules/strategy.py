@@ -13,8 +13,6 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from lightning.fabric.strategies.model_parallel import _load_raw_module_state, _rekey_optimizer_state_if_needed
-from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
@@ -26,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from core.atomic_write import save, unfinished_of
 from core.checkpoint import load, load_beside_weights, put_in_place, remove
+from core.compat import key_optimizer_state_by_name, load_full_weights
 from core.distributed_checkpoint import PiecesWriter, fill
 from core.errors import one_line, require
 from core.rank_errors import failing_together
@@ -43,11 +42,11 @@ class DataParallelStrategy(DDPStrategy):
     def __init__(self, timeout_minutes: float = 10.0, process_group_backend: str | None = None) -> None:
         super().__init__(process_group_backend=process_group_backend, timeout=_timeout(timeout_minutes))
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         with failing_together():  # the first process alone writes
             super().save_checkpoint(checkpoint, filepath, storage_options)
 
-    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         # The first process alone has looked at every byte. Lightning's ModelParallelStrategy does this itself.
         return super().load_checkpoint(self.broadcast(checkpoint_path), weights_only)
 
@@ -93,7 +92,7 @@ class ShardedStrategy(ModelParallelStrategy):
         # A group of its own: the thread that saves must not come between the collectives of the training.
         self._saving_group = dist.new_group(backend="gloo", timeout=self._timeout)
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         path = Path(self.broadcast(filepath))
         self.finish_saving()
         unfinished = unfinished_of(path)
@@ -145,7 +144,7 @@ class ShardedStrategy(ModelParallelStrategy):
             with failing_together(), _in_words():
                 saving.result()
 
-    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         self.finish_saving()
         path = Path(self.broadcast(checkpoint_path))  # the first process alone has looked at every byte
         return self._load_pieces(path) if path.is_dir() else self._load_file(path)
@@ -192,10 +191,10 @@ class ShardedStrategy(ModelParallelStrategy):
     def _load_file(self, path: Path) -> dict[str, Any]:
         assert self.model is not None
         checkpoint = load(path)
-        _load_raw_module_state(checkpoint.pop("state_dict"), self.model)
+        load_full_weights(checkpoint.pop("state_dict"), self.model)
         options = StateDictOptions(broadcast_from_rank0=True, full_state_dict=True)
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            state = _rekey_optimizer_state_if_needed(saved, self.model)
+            state = key_optimizer_state_by_name(saved, self.model)
             set_optimizer_state_dict(self.model, optimizer, optim_state_dict=state, options=options)
         return checkpoint
 

@@ -9,9 +9,10 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_to_all_single_autograd, wait_tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from core.compat import all_to_all_single_autograd, wait_tensor
 
 
 def shard(mlp: nn.Module, mesh: DeviceMesh) -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from core.compat import onednn_linear
 from lightning_modules.layers.operators import namespace
 
 LEAST = 100_000_000
@@ -64,8 +65,7 @@ torch.library.define(_NAME, "(Tensor x, Tensor weight) -> Tensor")
 
 @torch.library.impl(_NAME, "cpu")
 def _by_onednn(x: Tensor, weight: Tensor) -> Tensor:
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return out
+    return onednn_linear(x, weight)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:

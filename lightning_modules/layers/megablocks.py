@@ -89,7 +89,9 @@ def make_experts(config: ModelConfig) -> Any:
         )
     )
     for name in ("w1", "v1", "w2"):  # in this order, as in ExpertMLP: optimizer states go by number
-        layer.mlp.register_parameter(name, layer.mlp._parameters.pop(name))
+        parameter = layer.mlp.get_parameter(name)
+        delattr(layer.mlp, name)
+        layer.mlp.register_parameter(name, parameter)
     return layer
 
 

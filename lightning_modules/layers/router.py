@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_reduce, wait_tensor
 
+from core.compat import all_reduce, wait_tensor
 from core.errors import ConfigError, lookup, suggest
 from lightning_modules.config import ModelConfig
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from core.compat import RESTORING
 from core.errors import ConfigError
-from core.interruption import PEER_LOST, RESTORING, report_failures
+from core.interruption import PEER_LOST, report_failures
 from core.run_control import TrainingInterrupted
 
 TRAINER: Any = SimpleNamespace(ckpt_path=None, global_rank=0, interrupted=False)

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
-import torch
 from torch import Tensor
 
 from callbacks.divergence.detectors import Alarm, Detectors
 from callbacks.divergence.policies.snapshot import local
 from callbacks.divergence.step_override import StepOverride
 from callbacks.statistics import GradientStatistics
+from core.compat import foreach_scale_
 
 
 @dataclass
@@ -45,8 +45,7 @@ class Step:
     def scale_gradients(self, factor: float | Tensor) -> None:
         """Multiply all gradients with one number, or each with its own: [parameters that have a gradient]."""
         gradients = [local(p.grad) for p in self.pl_module.parameters() if p.grad is not None]
-        factors = factor if isinstance(factor, float) else list(factor.unbind())
-        torch._foreach_mul_(gradients, factors)
+        foreach_scale_(gradients, factor if isinstance(factor, float) else factor.unbind())
 
 
 class GiveUp(Exception):
