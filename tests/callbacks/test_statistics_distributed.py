@@ -9,7 +9,6 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -21,6 +20,7 @@ from callbacks.monitors.signal_propagation import SignalPropagation
 from callbacks.statistics import GradientStatistics, gradient_statistics
 from lightning_modules.language_module import LanguageModule
 from tests.conftest import VOCAB_SIZE, tiny_values, tokens
+from tests.forked import in_processes
 from tests.lightning_modules.test_language_module import fit
 
 STEPS = 3
@@ -80,7 +80,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, int]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(run, (folder, port), nprocs=2)
+    in_processes(run, (folder, port))
     return [torch.load(folder / f"rank-{rank}") for rank in (0, 1)]
 
 

@@ -1,6 +1,5 @@
 """Groups of gloo processes on one machine, each kept for many cases: importing torch costs more than they do."""
 
-import multiprocessing
 import os
 import socket
 from collections.abc import Callable
@@ -12,10 +11,9 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from tests.forked import server
 from tests.helpers_run import Finished, train
 
-# Forked from a process that has imported these already.
-multiprocessing.set_forkserver_preload(["tests.distributed.runs", "tests.distributed.processes"])
 SECONDS = 200
 QUIET: dict[str, Any] = {
     **{"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False},
@@ -32,7 +30,7 @@ def together(num_processes: int, folder: Path, function: Callable[..., Any], cas
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
+    context = server()
     group = [
         context.Process(target=_work, args=(rank, num_processes, folder, port, function, cases))
         for rank in range(num_processes)

@@ -1,6 +1,5 @@
 """Runs in processes of their own, which kill themselves with SIGKILL at a chosen moment."""
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -15,7 +14,8 @@ from unittest import mock
 
 import torch
 
-from tests.helpers_run import ROOT, documents, train
+from tests.forked import server
+from tests.helpers_run import documents, train
 
 PLACES = {  # a moment is a call, of Python or of C, from within one of these
     "step": ("lightning/pytorch/loops/optimization/automatic.py", "run"),
@@ -29,10 +29,6 @@ PLACES = {  # a moment is a call, of Python or of C, from within one of these
     "summary": ("callbacks/console/run_summary.py", "on_fit_end"),
     "status": ("callbacks/console/run_status.py", "on_fit_end"),
 }
-
-
-IMPORTED = ["lightning", "tensorboard", "lightning_modules.language_module", "core.build"]
-IMPORTED += [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sorted(ROOT.glob("callbacks/*/*.py"))]
 
 
 class Moments:
@@ -101,8 +97,7 @@ class Processes:
     """Starts runs from a process in which everything is imported already."""
 
     def __init__(self) -> None:
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["tests.faults.killed", *IMPORTED])
+        self.context = server()
 
     def run(self, cwd: Path, *arguments: str, moments: Moments | None = None) -> tuple[int, Any]:
         """(exit code, (Finished, the number of moments in each place); None of one that was killed)."""

@@ -12,7 +12,6 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from callbacks.divergence.divergence import Divergence
 from lightning_modules.language_module import LanguageModule
 from tests.callbacks.faults import NaNGradient
 from tests.conftest import VOCAB_SIZE, tiny_values, tokens
+from tests.forked import in_processes
 from tests.lightning_modules.test_language_module import fit
 
 SPIKE, NAN_LOSS, NAN_GRADIENT, STEPS = 12, 13, 14, 15
@@ -85,7 +85,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(run, (folder, port), nprocs=2)
+    in_processes(run, (folder, port))
     return folder
 
 

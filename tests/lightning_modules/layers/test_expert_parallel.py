@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -17,6 +16,7 @@ from lightning_modules.language_module import LanguageModule
 from lightning_modules.sharding import shard_block, shard_rest
 from lightning_modules.transformer import Transformer
 from tests.conftest import VOCAB_SIZE, make_module, tiny_values, tokens
+from tests.forked import in_processes
 from tests.lightning_modules.test_language_module import fit
 from tests.megablocks_cpu import megablocks_on_cpu
 
@@ -108,7 +108,7 @@ def share(rank: int, folder: Path) -> None:
 
 
 def test_two_processes_have_the_loss_and_gradients_of_one(tmp_path: Path) -> None:
-    mp.spawn(share, (tmp_path,), nprocs=2)
+    in_processes(share, (tmp_path,))
     results = torch.load(tmp_path / "results")
     for case in CASES:
         with case.environment():

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -24,6 +23,7 @@ from lightning_modules.language_module import LanguageModule
 from lightning_modules.sharding import shard_block, shard_rest
 from lightning_modules.transformer import Block
 from tests.conftest import make_module
+from tests.forked import in_processes
 
 SCALES = (1.0, 1.1, 1.0, 40.0, 1.0)  # of the gradient, step by step; the fourth is to be clipped
 POLICIES = {
@@ -100,4 +100,4 @@ def build() -> LanguageModule:
 
 @pytest.mark.timeout(120)
 def test_parts_are_treated_as_the_whole(tmp_path: Path) -> None:
-    mp.spawn(shared, (tmp_path,), nprocs=2)
+    in_processes(shared, (tmp_path,))

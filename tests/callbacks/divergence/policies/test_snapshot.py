@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
@@ -16,6 +15,7 @@ from lightning_modules.language_module import LanguageModule
 from lightning_modules.sharding import shard_block, shard_rest
 from lightning_modules.transformer import Block
 from tests.conftest import make_module, tokens
+from tests.forked import in_processes
 
 
 def train(module: LanguageModule, optimizer: Optimizer, steps: int) -> None:
@@ -90,4 +90,4 @@ def weights(module: LanguageModule) -> torch.Tensor:
 
 
 def test_of_a_model_that_two_processes_share(tmp_path: Path) -> None:
-    mp.spawn(shared, (tmp_path,), nprocs=2)
+    in_processes(shared, (tmp_path,))
