@@ -1,6 +1,7 @@
 """The comparison at sizes that cost nothing: real processes, real peers where they are installed, and its verdicts."""
 
 import argparse
+import multiprocessing
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,6 +13,7 @@ from benchmarks import compare, costs
 from benchmarks.contenders import AS_OURS, PLAIN, Sizes
 from benchmarks.measure import ratio, take_turns
 from benchmarks.workers import RATE, Result
+from tests.forked import server
 
 TINY = Sizes(vocab_size=64, num_layers=2, dim=32, num_heads=2, hidden=48, seq_len=16, batch_size=2)
 MIXTURE = TINY._replace(hidden=24, num_experts=4)
@@ -20,8 +22,10 @@ MIXTURE = TINY._replace(hidden=24, num_experts=4)
 def test_it_steps_all_in_turn_and_writes_table_chart_and_verdict(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    context = server()
     case = compare.Case("Mixture", MIXTURE, (PLAIN, "transformers Mixtral"), False, goal=1e-9)
     monkeypatch.setattr(compare, "cases", lambda device: [case])
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)  # elsewhere each imports torch for itself
     command = ["compare", "--rounds", "1", "--threads", "1", "--output", str(tmp_path / "benchmark.md")]
     monkeypatch.setattr(sys, "argv", command)
     compare.main()

@@ -23,7 +23,8 @@ from datamodules.shards import open_split
 from datamodules.storage import LocalFolder, load, read_index
 from datamodules.writer import write_corpus
 from tests.datamodules.servers import http_server
-from tests.helpers_run import DESCRIPTION, ROOT, documents, python, tiny_job, train
+from tests.forked import python
+from tests.helpers_run import DESCRIPTION, ROOT, documents, tiny_job, train
 
 SHA = "0" * 64
 

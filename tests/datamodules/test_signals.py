@@ -23,7 +23,8 @@ from datamodules.samples import Numbers, Rows
 from datamodules.stream import Batch, StreamLoader, TokenStream
 from datamodules.tokenizers import ByteTokenizer
 from tests.distributed.faults import send_from_outside
-from tests.helpers_run import ROOT, TRAIN, assert_began, load, python, run, scalars, tiny_job
+from tests.forked import python
+from tests.helpers_run import ROOT, TRAIN, assert_began, load, run, scalars, tiny_job
 from tests.tools.test_prepare import TEXTS, alive, wait_for
 
 only_where_sender_known = pytest.mark.skipif(not SENDER_KNOWN, reason="helpers get the signals as before")

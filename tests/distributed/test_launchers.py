@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers_run import TRAIN, assert_began, python, run, scalars, tiny_job
+from tests.forked import python
+from tests.helpers_run import TRAIN, assert_began, run, scalars, tiny_job
 from tools.plan import compose_config
 
 STEPS = ["experiment=dense_spannorm", "optim.schedule=constant", "trainer.max_steps=4"]

@@ -3,10 +3,7 @@
 import io
 import os
 import pickle
-import resource
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from core.open_run import open_data, open_run
 from core.run_folder import read_overrides
 from core.saved_config import load_config
 from tests.faults.test_old_checkpoints import FIXTURES
+from tests.forked import started
 from tests.helpers_run import ROOT, corpus_root, train
 
 EVIL = "__9_0.distcp"
@@ -79,8 +77,9 @@ def arm(folder: Path, form: Callable[[Metadata, Metadata], bytes], canary: Path)
 
 
 READERS = """
-import sys
+import resource, sys
 from pathlib import Path
+resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
 from core.checkpoint import load, load_beside_weights
 from core.open_run import open_run
 from core.run_folder import newest_whole
@@ -101,18 +100,11 @@ for run in map(Path, sys.argv[1:]):
 
 def opened_by_all(*runs: Path, seconds: float = 200) -> list[list[str]]:
     """What each reader says of each run's last checkpoint, in one process, which may take 8 GB of addresses."""
-    ended = subprocess.run(
-        [sys.executable, "-c", READERS, *map(str, runs)],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        timeout=seconds,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30)),
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert "Traceback" not in ended.stderr
-    lines = ended.stdout.splitlines()
+    with started(ROOT, "-c", READERS, *map(str, runs)) as reading:
+        ended = reading.finish(seconds)
+    assert ended.code == 0, ended.err
+    assert "Traceback" not in ended.err
+    lines = ended.out.splitlines()
     assert len(lines) == 7 * len(runs)
     return [lines[7 * n : 7 * n + 7] for n in range(len(runs))]
 

@@ -1,8 +1,6 @@
 """Runs are looked at while they are written: what a reader finds is whole, and it stumbles over nothing."""
 
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ import pytest
 
 from studies.grid import Study
 from studies.report import load, write
+from tests.forked import started
 from tests.helpers_run import TRAIN, run, tiny_job
 from tools.compare import Run, make_table
 from tools.runs import find, look
@@ -22,22 +21,19 @@ BUSY = ["trainer.max_steps=60", "trainer.val_check_interval=5", "callbacks.last_
 def test_everything_that_reads_runs_reads_one_that_trains(tmp_path: Path) -> None:
     STUDY.save(tmp_path / "study.yaml")
     name = STUDY.runs()[0].name
-    command = [sys.executable, str(TRAIN), *tiny_job(*BUSY, "callbacks.run_status.every_seconds=0"), f"run_dir={name}"]
+    command = [str(TRAIN), *tiny_job(*BUSY, "callbacks.run_status.every_seconds=0"), f"run_dir={name}"]
     statuses, states = [], []
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as process:
-        try:
-            while process.poll() is None:
-                rows = [row for folder in find(tmp_path) if (row := look(folder, time.time()))]
-                statuses += [row.status for row in rows if row.step]
-                if (tmp_path / name / "tensorboard").is_dir():
-                    make_table([Run(tmp_path / name)], ["train/loss"])
-                _, records, unfinished = load(tmp_path)
-                states.append((len(records), list(unfinished)))
-                if statuses == ["running"]:
-                    write(tmp_path)
-        finally:
-            process.kill()
-    assert process.returncode == 0
+    with started(tmp_path, *command) as training:
+        while training.process.is_alive():
+            rows = [row for folder in find(tmp_path) if (row := look(folder, time.time()))]
+            statuses += [row.status for row in rows if row.step]
+            if (tmp_path / name / "tensorboard").is_dir():
+                make_table([Run(tmp_path / name)], ["train/loss"])
+            _, records, unfinished = load(tmp_path)
+            states.append((len(records), list(unfinished)))
+            if statuses == ["running"]:
+                write(tmp_path)
+        assert training.finish().code == 0
     assert statuses[0] == "running"
     assert set(statuses) <= {"running", "done"}
     assert set(map(str, states)) >= {str((0, [])), str((0, [name]))}

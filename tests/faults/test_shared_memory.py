@@ -1,27 +1,41 @@
 """A /dev/shm that is full, or too small for a batch: one line, and no waiting for what does not come."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.helpers_run import ROOT, Finished, tiny_job, train
+from tests.forked import python
+from tests.helpers_run import TRAIN, Finished, tiny_job, train
 
 LARGE = ["data.seq_len=512", "data.batch_size=16", "data.num_workers=1"]  # 66 kB a batch
 SAID = "Error: data.num_workers=1 is not valid: expected 0, or more shared memory (/dev/shm) for data-loader processes"
 OWN = ["unshare", "--user", "--map-root-user", "--mount"]  # a /dev/shm of our own, for which nobody need be root
+IN_LITTLE = """
+import ctypes, os, runpy, subprocess, sys
+from pathlib import Path
+
+user, group = os.getuid(), os.getgid()
+CLONE_NEWUSER, CLONE_NEWNS = 0x10000000, 0x00020000
+if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWUSER | CLONE_NEWNS):
+    raise OSError(ctypes.get_errno(), "unshare")
+Path("/proc/self/setgroups").write_text("deny")
+Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+script, *sys.argv = sys.argv[1:]
+subprocess.run(["sh", "-ec", script], check=True)
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def in_little(cwd: Path, size: str, first: str, *arguments: str) -> Finished:
     """train.py in a process with a /dev/shm of this size, after a command in it."""
     if subprocess.run([*OWN, "true"], capture_output=True).returncode:
         pytest.skip("this kernel gives no name spaces to its users")
-    script = f'mount -t tmpfs -o size={size} tmpfs /dev/shm && {first} && exec "$@"'
-    command = [*OWN, "sh", "-c", script, "sh", sys.executable, str(ROOT / "train.py"), *arguments]
-    ended = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=280)
-    return Finished(ended.returncode, ended.stdout, ended.stderr)
+    script = f"mount --make-rprivate /; mount -t tmpfs -o size={size} tmpfs /dev/shm; {first}"
+    return python(cwd, "-c", IN_LITTLE, script, str(TRAIN), *arguments)
 
 
 @pytest.mark.parametrize(

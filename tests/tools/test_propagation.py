@@ -1,13 +1,12 @@
 """The command: what it prints, draws and refuses."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from spannorm import PLACEMENTS
+from tests.forked import python
 from tools import propagation
 
 ROOT = Path(__file__).parents[2]
@@ -22,12 +21,10 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 
 
 def test_command_prints_a_table_and_draws_it(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tools.propagation", "model.placement=spannorm", "model.num_layers=40", *SMALL]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "…" not in done.stdout  # no column is cut
-    lines = done.stdout.splitlines()
+    done = python(tmp_path, "-m", "tools.propagation", "model.placement=spannorm", "model.num_layers=40", *SMALL)
+    assert (done.code, done.err) == (0, "")
+    assert "…" not in done.out  # no column is cut
+    lines = done.out.splitlines()
     rows = [line.split() for line in lines if line.strip() and line.split()[0].isdigit()]
     assert (rows[0][0], rows[-1][0], len(rows)) == ("1", "40", propagation.NUM_ROWS)
     assert {len(row) for row in rows} == {1 + len(propagation.COLUMNS) + len(propagation.PREDICTED)}

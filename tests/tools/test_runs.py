@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +11,8 @@ from pathlib import Path
 import lightning as L
 import pytest
 
-from tests.helpers_run import ROOT, run, tiny_job, train
+from tests.forked import started
+from tests.helpers_run import run, tiny_job, train
 from tools.runs import Row, age, find, look, main
 
 NAN = "+callbacks.break._target_=tests.tools.test_runs.Break"
@@ -86,21 +86,15 @@ def test_a_resumed_run_is_done_and_keeps_its_last_loss_until_there_is_another(ru
 
 def test_a_run_is_running_while_its_process_lives_and_failed_when_it_was_killed(tmp_path: Path) -> None:
     endless = tiny_job("run_dir=run", "trainer.max_steps=1000000", "callbacks.run_status.every_seconds=0")
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *endless], cwd=tmp_path, stdout=subprocess.DEVNULL
-    )
-    try:
+    with started(tmp_path, str(TRAIN), *endless) as training:
         deadline = time.monotonic() + 280
         while not (tmp_path / "run/status.json").exists() or not seen(tmp_path / "run").step:
-            assert process.poll() is None
+            assert training.process.is_alive(), training.finish().err
             assert time.monotonic() < deadline
             time.sleep(0.1)
         row = seen(tmp_path / "run")
         assert (row.status, row.max_steps) == ("running", 1000000)
         assert seen(tmp_path / "run").status == "running", "looking takes no lock away"
-    finally:
-        process.kill()
-        process.wait()
     row = seen(tmp_path / "run")
     assert (row.status, row.reason) == ("failed", "the process was killed")
     assert row.step
