@@ -113,7 +113,7 @@ def sample(max_examples: int) -> settings:
     )
 
 
-@sample(40)
+@sample(20)
 @given(overrides())
 def test_it_trains_or_is_refused(given: dict[str, str]) -> None:
     assert_trains_or_is_refused(given)

@@ -12,7 +12,7 @@ import lightning as L
 import pytest
 
 from tests.forked import started
-from tests.helpers_run import run, tiny_job, train
+from tests.helpers_run import TRAIN, run, tiny_job, train
 from tools.runs import Row, age, find, look, main
 
 NAN = "+callbacks.break._target_=tests.tools.test_runs.Break"
