@@ -3,8 +3,7 @@
 import os
 import shlex
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import lightning as L
 import pytest
 import torch
 
+from tests.forked import started
 from tests.helpers_run import TRAIN, assert_began, events, load, run, scalars, tiny_job, train
 
 STEPS = 8
@@ -101,13 +101,17 @@ def test_interrupted_and_resumed_is_uninterrupted(
 
 
 WAIT = """
+import time
+from pathlib import Path
+
 import lightning as L
 
 class Wait(L.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if batch_idx == 7:
-            print("waiting", flush=True)
-            input()
+            Path("waiting").touch()
+            while not Path("go").exists():
+                time.sleep(0.05)
 """
 
 
@@ -116,19 +120,15 @@ def test_a_terminated_process_saves_and_its_command_resumes(
     tmp_path: Path, model: list[str], uninterrupted: Path
 ) -> None:
     (tmp_path / "mine.py").write_text(WAIT)
-    command = [sys.executable, str(TRAIN), *tiny_job(*model, "+callbacks.mine._target_=mine.Wait")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes) as process:
-        try:
-            while process.stdout.readline() not in ("waiting\n", ""):
-                pass
-            process.send_signal(signal.SIGTERM)
-            out, _ = process.communicate("go on\n", timeout=120)
-        finally:
-            process.kill()
-    *_, message, resume = out.splitlines()
-    assert process.returncode == 143
+    with started(tmp_path, str(TRAIN), *tiny_job(*model, "+callbacks.mine._target_=mine.Wait")) as training:
+        while not (tmp_path / "waiting").exists():
+            assert training.process.is_alive(), training.finish().err
+            time.sleep(0.05)
+        os.kill(training.process.pid, signal.SIGTERM)
+        (tmp_path / "go").touch()
+        finished = training.finish()
+    *_, message, resume = finished.out.splitlines()
+    assert finished.code == 143
     assert message == "Interrupted: SIGTERM after step 4. Saved; go on with"
     assert resume.split()[:2] == ["python", str(TRAIN)]
     assert train(tmp_path, *shlex.split(resume)[2:]).code == 0

@@ -224,6 +224,7 @@ WAYS: list[tuple[str, Way]] = [
     (r"python train\.py .*\w+://", composes("needs a network; tests/datamodules reads such a corpus")),
     (r"python train\.py .*my_file\.My", composes("the file is yours; tests/callbacks and docs/monitoring.md have one")),
     (r"python train\.py .*hydra/sweeper=optuna", listed("tests/test_sweeps.py runs it where Optuna is installed")),
+    (r"python train\.py .*launcher\.n_jobs=2", trains(hydra__launcher__n_jobs="1")),  # tests/test_sweeps.py has two
     (r"python train\.py", trains()),
     (r"python examples/own_model\.py", listed("tests/spannorm/test_installed.py trains it")),
     (r"python -m tools\.prepare inspect", calls()),

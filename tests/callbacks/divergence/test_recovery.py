@@ -129,7 +129,13 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "step", [18, 20, 25, 31], ids=["between skip and rollback", "after the rollback", "in the cut", "at its end"]
+    "step",
+    [
+        pytest.param(18, id="between skip and rollback"),
+        pytest.param(20, id="after the rollback"),
+        pytest.param(25, id="in the cut", marks=pytest.mark.slow),
+        pytest.param(31, id="at its end"),
+    ],
 )
 def test_a_stop_amid_a_recovery_changes_nothing(tmp_path: Path, uninterrupted: Path, step: int) -> None:
     assert_same_run(stopped_and_resumed(tmp_path, RECOVERING, step), uninterrupted)
