@@ -64,6 +64,15 @@ def command_line(folder: Path, arguments: list[str]) -> Finished:
     return train(folder, *arguments)
 
 
+def under_torchrun(folder: Path, arguments: list[str]) -> Finished:
+    """The same in one of two processes with torchrun's variables."""
+    rank = os.environ["LOCAL_RANK"]
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1"}
+    with mock.patch.dict(os.environ, {"RANK": rank, **group, "TORCHELASTIC_RUN_ID": "7"}):
+        del os.environ["NODE_RANK"]
+        return command_line(folder, arguments)
+
+
 def under_slurm(folder: Path, arguments: list[str]) -> tuple[Finished, bool]:
     """The same in one of two processes with srun's variables; the commands in the folder are found first.
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.processes import together, under_torchrun
 from tests.forked import python
 from tests.helpers_run import TRAIN, assert_began, run, scalars, tiny_job
 from tools.plan import compose_config
@@ -38,6 +39,14 @@ def test_torchrun_says_how_many_there_are(trainer: str, monkeypatch: pytest.Monk
     assert (composed.devices, composed.num_nodes) == (4, 3)
 
 
+def test_with_its_variables_two_processes_have_the_curve_of_one(tmp_path: Path, alone: dict[int, float]) -> None:
+    (first,), (second,) = together(2, tmp_path, under_torchrun, [tiny_job(*STEPS, *DDP)])
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    assert (first.out.count("Run folder: run"), second.out) == (1, "")
+    assert_same(tmp_path / "run", alone)
+
+
+@pytest.mark.slow
 def test_torchrun_has_the_curve_of_one_process(tmp_path: Path, alone: dict[int, float]) -> None:
     finished = python(tmp_path, *TORCHRUN, str(TRAIN), *tiny_job(*STEPS, *DDP))
     assert finished.code == 0, finished.err
