@@ -16,6 +16,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from studies.grid import Study
 from studies.record import Record
+from tests.forked import python
 from tests.helpers_run import ROOT, events, scalars, tiny_job
 
 RECORDS, RUNS = Path("results/studies/mine/laptop"), Path("runs/studies/mine/laptop")
@@ -33,15 +34,15 @@ def command(folder: Path, module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", f"studies.{module}", "study=mine", search, *arguments]
 
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160", "OMP_NUM_THREADS": "1"}
+SETTINGS = {"PYTHONPATH": str(ROOT), "COLUMNS": "160", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, **SETTINGS}
 
 
 def call(folder: Path, module: str, *arguments: str) -> str:
     """What it printed."""
-    given = command(folder, module, *arguments)
-    ended = subprocess.run(given, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
-    assert ended.returncode == 0, ended.stderr
-    return ended.stdout
+    ended = python(folder, *command(folder, module, *arguments)[1:], **SETTINGS)
+    assert ended.code == 0, ended.err
+    return ended.out
 
 
 def test_a_study_from_beginning_to_report(tmp_path: Path) -> None:
