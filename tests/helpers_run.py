@@ -156,8 +156,15 @@ def run_on(cwd: Path, *arguments: str) -> Path:
 
 
 def events(run_dir: Path) -> EventAccumulator:
-    """All that TensorBoard would show."""
-    return EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+    """All that TensorBoard would show; read once while the files stay as they are."""
+    folder = run_dir.resolve() / "tensorboard"
+    files = sorted((path, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.glob("*"))
+    return _events(folder, tuple(files))
+
+
+@functools.lru_cache(maxsize=4)
+def _events(folder: Path, _: tuple[tuple[Path, int, int], ...]) -> EventAccumulator:
+    return EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
 
 
 def scalars(run_dir: Path, tag: str) -> dict[int, float]:
