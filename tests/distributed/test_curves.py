@@ -21,11 +21,18 @@ MORE += [Run("tp", "moe", placement, 2) for placement in PLACEMENTS]
 MORE += [Run("tp", "moe", "subln", 2, options=(("tie_embeddings", True), ("num_kv_heads", 2)))]
 MORE += [Run("ep", "moe", placement, 2) for placement in PLACEMENTS]
 MORE += [Run("fsdp", micro_batch_size=1, num_processes=2)]
-FOUR = [Run("mesh", ffn, placement, 4) for ffn, placement in (("dense", "subln"), ("moe", "spannorm"))]
+FOUR, FOUR_MORE = [Run("mesh", "moe", "spannorm", 4)], [Run("mesh", "dense", "subln", 4)]
+slow = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    "cases", [CASES, pytest.param(MORE, marks=pytest.mark.slow), FOUR], ids=["data", "model", "both"]
+    "cases",
+    [
+        pytest.param(CASES, id="data"),
+        pytest.param(MORE, id="model", marks=slow),
+        pytest.param(FOUR, id="both"),
+        pytest.param(FOUR_MORE, id="both, without experts", marks=slow),
+    ],
 )
 def test_several_processes_have_the_curve_of_one(tmp_path: Path, cases: list[Run]) -> None:
     expected = {alone: train(tmp_path, alone) for alone in map(in_one_process, cases)}
