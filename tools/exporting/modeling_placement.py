@@ -1,44 +1,71 @@
-"""A language model with any normalization placement, for transformers: AutoModelForCausalLM, trust_remote_code=True.
+"""A decoder-only language model that normalizes where a placement says.
 
-Every argument that transformers passes is used, or refused by a ValueError that names it; none is ignored.
+A placement is the equation of one block around its attention and its feed-forward layer, and owns the block's norms.
+All else is as in Llama or Mixtral: rotary positions, grouped queries, SwiGLU, optionally a mixture of experts. Every
+argument that transformers passes is used, or refused by a ValueError that names it; none is ignored.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 from transformers.utils import logging
 
-from core.errors import require
-from lightning_modules.config import ModelConfig, MoEConfig
-from lightning_modules.layers.experts import ExpertMLP
-from lightning_modules.transformer import Transformer
+from spannorm import PLACEMENTS, Depth, InvalidArgument, NormFactory, Placement
 
 log = logging.get_logger(__name__)
 
+GROWING = "a cache that grows with the text, as DynamicCache does (cache_implementation='dynamic')"
+
 
 class PlacementConfig(PretrainedConfig):
-    """What the model is made of, and what transformers' own tools ask a configuration for.
+    """What the model is made of, under transformers' names where it has one.
 
     Args:
-        model: fields of ModelConfig.
-        output_multiplier: a constant factor on the logits.
         vocab_size: number of tokens.
-        use_cache: whether generation keeps keys and values.
-        max_position_embeddings: tokens in a sequence of the training.
-        tie_word_embeddings: whether the head's weight is the embedding's; by default what `model` says.
-        router_aux_loss_coef: weight of a mixture's load-balancing loss as transformers defines it, which is top_k times
-            this project's.
-        router_z_loss_coef: weight of a mixture's router z-loss.
+        hidden_size: width of the residual stream.
+        intermediate_size: hidden width of a dense feed-forward layer.
+        num_hidden_layers: number of blocks.
+        num_attention_heads: number of query heads.
+        num_key_value_heads: number of key and value heads, which divides that of query heads; None takes the same.
+        head_dim: width of one head; None takes hidden_size / num_attention_heads.
+        rope_theta: base of the rotary frequencies.
+        max_position_embeddings: tokens in a sequence of the training; longer ones are not refused.
+        placement: where a block normalizes, by the name in its code.
+        placement_options: further arguments of the placement.
+        norm: the kind of norm, by its name in the code.
+        norm_options: further arguments of that kind.
+        norm_eps: number added to the variance or the mean square.
+        tie_word_embeddings: whether the head's weight is the embedding's.
+        output_multiplier: a constant factor on the logits.
+        num_experts: number of routed experts of a mixture; 0: all feed-forward layers are dense, and what follows here
+            of mixtures has no effect.
+        num_experts_per_tok: number of experts that a token goes to.
+        moe_intermediate_size: hidden width of one routed expert; None takes intermediate_size.
+        first_dense_layers: number of blocks at the bottom that are dense all the same.
+        moe_layer_interval: of the blocks after those, each n-th is a mixture.
+        num_shared_experts: number of further experts that every token goes to.
+        shared_expert_intermediate_size: hidden width of one of these; None takes moe_intermediate_size.
+        shared_expert_weighted_sum: whether shared and routed experts are added with weights 1 : num_experts_per_tok,
+            of sum 1; otherwise their plain sum is taken.
+        router_score: softmax or sigmoid, of the router's logits.
+        router_bias: whether a bias takes part in the selection of experts, though not in their weights.
+        norm_topk_prob: whether the weights of a token's experts are divided by their sum.
+        router_jitter_noise: in training, the router's input is multiplied with noise from [1 - this, 1 + this].
+        router_aux_loss_coef: weight of the load-balancing loss in training; 1 x num_experts_per_tok is its value at
+            perfect balance, as for transformers' own mixtures.
+        router_z_loss_coef: weight of the router z-loss in training.
         output_router_logits: whether forward returns the routers' logits.
+        initializer_range: standard deviation of new weights. It is not what the training began with.
+        use_cache: whether generation keeps keys and values.
         others: what every configuration has.
     """
 
@@ -47,45 +74,354 @@ class PlacementConfig(PretrainedConfig):
 
     def __init__(
         self,
-        model: dict[str, Any] | None = None,
-        output_multiplier: float = 1.0,
-        vocab_size: int = 1,
-        use_cache: bool = True,
+        vocab_size: int = 256,
+        hidden_size: int = 256,
+        intermediate_size: int = 688,
+        num_hidden_layers: int = 8,
+        num_attention_heads: int = 4,
+        num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
+        rope_theta: float = 10000.0,
         max_position_embeddings: int = 2048,
-        tie_word_embeddings: bool | None = None,
+        placement: str = "spannorm",
+        placement_options: dict[str, Any] | None = None,
+        norm: str = "rmsnorm",
+        norm_options: dict[str, Any] | None = None,
+        norm_eps: float = 1e-6,
+        tie_word_embeddings: bool = False,
+        output_multiplier: float = 1.0,
+        num_experts: int = 0,
+        num_experts_per_tok: int = 2,
+        moe_intermediate_size: int | None = None,
+        first_dense_layers: int = 0,
+        moe_layer_interval: int = 1,
+        num_shared_experts: int = 0,
+        shared_expert_intermediate_size: int | None = None,
+        shared_expert_weighted_sum: bool = False,
+        router_score: str = "softmax",
+        router_bias: bool = False,
+        norm_topk_prob: bool = True,
+        router_jitter_noise: float = 0.0,
         router_aux_loss_coef: float = 0.0,
         router_z_loss_coef: float = 0.0,
         output_router_logits: bool = False,
+        initializer_range: float = 0.02,
+        use_cache: bool = True,
         **others: Any,
     ) -> None:
-        self.model, self.output_multiplier, self.vocab_size = model or {}, output_multiplier, vocab_size
-        parsed = self.parsed()
-        tied = parsed.tie_embeddings if tie_word_embeddings is None else tie_word_embeddings
-        super().__init__(**{**others, "tie_word_embeddings": tied})
-        self.tie_word_embeddings = tied
-        self.use_cache, self.max_position_embeddings = use_cache, max_position_embeddings
-        self.router_aux_loss_coef, self.router_z_loss_coef = router_aux_loss_coef, router_z_loss_coef
-        self.output_router_logits = output_router_logits
-        self.hidden_size, self.num_hidden_layers = parsed.dim, parsed.num_layers
-        self.num_attention_heads, self.num_key_value_heads = parsed.num_heads, parsed.kv_heads
-        self.head_dim, self.intermediate_size = parsed.head_dim, parsed.hidden_dim
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
+        self.head_dim = hidden_size // num_attention_heads if head_dim is None else head_dim
+        self.rope_theta = rope_theta
+        self.max_position_embeddings = max_position_embeddings
 
-    def parsed(self) -> ModelConfig:
-        """The fields of `model`, checked."""
-        return ModelConfig(**{**self.model, "moe": MoEConfig(**self.model.get("moe", {}))})
+        self.placement = placement
+        self.placement_options = placement_options or {}
+        self.norm = norm
+        self.norm_options = norm_options or {}
+        self.norm_eps = norm_eps
+        self.output_multiplier = output_multiplier
+
+        self.num_experts = num_experts
+        self.num_experts_per_tok = num_experts_per_tok
+        self.moe_intermediate_size = intermediate_size if moe_intermediate_size is None else moe_intermediate_size
+        self.first_dense_layers = first_dense_layers
+        self.moe_layer_interval = moe_layer_interval
+        self.num_shared_experts = num_shared_experts
+        self.shared_expert_intermediate_size = (
+            self.moe_intermediate_size if shared_expert_intermediate_size is None else shared_expert_intermediate_size
+        )
+        self.shared_expert_weighted_sum = shared_expert_weighted_sum
+        self.router_score = router_score
+        self.router_bias = router_bias
+        self.norm_topk_prob = norm_topk_prob
+        self.router_jitter_noise = router_jitter_noise
+        self.router_aux_loss_coef = router_aux_loss_coef
+        self.router_z_loss_coef = router_z_loss_coef
+        self.output_router_logits = output_router_logits
+
+        self.initializer_range = initializer_range
+        self.use_cache = use_cache
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **others)
+        self.tie_word_embeddings = tie_word_embeddings  # newer versions of transformers no longer set it
+
+    def is_mixture(self, layer: int) -> bool:
+        """Return whether the block of this index, counted from 0, has a mixture of experts."""
+        further = layer + 1 - self.first_dense_layers
+        return self.num_experts > 0 and further > 0 and further % self.moe_layer_interval == 0
+
+
+def norms_of(config: PlacementConfig, dim: int) -> NormFactory:
+    """Return what makes this model's norms over `dim` features."""
+    return NormFactory(config.norm, dim, config.norm_eps, config.norm_options, config.hidden_size)
+
+
+def rotary_embedding(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of position x theta^(-2i / head_dim), fp32, [batch, 1, seq, head_dim] each."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
+    angles = position_ids[:, None, :, None].float() * theta**-exponents
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (i, i + head_dim / 2) of x [batch, heads, seq, head_dim] by its position's angle."""
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped queries.
+
+    The placement says whether queries, keys and values are normed, over each head or over all of them together, and
+    whether one more norm stands before the output projection.
+    """
+
+    def __init__(self, config: PlacementConfig, placement: Placement, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        q_dim, kv_dim = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.is_grouped = q_dim != kv_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
+        self.o_proj = nn.Linear(q_dim, config.hidden_size, bias=False)
+
+        declared = placement.qkv_norm
+        self.norms_each_head = declared is not None and declared.per_head
+        self.projection_norms = nn.ModuleDict()
+        for name, dim in (("q", q_dim), ("k", kv_dim), ("v", kv_dim)):
+            if declared is not None and name in declared.on:
+                self.projection_norms[name] = norms_of(config, self.head_dim if declared.per_head else dim)()
+        self.inner_norm = norms_of(config, q_dim)() if placement.inner_norm else nn.Identity()
+
+    def split_heads(self, name: str, projected: Tensor) -> Tensor:
+        """[batch, seq, heads x head_dim] -> [batch, heads, seq, head_dim], normed where the placement says so."""
+        norm = self.projection_norms[name] if name in self.projection_norms else nn.Identity()
+        if not self.norms_each_head:
+            projected = norm(projected)
+        heads = projected.unflatten(-1, (-1, self.head_dim))
+        if self.norms_each_head:
+            heads = norm(heads)
+        return heads.transpose(1, 2)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], attention_mask: Tensor | None, past_key_values: Any
+    ) -> Tensor:
+        """x [batch, seq, hidden_size] -> the same shape; without a mask, attention is causal."""
+        q = rotate(self.split_heads("q", self.q_proj(x)), *rope)
+        k = rotate(self.split_heads("k", self.k_proj(x)), *rope)
+        v = self.split_heads("v", self.v_proj(x))
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+            width = q.size(2) if attention_mask is None else attention_mask.size(-1)
+            require(k.size(2) == width, "past_key_values", type(past_key_values).__name__, GROWING)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=attention_mask, is_causal=attention_mask is None, enable_gqa=self.is_grouped
+        )
+        return self.o_proj(self.inner_norm(out.transpose(1, 2).flatten(2)))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU, with one more norm before its output projection where the placement says so."""
+
+    def __init__(self, config: PlacementConfig, placement: Placement, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.inner_norm = norms_of(config, intermediate_size)() if placement.inner_norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.inner_norm(F.silu(self.gate_proj(x)) * self.up_proj(x)))
+
+
+class RouterLogits(nn.Linear):
+    """A product in fp32, whatever x and the weight are stored in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [tokens, hidden_size] -> logits [tokens, num_experts]."""
+        return F.linear(x.float(), self.weight.float())
+
+
+class Router(nn.Module):
+    """Chooses each token's experts and their weights, in fp32 under any precision."""
+
+    expert_bias: Tensor | None
+
+    def __init__(self, config: PlacementConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layer = RouterLogits(config.hidden_size, config.num_experts, bias=False)
+        bias = torch.zeros(config.num_experts, dtype=torch.float32) if config.router_bias else None
+        self.register_buffer("expert_bias", bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Keep the bias in fp32 whatever the model is cast to: it selects by differences that bf16 does not have."""
+        bias = self.expert_bias
+        super()._apply(fn, recurse)
+        if bias is not None and self.expert_bias is not None and self.expert_bias.dtype != bias.dtype:
+            self.expert_bias = bias.to(self.expert_bias.device)
+        return self
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [tokens, hidden_size] -> (weights [tokens, k], experts [tokens, k], logits [tokens, num_experts])."""
+        noise = self.config.router_jitter_noise
+        if self.training and noise > 0:
+            x = x * torch.empty_like(x).uniform_(1 - noise, 1 + noise)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = self.layer(x)
+            scores = router_scores(logits, self.config)
+            experts = select_experts(scores, self.expert_bias, self.config)
+            weights = scores.gather(-1, experts)
+            if self.config.norm_topk_prob:
+                weights = share(weights)
+            return weights, experts, logits
+
+
+def router_scores(logits: Tensor, config: PlacementConfig) -> Tensor:
+    """Return what selects and weighs the experts, [tokens, num_experts]."""
+    scores = {"softmax": partial(torch.softmax, dim=-1), "sigmoid": torch.sigmoid}
+    require(config.router_score in scores, "router_score", config.router_score, "softmax or sigmoid")
+    return scores[config.router_score](logits)
+
+
+def select_experts(scores: Tensor, bias: Tensor | None, config: PlacementConfig) -> Tensor:
+    """Return each token's experts, [tokens, num_experts_per_tok]."""
+    biased = scores if bias is None else scores.detach() + bias
+    return biased.topk(config.num_experts_per_tok, dim=-1).indices
+
+
+def share(scores: Tensor) -> Tensor:
+    """Divide by the sum over the last dimension, which is 0 where every expert scores 0."""
+    return scores / scores.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+
+
+class Experts(nn.Module):
+    """The routed experts, each a SwiGLU. They share the inner norm where the placement has one."""
+
+    def __init__(self, config: PlacementConfig, placement: Placement) -> None:
+        super().__init__()
+        self.num_experts = config.num_experts
+        shape = (config.num_experts * config.moe_intermediate_size, config.hidden_size)
+        self.w1 = nn.Parameter(torch.empty(shape))  # of the gates, all experts' stacked
+        self.v1 = nn.Parameter(torch.empty(shape))  # up
+        self.w2 = nn.Parameter(torch.empty(shape))  # down, transposed
+        self.inner_norm = norms_of(config, config.moe_intermediate_size)() if placement.inner_norm else nn.Identity()
+
+    def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """x [tokens, hidden_size], weights and experts [tokens, k] -> the weighted sums, as x."""
+        gates, ups, downs = (weight.chunk(self.num_experts) for weight in (self.w1, self.v1, self.w2))
+        out = torch.zeros_like(x)
+        for expert, (gate, up, down) in enumerate(zip(gates, ups, downs, strict=True)):
+            token, place = torch.where(experts == expert)
+            if len(token) == 0:
+                continue
+            rows = x[token]
+            hidden = self.inner_norm(F.silu(F.linear(rows, gate)) * F.linear(rows, up))
+            # Weighted in fp32, and only then rounded.
+            weighted = F.linear(hidden, down.t()) * weights[token, place, None]
+            out.index_add_(0, token, weighted.to(x.dtype))
+        return out
+
+
+class MixtureOfExperts(nn.Module):
+    """Sends each token to some of the experts, and to all shared ones; no token is dropped."""
+
+    def __init__(self, config: PlacementConfig, placement: Placement) -> None:
+        super().__init__()
+        self.config = config
+        self.router = Router(config)
+        self.experts = nn.ModuleDict({"mlp": Experts(config, placement)})  # the weights have this name
+        # n SwiGLUs side by side are one, n times as wide.
+        width = config.num_shared_experts * config.shared_expert_intermediate_size
+        self.shared_expert = FeedForward(config, placement, width) if width else None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [batch, seq, hidden_size] -> (output of the same shape, the router's logits [tokens, num_experts])."""
+        tokens = x.flatten(0, -2)
+        weights, experts, router_logits = self.router(tokens)
+        out = self.experts["mlp"](tokens, weights, experts).view_as(x)
+        if self.shared_expert is None:
+            return out, router_logits
+        shared = self.shared_expert(x)
+        if self.config.shared_expert_weighted_sum:
+            top_k = self.config.num_experts_per_tok
+            return shared / (top_k + 1) + out * (top_k / (top_k + 1)), router_logits
+        return shared + out, router_logits
+
+
+class Block(GradientCheckpointingLayer):
+    """One placement around one attention and one feed-forward layer."""
+
+    def __init__(self, config: PlacementConfig, layer_idx: int) -> None:
+        super().__init__()
+        valid = f"one of {', '.join(PLACEMENTS)}: there is no code of another one here"
+        require(config.placement in PLACEMENTS, "placement", config.placement, valid)
+        norms = norms_of(config, config.hidden_size)
+        depth = Depth(layer_idx + 1, config.num_hidden_layers)
+        self.placement = PLACEMENTS[config.placement](depth, norms, **config.placement_options)
+        self.attn = Attention(config, self.placement, layer_idx)
+        self.is_mixture = config.is_mixture(layer_idx)
+        self.ffn = (
+            MixtureOfExperts(config, self.placement)
+            if self.is_mixture
+            else FeedForward(config, self.placement, config.intermediate_size)
+        )
+        self.embedding_scale = norms.embedding_scale() if depth.is_first else nn.Identity()
+
+    def forward(
+        self, state: Any, rope: tuple[Tensor, Tensor], attention_mask: Tensor | None, past_key_values: Any = None
+    ) -> tuple[Any, Tensor | None]:
+        """The placement's state before the block -> (its state after it, the router's logits of a mixture).
+
+        The state is one tensor [batch, seq, hidden_size], or two where the placement has two streams. The first block
+        takes the embeddings, and the last one returns what the head reads.
+        """
+        router_logits: Tensor | None = None
+
+        def attn(x: Tensor) -> Tensor:
+            return self.attn(x, rope, attention_mask, past_key_values)
+
+        def ffn(x: Tensor) -> Tensor:
+            nonlocal router_logits
+            if not self.is_mixture:
+                return self.ffn(x)
+            out, router_logits = self.ffn(x)
+            return out
+
+        if self.placement.depth.is_first:
+            state = self.placement.enter(self.embedding_scale(state))
+        state = self.placement(state, attn, ffn)
+        if self.placement.depth.is_last:
+            state = self.placement.leave(state)
+        return state, router_logits
+
+
+class PlacementModel(nn.Module):
+    """Embedding, blocks and head. PlacementForCausalLM calls them; here they have the names that the weights have."""
+
+    def __init__(self, config: PlacementConfig) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
 
 class PlacementForCausalLM(PreTrainedModel, GenerationMixin):
-    """The model that the run trained, with the names of its weights.
+    """The language model with its loss, its cache and its generation.
 
-    Weights that a file lacks, and those of a model that is made from a configuration alone, are drawn as transformers
-    draws them (normal, 0.02), not as the run's initialization did.
+    New weights, which a model has that is made from a configuration alone, are drawn as transformers draws them.
     """
 
     config_class = PlacementConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    gradient_checkpointing = False
     accepts_loss_kwargs = True  # num_items_in_batch: Trainer leaves the division by accumulated batches to the loss
     _supports_sdpa = True  # and nothing else: attention is torch's scaled_dot_product_attention
     _no_split_modules = ["Block"]  # noqa: RUF012 - these three as transformers has them
@@ -94,10 +430,9 @@ class PlacementForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: PlacementConfig) -> None:
         super().__init__(config)
-        parsed = replace(config.parsed(), tie_embeddings=config.tie_word_embeddings)
-        if parsed.ffn == "moe" and parsed.moe.balancing == "bias":  # it selects by differences that bf16 has not
+        if config.router_bias:
             self._keep_in_fp32_modules_strict = ["router"]
-        self.model = Transformer(parsed, config.vocab_size, config.output_multiplier)
+        self.model = PlacementModel(config)
         for module in self.model.modules():  # constants come from the file, too: the model is built without values
             module._non_persistent_buffers_set.clear()
         self.post_init()
@@ -116,21 +451,19 @@ class PlacementForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, ExpertMLP):
+        if isinstance(module, Experts):
             for weight in (module.w1, module.v1, module.w2):
                 if not getattr(weight, "_is_hf_initialized", False):
-                    nn.init.normal_(weight, std=0.02)
+                    nn.init.normal_(weight, std=self.config.initializer_range)
 
     def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, every_n_layers: int = 1
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **options: Any
     ) -> None:
-        keywords = getattr(gradient_checkpointing_func, "keywords", {})
-        if enable and keywords.get("use_reentrant"):  # it would lose the gradients of a placement's second stream
+        if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            # It would lose the gradients of a placement's second stream.
             log.warning_once("use_reentrant=True is not supported: blocks are recomputed with use_reentrant=False")
             gradient_checkpointing_func = partial(gradient_checkpointing_func, use_reentrant=False)
-        self.gradient_checkpointing = enable
-        self.model.checkpoint = gradient_checkpointing_func
-        self.model.config = replace(self.model.config, activation_checkpointing=enable, checkpoint_every=every_n_layers)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **options)
 
     def forward(
         self,
@@ -150,7 +483,7 @@ class PlacementForCausalLM(PreTrainedModel, GenerationMixin):
         shift_labels: Tensor | None = None,
         **others: Any,
     ) -> Any:
-        """Next-token logits, and a loss where there are labels.
+        """Return next-token logits, and a loss where there are labels.
 
         Args:
             input_ids: [batch, seq].
@@ -163,7 +496,7 @@ class PlacementForCausalLM(PreTrainedModel, GenerationMixin):
             labels: [batch, seq], as input_ids; -100 where nothing is to be predicted.
             use_cache: whether to return keys and values; by default what the configuration says, but not in training.
             output_attentions: refused; attention's weights never exist.
-            output_hidden_states: the inputs of all blocks, and the last one's output, which is normed already.
+            output_hidden_states: the inputs of all blocks, and what the head reads.
             output_router_logits: of a mixture: its routers' logits, and the load-balancing loss.
             return_dict: false: a tuple.
             logits_to_keep: of the last so many positions, or of these; 0: of all.
@@ -173,7 +506,7 @@ class PlacementForCausalLM(PreTrainedModel, GenerationMixin):
 
         Returns:
             loss, logits [batch, seq or fewer, vocab_size], past_key_values, hidden_states; of a mixture aux_loss and
-            router_logits too. In training the loss of a mixture has its load-balancing and z-loss, as in the run.
+            router_logits too. In training the loss of a mixture has its load-balancing and z-loss.
 
         Raises:
             ValueError: an argument that this model cannot serve.
@@ -181,55 +514,49 @@ class PlacementForCausalLM(PreTrainedModel, GenerationMixin):
         config = self.config
         output_hidden_states = _or_default(output_hidden_states, config.output_hidden_states)
         output_router_logits = _or_default(output_router_logits, config.output_router_logits)
+        has_mixtures = any(block.is_mixture for block in self.model.blocks)
+        has_labels = labels is not None or shift_labels is not None
         attentions = _or_default(output_attentions, config.output_attentions)
         require(not attentions, "output_attentions", True, "false: attention's weights never exist")
-        grows = hasattr(past_key_values, "update") and not getattr(past_key_values, "is_compileable", False)
-        kind = type(past_key_values).__name__
-        require(past_key_values is None or grows, "past_key_values", kind, GROWING)
+        require(has_mixtures or not output_router_logits, "output_router_logits", True, "false: there are no routers")
+        keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        require(keeps_all or not has_labels, "logits_to_keep", logits_to_keep, "0 where there are labels")
+
         require((input_ids is None) != (inputs_embeds is None), "inputs_embeds", "...", "either this or input_ids")
         given = input_ids if inputs_embeds is None else inputs_embeds
-        assert given is not None
         batch, seq = given.shape[:2]
         begins = f"at least one token: a text begins with bos_token_id={config.bos_token_id}"
         require(seq > 0, "input_ids", list(given.shape), begins)
-        loss_wanted = labels is not None or shift_labels is not None
-        whole = isinstance(logits_to_keep, int) and logits_to_keep == 0
-        require(whole or not loss_wanted, "logits_to_keep", logits_to_keep, "0 where there are labels")
 
-        recomputes = self.model.config.activation_checkpointing and torch.is_grad_enabled()
-        if use_cache and recomputes:
-            log.warning_once("use_cache=True does not go with gradient checkpointing: use_cache=False")
-        use_cache = _or_default(use_cache, config.use_cache and not self.training) and not recomputes
-        without = "none while blocks are recomputed: gradient_checkpointing_disable(), or torch.no_grad()"
-        require(not recomputes or past_key_values is None, "past_key_values", kind, without)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
+        past_key_values = self._cache(past_key_values, use_cache)
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        _check_others(others, past, seq)
+        _refuse_unknown(others, past, seq)
+        attention_mask = None if attention_mask is None else attention_mask.to(given.device)
+        _check_shapes(attention_mask, position_ids, past, batch, seq)
+        if position_ids is not None:
+            position_ids = position_ids.to(given.device).expand(batch, seq)
+        visible = attention_mask_of(attention_mask, position_ids, past, seq, given.device)
+        if position_ids is None:
+            position_ids = positions_of(attention_mask, past, seq, given.device).expand(batch, seq)
+        rope = rotary_embedding(position_ids, config.head_dim, config.rope_theta)
 
-        mixtures = list(self.model.mixtures().values())
-        require(bool(mixtures) or not output_router_logits, "output_router_logits", True, "false: there are no routers")
-        adds_auxiliary = bool(mixtures) and self.training and loss_wanted
-        routers = [mixture.router.layer for mixture in mixtures] if output_router_logits or adds_auxiliary else []
-        context = Context(attention_mask, position_ids, past_key_values, past, batch, seq, given.device)
-        tokens = given if inputs_embeds is None else given.new_empty((batch, seq), dtype=torch.long)
-        keep = logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep > 0 else None
-        where: dict[str, Any] = {} if context.is_plain else {"positions": context.positions, "cache": context}
-        with (
-            _recorded(self.model.blocks if output_hidden_states else [], inputs=True) as states,
-            _recorded(self.model.blocks[-1:] if output_hidden_states else []) as last,
-            _recorded(routers) as router_logits,
-        ):
-            logits, _ = self.model(tokens, **where, logits_to_keep=keep, embeddings=inputs_embeds)
-        logits = logits[:, logits_to_keep] if isinstance(logits_to_keep, Tensor) else logits
-
-        hidden_states = None
+        state: Any = self.model.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden_states, router_logits = [state], []
+        for block in self.model.blocks:
+            state, logits_of_router = block(state, rope, visible, past_key_values=past_key_values)
+            hidden_states.append(state)
+            if logits_of_router is not None:
+                router_logits.append(logits_of_router)
         if output_hidden_states:
-            streams = f"false: between the blocks of {self.model.config.placement} there is more than one stream"
-            require(all(isinstance(state, Tensor) for state in states), "output_hidden_states", True, streams)
-            hidden_states = (*states, *last)
+            streams = f"false: between the blocks of {config.placement} there is more than one stream"
+            are_tensors = all(isinstance(hidden, Tensor) for hidden in hidden_states)
+            require(are_tensors, "output_hidden_states", True, streams)
+
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.model.head(state[:, kept] * config.output_multiplier)
+
         loss, balance = None, None
-        if loss_wanted:
+        if has_labels:
             loss = self.loss_function(
                 logits=logits,
                 labels=labels,
@@ -237,39 +564,61 @@ class PlacementForCausalLM(PreTrainedModel, GenerationMixin):
                 num_items_in_batch=num_items_in_batch,
                 shift_labels=shift_labels,
             )
-        if routers:
-            balance, z_loss = self._auxiliary(router_logits, context.is_text())
+        adds_auxiliary = has_mixtures and has_labels and self.training
+        if output_router_logits or adds_auxiliary:
+            is_2d = attention_mask is not None and attention_mask.dim() == 2
+            balance, z_loss = self._auxiliary_losses(router_logits, attention_mask[:, past:].bool() if is_2d else None)
             if adds_auxiliary:
-                weighted = config.router_aux_loss_coef * balance + config.router_z_loss_coef * z_loss
-                share = _share_of_labels(labels, shift_labels, num_items_in_batch)
-                loss = loss + (weighted * share).to(logits.device)
-        if mixtures:
-            out: Any = MoeCausalLMOutputWithPast(
-                loss=loss,
-                aux_loss=balance,
-                logits=logits,
-                past_key_values=past_key_values,
-                hidden_states=hidden_states,
-                router_logits=tuple(router_logits) if output_router_logits else None,
-            )
-        else:
-            out = CausalLMOutputWithPast(
-                loss=loss, logits=logits, past_key_values=past_key_values, hidden_states=hidden_states
-            )
+                auxiliary = config.router_aux_loss_coef * balance + config.router_z_loss_coef * z_loss
+                share_of_step = _share_of_labels(labels, shift_labels, num_items_in_batch)
+                loss = loss + (auxiliary * share_of_step).to(logits.device)
+        output: Any = CausalLMOutputWithPast
+        if has_mixtures:
+            router_outputs = tuple(router_logits) if output_router_logits else None
+            output = partial(MoeCausalLMOutputWithPast, aux_loss=balance, router_logits=router_outputs)
+        out = output(
+            loss=loss,
+            logits=logits,
+            past_key_values=past_key_values,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+        )
         return out if _or_default(return_dict, config.return_dict) else out.to_tuple()
 
-    def _auxiliary(self, router_logits: list[Tensor], is_text: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(load-balancing loss in transformers' measure, z-loss), means over the layers, of what is no padding."""
-        device, top_k = router_logits[0].device, self.model.config.moe.top_k
-        stats = []
-        for mixture, logits in zip(self.model.mixtures().values(), router_logits, strict=True):
-            text = logits if is_text is None else logits[is_text.flatten().to(logits.device)]
-            stats.append(mixture.router.route(text)[2])
-        balance = torch.stack([layer.load_balancing_loss.to(device) for layer in stats]).mean() * top_k
-        return balance, torch.stack([layer.z_loss.to(device) for layer in stats]).mean()
+    def _cache(self, past_key_values: Any, use_cache: bool | None) -> Any:
+        """Return the cache to fill, or None."""
+        kind = type(past_key_values).__name__
+        grows = hasattr(past_key_values, "update") and not getattr(past_key_values, "is_compileable", False)
+        require(past_key_values is None or grows, "past_key_values", kind, GROWING)
+        recomputes = self.training and any(block.gradient_checkpointing for block in self.model.blocks)
+        without = "none while blocks are recomputed: gradient_checkpointing_disable(), or eval()"
+        require(not recomputes or past_key_values is None, "past_key_values", kind, without)
+        if use_cache and recomputes:
+            log.warning_once("use_cache=True does not go with gradient checkpointing: use_cache=False")
+        wanted = _or_default(use_cache, self.config.use_cache and not self.training) and not recomputes
+        return DynamicCache() if wanted and past_key_values is None else past_key_values
+
+    def _auxiliary_losses(self, router_logits: list[Tensor], is_text: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return (load-balancing loss, z-loss) of the tokens that are no padding, means over the layers.
+
+        With T tokens of which count_e go to expert e, and p_te a token's scores divided by their sum, the first is
+        num_experts / T sum_e count_e mean_t p_te; the second is mean_t logsumexp(logits_t)^2 (2202.08906, eq. 5).
+        """
+        balances, z_losses = [], []
+        mixtures = [block.ffn for block in self.model.blocks if block.is_mixture]
+        for mixture, logits in zip(mixtures, router_logits, strict=True):
+            if is_text is not None:
+                logits = logits[is_text.flatten().to(logits.device)]
+            scores = router_scores(logits, self.config)
+            bias = mixture.router.expert_bias
+            experts = select_experts(scores, None if bias is None else bias.to(logits.device), self.config)
+            counts = torch.bincount(experts.flatten(), minlength=self.config.num_experts)
+            balance = self.config.num_experts / len(logits) * (counts * share(scores).mean(dim=0)).sum()
+            balances.append(balance.to(router_logits[0].device))
+            z_losses.append(logits.logsumexp(dim=-1).square().mean().to(router_logits[0].device))
+        return torch.stack(balances).mean(), torch.stack(z_losses).mean()
 
     def generate(self, inputs: Tensor | None = None, *others: Any, **options: Any) -> Any:
-        """transformers' generate; an empty prompt begins a text, as none does."""
+        """Generate as every model of transformers does; an empty prompt begins a text, as none does."""
         prompt = options.get("input_ids") if inputs is None else inputs
         if isinstance(prompt, Tensor) and prompt.dim() == 2 and prompt.size(1) == 0 and "inputs_embeds" not in options:
             begin = options.get("bos_token_id", self.generation_config.bos_token_id)
@@ -279,135 +628,59 @@ class PlacementForCausalLM(PreTrainedModel, GenerationMixin):
         return super().generate(inputs, *others, **options)  # type: ignore[misc]  # it wants a protocol
 
 
-GROWING = "a cache that grows with the text, as DynamicCache does (cache_implementation='dynamic')"
+def positions_of(attention_mask: Tensor | None, past: int, seq: int, device: torch.device) -> Tensor:
+    """Return where the tokens stand in their texts, [batch or 1, seq]; padding does not count."""
+    if attention_mask is not None and attention_mask.dim() == 2:
+        return (attention_mask.bool().cumsum(1) - 1).clamp_min(0)[:, past:]
+    return torch.arange(past, past + seq, device=device)[None]
 
 
-class Context:
-    """Where the tokens at hand stand in their texts, and what they may look at; a KVCache to Transformer.
+def attention_mask_of(
+    attention_mask: Tensor | None, position_ids: Tensor | None, past: int, seq: int, device: torch.device
+) -> Tensor | None:
+    """Return who may look at whom, bool [batch or 1, 1, seq, past + seq]; None: causal attention of whole texts.
 
-    Args:
-        mask: forward's attention_mask.
-        position_ids: forward's.
-        cache: transformers', of what comes before; None: keys and values are not kept.
-        past: number of tokens that it has.
-        batch, seq: of the tokens at hand.
-        device: where they are.
-
-    Attributes:
-        positions: [batch, seq].
-        length: no position is larger than length - 1.
-        is_plain: whether these are whole texts without padding, of which nothing is to be kept.
+    A mask of four dimensions is returned as it was given to forward.
     """
-
-    def __init__(
-        self,
-        mask: Tensor | None,
-        position_ids: Tensor | None,
-        cache: Any,
-        past: int,
-        batch: int,
-        seq: int,
-        device: torch.device,
-    ) -> None:
-        self.cache, self.past, self.seq = cache, past, seq
-        self.given = None if mask is None else mask.to(device)
-        if mask is not None:
-            fits = f"a tensor [batch, {past + seq}] or [batch, heads, {seq}, keys]: past and present tokens"
-            shaped = mask.dim() == 4 or mask.shape == (batch, past + seq)
-            require(shaped, "attention_mask", list(mask.shape), fits)
-        self.padded = self.given is not None and (self.given.dim() == 4 or not bool(self.given.bool().all()))
-        ordinary = torch.arange(past, past + seq, device=device).expand(batch, seq)
-        self.length = past + seq
-        if position_ids is not None:
-            shaped = position_ids.dim() == 2 and position_ids.size(1) == seq and position_ids.size(0) in (1, batch)
-            require(shaped, "position_ids", list(position_ids.shape), f"a tensor [{batch}, {seq}]")
-            self.positions = position_ids.to(device).expand(batch, seq)
-            require(bool((self.positions >= 0).all()), "position_ids", int(self.positions.min()), "numbers >= 0")
-            self.length = int(self.positions.max()) + 1
-        elif self.padded and self.given is not None and self.given.dim() == 2:
-            self.positions = (self.given.bool().cumsum(1) - 1).clamp_min(0)[:, past:]
-        else:
-            self.positions = ordinary
-        self.is_plain = cache is None and not self.padded and torch.equal(self.positions, ordinary)
-
-    def at(self, positions: Tensor) -> Iterator["_Layer"]:
-        """Each layer's part of the cache."""
-        number = 0
-        while True:
-            yield _Layer(self, number)
-            number += 1
-
-    def mask(self, positions: Tensor) -> Tensor:
-        """Who may look at whom: [batch, 1, seq, past + seq], or what forward was given for it."""
-        given = self.given
-        if given is not None and given.dim() == 4:
-            return given
-        keys = torch.arange(self.past + self.seq, device=positions.device)
-        queries = keys[self.past :, None]
-        allowed = (keys <= queries).expand(len(positions), 1, -1, -1)
-        if given is not None:  # padding looks at itself, for a softmax over nothing is no number
-            return (allowed & given.bool()[:, None, None]) | (keys == queries)
-        if self.past == 0:
-            starts = positions.diff(dim=1, prepend=positions[:, :1] - 1) != 1
-            texts = starts.cumsum(1)
-            return allowed & (texts[:, None, :, None] == texts[:, None, None])
-        return allowed
-
-    def is_text(self) -> Tensor | None:
-        """[batch, seq], whether a token at hand is no padding; None: all are none."""
-        return self.given[:, self.past :].bool() if self.given is not None and self.given.dim() == 2 else None
+    if attention_mask is not None and attention_mask.dim() == 4:
+        return attention_mask
+    keys = torch.arange(past + seq, device=device)
+    queries = keys[past:, None]
+    causal = (keys <= queries)[None, None]
+    if attention_mask is not None and not bool(attention_mask.bool().all()):
+        # Padding looks at itself, for a softmax over nothing is no number.
+        return (causal & attention_mask.bool()[:, None, None]) | (keys == queries)
+    if past > 0:
+        return causal
+    if attention_mask is None and position_ids is not None:
+        text = (position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1).cumsum(1)
+        if bool(text.any()):  # more than one
+            return causal & (text[:, None, :, None] == text[:, None, None])
+    return None
 
 
-class _Layer:
-    """One layer of a transformers cache, as Attention keeps its keys and values."""
-
-    def __init__(self, context: Context, number: int) -> None:
-        self.context, self.number = context, number
-
-    def put(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        cache, given = self.context.cache, self.context.given
-        if cache is None:
-            return keys, values
-        keys, values = cache.update(keys, values, self.number)
-        width = self.context.past + self.context.seq if given is None or given.dim() == 2 else given.size(-1)
-        require(keys.size(2) == width, "past_key_values", type(cache).__name__, GROWING)
-        return keys, values
-
-
-@contextmanager
-def _recorded(modules: Iterable[nn.Module], inputs: bool = False) -> Iterator[list[Any]]:
-    """What these modules return while the context lasts, in order; or their first arguments."""
-    found: list[Any] = []
-    if inputs:
-        hooks = [module.register_forward_pre_hook(lambda _, given: found.append(given[0])) for module in modules]
-    else:
-        hooks = [module.register_forward_hook(lambda _, given, out: found.append(_first(out))) for module in modules]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _first(out: Any) -> Any:
-    return out[0] if isinstance(out, tuple) else out
+def require(condition: bool, name: str, value: object, valid: str) -> None:
+    """Raise a ValueError that says what would be valid unless the condition holds."""
+    if not condition:
+        raise InvalidArgument(name, value, valid)
 
 
 def _or_default(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
-def _share_of_labels(labels: Tensor | None, shift_labels: Tensor | None, whole: int | Tensor | None) -> float:
-    """How much of all labels that a step of several batches has is in this one: its weight in their mean."""
-    if whole is None:
-        return 1.0
-    if shift_labels is None:
-        assert labels is not None
-        shift_labels = labels[:, 1:]
-    return float((shift_labels != -100).sum()) / float(whole)
+def _check_shapes(attention_mask: Tensor | None, position_ids: Tensor | None, past: int, batch: int, seq: int) -> None:
+    if attention_mask is not None:
+        fits = attention_mask.dim() == 4 or attention_mask.shape == (batch, past + seq)
+        valid = f"a tensor [batch, {past + seq}] or [batch, heads, {seq}, keys]: past and present tokens"
+        require(fits, "attention_mask", list(attention_mask.shape), valid)
+    if position_ids is not None:
+        fits = position_ids.dim() == 2 and position_ids.size(1) == seq and position_ids.size(0) in (1, batch)
+        require(fits, "position_ids", list(position_ids.shape), f"a tensor [{batch}, {seq}]")
+        require(bool((position_ids >= 0).all()), "position_ids", int(position_ids.min()), "numbers >= 0")
 
 
-def _check_others(others: dict[str, Any], past: int, seq: int) -> None:
+def _refuse_unknown(others: dict[str, Any], past: int, seq: int) -> None:
     """Refuse arguments that forward does not have; cache_position, which says nothing new, has to be right."""
     place = others.pop("cache_position", None)
     expected = list(range(past, past + seq))
@@ -415,3 +688,13 @@ def _check_others(others: dict[str, Any], past: int, seq: int) -> None:
         require(place.tolist() == expected, "cache_position", place.tolist(), f"{expected}, which may be left out")
     for name, value in others.items():
         require(value is None or value is False, name, type(value).__name__, "nothing: this model has no such argument")
+
+
+def _share_of_labels(labels: Tensor | None, shift_labels: Tensor | None, whole: int | Tensor | None) -> float:
+    """Return how many of all labels that a step of several batches has are in this one: its weight in their mean."""
+    if whole is None:
+        return 1.0
+    if shift_labels is None:
+        assert labels is not None
+        shift_labels = labels[:, 1:]
+    return float((shift_labels != -100).sum()) / float(whole)

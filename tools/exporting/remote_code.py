@@ -1,10 +1,12 @@
-"""A folder with the model's own code, taken from this project's sources, that transformers loads."""
+"""A folder with a model's own code that transformers loads.
+
+The code is one hand-written modeling file with its configuration, beside the part of the library spannorm that the
+model needs, and the user's own file where it names a placement or a norm kind of theirs.
+"""
 
 import json
-import re
-from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -13,108 +15,135 @@ from lightning_modules.config import ModelConfig
 from lightning_modules.transformer import Transformer
 from spannorm import PLACEMENTS
 from spannorm.import_path import is_import_path
-from tools.exporting.flatten import flatten
+from tools.exporting import own_files
+from tools.exporting.library_file import LIBRARY, sort_names
 
-MODELING = "tools.exporting.modeling_placement"
-
-
-class Registry(NamedTuple):
-    """Where the library looks a name up.
-
-    Attributes:
-        module: the module that defines the registry.
-        name: the dictionary's name in it.
-    """
-
-    module: str
-    name: str
-
-
-PLACEMENT = Registry("spannorm.placements.registry", "PLACEMENTS")
-NORM = Registry("spannorm.norms", "NORMS")
+FILE = "modeling_placement"
+MODELING = f"{__package__}.{FILE}"
+IMPORT = "from spannorm import PLACEMENTS, Depth, InvalidArgument, NormFactory, Placement\n"
+"""What the modeling file imports of this project; in the folder it imports the one placement in place of all."""
 
 
 def write(model: Transformer, folder: Path, max_length: int, end_of_document: int | None) -> None:
-    """config.json, model.safetensors, modeling_placement.py and the modules that it needs.
+    """Write config.json, generation_config.json, model.safetensors and the code.
 
     Args:
         model: of any placement.
         folder: exists.
         max_length: tokens in a sequence of its training.
         end_of_document: the token that ends a text, and stands before one; None: there is none.
+
+    Raises:
+        UserError: the user's file has an import that cannot be exported; says which, and what to write instead.
     """
-    config = model.config
-    code = sources(config)
-    is_mixture = config.ffn == "moe"
-    file = MODELING.rpartition(".")[2]
+    code = sources(model.config)
+    ends = {"bos_token_id": end_of_document, "eos_token_id": end_of_document}
     description = {
         "model_type": "placement",
         "architectures": ["PlacementForCausalLM"],
         "auto_map": {
-            "AutoConfig": f"{file}.PlacementConfig",
-            "AutoModelForCausalLM": f"{file}.PlacementForCausalLM",
+            "AutoConfig": f"{FILE}.PlacementConfig",
+            "AutoModelForCausalLM": f"{FILE}.PlacementForCausalLM",
         },
-        "model": asdict(config),
-        "output_multiplier": model.output_multiplier,
-        "vocab_size": model.embedding.num_embeddings,
-        "tie_word_embeddings": config.tie_embeddings,
-        "router_aux_loss_coef": config.moe.balance_weight / config.moe.top_k if is_mixture else 0.0,
-        "router_z_loss_coef": config.moe.z_loss_weight if is_mixture else 0.0,
+        **configuration(model),
         "max_position_embeddings": max_length,
-        "num_hidden_layers": config.num_layers,
-        "hidden_size": config.dim,
-        "bos_token_id": end_of_document,
-        "eos_token_id": end_of_document,
+        **ends,
         "use_cache": True,
         "dtype": "float32",
     }
     (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
-    generation = {"bos_token_id": end_of_document, "eos_token_id": end_of_document}
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    tensors = {**model.state_dict(), **dict(model.named_buffers())}
-    if config.tie_embeddings:
-        del tensors["head.weight"]
-    kept: dict[str, Tensor] = {f"model.{name}": tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
+    save_file(weights(model), folder / "model.safetensors", metadata={"format": "pt"})
     for name, text in code.items():
         (folder / f"{name}.py").write_text(text)
+
+
+def configuration(model: Transformer) -> dict[str, Any]:
+    """Return the arguments of PlacementConfig that describe a model."""
+    config, moe = model.config, model.config.moe
+    described: dict[str, Any] = {
+        "vocab_size": model.embedding.num_embeddings,
+        "hidden_size": config.dim,
+        "intermediate_size": config.hidden_dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "rope_theta": config.rope_theta,
+        "placement": config.placement,
+        "placement_options": config.placement_options,
+        "norm": config.norm,
+        "norm_options": config.norm_options,
+        "norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "output_multiplier": model.output_multiplier,
+    }
+    if config.ffn != "moe":
+        return described
+    return {
+        **described,
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.top_k,
+        "moe_intermediate_size": config.expert_hidden_dim,
+        "first_dense_layers": moe.first_dense_layers,
+        "moe_layer_interval": moe.layer_interval,
+        "num_shared_experts": moe.num_shared_experts,
+        "shared_expert_intermediate_size": config.shared_expert_hidden_dim,
+        "shared_expert_weighted_sum": moe.shared_expert_weighted_sum,
+        "router_score": moe.score,
+        "router_bias": moe.balancing == "bias",
+        "norm_topk_prob": moe.normalizes_weights,
+        "router_jitter_noise": moe.jitter,
+        "router_aux_loss_coef": moe.balance_weight / moe.top_k,
+        "router_z_loss_coef": moe.z_loss_weight,
+    }
+
+
+def weights(model: Transformer) -> dict[str, Tensor]:
+    """Return the weights by the names that they have in PlacementForCausalLM, constants of placements among them."""
+    tensors = {**model.state_dict(), **dict(model.named_buffers())}
+    if model.config.tie_embeddings:
+        del tensors["head.weight"]
+    return {f"model.{name}": tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def sources(config: ModelConfig) -> dict[str, str]:
     """Return {file name without .py: source} of the modeling file and whatever it needs of this project and the user.
 
-    Of all placements the folder holds the one. A placement and a norm kind by import path come along with their files
-    and what these import of the user's own; what is installed has to be installed there as well.
+    Of all placements there is the one. A placement and a norm kind by import path come along with their files and what
+    these import of the user's own; what is installed has to be installed there as well.
 
     Raises:
         UserError: the user's file has an import that cannot be exported; says which, and what to write instead.
     """
-    named = [(PLACEMENT, config.placement), (NORM, config.norm)]
-    registrations = [_registration(registry, name) for registry, name in named if is_import_path(name)]
+    source = Path(own_files.ROOT, *MODELING.split(".")).with_suffix(".py").read_text()
+    assert source.count(IMPORT) == 1
+    library = {"Depth", "InvalidArgument", "NormFactory", "Placement"}
+    own, lines = [], []
+    if is_import_path(config.placement):
+        own.append(_import(config.placement, "OwnPlacement"))
+        lines.append(f'PLACEMENTS = {{"{config.placement}": OwnPlacement}}')
+    else:
+        placement = PLACEMENTS[config.placement].__name__
+        library.add(placement)
+        lines.append(f'PLACEMENTS = {{"{config.placement}": {placement}}}')
+    if is_import_path(config.norm):
+        library.add("NORMS")
+        own.append(_import(config.norm, "OwnNorm"))
+        lines.append(f'NORMS["{config.norm}"] = OwnNorm')
+    imports = [*sorted(own), f"from {LIBRARY} import {', '.join(sort_names(library))}"]
+    files = own_files.collect(MODELING, source.replace(IMPORT, "\n".join([*imports, "", *lines, ""])))
+    # Of a local folder, transformers 4 takes only the files that the modeling file itself names.
+    named = {line.split()[1].removeprefix(".") for line in files[FILE].splitlines() if line.startswith("from .")}
+    others = sorted(files.keys() - named - {FILE})
+    if others:
+        reason = "# transformers brings along only the files that are named here."
+        files[FILE] += (
+            "\n\n".join(["", reason]) + "".join(f"\nfrom .{name} import __name__ as _" for name in others) + "\n"
+        )
+    return files
 
-    def edit(module: str, source: str) -> str:
-        if module == PLACEMENT.module:
-            return _without_others(source, config.placement)
-        return "".join([source, *registrations]) if module == MODELING else source
 
-    flat = flatten(MODELING, edit)
-    modeling = MODELING.rpartition(".")[2]
-    others = "".join(f"from .{name} import __name__ as _\n" for name in sorted(flat) if name != modeling)
-    flat[modeling] += f"\n\n# transformers brings along only what this file names.\n{others}"
-    return flat
-
-
-def _registration(registry: Registry, name: str) -> str:
-    """Return the lines that enter the user's own class under its import path, at the end of the modeling file.
-
-    There and not in the registry's module: the user's file may import that one.
-    """
-    module, _, attribute = name.rpartition(".")
-    lines = f"from {registry.module} import {registry.name}\nfrom {module} import {attribute} as {registry.name}_OWN\n"
-    return f'\n\n{lines}\n{registry.name}["{name}"] = {registry.name}_OWN\n'
-
-
-def _without_others(source: str, placement: str) -> str:
-    others = [scheme for name, scheme in PLACEMENTS.items() if name != placement]
-    lines = [rf'from {re.escape(o.__module__)} import {o.__name__}\n|    "\w+": {o.__name__},\n' for o in others]
-    return re.sub("|".join(lines), "", source)
+def _import(path: str, bound: str) -> str:
+    module, _, name = path.rpartition(".")
+    return f"from {module} import {name} as {bound}"

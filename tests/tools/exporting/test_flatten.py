@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from core.errors import UserError
-from tools.exporting.flatten import comes_along, flatten
+
 
 PACKAGE = {
     "own_pkg/__init__.py": "raise RuntimeError('a package file is not needed')",

@@ -1,7 +1,7 @@
-"""Puts a module and whatever it imports of this project and of the user into one flat folder, by relative imports.
+"""Puts a module, and whatever it imports of this project and of the user, into one flat folder by relative imports.
 
-transformers loads the code of a model from such a folder. What is installed (torch, transformers, a package from PyPI)
-stays an import.
+transformers loads the code of a model from such a folder. What a module imports of the library spannorm comes from one
+file there (library_file.py). What is installed (torch, transformers, a package from PyPI) stays an import.
 """
 
 import ast
@@ -9,30 +9,31 @@ import functools
 import importlib.util
 import sysconfig
 import tokenize
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from core.errors import UserError
+from tools.exporting import library_file
+from tools.exporting.library_file import LIBRARY
 
 ROOT = Path(__file__).resolve().parents[2]
-LIBRARY = "spannorm"
-Edit = Callable[[str, str], str]
-"""Takes a module's name and source, and returns the source that is to be used."""
 
 
 class _Alias(NamedTuple):
     """One name that an import statement binds.
 
     Attributes:
-        module: the module that it comes from, or that it is.
+        module: the module that it comes from, or that it is; LIBRARY for whatever is of the library.
         name: its name in that module; None: the module itself.
         bound: the name that it is bound to.
+        needs: the library's modules that define it.
     """
 
     module: str
     name: str | None
     bound: str
+    needs: tuple[str, ...] = ()
 
 
 class _Statement(NamedTuple):
@@ -49,32 +50,35 @@ class _Statement(NamedTuple):
     others: list[str]
 
 
-def flatten(entry: str, edit: Edit = lambda module, source: source) -> dict[str, str]:
+def collect(entry: str, source: str | None = None) -> dict[str, str]:
     """Return {file name without .py: source} of a module and of all that it needs.
 
     Args:
-        entry: dotted name of the module, which becomes the file that names all others: transformers brings along only
-            what that one names.
-        edit: called with each module's source.
+        entry: dotted name of the module.
+        source: what is taken for the module's source; None reads it.
 
     Raises:
         UserError: a source has an import that cannot be made relative; says which line, and what to write instead.
     """
     sources: dict[str, str] = {}
+    needed: set[str] = set()
     waiting = [entry]
     while waiting:
         module = waiting.pop()
-        if module not in sources:
-            sources[module] = edit(module, _read(module))
-            imported = (alias.module for statement in _imports(module, sources[module]) for alias in statement.aliases)
-            waiting += sorted(set(imported))
-    names: dict[str, str] = {}
-    for module in sorted(sources):
-        name = module.removeprefix("tools.exporting.").replace(".", "_")
+        if module in sources or module == LIBRARY:
+            continue
+        sources[module] = source if module == entry and source is not None else _read(module)
+        aliases = [alias for statement in _imports(module, sources[module]) for alias in statement.aliases]
+        needed.update(module for alias in aliases for module in alias.needs)
+        waiting += sorted({alias.module for alias in aliases})
+    names = {LIBRARY: LIBRARY}
+    for module in sorted(sources, key=lambda module: (not module.startswith(f"{__package__}."), module)):  # ours first
+        name = module.removeprefix(f"{__package__}.").replace(".", "_")
         while name in names.values():  # a.b and a_b
             name += "_"
         names[module] = name
-    return {names[module]: _relative(module, source, names) for module, source in sources.items()}
+    files = {names[module]: _relative(module, text, names) for module, text in sources.items()}
+    return {**files, LIBRARY: library_file.join(needed)} if needed else files
 
 
 def comes_along(module: str) -> bool:
@@ -122,44 +126,43 @@ def _read(module: str) -> str:
         return file.read()
 
 
-@functools.cache
-def _public() -> dict[str, tuple[str, str]]:
-    """Return where each public name of the library is defined: {name: (module, its name there)}."""
-    found: dict[str, tuple[str, str]] = {}
-    for node in ast.parse(_read(LIBRARY)).body:
-        if isinstance(node, ast.ImportFrom) and node.module:
-            found |= {alias.asname or alias.name: (node.module, alias.name) for alias in node.names}
-    return found
-
-
 def _imports(module: str, source: str) -> Iterator[_Statement]:
     """Yield each import statement that binds something of what comes along."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             origin = _absolute(module, node)
-            if comes_along(origin):
-                yield _Statement(node, list(_from(tree, node, origin)), [])
-        elif isinstance(node, ast.Import) and any(comes_along(alias.name) for alias in node.names):
+            if _is_of_library(origin):
+                if not all(_is_in_library(origin, alias.name) for alias in node.names):
+                    raise _refusal(module, node, source, f"from {LIBRARY} import NAME")
+                yield _Statement(
+                    node, [found for alias in node.names for found in _from_library(tree, origin, alias)], []
+                )
+            elif comes_along(origin):
+                yield _Statement(node, [_from(origin, alias) for alias in node.names], [])
+        elif isinstance(node, ast.Import) and any(_is_of_library(a.name) or comes_along(a.name) for a in node.names):
             statement = _Statement(node, [], [])
             for alias in node.names:
                 bound = alias.asname or alias.name
-                if not comes_along(alias.name):
+                if not _is_of_library(alias.name) and not comes_along(alias.name):
                     statement.others.append(f"import {ast.unparse(alias)}")
-                elif alias.name == LIBRARY:
-                    used = _attributes(tree, bound)
-                    if not used <= _public().keys():
-                        raise _refusal(module, node, source, f"from {LIBRARY} import NAME")
-                    own = {name: f"_{bound}_{name}" for name in sorted(used)}
-                    statement.aliases.extend(_Alias(*_public()[name], hidden) for name, hidden in own.items())
-                    fields = ", ".join(f"{name}={hidden}" for name, hidden in own.items())
-                    statement.others.append(f'{bound} = __import__("types").SimpleNamespace({fields})')
                 elif "." in bound:  # it binds the package, which there is none of in a flat folder
                     package, _, last = alias.name.rpartition(".")
                     raise _refusal(module, node, source, f"from {package} import {last}")
+                elif alias.name == LIBRARY:
+                    defined, used = library_file.public_names(), _attributes(tree, bound)
+                    if not used <= defined.keys():
+                        raise _refusal(module, node, source, f"from {LIBRARY} import NAME")
+                    statement.aliases.append(_Alias(LIBRARY, None, bound, tuple(defined[name] for name in used)))
+                elif _is_of_library(alias.name):
+                    statement.aliases.append(_Alias(LIBRARY, None, bound, (alias.name,)))
                 else:
                     statement.aliases.append(_Alias(alias.name, None, bound))
             yield statement
+
+
+def _is_of_library(module: str) -> bool:
+    return module == LIBRARY or module.startswith(f"{LIBRARY}.")
 
 
 def _attributes(tree: ast.Module, name: str) -> set[str]:
@@ -169,18 +172,30 @@ def _attributes(tree: ast.Module, name: str) -> set[str]:
     return {use.attr if isinstance(use, ast.Attribute) else name for use in uses}
 
 
-def _from(tree: ast.Module, node: ast.ImportFrom, origin: str) -> Iterator[_Alias]:
-    for alias in node.names:
-        bound = alias.asname or alias.name
-        if origin == LIBRARY and alias.name == "*":
-            used = {name.id for name in ast.walk(tree) if isinstance(name, ast.Name)}
-            yield from (_Alias(*_public()[name], name) for name in sorted(used & _public().keys()))
-        elif origin == LIBRARY and alias.name in _public():
-            yield _Alias(*_public()[alias.name], bound)
-        elif comes_along(f"{origin}.{alias.name}"):
-            yield _Alias(f"{origin}.{alias.name}", None, bound)
-        else:
-            yield _Alias(origin, alias.name, bound)
+def _from(origin: str, alias: ast.alias) -> _Alias:
+    bound = alias.asname or alias.name
+    if comes_along(f"{origin}.{alias.name}"):
+        return _Alias(f"{origin}.{alias.name}", None, bound)
+    return _Alias(origin, alias.name, bound)
+
+
+def _is_in_library(origin: str, name: str) -> bool:
+    """Return whether one file that joins modules of the library can give what `from origin import name` does."""
+    if origin == LIBRARY and (name == "*" or name in library_file.public_names()):
+        return True
+    return library_file.is_module(origin) or library_file.is_module(f"{origin}.{name}")
+
+
+def _from_library(tree: ast.Module, origin: str, alias: ast.alias) -> list[_Alias]:
+    defined, name, bound = library_file.public_names(), alias.name, alias.asname or alias.name
+    if library_file.is_module(f"{origin}.{name}"):
+        return [_Alias(LIBRARY, None, bound, (f"{origin}.{name}",))]
+    if origin != LIBRARY:
+        return [_Alias(LIBRARY, name, bound, (origin,))]
+    if name != "*":
+        return [_Alias(LIBRARY, name, bound, (defined[name],))]
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    return [_Alias(LIBRARY, each, each, (defined[each],)) for each in sorted(used & defined.keys())]
 
 
 def _absolute(module: str, node: ast.ImportFrom) -> str:
