@@ -23,7 +23,7 @@ def is_module(name: str) -> bool:
 @cache
 def public_names() -> dict[str, str]:
     """Return the module that defines each name which the library exports."""
-    found = {}
+    found: dict[str, str] = {}
     for node in ast.parse((_root() / "__init__.py").read_text()).body:
         if isinstance(node, ast.ImportFrom) and node.module:
             found |= {alias.name: node.module for alias in node.names}

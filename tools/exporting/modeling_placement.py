@@ -66,6 +66,8 @@ class PlacementConfig(PretrainedConfig):
         output_router_logits: whether forward returns the routers' logits.
         initializer_range: standard deviation of new weights. It is not what the training began with.
         use_cache: whether generation keeps keys and values.
+        bos_token_id: the token that begins a text.
+        eos_token_id: the token that ends a text.
         others: what every configuration has.
     """
 
@@ -107,6 +109,8 @@ class PlacementConfig(PretrainedConfig):
         output_router_logits: bool = False,
         initializer_range: float = 0.02,
         use_cache: bool = True,
+        bos_token_id: int | None = None,
+        eos_token_id: int | None = None,
         **others: Any,
     ) -> None:
         self.vocab_size = vocab_size
@@ -146,8 +150,13 @@ class PlacementConfig(PretrainedConfig):
 
         self.initializer_range = initializer_range
         self.use_cache = use_cache
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **others)
-        self.tie_word_embeddings = tie_word_embeddings  # newer versions of transformers no longer set it
+        general = {
+            "tie_word_embeddings": tie_word_embeddings,
+            "bos_token_id": bos_token_id,
+            "eos_token_id": eos_token_id,
+        }
+        super().__init__(**{**others, **general})
+        self.tie_word_embeddings = tie_word_embeddings  # not every version of transformers sets it
 
     def is_mixture(self, layer: int) -> bool:
         """Return whether the block of this index, counted from 0, has a mixture of experts."""
@@ -242,11 +251,12 @@ class FeedForward(nn.Module):
 
 
 class RouterLogits(nn.Linear):
-    """A product in fp32, whatever x and the weight are stored in."""
+    """A product in fp32 or wider, whatever x and the weight are stored in."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x [tokens, hidden_size] -> logits [tokens, num_experts]."""
-        return F.linear(x.float(), self.weight.float())
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return F.linear(x.to(dtype), self.weight.to(dtype))
 
 
 class Router(nn.Module):
@@ -286,9 +296,8 @@ class Router(nn.Module):
 
 def router_scores(logits: Tensor, config: PlacementConfig) -> Tensor:
     """Return what selects and weighs the experts, [tokens, num_experts]."""
-    scores = {"softmax": partial(torch.softmax, dim=-1), "sigmoid": torch.sigmoid}
-    require(config.router_score in scores, "router_score", config.router_score, "softmax or sigmoid")
-    return scores[config.router_score](logits)
+    require(config.router_score in ("softmax", "sigmoid"), "router_score", config.router_score, "softmax or sigmoid")
+    return logits.softmax(dim=-1) if config.router_score == "softmax" else logits.sigmoid()
 
 
 def select_experts(scores: Tensor, bias: Tensor | None, config: PlacementConfig) -> Tensor:
@@ -404,13 +413,29 @@ class Block(GradientCheckpointingLayer):
 
 
 class PlacementModel(nn.Module):
-    """Embedding, blocks and head. PlacementForCausalLM calls them; here they have the names that the weights have."""
+    """Embedding, blocks and head; PlacementForCausalLM calls the head, which is here because of its weight's name."""
 
     def __init__(self, config: PlacementConfig) -> None:
         super().__init__()
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(
+        self, embeds: Tensor, rope: tuple[Tensor, Tensor], attention_mask: Tensor | None, past_key_values: Any
+    ) -> tuple[Tensor, list[Any], list[Tensor]]:
+        """Embeddings [batch, seq, hidden_size] -> (what the head reads, the states between blocks, routers' logits).
+
+        The states are those before each block, and what the head reads; there are logits of each mixture.
+        """
+        state: Any = embeds
+        states, router_logits = [state], []
+        for block in self.blocks:
+            state, logits = block(state, rope, attention_mask, past_key_values=past_key_values)
+            states.append(state)
+            if logits is not None:
+                router_logits.append(logits)
+        return state, states, router_logits
 
 
 class PlacementForCausalLM(PreTrainedModel, GenerationMixin):
@@ -419,6 +444,7 @@ class PlacementForCausalLM(PreTrainedModel, GenerationMixin):
     New weights, which a model has that is made from a configuration alone, are drawn as transformers draws them.
     """
 
+    config: PlacementConfig
     config_class = PlacementConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -433,7 +459,7 @@ class PlacementForCausalLM(PreTrainedModel, GenerationMixin):
         if config.router_bias:
             self._keep_in_fp32_modules_strict = ["router"]
         self.model = PlacementModel(config)
-        for module in self.model.modules():  # constants come from the file, too: the model is built without values
+        for module in self.model.modules():  # a placement's constants are read from the file, like weights
             module._non_persistent_buffers_set.clear()
         self.post_init()
 
@@ -456,7 +482,7 @@ class PlacementForCausalLM(PreTrainedModel, GenerationMixin):
                 if not getattr(weight, "_is_hf_initialized", False):
                     nn.init.normal_(weight, std=self.config.initializer_range)
 
-    def _set_gradient_checkpointing(
+    def _set_gradient_checkpointing(  # type: ignore[override]  # the options differ between versions
         self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **options: Any
     ) -> None:
         if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
@@ -524,6 +550,7 @@ class PlacementForCausalLM(PreTrainedModel, GenerationMixin):
 
         require((input_ids is None) != (inputs_embeds is None), "inputs_embeds", "...", "either this or input_ids")
         given = input_ids if inputs_embeds is None else inputs_embeds
+        assert given is not None
         batch, seq = given.shape[:2]
         begins = f"at least one token: a text begins with bos_token_id={config.bos_token_id}"
         require(seq > 0, "input_ids", list(given.shape), begins)
@@ -540,22 +567,17 @@ class PlacementForCausalLM(PreTrainedModel, GenerationMixin):
             position_ids = positions_of(attention_mask, past, seq, given.device).expand(batch, seq)
         rope = rotary_embedding(position_ids, config.head_dim, config.rope_theta)
 
-        state: Any = self.model.embedding(input_ids) if inputs_embeds is None else inputs_embeds
-        hidden_states, router_logits = [state], []
-        for block in self.model.blocks:
-            state, logits_of_router = block(state, rope, visible, past_key_values=past_key_values)
-            hidden_states.append(state)
-            if logits_of_router is not None:
-                router_logits.append(logits_of_router)
+        embeds = self.model.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden, states, router_logits = self.model(embeds, rope, visible, past_key_values)
         if output_hidden_states:
             streams = f"false: between the blocks of {config.placement} there is more than one stream"
-            are_tensors = all(isinstance(hidden, Tensor) for hidden in hidden_states)
-            require(are_tensors, "output_hidden_states", True, streams)
+            require(all(isinstance(state, Tensor) for state in states), "output_hidden_states", True, streams)
 
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.model.head(state[:, kept] * config.output_multiplier)
+        logits = self.model.head(hidden[:, kept] * config.output_multiplier)
 
-        loss, balance = None, None
+        loss: Any = None
+        balance: Tensor | None = None
         if has_labels:
             loss = self.loss_function(
                 logits=logits,
@@ -566,8 +588,10 @@ class PlacementForCausalLM(PreTrainedModel, GenerationMixin):
             )
         adds_auxiliary = has_mixtures and has_labels and self.training
         if output_router_logits or adds_auxiliary:
-            is_2d = attention_mask is not None and attention_mask.dim() == 2
-            balance, z_loss = self._auxiliary_losses(router_logits, attention_mask[:, past:].bool() if is_2d else None)
+            is_text = None
+            if attention_mask is not None and attention_mask.dim() == 2:
+                is_text = attention_mask[:, past:].bool()
+            balance, z_loss = self._auxiliary_losses(router_logits, is_text)
             if adds_auxiliary:
                 auxiliary = config.router_aux_loss_coef * balance + config.router_z_loss_coef * z_loss
                 share_of_step = _share_of_labels(labels, shift_labels, num_items_in_batch)
@@ -580,7 +604,7 @@ class PlacementForCausalLM(PreTrainedModel, GenerationMixin):
             loss=loss,
             logits=logits,
             past_key_values=past_key_values,
-            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            hidden_states=tuple(states) if output_hidden_states else None,
         )
         return out if _or_default(return_dict, config.return_dict) else out.to_tuple()
 

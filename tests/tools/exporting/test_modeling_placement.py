@@ -232,7 +232,9 @@ def test_fine_tuning_a_mixture_goes_on_with_the_runs_loss(name: str, folders: di
         model.train(training)
         out = model(tokens, attention_mask=mask, labels=labels, output_router_logits=True)
         torch.testing.assert_close(out.loss, loss)
-        assert [layer.shape for layer in out.router_logits] == [(60, 4)] * sum(block.is_mixture for block in model.model.blocks)
+        assert [layer.shape for layer in out.router_logits] == [(60, 4)] * sum(
+            block.is_mixture for block in model.model.blocks
+        )
     parts = [model(tokens[n : n + 1], labels=labels[n : n + 1], num_items_in_batch=torch.tensor(57)) for n in range(3)]
     whole = [model(tokens[n : n + 1], labels=labels[n : n + 1]) for n in range(3)]
     torch.testing.assert_close(sum(part.loss for part in parts), sum(part.loss for part in whole) / 3)

@@ -1,6 +1,7 @@
 """Sources with imports of every form, flattened into one folder: what they mean there is what they meant before."""
 
 import importlib
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from core.errors import UserError
-
+from tools.exporting.own_files import collect, comes_along
 
 PACKAGE = {
     "own_pkg/__init__.py": "raise RuntimeError('a package file is not needed')",
@@ -56,14 +57,13 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_every_form_of_import_means_the_same_in_the_flat_folder(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flat = flatten("own_pkg.norms")
+    flat = collect("own_pkg.norms")
     (home / "flat_pkg").mkdir()
     for name, source in flat.items():
         (home / f"flat_pkg/{name}.py").write_text(source)
-    assert {"own_pkg_norms", "own_pkg_deep_helpers", "own_pkg_consts", "own_single"} < flat.keys()
-    assert {name for name in flat if "placements" in name} == {
-        f"spannorm_placements_{name}" for name in ("base", "prenorm", "spannorm")
-    }, "of the library, what is used"
+    assert flat.keys() == {"own_pkg_norms", "own_pkg_deep_helpers", "own_pkg_consts", "own_single", "spannorm"}
+    parts = set(re.findall(r"^# spannorm/placements/(\w+).py -", flat["spannorm"], re.MULTILINE))
+    assert parts == {"base", "prenorm", "spannorm"}, "of the library, what is used"
     (home / "own_pkg").rename(home / "gone")
     (home / "own_single.py").rename(home / "gone.py")
     for name in [name for name in sys.modules if name.startswith(("own_pkg", "own_single"))]:
@@ -71,7 +71,7 @@ def test_every_form_of_import_means_the_same_in_the_flat_folder(home: Path, monk
     importlib.invalidate_caches()
     module = importlib.import_module("flat_pkg.own_pkg_norms")
     assert module.total() == 1 + 2 + 3 + 4 + 5 + 6 + len("PreNorm") + 7 + 8 + 9
-    assert module.Spanned.__module__ == "flat_pkg.spannorm_placements_spannorm"
+    assert module.Spanned.__module__ == "flat_pkg.spannorm"
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_every_form_of_import_means_the_same_in_the_flat_folder(home: Path, monk
 def test_an_import_that_has_no_relative_form_is_refused(home: Path, source: str, written: str, instead: str) -> None:
     (home / "own_single.py").write_text(source)
     with pytest.raises(UserError) as error:
-        flatten("own_pkg.norms")
+        collect("own_pkg.norms")
     assert str(error.value) == f"{home}/own_single.py, {written} cannot be exported; write `{instead}`"
 
 
@@ -105,6 +105,6 @@ def test_what_comes_along_is_the_projects_and_the_users(module: str, comes: bool
 def test_two_modules_of_one_flat_name_get_two_files(home: Path) -> None:
     (home / "own_pkg_consts.py").write_text("TEN = 10\n")
     (home / "own_single.py").write_text("from own_pkg_consts import TEN as four\n")
-    flat = flatten("own_pkg.norms")
+    flat = collect("own_pkg.norms")
     assert "TEN = 10" in flat["own_pkg_consts_"]
     assert "from .own_pkg_consts_ import TEN as four" in flat["own_single"]
