@@ -122,6 +122,8 @@ def test_it_is_exported_with_its_files_and_loads_without_them(at_home: Path, tmp
     finally:
         sys.path.insert(0, str(at_home))
     assert (tmp_path / "out/my_helper.py").read_text() == (at_home / "my_helper.py").read_text()
+    files = {path.name for path in (tmp_path / "out").glob("*.py")}
+    assert files == {"modeling_placement.py", "spannorm.py", "my_norms.py", "my_helper.py"}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What was exported, loaded by transformers: the logits and the tokens are those of the run."""
 
+import ast
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ from torch import nn
 from core.open_run import open_run
 from datamodules.tokenizers import Tokenizer
 from spannorm import PLACEMENTS
-from tests.helpers_run import run_on
+from tests.helpers_run import ROOT, run_on
 from tests.tools.exports import exported, loaded, remade, tokenizer_of
 from tests.tools.runs import SMALL, bpe_corpus, bpe_run, byte_run
 from tools import export
@@ -168,6 +169,27 @@ torch.save([out.logits, out.loss.detach(), tokens], "seen.pt")
     ours = opened.module.generate(batch[0].tolist(), 8, 0.0, 0, 64)
     assert tokens[0].tolist() == ours[: tokens.size(1)]
     assert {path.name for path in (tmp_path / "out").glob("*.py")} == {"modeling_placement.py", "spannorm.py"}
+
+
+@pytest.mark.parametrize("placement", ["spannorm", "mixln"])
+def test_the_code_is_what_a_person_would_write(placement: str, first: Path, tmp_path: Path) -> None:
+    """Two files that the linter and the formatter accept, and that import nothing but torch and transformers."""
+    exported(remade(first, tmp_path / "run", placement=placement, ffn="moe"), tmp_path / "out")
+    files = sorted((tmp_path / "out").glob("*.py"))
+    assert [path.name for path in files] == ["modeling_placement.py", "spannorm.py"]
+    imported = set()
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) and not node.level else []
+            imported |= {name.partition(".")[0] for name in names}
+    assert imported - sys.stdlib_module_names == {"torch", "transformers"}
+    settings = ["--config", str(ROOT / "pyproject.toml"), "--no-cache"]
+    for command in (["check", "--ignore", "RUF012"], ["format", "--check"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *command, *settings, *files], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def same_tokens(output: Path, ours: Tokenizer) -> None:

@@ -1,8 +1,9 @@
 """A decoder-only language model that normalizes where a placement says.
 
-A placement is the equation of one block around its attention and its feed-forward layer, and owns the block's norms.
-All else is as in Llama or Mixtral: rotary positions, grouped queries, SwiGLU, optionally a mixture of experts. Every
-argument that transformers passes is used, or refused by a ValueError that names it; none is ignored.
+A placement is the equation of one block around its attention and its feed-forward layer, and owns the block's norms;
+it comes from the library spannorm. All else is as in Llama or Mixtral: rotary positions, grouped queries, SwiGLU,
+optionally a mixture of experts. Every argument that transformers passes is used, or refused by a ValueError that names
+it.
 """
 
 from collections.abc import Callable
@@ -72,7 +73,7 @@ class PlacementConfig(PretrainedConfig):
     """
 
     model_type = "placement"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - as transformers has it
+    keys_to_ignore_at_inference = ["past_key_values"]
 
     def __init__(
         self,
@@ -164,9 +165,20 @@ class PlacementConfig(PretrainedConfig):
         return self.num_experts > 0 and further > 0 and further % self.moe_layer_interval == 0
 
 
+def require(condition: bool, name: str, value: object, valid: str) -> None:
+    """Raise a ValueError that says what would be valid unless the condition holds."""
+    if not condition:
+        raise InvalidArgument(name, value, valid)
+
+
 def norms_of(config: PlacementConfig, dim: int) -> NormFactory:
     """Return what makes this model's norms over `dim` features."""
     return NormFactory(config.norm, dim, config.norm_eps, config.norm_options, config.hidden_size)
+
+
+def inner_norm(config: PlacementConfig, placement: Placement, dim: int) -> nn.Module:
+    """Return the norm before a sublayer's output projection, which some placements ask for."""
+    return norms_of(config, dim)() if placement.inner_norm else nn.Identity()
 
 
 def rotary_embedding(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -207,7 +219,7 @@ class Attention(nn.Module):
         for name, dim in (("q", q_dim), ("k", kv_dim), ("v", kv_dim)):
             if declared is not None and name in declared.on:
                 self.projection_norms[name] = norms_of(config, self.head_dim if declared.per_head else dim)()
-        self.inner_norm = norms_of(config, q_dim)() if placement.inner_norm else nn.Identity()
+        self.inner_norm = inner_norm(config, placement, q_dim)
 
     def split_heads(self, name: str, projected: Tensor) -> Tensor:
         """[batch, seq, heads x head_dim] -> [batch, heads, seq, head_dim], normed where the placement says so."""
@@ -244,7 +256,7 @@ class FeedForward(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
-        self.inner_norm = norms_of(config, intermediate_size)() if placement.inner_norm else nn.Identity()
+        self.inner_norm = inner_norm(config, placement, intermediate_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.inner_norm(F.silu(self.gate_proj(x)) * self.up_proj(x)))
@@ -318,10 +330,11 @@ class Experts(nn.Module):
         super().__init__()
         self.num_experts = config.num_experts
         shape = (config.num_experts * config.moe_intermediate_size, config.hidden_size)
-        self.w1 = nn.Parameter(torch.empty(shape))  # of the gates, all experts' stacked
-        self.v1 = nn.Parameter(torch.empty(shape))  # up
-        self.w2 = nn.Parameter(torch.empty(shape))  # down, transposed
-        self.inner_norm = norms_of(config, config.moe_intermediate_size)() if placement.inner_norm else nn.Identity()
+        # Each has the matrices of all experts, one below the other.
+        self.w1 = nn.Parameter(torch.empty(shape))  # gate projections
+        self.v1 = nn.Parameter(torch.empty(shape))  # up projections
+        self.w2 = nn.Parameter(torch.empty(shape))  # down projections, transposed
+        self.inner_norm = inner_norm(config, placement, config.moe_intermediate_size)
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         """x [tokens, hidden_size], weights and experts [tokens, k] -> the weighted sums, as x."""
@@ -450,9 +463,9 @@ class PlacementForCausalLM(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True  # num_items_in_batch: Trainer leaves the division by accumulated batches to the loss
     _supports_sdpa = True  # and nothing else: attention is torch's scaled_dot_product_attention
-    _no_split_modules = ["Block"]  # noqa: RUF012 - these three as transformers has them
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}  # noqa: RUF012
+    _no_split_modules = ["Block"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}
 
     def __init__(self, config: PlacementConfig) -> None:
         super().__init__(config)
@@ -577,7 +590,6 @@ class PlacementForCausalLM(PreTrainedModel, GenerationMixin):
         logits = self.model.head(hidden[:, kept] * config.output_multiplier)
 
         loss: Any = None
-        balance: Tensor | None = None
         if has_labels:
             loss = self.loss_function(
                 logits=logits,
@@ -586,6 +598,7 @@ class PlacementForCausalLM(PreTrainedModel, GenerationMixin):
                 num_items_in_batch=num_items_in_batch,
                 shift_labels=shift_labels,
             )
+        balance: Tensor | None = None
         adds_auxiliary = has_mixtures and has_labels and self.training
         if output_router_logits or adds_auxiliary:
             is_text = None
@@ -594,8 +607,8 @@ class PlacementForCausalLM(PreTrainedModel, GenerationMixin):
             balance, z_loss = self._auxiliary_losses(router_logits, is_text)
             if adds_auxiliary:
                 auxiliary = config.router_aux_loss_coef * balance + config.router_z_loss_coef * z_loss
-                share_of_step = _share_of_labels(labels, shift_labels, num_items_in_batch)
-                loss = loss + (auxiliary * share_of_step).to(logits.device)
+                auxiliary = auxiliary * _share_of_labels(labels, shift_labels, num_items_in_batch)
+                loss = loss + auxiliary.to(logits.device)
         output: Any = CausalLMOutputWithPast
         if has_mixtures:
             router_outputs = tuple(router_logits) if output_router_logits else None
@@ -681,12 +694,6 @@ def attention_mask_of(
         if bool(text.any()):  # more than one
             return causal & (text[:, None, :, None] == text[:, None, None])
     return None
-
-
-def require(condition: bool, name: str, value: object, valid: str) -> None:
-    """Raise a ValueError that says what would be valid unless the condition holds."""
-    if not condition:
-        raise InvalidArgument(name, value, valid)
 
 
 def _or_default(value: Any, default: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Sources with imports of every form, flattened into one folder: what they mean there is what they meant before."""
+"""Imports of every form, made relative in one flat folder, mean there what they meant before."""
 
 import importlib
 import re
@@ -26,11 +26,15 @@ import spannorm.norms as norms
 import own_single as single
 from spannorm import *
 from spannorm import SpanNorm as Spanned, Depth
+from spannorm import norms as kinds
+from spannorm.placements import base
+from spannorm.placements.base import TwoStreams
 import own_pkg.consts as constants
 
 def total():
     from own_single import four
     assert single is own_single and constants is consts and torch.ones(1).item() == ONE
+    assert base.Placement is kinds.Placement and issubclass(TwoStreams, base.Placement)
     return ONE + two() + drei() + four + added(5) + math.floor(6.5) + len(PreNorm.__name__) + of_the_library()
 
 def of_the_library():
@@ -80,6 +84,8 @@ def test_every_form_of_import_means_the_same_in_the_flat_folder(home: Path, monk
         ("\nimport own_pkg.consts\n", "line 2: `import own_pkg.consts`", "from own_pkg import consts"),
         ("import spannorm\nf = spannorm.norms.DyT", "line 1: `import spannorm`", "from spannorm import NAME"),
         ("import spannorm as s\nf = s", "line 1: `import spannorm as s`", "from spannorm import NAME"),
+        ("from spannorm import placements", "line 1: `from spannorm import placements`", "from spannorm import NAME"),
+        ("import spannorm.norms", "line 1: `import spannorm.norms`", "from spannorm import norms"),
     ],
 )
 def test_an_import_that_has_no_relative_form_is_refused(home: Path, source: str, written: str, instead: str) -> None:
@@ -108,3 +114,15 @@ def test_two_modules_of_one_flat_name_get_two_files(home: Path) -> None:
     flat = collect("own_pkg.norms")
     assert "TEN = 10" in flat["own_pkg_consts_"]
     assert "from .own_pkg_consts_ import TEN as four" in flat["own_single"]
+
+
+def test_the_exports_own_names_are_not_taken(home: Path) -> None:
+    (home / "modeling_placement.py").write_text("ONE = 1\n")
+    try:
+        flat = collect("tools.exporting.modeling_placement", "from modeling_placement import ONE\n")
+    finally:
+        (home / "modeling_placement.py").unlink()
+    assert flat == {
+        "modeling_placement": "from .modeling_placement_ import ONE\n",
+        "modeling_placement_": "ONE = 1\n",
+    }
