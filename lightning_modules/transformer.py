@@ -1,7 +1,6 @@
 """The decoder-only transformer: the only place where a placement and its sublayers meet."""
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import repeat
 from typing import Any
 
@@ -96,8 +95,6 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.output_multiplier = output_multiplier
-        # How a block is recomputed where config.activation_checkpointing says so; transformers brings a way of its own.
-        self.checkpoint: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
         self.embedding = nn.Embedding(vocab_size, config.dim)
         self.blocks = nn.ModuleList()
         for index in range(1, config.num_layers + 1):
@@ -123,7 +120,6 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         targets: Tensor | None = None,
         logits_to_keep: int | None = None,
-        embeddings: Tensor | None = None,
     ) -> tuple[Any, list[RouterStats]]:
         """Next-token logits, or the losses of given targets without ever holding all logits.
 
@@ -134,7 +130,6 @@ class Transformer(nn.Module):
             cache: of the tokens before these, which join them.
             targets: [batch, seq], the tokens to predict.
             logits_to_keep: of the last so many positions; None: of all.
-            embeddings: [batch, seq, dim], taken in the place of the tokens' own; these then give the shape alone.
 
         Returns:
             (logits [batch, seq or logits_to_keep, vocab_size], or the targets' Losses; one RouterStats per MoE layer).
@@ -147,12 +142,12 @@ class Transformer(nn.Module):
             flex = tokens.is_cuda and self.config.compile
             mask = document_mask(positions, flex) if cache is None else cache.mask(positions)
         router_stats: list[RouterStats] = []
-        state = self.embedding(tokens) if embeddings is None else embeddings
+        state = self.embedding(tokens)
         slots = repeat(None) if cache is None or positions is None else cache.at(positions)
         checkpointing = self.config.activation_checkpointing and torch.is_grad_enabled()
         for number, (block, slot) in enumerate(zip(self.blocks, slots, strict=False), start=1):
             if checkpointing and number % self.config.activation_checkpoint_every == 0:
-                state, stats = self.checkpoint(block, state, rope, mask)
+                state, stats = checkpoint(block, state, rope, mask, use_reentrant=False)
             else:
                 state, stats = block(state, rope, mask, slot)
             if stats is not None:

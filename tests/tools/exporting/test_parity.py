@@ -59,6 +59,7 @@ QUICK: list[dict[str, Any]] = [
     *({"placement": name, "placement_options": options} for name, each in OPTIONS.items() for options in each),
     *({"placement": "sandwich", **options} for options in DENSE),
     *({"placement": "subln", "ffn": "moe", "moe": options} for options in MIXTURES),
+    *({"placement": name, "norm": "tests.tools.exports.OwnNorm", "norm_eps": 0.1} for name in ("hybridnorm", "subln")),
 ]
 ALL_OPTIONS = [
     {},
