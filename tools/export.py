@@ -4,7 +4,7 @@
     python -m tools.export RUN output=exported/mine checkpoint=best
 
 PreNorm with RMSNorm becomes a Llama, or a Mixtral where every FFN is a mixture. Whatever they cannot represent is
-written with its own code, taken from this project's sources, and loaded by
+written with its own code, a modeling file and the part of the library spannorm that it needs, and loaded by
 AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True). What was done, and why, is printed.
 """
 

@@ -24,7 +24,7 @@ def is_module(name: str) -> bool:
 def public_names() -> dict[str, str]:
     """Return the module that defines each name which the library exports."""
     found: dict[str, str] = {}
-    for node in ast.parse((_root() / "__init__.py").read_text()).body:
+    for node in ast.parse((_root() / "__init__.py").read_text("utf-8")).body:
         if isinstance(node, ast.ImportFrom) and node.module:
             found |= {alias.name: node.module for alias in node.names}
     return found
@@ -38,7 +38,7 @@ def join(modules: Iterable[str]) -> str:
     plain, froms = set[str](), dict[str, set[str]]()
     parts = []
     for module in order:
-        source = _path(module).read_text()
+        source = _path(module).read_text("utf-8")
         tree = ast.parse(source)
         imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
         for node in imports:
@@ -75,7 +75,7 @@ def _visit(module: str, order: list[str]) -> None:
     """Append a module behind those that it imports."""
     if module in order:
         return
-    for node in ast.parse(_path(module).read_text()).body:
+    for node in ast.parse(_path(module).read_text("utf-8")).body:
         if isinstance(node, ast.ImportFrom) and _is_of_library(node):
             _visit(str(node.module), order)
     order.append(module)

@@ -7,6 +7,7 @@ file there (library_file.py). What is installed (torch, transformers, a package 
 import ast
 import functools
 import importlib.util
+import re
 import sysconfig
 import tokenize
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from tools.exporting import library_file
 from tools.exporting.library_file import LIBRARY
 
 ROOT = Path(__file__).resolve().parents[2]
+ENCODING = re.compile(r"^([ \t\f]*#.*?coding[:=][ \t]*)[-\w.]+", re.ASCII)
+"""A declaration of a source's encoding in one of its first two lines, as PEP 263 has it."""
 
 
 class _Alias(NamedTuple):
@@ -120,10 +123,13 @@ def _origin(module: str) -> Path | None:
 
 
 def _read(module: str) -> str:
+    """Return a module's source, which is written as UTF-8 and so must not declare another encoding."""
     path = _file(module)
     assert path is not None, module
     with tokenize.open(path) as file:  # in the encoding that the file declares
-        return file.read()
+        first, second, *others = f"{file.read()}\n".split("\n", 2)
+    declared = (ENCODING.sub(r"\1utf-8", line) for line in (first, second))
+    return "\n".join([*declared, *others]).removesuffix("\n")
 
 
 def _imports(module: str, source: str) -> Iterator[_Statement]:

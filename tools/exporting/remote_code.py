@@ -55,7 +55,7 @@ def write(model: Transformer, folder: Path, max_length: int, end_of_document: in
     (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
     save_file(weights(model), folder / "model.safetensors", metadata={"format": "pt"})
     for name, text in code.items():
-        (folder / f"{name}.py").write_text(text)
+        (folder / f"{name}.py").write_text(text, "utf-8")
 
 
 def configuration(model: Transformer) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def sources(config: ModelConfig) -> dict[str, str]:
     Raises:
         UserError: the user's file has an import that cannot be exported; says which, and what to write instead.
     """
-    source = Path(own_files.ROOT, *MODELING.split(".")).with_suffix(".py").read_text()
+    source = Path(own_files.ROOT, *MODELING.split(".")).with_suffix(".py").read_text("utf-8")
     assert source.count(IMPORT) == 1
     library = {"Depth", "InvalidArgument", "NormFactory", "Placement"}
     own, lines = [], []

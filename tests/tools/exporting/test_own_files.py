@@ -126,3 +126,22 @@ def test_the_exports_own_names_are_not_taken(home: Path) -> None:
         "modeling_placement": "from .modeling_placement_ import ONE\n",
         "modeling_placement_": "ONE = 1\n",
     }
+
+
+@pytest.mark.parametrize(
+    "lines", ["# -*- coding: latin-1 -*-\n", "#!/usr/bin/python\n# vim: set fileencoding=latin-1 :\n"]
+)
+def test_a_file_in_another_encoding_is_one_in_utf_8(lines: str, home: Path) -> None:
+    (home / "own_single.py").write_bytes(f"{lines}four = 'é'\n".encode("latin-1"))
+    source = collect("own_single")["own_single"]
+    assert source == f"{lines.replace('latin-1', 'utf-8')}four = 'é'\n"
+    names: dict[str, str] = {}
+    exec(compile(source.encode("utf-8"), "own_single.py", "exec"), names)
+    assert names["four"] == "é"
+
+
+@pytest.mark.usefixtures("home")
+@pytest.mark.parametrize("source", ["", "x = 1", "x = 1\n", "\n\nx = 1\n\n"])
+def test_a_file_without_imports_is_left_as_it_is(source: str, home: Path) -> None:
+    (home / "own_single.py").write_text(source)
+    assert collect("own_single") == {"own_single": source}
