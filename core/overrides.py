@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,14 @@ def choices(group: str) -> list[str]:
     if not group or group.startswith("hydra") or ".." in group:
         return []
     return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+@cache
+def top_level() -> frozenset[str]:
+    """Return the names without a dot that an override can begin with: the groups, and the fields outside of them."""
+    files = [OmegaConf.load(path) for path in CONFIGS.glob("*.yaml")]
+    groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
+    return frozenset(groups | {str(name) for file in files for name in file} - {"defaults"})
 
 
 def with_names_of_today(arguments: Iterable[str]) -> list[str]:
