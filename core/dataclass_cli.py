@@ -23,8 +23,8 @@ from core.overrides import top_level
 T = TypeVar("T")
 FIRST = {"given": "first"}
 """Metadata of the field, a path or several, that is given before the others and without a name."""
-OVERRIDES = {"given": "overrides"}
-"""Metadata of the field that gets every argument which is none of the other fields."""
+OVERRIDES, STUDY_OVERRIDES = ({"overrides_of": name} for name in ("train", "study"))
+"""Metadata of the field that gets every argument which is none of the other fields: overrides of that configuration."""
 
 
 class _Schema:
@@ -38,15 +38,14 @@ class _Schema:
 
     def __init__(self, schema: type) -> None:
         fields = dataclasses.fields(schema)
-        self.first, self.overrides = (
-            next((field for field in fields if field.metadata == kind), None) for kind in (FIRST, OVERRIDES)
-        )
+        self.first = next((field for field in fields if field.metadata == FIRST), None)
+        self.overrides = next((field for field in fields if "overrides_of" in field.metadata), None)
         self.named = {field.name: field for field in fields if field not in (self.first, self.overrides)}
         self.hints = typing.get_type_hints(schema)
 
     def names(self) -> set[str]:
         """Return what can stand before the equals sign: own fields, and the first parts of overrides."""
-        return {*self.named, *(top_level() if self.overrides is not None else ())}
+        return {*self.named, *(top_level(self.overrides.metadata["overrides_of"]) if self.overrides else ())}
 
 
 def parse_fields(schema: type[T], arguments: Iterable[str]) -> T:
@@ -73,7 +72,7 @@ def parse_fields(schema: type[T], arguments: Iterable[str]) -> T:
         if named and name in known.named:
             texts[name] = value
         elif known.overrides is not None:
-            if named and name not in top_level():
+            if named and name not in known.names():
                 raise UnknownField(name, value, known.names())
             overrides.append(argument)
         elif known.first is not None and not named and (several or not first):

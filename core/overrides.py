@@ -39,11 +39,15 @@ def choices(group: str) -> list[str]:
 
 
 @cache
-def top_level() -> frozenset[str]:
-    """Return the names without a dot that an override can begin with: the groups, and the fields outside of them."""
-    files = [OmegaConf.load(path) for path in CONFIGS.glob("*.yaml")]
-    groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
-    return frozenset(groups | {str(name) for file in files for name in file} - {"defaults"})
+def top_level(config: str) -> frozenset[str]:
+    """Return the names without a dot that an override can begin with: the groups, and the fields outside of them.
+
+    Args:
+        config: train or study, of which configs/ has a file.
+    """
+    content: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{config}.yaml"), resolve=False)
+    groups = {name for entry in content.pop("defaults") if isinstance(entry, dict) for name in entry}
+    return frozenset({*content, *(name for name in groups if name.isidentifier())})
 
 
 def with_names_of_today(arguments: Iterable[str]) -> list[str]:

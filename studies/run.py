@@ -25,7 +25,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from core import cli
-from core.dataclass_cli import OVERRIDES
+from core.dataclass_cli import STUDY_OVERRIDES
 from core.errors import ConfigError, one_line, require, suggest
 from core.overrides import CONFIGS
 from core.printable import printable
@@ -45,7 +45,7 @@ class StudyConfig:
         overrides: study=NAME, and what else configs/study.yaml has: scale, seeds, threads, the folders, hydra/launcher.
     """
 
-    overrides: tuple[str, ...] = field(default=(), metadata=OVERRIDES)
+    overrides: tuple[str, ...] = field(default=(), metadata=STUDY_OVERRIDES)
 
 
 class Plan(NamedTuple):

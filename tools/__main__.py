@@ -32,7 +32,7 @@ def programs() -> dict[str, ast.Module]:
     return found
 
 
-def words(program: str, tree: ast.Module) -> Iterator[str]:
+def words(tree: ast.Module) -> Iterator[str]:
     """Yield what may stand on a program's command line: FIELD=, or FIELD=CHOICE for each choice that there is."""
     names = {
         node.args.args[0].annotation.id  # type: ignore[union-attr]
@@ -47,8 +47,8 @@ def words(program: str, tree: ast.Module) -> Iterator[str]:
         if isinstance(node, ast.ClassDef) and node.name in names:
             for field in (field for field in node.body if isinstance(field, ast.AnnAssign)):
                 default = ast.unparse(field.value) if field.value else ""
-                if "metadata=OVERRIDES" in default:
-                    yield from _overrides("study" if program.startswith("studies.") else "train")
+                if "OVERRIDES" in default:
+                    yield from _overrides("study" if "STUDY_OVERRIDES" in default else "train")
                 elif "metadata=FIRST" not in default:
                     yield from _of_field(ast.unparse(field.target), field.annotation)
 
@@ -82,7 +82,7 @@ def listing(found: dict[str, ast.Module]) -> str:
 
 def completion(found: dict[str, ast.Module]) -> str:
     """Return completion.bash, with what each program takes filled in."""
-    cases = "\n".join(f'        {name}) echo "{" ".join(words(name, tree))}" ;;' for name, tree in found.items())
+    cases = "\n".join(f'        {name}) echo "{" ".join(words(tree))}" ;;' for name, tree in found.items())
     return BASH.read_text().replace("@NAMES@", " ".join(found)).replace("        @CASES@", cases)
 
 

@@ -1,7 +1,8 @@
 # Bash completes `python -m tools.NAME FIELD=VALUE`: python -m tools --shell-completion bash fills the names in.
 # What is no such line is left to whatever completed it before, as train.py's own completion.
-_tools_before=$(complete -p python 2> /dev/null | sed -nE 's/.* -F ([^ ]+) .*/\1/p')
-[[ $_tools_before == _complete_tools ]] && _tools_before=""
+if [[ $(complete -p python 2> /dev/null) != *" _complete_tools "* ]]; then
+    _tools_before=$(complete -p python 2> /dev/null | sed -nE 's/.* -F ([^ ]+) .*/\1/p')
+fi
 
 _tools_words() {
     case $1 in
