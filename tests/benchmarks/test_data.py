@@ -40,7 +40,7 @@ def test_it_runs_and_writes_its_tables(tmp_path: Path, monkeypatch: pytest.Monke
 def test_the_raw_loop_reads_windows_of_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "DOCUMENT", 1 << 12)
     folder = data.make_corpus(tmp_path / "corpus", 9000)
-    arguments = type("Arguments", (), {"seq_len": 64, "batch_size": 2})
+    arguments = data.DataConfig(window=64, windows_per_batch=2)
     rows = np.concatenate(list(data.raw_batches(folder, arguments)))
     tokens = np.load(folder / "train-00000.npy")
     windows = {tokens[start : start + 65].tobytes() for start in range(0, len(tokens) - 64, 64)}
