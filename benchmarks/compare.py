@@ -49,11 +49,11 @@ class CompareConfig:
     """What `python -m benchmarks.compare` takes.
 
     Attributes:
-        device: where all compute.
-        rounds: in each of which all take a step.
-        threads: of each process.
-        only: the tables whose title holds this.
-        layers: other than the setting's, to try it out.
+        device: the device that all compute on.
+        rounds: the number of rounds, in each of which all take a step.
+        threads: the number of threads of each process.
+        only: make only the tables whose title holds this.
+        layers: the number of layers; null: the setting's.
         output: the report; null: results/benchmark-DEVICE.md.
     """
 

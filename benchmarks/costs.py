@@ -33,10 +33,10 @@ class CostsConfig:
     """What `python -m benchmarks.costs` takes.
 
     Attributes:
-        device: where all compute.
-        rounds: in each of which all take a step.
-        threads: of each process.
-        only: the tables whose title holds this.
+        device: the device that all compute on.
+        rounds: the number of rounds, in each of which all take a step.
+        threads: the number of threads of each process.
+        only: make only the tables whose title holds this.
         output: the report; null: results/benchmark-costs-DEVICE.md.
     """
 

@@ -48,17 +48,17 @@ class DataConfig:
     """What `python -m benchmarks.data` takes.
 
     Attributes:
-        overrides: of the model whose speed reading is held against, as for train.py; none: experiment=moe_spannorm.
-        tokens: of the corpora.
-        window: tokens that are read at a time.
-        windows_per_batch: of those, side by side.
-        batches: in a round.
-        rounds: of reading.
-        model_steps: that the model is timed over.
-        documents: to prepare; null: the whole standard library.
-        vocabulary: of the tokenizer that is trained to prepare with.
-        prepare_rounds: of preparing.
-        threads: that compute.
+        overrides: overrides of the model whose speed reading is held against; none: experiment=moe_spannorm.
+        tokens: the number of tokens of each corpus.
+        window: the number of tokens that are read at a time.
+        windows_per_batch: the number of windows in a batch.
+        batches: the number of batches in a round.
+        rounds: the number of rounds of reading.
+        model_steps: the number of steps that the model is timed over.
+        documents: prepare so many documents; null: the whole standard library.
+        vocabulary: the size of the vocabulary to prepare with.
+        prepare_rounds: the number of rounds of preparing.
+        threads: the number of threads that compute.
         output: the report.
     """
 

@@ -42,14 +42,14 @@ class MoEBenchmarkConfig:
     """What `python -m benchmarks.moe` takes.
 
     Attributes:
-        device: where all compute.
+        device: the device that all compute on.
         experts: numbers of experts, of which each gets its rows.
-        tokens: a multiple of 256.
-        dim: width of the model.
-        hidden: width of an expert.
-        layers: of the model whose training step is timed.
-        rounds: in each of which all take a step.
-        threads: that compute.
+        tokens: the number of tokens, a multiple of 256.
+        dim: the width of the model.
+        hidden: the width of an expert.
+        layers: the number of layers in the model whose training step is timed.
+        rounds: the number of rounds, in each of which all take a step.
+        threads: the number of threads that compute.
         output: the report; null: results/moe-DEVICE.md.
     """
 

@@ -48,9 +48,9 @@ class MonitoringConfig:
     """What `python -m benchmarks.monitoring` takes.
 
     Attributes:
-        overrides: of the model that is trained, as for train.py; none: experiment=moe_spannorm.
-        rounds: in each of which every window has its turn.
-        threads: that compute.
+        overrides: overrides of the model that is trained, as for train.py; none: experiment=moe_spannorm.
+        rounds: the number of rounds, in each of which every window has its turn.
+        threads: the number of threads that compute.
         output: the report.
     """
 

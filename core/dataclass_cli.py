@@ -172,7 +172,8 @@ def describe_fields(schema: type) -> str:
         rows.append(("FIELD=VALUE ...", docs[known.overrides.name]))
     for name, field in known.named.items():
         needed = ", required" if field.default is dataclasses.MISSING else ""
-        rows.append((f"{name}={_as_text(field.default)}", f"{_words(known.hints[name])}{needed}: {docs[name]}"))
+        text = f"{docs[name].rstrip('.')} ({_words(known.hints[name])}{needed})"
+        rows.append((f"{name}={_as_text(field.default)}", text))
     width = min(max(len(left) for left, _ in rows), 28) + 2
     columns = max(shutil.get_terminal_size((120, 24)).columns, 60)
     lines = []
@@ -191,7 +192,7 @@ def _as_text(default: Any) -> str:
         return "..."
     if isinstance(default, tuple):
         return ",".join(map(str, default))
-    return {None: "null", True: "true", False: "false"}.get(default, str(default))
+    return "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
 
 
 def field_docs(schema: type) -> dict[str, str]:

@@ -36,7 +36,7 @@ class CompareConfig:
     Attributes:
         runs: run folders, such as runs/moe_spannorm/TIME.
         tags: scalars to compare instead of the losses.
-        output: the picture.
+        output: the picture that is drawn.
     """
 
     runs: tuple[Path, ...] = field(metadata=FIRST)

@@ -32,8 +32,8 @@ class ConsolidateConfig:
 
     Attributes:
         run: a run folder, such as runs/moe_spannorm/TIME.
-        checkpoint: whose weights.
-        output: the file; null: beside the checkpoint.
+        checkpoint: the one whose weights are written.
+        output: the file that is written; null: beside the checkpoint.
     """
 
     run: Path = field(metadata=FIRST)

@@ -40,9 +40,9 @@ class CoordinateCheckConfig:
     """What `python -m tools.coordinate_check` takes.
 
     Attributes:
-        ffn: of the blocks.
-        lr: learning rate at the smallest width.
-        output: where to draw it; null: nowhere.
+        ffn: the kind of FFN in the blocks.
+        lr: the learning rate at the smallest width.
+        output: the picture that is drawn; null: none.
     """
 
     ffn: Literal["dense", "moe"] = "dense"

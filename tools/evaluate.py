@@ -34,13 +34,13 @@ class EvaluateConfig:
     Attributes:
         run: a run folder, such as runs/moe_spannorm/TIME.
         data: folders of prepared corpora; none: the run's own data.
-        batches: of data.batch_size sequences, of each corpus; null: its own data as in training, else all.
-        tasks: of the lm-evaluation-harness, instead of a corpus.
-        num_fewshot: examples before each question; null: what the task says.
-        limit: questions of each task; null: all.
-        window: tokens that the model reads in a task; null: as many as it was trained on.
-        batch_size: questions of a task side by side; null: 16.
-        checkpoint: last, best, or the path of one.
+        batches: take so many batches of each corpus; null: of its own data as many as in training, else all.
+        tasks: run these of the lm-evaluation-harness, instead of a corpus.
+        num_fewshot: put so many examples before each question; null: what the task says.
+        limit: ask at most so many questions of each task; null: all.
+        window: the number of tokens that the model reads in a task; null: as many as it was trained on.
+        batch_size: ask so many questions of a task side by side; null: 16.
+        checkpoint: the one to take: last, best, or a path.
         allow: what the run's configuration names, and you vouch for: classes of yours, as my_file.Mine, and addresses.
     """
 

@@ -24,8 +24,8 @@ class ExportConfig:
 
     Attributes:
         run: a run folder, such as runs/moe_spannorm/TIME.
-        output: a new folder.
-        checkpoint: last, best, or the path of one.
+        output: the folder to make.
+        checkpoint: the one to take: last, best, or a path.
         allow: what the run's configuration names, and you vouch for: classes of yours, as my_file.Mine, and addresses.
     """
 

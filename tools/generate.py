@@ -30,14 +30,14 @@ class GenerateConfig:
 
     Attributes:
         run: a run folder, such as runs/moe_spannorm/TIME.
-        prompt: what the model continues; empty: the beginning of a document.
-        num_tokens: at most so many more.
-        temperature: the logits are divided by it; 0: always the likeliest token.
+        prompt: the text to continue; empty: the beginning of a document.
+        num_tokens: write at most so many tokens.
+        temperature: what the logits are divided by; 0: always the likeliest token.
         top_k: draw from so many of the likeliest tokens; null: from all.
         top_p: draw from the fewest likeliest tokens whose probabilities reach this sum.
-        seed: of the random numbers.
-        window: tokens that the model looks back at; null: as many as it was trained on.
-        checkpoint: last, best, or the path of one.
+        seed: the seed of the random numbers.
+        window: the number of tokens that the model looks back at; null: as many as it was trained on.
+        checkpoint: the one to take: last, best, or a path.
         allow: what the run's configuration names, and you vouch for: classes of yours, as my_file.Mine, and addresses.
     """
 

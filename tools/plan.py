@@ -48,10 +48,10 @@ class PlanConfig:
     """What `python -m tools.plan` takes.
 
     Attributes:
-        overrides: as for train.py.
-        mfu: share of the peak that the run reaches.
+        overrides: the overrides of the run, as for train.py.
+        mfu: the share of the peak that the run reaches.
         peak_flops: FLOP/s of a device in the run's precision; null: an H100's, 989e12 in bf16 and fp16, 67e12 in fp32.
-        assumed_vocab_size: that of a corpus which is not prepared yet; null: that of the data.
+        assumed_vocab_size: the vocabulary of a corpus that is not prepared yet; null: that of the data.
     """
 
     overrides: tuple[str, ...] = field(default=(), metadata=OVERRIDES)

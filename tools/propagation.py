@@ -55,8 +55,8 @@ class PropagationConfig:
     """What `python -m tools.propagation` takes.
 
     Attributes:
-        overrides: as for train.py, of which model, optim and seed count.
-        output: the picture; null: runs/signal/MODEL.png.
+        overrides: overrides as for train.py, of which model, optim and seed count.
+        output: the picture that is drawn; null: runs/signal/MODEL.png.
         all_rows: print every block, also of a deep model.
         every_placement: print one Markdown row for each placement instead, and draw nothing.
     """

@@ -69,7 +69,7 @@ class ReplayConfig:
 
     Attributes:
         run: a run folder, such as runs/moe_spannorm/TIME.
-        step: of those that were recorded, counted from 1; null: the first.
+        step: the recorded step to go through, counted from 1; null: the first.
         allow: what the run's configuration names, and you vouch for: classes of yours, as my_file.Mine, and addresses.
     """
 

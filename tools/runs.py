@@ -40,9 +40,9 @@ class RunsConfig:
     """What `python -m tools.runs` takes.
 
     Attributes:
-        folder: where to look.
-        status: only runs of these.
-        sort: the newest last (age), or the best first (loss).
+        folder: the folder to look in.
+        status: list only runs that are this.
+        sort: put the newest last (age), or the best first (loss).
     """
 
     folder: Path = field(default=Path("runs"), metadata=FIRST)

@@ -49,18 +49,18 @@ class PrepareConfig:
 
     Attributes:
         input: files, folders, globs, hf:DATASET[:SUBSET] or python_stdlib; several are separated by commas.
-        output: the corpus' folder.
+        output: the folder of the corpus, which is made.
         tokenizer: byte, bpe:SIZE (trained here), hf:NAME, or the path of a tokenizer.json.
-        text_field: of JSON lines, parquet files and datasets.
-        format: auto: by content and name; text, json or parquet: every file is that.
-        separator: in text files, between two documents (\n\n); null: a file is a document.
-        validation: share of the documents, chosen by a hash of their text.
+        text_field: the field that holds the text, in JSON lines, parquet files and datasets.
+        format: what every file is; auto: as its content and name say.
+        separator: what stands between two documents of a text file, as \n\n; null: a file is a document.
+        validation: the share of the documents, chosen by a hash of their text.
         end_of_document: the token that closes documents; null: the tokenizer's usual one.
-        processes: that work side by side; null: one a core.
-        shard_tokens: length of a shard.
-        max_lost: share of the text that may be missing in the tokens.
+        processes: the number of processes; null: one a core.
+        shard_tokens: the number of tokens in a shard.
+        max_lost: the share of the text that may be missing in the tokens.
         max_record_mb: the largest line of JSON, JSON document or cell of a table, in 10^6 bytes.
-        max_expansion: how many times its size a compressed file or a table may become.
+        max_expansion: at most how many times its size a compressed file or a table may become.
     """
 
     input: str

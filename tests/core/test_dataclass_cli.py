@@ -29,7 +29,7 @@ class Settings:
 
     runs: tuple[Path, ...] = field(metadata=FIRST)
     size: int
-    rate: float = 0.5
+    rate: float = 1.0
     name: str = ""
     other: str | None = None
     kind: Literal["small", "large"] = "small"
@@ -125,14 +125,14 @@ def test_the_help_has_each_field_with_type_default_and_a_sentence(monkeypatch: p
     lines = [" ".join(line.split()) for line in describe_fields(Settings).splitlines()]
     assert lines == [
         "RUNS ... what is read.",
-        "size=... an integer, required: how large, in two lines.",
-        "rate=0.5 a number: a share.",
-        "name= text: texts.",
-        "other=null text or null: texts.",
-        "kind=small one of small, large: one of two.",
-        "tags= text, or several with commas between them: several.",
-        "counts=1,2 an integer, or several with commas between them: several numbers.",
-        "output=null a path or null: where to.",
-        "fast=false true or false: a switch.",
+        "size=... how large, in two lines (an integer, required)",
+        "rate=1.0 a share (a number)",
+        "name= texts (text)",
+        "other=null texts (text or null)",
+        "kind=small one of two (one of small, large)",
+        "tags= several (text, or several with commas between them)",
+        "counts=1,2 several numbers (an integer, or several with commas between them)",
+        "output=null where to (a path or null)",
+        "fast=false a switch (true or false)",
     ]
     assert "FIELD=VALUE ...  as for train.py." in describe_fields(Planned)
