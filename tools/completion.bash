@@ -34,6 +34,9 @@ _complete_tools() {
     elif [[ $COMP_WORDBREAKS == *=* && $current == *=* ]]; then
         COMPREPLY=("${COMPREPLY[@]#*=}")
     fi
+    if [[ ${#COMPREPLY[@]} == 0 && $current == *=* && $COMP_WORDBREAKS != *=* ]]; then  # as Hydra's completion leaves it
+        mapfile -t COMPREPLY < <(compgen -P "${current%%=*}=" -f -- "${current#*=}")
+    fi
     [[ ${COMPREPLY[0]} == *= ]] && compopt -o nospace 2> /dev/null
     return 0
 }

@@ -90,6 +90,23 @@ BEFORE = "other() { COMPREPLY=(from_before); }; complete -F other python\n"
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash completes")
 @pytest.mark.parametrize(
     ("typed", "offered"),
+    [("checkpoint=b", ["checkpoint=best"]), ("output=mi", ["output=mine"]), ("output=no", [])],
+)
+def test_bash_completes_whole_words_where_an_equals_sign_divides_none(
+    typed: str, offered: list[str], tmp_path: Path
+) -> None:
+    """As behind Hydra's completion: the field stays, and a value without choices is a file's name."""
+    (tmp_path / "mine").touch()
+    install = f'eval "$({sys.executable} -m tools --shell-completion bash)"\nCOMP_WORDBREAKS=" "\n'
+    line = f'COMP_LINE="python -m tools.consolidate RUN {typed}"; COMP_POINT=${{#COMP_LINE}}; _complete_tools\n'
+    script = f"{install}{line}printf '%s\\n' \"${{COMPREPLY[@]}}\""
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert (done.stdout.split(), done.stderr) == (offered, "")
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash completes")
+@pytest.mark.parametrize(
+    ("typed", "offered"),
     [
         ("python -m tools.co", ["tools.compare", "tools.consolidate", "tools.coordinate_check"]),
         ("python -m studies.s", ["studies.status"]),
