@@ -44,8 +44,8 @@ bench: $(FOR_BENCH)  ## the training step against its peers', and what each thin
 	$(BENCH)/python -m benchmarks.costs
 
 bench-gpu: $(FOR_BENCH)  ## the same on a GPU
-	$(BENCH)/python -m benchmarks.compare --device cuda $(ARGS)
-	$(BENCH)/python -m benchmarks.costs --device cuda
+	$(BENCH)/python -m benchmarks.compare device=cuda $(ARGS)
+	$(BENCH)/python -m benchmarks.costs device=cuda
 
 lint: $(FOR_TESTS)  ## ruff, hadolint
 	$(BIN)/ruff check .

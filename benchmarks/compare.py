@@ -11,22 +11,23 @@ left out: on a GPU what is allocated, on a CPU what is resident. On a GPU a cont
 the others step, and takes the rest again in a step that is not timed.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import matplotlib
 import torch
 from matplotlib import pyplot
 
 from benchmarks.contenders import AS_OURS, CHUNKED, DENSE, MIXTURES, PLAIN, Sizes
-from benchmarks.measure import judged, machine, ratio, take_turns
+from benchmarks.measure import check_counts, judged, machine, ratio, take_turns
 from benchmarks.workers import RATE, Contender, Result, start
+from core import cli
 
 matplotlib.use("Agg")
 
@@ -41,6 +42,30 @@ MIXTURE_OF_DENSE = 0.6
 TOLERANCE = 0.03
 """How far a peer's number of parameters may be from ours."""
 PACKAGES = ("torch", "litgpt", "transformers", "x-transformers", "torchtitan")
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """What `python -m benchmarks.compare` takes.
+
+    Attributes:
+        device: the device that all compute on.
+        rounds: the number of rounds, in each of which all take a step.
+        threads: the number of threads of each process.
+        only: make only the tables whose title holds this.
+        layers: the number of layers; null: the setting's.
+        output: the report; null: results/benchmark-DEVICE.md.
+    """
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    rounds: int = 10
+    threads: int = 2
+    only: str = ""
+    layers: int | None = None
+    output: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_counts(self, rounds=1, threads=1, layers=1)
 
 
 class Case(NamedTuple):
@@ -92,10 +117,10 @@ def cases(device: str) -> Iterator[Case]:
     yield Case("8 experts, compiled", mixture, MIXTURES, True, 1.10)
 
 
-def measure(case: Case, arguments: argparse.Namespace, say: Callable[[str], None]) -> list[Row]:
+def measure(case: Case, config: CompareConfig, say: Callable[[str], None]) -> list[Row]:
     """Ours first. A peer that fails is named with its message, and left out."""
     contenders = {
-        name: Contender(name, case.sizes, case.compiled, arguments.device, arguments.threads)
+        name: Contender(name, case.sizes, case.compiled, config.device, config.threads)
         for name in (OURS, *case.others, RATE)
     }
     workers, failures = start(contenders, in_turn=True)
@@ -103,7 +128,7 @@ def measure(case: Case, arguments: argparse.Namespace, say: Callable[[str], None
         if name.startswith(OURS):
             raise RuntimeError(failure)
         say(f"{name} left out: {failure}\n")
-    seconds = take_turns({name: worker.step for name, worker in workers.items()}, arguments.rounds)
+    seconds = take_turns({name: worker.step for name, worker in workers.items()}, config.rounds)
     speeds = {name: ratio(seconds[name], seconds[OURS]) for name in workers if name != RATE}
     profiled = [OURS, *sorted(filter(is_peer, speeds), key=speeds.__getitem__)[:1]]
     shares = {name: workers[name].profile() for name in profiled}
@@ -219,17 +244,10 @@ def draw(measured: dict[str, list[Row]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", default="", help="the tables whose title holds this")
-    parser.add_argument("--layers", type=int, help="other than the setting's, to try it out")
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    output = arguments.output or Path(f"results/benchmark-{arguments.device}.md")
+@cli.tool
+def main(config: CompareConfig) -> None:
+    torch.set_num_threads(config.threads)
+    output = config.output or Path(f"results/benchmark-{config.device}.md")
     output.parent.mkdir(parents=True, exist_ok=True)
     lines: list[str] = []
 
@@ -239,11 +257,11 @@ def main() -> None:
 
     started = time.perf_counter()
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES if find_spec(name.replace("-", "_")))
-    precision = "fp32" if arguments.device == "cpu" else "bf16 under autocast"
-    say(f"# The training step against the peers', {arguments.device}\n")
+    precision = "fp32" if config.device == "cpu" else "bf16 under autocast"
+    say(f"# The training step against the peers', {config.device}\n")
     say(
-        f"`python -m benchmarks.compare --device {arguments.device} --threads {arguments.threads}`: {precision}, "
-        f"medians of {arguments.rounds} rounds in which all take turns.\n{machine(arguments.device)}; {versions}.\n"
+        f"`python -m benchmarks.compare device={config.device} threads={config.threads}`: {precision}, "
+        f"medians of {config.rounds} rounds in which all take turns.\n{machine(config.device)}; {versions}.\n"
     )
     say(
         "Ours is the SpanNorm model, its process set up as train.py does it (core/allocator.py), which no peer does "
@@ -252,22 +270,22 @@ def main() -> None:
     )
     say(f"![Tokens per second]({output.stem}.png)")
     measured: dict[str, list[Row]] = {}
-    for case in cases(arguments.device):
-        if arguments.only not in case.title:
+    for case in cases(config.device):
+        if config.only not in case.title:
             continue
-        if arguments.layers:
-            case = case._replace(sizes=case.sizes._replace(num_layers=arguments.layers))
+        if config.layers:
+            case = case._replace(sizes=case.sizes._replace(num_layers=config.layers))
         sizes = ", ".join(f"{name} {value}" for name, value in case.sizes._asdict().items())
         say(f"\n## {case.title}\n\n{sizes}.\n")
-        rows = measured[case.title] = measure(case, arguments, say)
+        rows = measured[case.title] = measure(case, config, say)
         for line in table(case, rows):
             say(line)
         say(f"\n{verdict(case, rows)}\n")
-        if peers_of(rows) and arguments.device == "cpu":  # elsewhere a profile names each library's own kernels
+        if peers_of(rows) and config.device == "cpu":  # elsewhere a profile names each library's own kernels
             say(f"{bound(rows)}\n")
         for line in profile(rows):
             say(line)
-    if arguments.device == "cuda":
+    if config.device == "cuda":
         say("\n## Against the machine\n")
         for line in goals_of_gpu({title: rows[0] for title, rows in measured.items()}, torch.cuda.get_device_name()):
             say(line)
@@ -277,4 +295,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -1,7 +1,7 @@
 """What each thing costs a training step of the project, in ratios to the first row of its table.
 
     python -m benchmarks.costs                   CPU, fp32; writes results/benchmark-costs-cpu.md
-    python -m benchmarks.costs --device cuda     bf16 under autocast; results/benchmark-costs-cuda.md
+    python -m benchmarks.costs device=cuda       bf16 under autocast; results/benchmark-costs-cuda.md
 
 As benchmarks/compare.py does it: one process a contender, in turn. Goals of a few percent are judged by the fastest
 steps, as what else the machine does only adds time: the median of so few ratios moves by 3 % from run to run. What data
@@ -9,22 +9,45 @@ loading gives and a step consumes is in benchmarks/data.py, the mixture layer al
 monitors in benchmarks/monitoring.py.
 """
 
-import argparse
 import statistics
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from benchmarks.contenders import Sizes
-from benchmarks.measure import judged, machine, ratio, take_turns
+from benchmarks.measure import check_counts, judged, machine, ratio, take_turns
 from benchmarks.overhead import startup, trainer_overhead
 from benchmarks.workers import Contender, Result, start
+from core import cli
 from spannorm import PLACEMENTS
 
 TWO_STREAMS = ("residual", "siamesenorm")
+
+
+@dataclass(frozen=True)
+class CostsConfig:
+    """What `python -m benchmarks.costs` takes.
+
+    Attributes:
+        device: the device that all compute on.
+        rounds: the number of rounds, in each of which all take a step.
+        threads: the number of threads of each process.
+        only: make only the tables whose title holds this.
+        output: the report; null: results/benchmark-costs-DEVICE.md.
+    """
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    rounds: int = 8
+    threads: int = 1
+    only: str = ""
+    output: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_counts(self, rounds=2, threads=1)
 
 
 class Cost(NamedTuple):
@@ -149,14 +172,14 @@ def tables(device: str) -> Iterator[Table]:
     )
 
 
-def measure(table: Table, arguments: argparse.Namespace) -> dict[str, Measured]:
+def measure(table: Table, config: CostsConfig) -> dict[str, Measured]:
     contenders = {
-        name: Contender("ours", cost.sizes, cost.compiled, arguments.device, arguments.threads, dict(cost.overrides))
+        name: Contender("ours", cost.sizes, cost.compiled, config.device, config.threads, dict(cost.overrides))
         for name, cost in table.costs.items()
     }
-    workers, failures = start(contenders, in_turn=arguments.device != "cpu")  # a GPU has no room for all at once
+    workers, failures = start(contenders, in_turn=config.device != "cpu")  # a GPU has no room for all at once
     assert not failures, failures
-    seconds = take_turns({name: worker.step for name, worker in workers.items()}, arguments.rounds)
+    seconds = take_turns({name: worker.step for name, worker in workers.items()}, config.rounds)
     first = next(iter(seconds.values()))
     return {
         name: Measured(statistics.median(seconds[name]), min(seconds[name]), ratio(seconds[name], first), worker.end())
@@ -184,38 +207,32 @@ def lines_of(table: Table, measured: dict[str, Measured]) -> Iterator[str]:
         yield f"\nGoal: {text}, {judged(met)}."
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", default="", help="the tables whose title holds this")
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+@cli.tool
+def main(config: CostsConfig) -> None:
+    torch.set_num_threads(config.threads)
     lines: list[str] = []
 
     def say(line: str) -> None:
         print(line, flush=True)
         lines.append(line)
 
-    say(f"# What each thing costs a training step, {arguments.device}\n")
+    say(f"# What each thing costs a training step, {config.device}\n")
     say(
-        f"`python -m benchmarks.costs --device {arguments.device} --threads {arguments.threads}`: medians of "
-        f"{arguments.rounds} rounds in which all take turns.\ntorch {torch.__version__}; {machine(arguments.device)}."
+        f"`python -m benchmarks.costs device={config.device} threads={config.threads}`: medians of "
+        f"{config.rounds} rounds in which all take turns.\ntorch {torch.__version__}; {machine(config.device)}."
     )
-    for table in tables(arguments.device):
-        if arguments.only in table.title:
-            for line in lines_of(table, measure(table, arguments)):
+    for table in tables(config.device):
+        if config.only in table.title:
+            for line in lines_of(table, measure(table, config)):
                 say(line)
     for title, make in (("Lightning's Trainer", trainer_overhead), ("Startup", startup)):
-        if arguments.only in title:
-            for line in make(title, arguments):
+        if config.only in title:
+            for line in make(title, config.device, config.rounds):
                 say(line)
-    output = arguments.output or Path(f"results/benchmark-costs-{arguments.device}.md")
+    output = config.output or Path(f"results/benchmark-costs-{config.device}.md")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -8,7 +8,6 @@ as BPE, the start of its processes counted in, against encode_batch of `tokenize
 Contenders take turns, so that the machine's drift hits all alike; a ratio is the median of those within a round.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -17,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,11 @@ import tokenizers
 import torch
 from torch import Tensor
 
-from benchmarks.measure import machine, ratio, take_turns, timed
+from benchmarks.measure import check_counts, machine, ratio, take_turns, timed
+from core import cli
 from core.build import build
+from core.dataclass_cli import OVERRIDES
+from core.errors import require
 from datamodules.order import permute
 from datamodules.preparation.bpe import train_bpe
 from datamodules.shard_corpus import ShardCorpus
@@ -40,6 +43,44 @@ VOCAB_SIZE, DOCUMENT = 50_000, 1 << 20
 Batches = Iterator[Tensor]
 
 
+@dataclass(frozen=True)
+class DataConfig:
+    """What `python -m benchmarks.data` takes.
+
+    Attributes:
+        overrides: overrides of the model whose speed reading is held against; none: experiment=moe_spannorm.
+        tokens: the number of tokens of each corpus.
+        window: the number of tokens that are read at a time.
+        windows_per_batch: the number of windows in a batch.
+        batches: the number of batches in a round.
+        rounds: the number of rounds of reading.
+        model_steps: the number of steps that the model is timed over.
+        documents: prepare so many documents; null: the whole standard library.
+        vocabulary: the size of the vocabulary to prepare with.
+        prepare_rounds: the number of rounds of preparing.
+        threads: the number of threads that compute.
+        output: the report.
+    """
+
+    overrides: tuple[str, ...] = field(default=("experiment=moe_spannorm",), metadata=OVERRIDES)
+    tokens: tuple[int, ...] = (5_000_000, 500_000_000)
+    window: int = field(default=1024, metadata={"formerly": "seq_len"})
+    windows_per_batch: int = field(default=16, metadata={"formerly": "batch_size"})
+    batches: int = 300
+    rounds: int = 9
+    model_steps: int = field(default=20, metadata={"formerly": "steps"})
+    documents: int | None = None
+    vocabulary: int = 16_384
+    prepare_rounds: int = 3
+    threads: int = 1
+    output: Path = Path("results/data-cpu.md")
+
+    def __post_init__(self) -> None:
+        require(len(self.tokens) > 0, "tokens", "", "an integer, or several with commas between them")
+        check_counts(self, tokens=1, window=1, windows_per_batch=1, batches=1, rounds=1, model_steps=2, documents=1)
+        check_counts(self, vocabulary=1, prepare_rounds=1, threads=1)
+
+
 def make_corpus(folder: Path, num_tokens: int) -> Path:
     rng = np.random.default_rng(0)
     sizes = [*[DOCUMENT] * (num_tokens // DOCUMENT), num_tokens % DOCUMENT]
@@ -49,18 +90,18 @@ def make_corpus(folder: Path, num_tokens: int) -> Path:
     return folder
 
 
-def data_of(folder: Path, arguments: argparse.Namespace, num_workers: int = 0) -> ShardCorpus:
-    return ShardCorpus(str(folder), arguments.seq_len, arguments.batch_size, num_workers=num_workers)
+def data_of(folder: Path, settings: DataConfig, num_workers: int = 0) -> ShardCorpus:
+    return ShardCorpus(str(folder), settings.window, settings.windows_per_batch, num_workers=num_workers)
 
 
-def raw_batches(folder: Path, arguments: argparse.Namespace) -> Batches:
+def raw_batches(folder: Path, settings: DataConfig) -> Batches:
     """A permutation that is held, one shard after the other as if they were one map."""
     shards = [np.load(path, mmap_mode="r").view(np.ndarray) for path in sorted(folder.glob("train-*.npy"))]
-    seq_len = arguments.seq_len
+    seq_len = settings.window
     windows = [(shard, start) for shard in shards for start in range(0, len(shard) - seq_len, seq_len)]
     order = permute(np.arange(len(windows)), len(windows), 0).tolist()
-    for first in range(0, len(order) - arguments.batch_size, arguments.batch_size):
-        chosen = [windows[index] for index in order[first : first + arguments.batch_size]]
+    for first in range(0, len(order) - settings.windows_per_batch, settings.windows_per_batch):
+        chosen = [windows[index] for index in order[first : first + settings.windows_per_batch]]
         rows = [shard[start : start + seq_len + 1].astype(np.int64) for shard, start in chosen]
         yield torch.from_numpy(np.stack(rows))
 
@@ -74,9 +115,9 @@ def stream_batches(data: ShardCorpus) -> tuple[Batches, float]:
     return (batch["tokens"] for batch in loader), seconds
 
 
-def model_rate(arguments: argparse.Namespace) -> float:
+def model_rate(settings: DataConfig) -> float:
     """Tokens/s that the model of the overrides trains on."""
-    config = compose_run(arguments.overrides)
+    config = compose_run(settings.overrides)
     data = build(config, "data")
     data.prepare_data()
     module = build(config, "module", vocab_size=data.vocab_size)
@@ -89,7 +130,7 @@ def model_rate(arguments: argparse.Namespace) -> float:
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=-1,
-        max_steps=arguments.steps,
+        max_steps=settings.model_steps,
         limit_val_batches=0,
         logger=False,
         enable_checkpointing=False,
@@ -101,31 +142,31 @@ def model_rate(arguments: argparse.Namespace) -> float:
     return float(data.tokens_per_batch / statistics.median(np.diff(times)))
 
 
-def first_batch(folder: Path, arguments: argparse.Namespace) -> None:
+def first_batch(folder: Path, settings: DataConfig) -> None:
     """What a run does between its configuration and its first batch."""
-    data = data_of(folder, arguments)
+    data = data_of(folder, settings)
     data.check()
     next(iter(data.train_dataloader()))
 
 
-def reading(folder: Path, arguments: argparse.Namespace) -> Iterator[str]:
-    here, verifying = stream_batches(data_of(folder, arguments))
-    worker, _ = stream_batches(data_of(folder, arguments, num_workers=1))
-    readers = {"raw memmap loop": raw_batches(folder, arguments), "stream": here, "stream, 1 worker": worker}
+def reading(folder: Path, settings: DataConfig) -> Iterator[str]:
+    here, verifying = stream_batches(data_of(folder, settings))
+    worker, _ = stream_batches(data_of(folder, settings, num_workers=1))
+    readers = {"raw memmap loop": raw_batches(folder, settings), "stream": here, "stream, 1 worker": worker}
 
     def take(batches: Batches) -> Callable[[], float]:
-        return timed(lambda: [next(batches) for _ in range(arguments.batches)])
+        return timed(lambda: [next(batches) for _ in range(settings.batches)])
 
-    rounds = take_turns({name: take(batches) for name, batches in readers.items()}, arguments.rounds)
-    consumed = model_rate(arguments)
-    tokens = arguments.batches * arguments.batch_size * arguments.seq_len
+    rounds = take_turns({name: take(batches) for name, batches in readers.items()}, settings.rounds)
+    consumed = model_rate(settings)
+    tokens = settings.batches * settings.windows_per_batch * settings.window
     yield "| reader | million tokens/s | of the raw loop | times what the model consumes |"
     yield "|---|---|---|---|"
     for name, values in rounds.items():
         rate = tokens / statistics.median(values)
         yield f"| {name} | {rate / 1e6:.1f} | {ratio(rounds['raw memmap loop'], values):.2f} | {rate / consumed:,.0f} |"
-    firsts = [1e3 * timed(lambda: first_batch(folder, arguments))() for _ in range(arguments.rounds + 1)][1:]
-    yield f"\nThe model (`{' '.join(arguments.overrides)}`) consumes {consumed:,.0f} tokens/s."
+    firsts = [1e3 * timed(lambda: first_batch(folder, settings))() for _ in range(settings.rounds + 1)][1:]
+    yield f"\nThe model (`{' '.join(settings.overrides)}`) consumes {consumed:,.0f} tokens/s."
     yield f"Checksums and largest ids, once in a process: {verifying:.2f} s for all of the corpus."
     yield f"From the configuration to the first batch: {statistics.median(firsts):.1f} ms (most: {max(firsts):.1f})."
 
@@ -147,12 +188,12 @@ print(json.dumps([before, resident()]))
 """
 
 
-def memory(folders: list[Path], arguments: argparse.Namespace) -> Iterator[str]:
+def memory(folders: list[Path], settings: DataConfig) -> Iterator[str]:
     """Of a process of its own for each corpus."""
     yield "| corpus, MB | own memory after the first batch, MiB | and after all | mapped pages of files, MiB |"
     yield "|---|---|---|---|"
     for folder in folders:
-        sizes = (arguments.seq_len, arguments.batch_size, arguments.rounds * arguments.batches)
+        sizes = (settings.window, settings.windows_per_batch, settings.rounds * settings.batches)
         command = [sys.executable, "-c", MEMORY, str(folder), *map(str, sizes)]
         said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
         (before, _), (after, mapped) = json.loads(said.splitlines()[-1])
@@ -170,21 +211,21 @@ print(time.perf_counter() - started)
 """
 
 
-def preparing(folder: Path, arguments: argparse.Namespace) -> Iterator[str]:
-    texts = [text for _, text in library_documents()][: arguments.documents]
-    content = train_bpe(texts, arguments.vocabulary)
+def preparing(folder: Path, settings: DataConfig) -> Iterator[str]:
+    texts = [text for _, text in library_documents()][: settings.documents]
+    content = train_bpe(texts, settings.vocabulary)
     (folder / FILES[1]).write_bytes(content)
     strings = [text.decode("utf-8", "replace") for text in texts]
     (folder / FILES[0]).write_text("".join(json.dumps({"text": text}) + "\n" for text in strings))
     library = tokenizers.Tokenizer.from_str(content.decode())
-    outputs = (f"prepared-{n}" for n in range(arguments.prepare_rounds + 1))
+    outputs = (f"prepared-{n}" for n in range(settings.prepare_rounds + 1))
 
     def prepare_them() -> float:
         command = [sys.executable, "-c", PREPARE, *(str(folder / name) for name in FILES), str(folder / next(outputs))]
         return float(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
 
     encode = {"encode_batch": timed(lambda: library.encode_batch(strings))}
-    rounds = take_turns({**encode, "tools.prepare": prepare_them}, arguments.prepare_rounds)
+    rounds = take_turns({**encode, "tools.prepare": prepare_them}, settings.prepare_rounds)
     yield "| | MB/s | of encode_batch |"
     yield "|---|---|---|"
     size = sum(map(len, texts)) / 1e6
@@ -192,41 +233,28 @@ def preparing(folder: Path, arguments: argparse.Namespace) -> Iterator[str]:
         yield f"| {name} | {size / statistics.median(values):.2f} | {ratio(rounds['encode_batch'], values):.2f} |"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", default=["experiment=moe_spannorm"], metavar="FIELD=VALUE")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[5_000_000, 500_000_000], help="of the corpora")
-    parser.add_argument("--seq-len", type=int, default=1024)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--batches", type=int, default=300, help="in a round")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=20, help="of the model")
-    parser.add_argument("--documents", type=int, help="to prepare; default: the whole standard library")
-    parser.add_argument("--vocabulary", type=int, default=16_384)
-    parser.add_argument("--prepare-rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=Path("results/data-cpu.md"))
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+@cli.tool
+def main(settings: DataConfig) -> None:
+    torch.set_num_threads(settings.threads)
     L.seed_everything(0, verbose=False)
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     lines = [
         "# Reading and preparing a corpus\n",
-        f"`python -m benchmarks.data`: windows of {arguments.seq_len} tokens, batches of {arguments.batch_size}; "
-        f"medians of {arguments.rounds} rounds of\n{arguments.batches} batches (preparing: of "
-        f"{arguments.prepare_rounds} rounds) in which all take turns. torch {torch.__version__}, tokenizers "
+        f"`python -m benchmarks.data`: windows of {settings.window} tokens, batches of {settings.windows_per_batch}; "
+        f"medians of {settings.rounds} rounds of\n{settings.batches} batches (preparing: of "
+        f"{settings.prepare_rounds} rounds) in which all take turns. torch {torch.__version__}, tokenizers "
         f"{tokenizers.__version__};\n{machine('cpu')}.",
     ]
     with tempfile.TemporaryDirectory() as name:
-        corpora = [make_corpus(Path(name) / str(tokens), tokens) for tokens in arguments.tokens]
-        titles = (f"Reading {max(arguments.tokens):,} tokens (uint16)", "Memory", "Preparing, on all cores")
-        tables = (reading(corpora[-1], arguments), memory(corpora, arguments), preparing(Path(name), arguments))
+        corpora = [make_corpus(Path(name) / str(tokens), tokens) for tokens in settings.tokens]
+        titles = (f"Reading {max(settings.tokens):,} tokens (uint16)", "Memory", "Preparing, on all cores")
+        tables = (reading(corpora[-1], settings), memory(corpora, settings), preparing(Path(name), settings))
         for title, table in zip(titles, tables, strict=True):
             lines += [f"\n## {title}\n", *table]
     print("\n".join(lines))
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text("\n".join(lines) + "\n")
+    settings.output.parent.mkdir(parents=True, exist_ok=True)
+    settings.output.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

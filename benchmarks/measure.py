@@ -10,7 +10,17 @@ from typing import Any
 
 import torch
 
+from core.errors import require
+
 Step = Callable[[], Any]
+
+
+def check_counts(config: Any, **least: int) -> None:
+    """Raise ConfigError unless each of these fields of a benchmark's settings is at least so large; null passes."""
+    for name, number in least.items():
+        value = getattr(config, name)
+        for one in value if isinstance(value, tuple) else (value,):
+            require(one is None or one >= number, name, one, f"an integer >= {number}")
 
 
 def take_turns(contenders: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:

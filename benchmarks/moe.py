@@ -1,7 +1,7 @@
 """One MoE layer, forward and backward, against other ways to compute it; and what more experts cost a training step.
 
     python -m benchmarks.moe                     CPU, fp32; writes results/moe-cpu.md
-    python -m benchmarks.moe --device cuda       bf16, with MegaBlocks where it is installed; results/moe-cuda.md
+    python -m benchmarks.moe device=cuda         bf16, with MegaBlocks where it is installed; results/moe-cuda.md
 
 All contenders have the same weights and inputs, make the balance loss as training does (Hugging Face's by its own
 function), and agree on outputs and gradients before anything is timed. They take turns (A B C A B C ...), so that the
@@ -9,11 +9,11 @@ machine's drift hits all alike; a ratio is the median of those within a round. O
 as well, which the others do not have.
 """
 
-import argparse
 import statistics
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +25,9 @@ from transformers.models.mixtral.modeling_mixtral import (
     load_balancing_loss_func,
 )
 
-from benchmarks.measure import Step, machine, ratio, take_turns, timed
-from core.allocator import keep_freed_memory
-from core.errors import ConfigError
+from benchmarks.measure import Step, check_counts, machine, ratio, take_turns, timed
+from core import cli
+from core.errors import ConfigError, require
 from lightning_modules.config import ModelConfig, OptimConfig, parse
 from lightning_modules.initialization import initialize
 from lightning_modules.layers.moe import MoE
@@ -35,6 +35,38 @@ from lightning_modules.optim import make_optimizer
 from lightning_modules.transformer import Transformer
 
 TOP_K, VOCAB_SIZE, BALANCE_WEIGHT = 2, 512, 0.01
+
+
+@dataclass(frozen=True)
+class MoEBenchmarkConfig:
+    """What `python -m benchmarks.moe` takes.
+
+    Attributes:
+        device: the device that all compute on.
+        experts: numbers of experts, of which each gets its rows.
+        tokens: the number of tokens, a multiple of 256.
+        dim: the width of the model.
+        hidden: the width of an expert.
+        layers: the number of layers in the model whose training step is timed.
+        rounds: the number of rounds, in each of which all take a step.
+        threads: the number of threads that compute.
+        output: the report; null: results/moe-DEVICE.md.
+    """
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    experts: tuple[int, ...] = (8, 32, 64)
+    tokens: int = 2048
+    dim: int = 256
+    hidden: int = 344
+    layers: int = 8
+    rounds: int = 20
+    threads: int = 1
+    output: Path | None = None
+
+    def __post_init__(self) -> None:
+        require(len(self.experts) > 0, "experts", "", "an integer, or several with commas between them")
+        check_counts(self, experts=TOP_K, dim=1, hidden=1, layers=1, rounds=1, threads=1)
+        require(self.tokens >= 256 and self.tokens % 256 == 0, "tokens", self.tokens, "a multiple of 256")
 
 
 class Setting(NamedTuple):
@@ -178,17 +210,17 @@ def make_steps(layers: dict[str, nn.Module], setting: Setting) -> Iterator[tuple
         yield name, step
 
 
-def layer_table(arguments: argparse.Namespace) -> Iterator[str]:
+def layer_table(settings: MoEBenchmarkConfig) -> Iterator[str]:
     """One row per setting and contender."""
     yield "| experts | load | max / mean load | | ms | of the first | tokens/s | TFLOP/s |"
     yield "|---|---|---|---|---|---|---|---|"
-    for num_experts in arguments.experts:
+    for num_experts in settings.experts:
         for skewed in (False, True):
-            sizes = (arguments.tokens, arguments.dim, arguments.hidden)
-            setting = Setting(num_experts, *sizes, skewed, arguments.device)
+            sizes = (settings.tokens, settings.dim, settings.hidden)
+            setting = Setting(num_experts, *sizes, skewed, settings.device)
             layers = contenders(setting)
-            steps = {name: timed(step, arguments.device) for name, step in make_steps(layers, setting)}
-            seconds = take_turns(steps, arguments.rounds)
+            steps = {name: timed(step, settings.device) for name, step in make_steps(layers, setting)}
+            seconds = take_turns(steps, settings.rounds)
             load = max_over_mean(next(iter(layers.values())), setting)
             for name, values in seconds.items():
                 median = statistics.median(values)
@@ -208,18 +240,18 @@ def max_over_mean(layer: nn.Module, setting: Setting) -> float:
     return (counts.max() / counts.mean()).item()
 
 
-def make_training_step(num_experts: int, arguments: argparse.Namespace) -> Step:
+def make_training_step(num_experts: int, settings: MoEBenchmarkConfig) -> Step:
     """Of a whole model, optimizer included; the active parameters do not depend on the number of experts."""
-    moe = {"num_experts": num_experts, "top_k": TOP_K, "expert_dim": arguments.hidden}
-    values = {"ffn": "moe", "num_layers": arguments.layers, "dim": arguments.dim, "num_heads": 4, "moe": moe}
-    with torch.device(arguments.device), autocast(arguments.device):
+    moe = {"num_experts": num_experts, "top_k": TOP_K, "expert_dim": settings.hidden}
+    values = {"ffn": "moe", "num_layers": settings.layers, "dim": settings.dim, "num_heads": 4, "moe": moe}
+    with torch.device(settings.device), autocast(settings.device):
         model = Transformer(parse(ModelConfig, "model", values), VOCAB_SIZE)
     initialize(model)
     optimizer = make_optimizer(model, OptimConfig())
-    tokens = torch.randint(VOCAB_SIZE, (arguments.tokens // 256, 257), device=arguments.device)
+    tokens = torch.randint(VOCAB_SIZE, (settings.tokens // 256, 257), device=settings.device)
 
     def step() -> None:
-        with autocast(arguments.device):
+        with autocast(settings.device):
             logits, stats = model(tokens[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
         (loss + BALANCE_WEIGHT * sum(s.load_balancing_loss for s in stats)).backward()
@@ -229,51 +261,40 @@ def make_training_step(num_experts: int, arguments: argparse.Namespace) -> Step:
     return step
 
 
-def step_table(arguments: argparse.Namespace) -> Iterator[str]:
-    few, many = min(arguments.experts), max(arguments.experts)
-    steps = {str(n): timed(make_training_step(n, arguments), arguments.device) for n in (few, many)}
-    seconds = take_turns(steps, arguments.rounds)
+def step_table(settings: MoEBenchmarkConfig) -> Iterator[str]:
+    few, many = min(settings.experts), max(settings.experts)
+    steps = {str(n): timed(make_training_step(n, settings), settings.device) for n in (few, many)}
+    seconds = take_turns(steps, settings.rounds)
     yield f"| experts | ms per training step | of {few} experts |"
     yield "|---|---|---|"
     for name, values in seconds.items():
         yield f"| {name} | {1e3 * statistics.median(values):.1f} | {ratio(values, seconds[str(few)]):.2f} |"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--experts", type=int, nargs="+", default=[8, 32, 64])
-    parser.add_argument("--tokens", type=int, default=2048, help="a multiple of 256")
-    parser.add_argument("--dim", type=int, default=256)
-    parser.add_argument("--hidden", type=int, default=344, help="width of an expert")
-    parser.add_argument("--layers", type=int, default=8, help="of the model whose training step is timed")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+@cli.tool
+def main(settings: MoEBenchmarkConfig) -> None:
+    torch.set_num_threads(settings.threads)
     torch.manual_seed(0)
-    keep_freed_memory()
     head = (
-        f"# One MoE layer on {arguments.device}, forward and backward\n\n"
-        f"`python -m benchmarks.moe --device {arguments.device} --threads {arguments.threads}`: top-{TOP_K}, "
-        f"{arguments.tokens} tokens, dim {arguments.dim}, experts of width {arguments.hidden}, "
-        f"{'fp32' if arguments.device == 'cpu' else 'bf16'}; medians of {arguments.rounds} rounds in which all take "
-        f"turns.\ntorch {torch.__version__}, transformers {transformers.__version__}; {machine(arguments.device)}.\n"
+        f"# One MoE layer on {settings.device}, forward and backward\n\n"
+        f"`python -m benchmarks.moe device={settings.device} threads={settings.threads}`: top-{TOP_K}, "
+        f"{settings.tokens} tokens, dim {settings.dim}, experts of width {settings.hidden}, "
+        f"{'fp32' if settings.device == 'cpu' else 'bf16'}; medians of {settings.rounds} rounds in which all take "
+        f"turns.\ntorch {torch.__version__}, transformers {transformers.__version__}; {machine(settings.device)}.\n"
     )
     print(head)
     lines = [head]
-    titles = ("## The layer\n", f"\n## A training step of {arguments.layers} blocks at equal active parameters\n")
+    titles = ("## The layer\n", f"\n## A training step of {settings.layers} blocks at equal active parameters\n")
     for title, table in zip(titles, (layer_table, step_table), strict=True):
         lines.append(title)
         print(title)
-        for line in table(arguments):
+        for line in table(settings):
             lines.append(line)
             print(line, flush=True)
-    output = arguments.output or Path(f"results/moe-{arguments.device}.md")
+    output = settings.output or Path(f"results/moe-{settings.device}.md")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -8,10 +8,10 @@ inside of the monitors, which on a CPU is what they cost, and beside it the diff
 what else the machine did meanwhile.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from benchmarks.measure import machine
+from benchmarks.measure import check_counts, machine
 from callbacks.divergence.divergence import Divergence
 from callbacks.divergence.flight_recorder import FlightRecorder
 from callbacks.monitors.curvature import Curvature
@@ -27,7 +27,9 @@ from callbacks.monitors.gradient_health import GradientHealth
 from callbacks.monitors.representation_collapse import RepresentationCollapse
 from callbacks.monitors.signal_propagation import SignalPropagation
 from callbacks.monitors.throughput import Throughput
+from core import cli
 from core.build import build
+from core.dataclass_cli import OVERRIDES
 from lightning_modules.composing import compose_run
 
 RUN = "runs/benchmark"
@@ -39,6 +41,26 @@ HOOKS = (
     "on_before_optimizer_step",
     "on_train_batch_end",
 )
+
+
+@dataclass(frozen=True)
+class MonitoringConfig:
+    """What `python -m benchmarks.monitoring` takes.
+
+    Attributes:
+        overrides: overrides of the model that is trained, as for train.py; none: experiment=moe_spannorm.
+        rounds: the number of rounds, in each of which every window has its turn.
+        threads: the number of threads that compute.
+        output: the report.
+    """
+
+    overrides: tuple[str, ...] = field(default=("experiment=moe_spannorm",), metadata=OVERRIDES)
+    rounds: int = 10
+    threads: int = 1
+    output: Path = Path("results/monitoring-cpu.md")
+
+    def __post_init__(self) -> None:
+        check_counts(self, rounds=2, threads=1)
 
 
 class Turns(L.Callback):
@@ -79,23 +101,18 @@ class Turns(L.Callback):
         self._started, self._spent = now, 0.0
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", default=["experiment=moe_spannorm"], metavar="FIELD=VALUE")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=Path("results/monitoring-cpu.md"))
-    arguments = parser.parse_args()
-    config = compose_run(arguments.overrides)
+@cli.tool
+def main(settings: MonitoringConfig) -> None:
+    config = compose_run(settings.overrides)
     load = machine("cpu")
-    torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(settings.threads)
     L.seed_everything(0, verbose=False)
     datamodule, turns = build(config, "data"), Turns()
     datamodule.prepare_data()
     module = build(config, "module", vocab_size=datamodule.vocab_size)
     trainer = L.Trainer(
         accelerator="cpu",
-        max_steps=(arguments.rounds + 1) * len(turns.kinds) * WINDOW + 1,
+        max_steps=(settings.rounds + 1) * len(turns.kinds) * WINDOW + 1,
         gradient_clip_val=1.0,
         log_every_n_steps=WINDOW,
         limit_val_batches=0,
@@ -116,7 +133,7 @@ def main() -> None:
     everything = default + curvature / CURVATURE_EVERY / step
     lines = [
         "# What the monitors cost\n",
-        f"`python -m benchmarks.monitoring {' '.join(arguments.overrides)}`, {len(off)} rounds of "
+        f"`python -m benchmarks.monitoring {' '.join(settings.overrides)}`, {len(off)} rounds of "
         f"{len(turns.kinds)} windows of {WINDOW} steps.\ntorch {torch.__version__}; {load}.\n",
         "| | ms |\n|---|---|",
         f"| a step without monitors | {1e3 * step:.1f} |",
@@ -130,9 +147,9 @@ def main() -> None:
         f"| and curvature every {CURVATURE_EVERY} | **{100 * everything:.2f} %** |",
     ]
     print("\n".join(lines))
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text("\n".join(lines) + "\n")
+    settings.output.parent.mkdir(parents=True, exist_ok=True)
+    settings.output.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -1,6 +1,5 @@
 """What surrounds a training step: Lightning's Trainer, and the time until the first one."""
 
-import argparse
 import statistics
 import subprocess
 import sys
@@ -90,17 +89,17 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def trainer_overhead(title: str, arguments: argparse.Namespace) -> Iterator[str]:
+def trainer_overhead(title: str, device: str, rounds: int) -> Iterator[str]:
     """Its loop, hooks and this project's own logging, without callbacks and loggers."""
-    job = JOBS[arguments.device]
+    job = JOBS[device]
     module = LanguageModule(job.model, {}, 257)
     data = _Tokens(job.seq_len)
     loop = _BareLoop(data)
     trainer = L.Trainer(
-        accelerator=arguments.device.replace("cuda", "gpu"),
+        accelerator=device.replace("cuda", "gpu"),
         devices=1,
-        max_steps=(arguments.rounds + 1) * WINDOW,
-        precision="32-true" if arguments.device == "cpu" else "bf16-mixed",
+        max_steps=(rounds + 1) * WINDOW,
+        precision="32-true" if device == "cpu" else "bf16-mixed",
         gradient_clip_val=1.0,
         log_every_n_steps=WINDOW,
         logger=False,
@@ -128,7 +127,7 @@ class FirstStep(L.Callback):
             print(FIRST_STEP, time.time(), flush=True)
 
 
-def startup(title: str, arguments: argparse.Namespace) -> Iterator[str]:
+def startup(title: str, device: str, rounds: int) -> Iterator[str]:
     """Medians of three commands each; the corpus is made anew each time."""
 
     def seconds(*overrides: str) -> float:

@@ -6,7 +6,8 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from core import overrides, sweep
 from core.allocator import keep_freed_memory
+from core.dataclass_cli import describe_fields, parse_fields
 from core.errors import ConfigError, InvalidValue, UserError, one_line, suggest
 from core.explain import explain_omegaconf
 from core.file_errors import about_a_file
@@ -104,6 +106,25 @@ def job(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
             raise
 
     return wrapped
+
+
+def tool(function: Callable[[Any], None]) -> Callable[..., None]:
+    """Decorate a tool's main function, which takes its settings: what is left takes the arguments of a command line.
+
+    Without any they are those of this process. --help is answered with the module's docstring and what the class of the
+    settings, which the function's annotation names, says of each field.
+    """
+
+    @functools.wraps(function)
+    def main(arguments: Sequence[str] | None = None) -> None:
+        given = sys.argv[1:] if arguments is None else arguments
+        (schema,) = (kind for name, kind in typing.get_type_hints(function).items() if name != "return")
+        if {"-h", "--help"} & set(given):
+            print(f"{str(function.__globals__['__doc__']).strip()}\n\n{describe_fields(schema)}")
+        else:
+            function(parse_fields(schema, given))
+
+    return main
 
 
 def _one_of_many(task: Callable[[DictConfig], Any], config: DictConfig) -> Any:

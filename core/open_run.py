@@ -35,14 +35,14 @@ class OpenRun:
     step: int
 
 
-def open_run(folder: Path, checkpoint: str = "last", allow: str = "") -> OpenRun:
+def open_run(folder: Path, checkpoint: str = "last", allow: Collection[str] = ()) -> OpenRun:
     """Load a run's model, on a GPU if there is one, in fp32.
 
     Args:
         folder: the run's.
         checkpoint: last, best, or the path of one.
-        allow: classes of the user's own, and addresses of corpora, that its configuration names, separated by commas;
-            no others are imported, or asked.
+        allow: classes of the user's own, and addresses of corpora, that its configuration names; no others are
+            imported, or asked.
 
     Raises:
         ConfigError: no run, foreign code in it, no such checkpoint, or one that cannot be read as one of this run.
@@ -51,8 +51,7 @@ def open_run(folder: Path, checkpoint: str = "last", allow: str = "") -> OpenRun
 
     from core.checkpoint import load
 
-    allowed = [name.strip() for name in allow.split(",")]
-    config = load_config(folder, allowed)
+    config = load_config(folder, allow)
     named = checkpoint in ("last", "best")
     path = folder / f"checkpoints/{checkpoint}.ckpt" if named else Path(checkpoint)
     require(path.exists(), "checkpoint", checkpoint, f"last, best, or the path of a checkpoint; {path} is not there")
@@ -83,7 +82,7 @@ def open_run(folder: Path, checkpoint: str = "last", allow: str = "") -> OpenRun
         module.load_state_dict(weights)
     except RuntimeError as error:
         raise ConfigError("checkpoint", str(path), described) from error
-    return OpenRun(folder, config, module.eval(), open_data(config, allowed), step)
+    return OpenRun(folder, config, module.eval(), open_data(config, allow), step)
 
 
 def open_data(config: DictConfig, allow: Collection[str] = ()) -> Any:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,18 @@ def choices(group: str) -> list[str]:
     if not group or group.startswith("hydra") or ".." in group:
         return []
     return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+@cache
+def top_level(config: str) -> frozenset[str]:
+    """Return the names without a dot that an override can begin with: the groups, and the fields outside of them.
+
+    Args:
+        config: train or study, of which configs/ has a file.
+    """
+    content: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{config}.yaml"), resolve=False)
+    groups = {name for entry in content.pop("defaults") if isinstance(entry, dict) for name in entry}
+    return frozenset({*content, *(name for name in groups if name.isidentifier())})
 
 
 def with_names_of_today(arguments: Iterable[str]) -> list[str]:

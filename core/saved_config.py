@@ -1,6 +1,5 @@
 """The configuration in a run's folder, which may come from anywhere: it names classes, so reading it could run code."""
 
-import argparse
 import importlib
 import re
 from collections.abc import Collection, Iterator
@@ -107,8 +106,7 @@ def refuse_foreign_code(config: DictConfig, allow: Collection[str] = ()) -> None
     if not foreign:
         return
     names = list(dict.fromkeys(str(value) for value in foreign.values()))[:NAMED]
-    way = f"{' '.join(f'--allow {name}' for name in names)} runs it (or allow={','.join(names)}, of a tool that takes"
-    reason = f"the saved configuration names code that is not this project's; {way} FIELD=VALUE)"
+    reason = f"the saved configuration names code that is not this project's; allow={','.join(names)} runs it"
     raise InvalidValue(next(iter(foreign)), next(iter(foreign.values())), reason)
 
 
@@ -118,13 +116,6 @@ def _names_foreign_code(field: str, value: Any) -> bool:
     if key == "_target_":
         return not _is_ours(field, value)
     return key in IMPORTABLE and isinstance(value, str) and "." in value
-
-
-def add_allow_option(parser: argparse.ArgumentParser) -> None:
-    """--allow NAME, for `load_config` and `core.open_run.open_data`."""
-    text = "what the run's saved configuration names, and you vouch for: a class of your own, as my_file.MyCallback, "
-    text += "or the address of its corpus, as s3://bucket/corpus; several: give it again"
-    parser.add_argument("--allow", action="append", default=[], metavar="NAME", help=text)
 
 
 def _leaves(node: Any, field: str = "") -> Iterator[tuple[str, Any]]:
@@ -169,6 +160,6 @@ def refuse_addresses(data: DictConfig, allow: Collection[str] = ()) -> None:
     several = paths if isinstance(paths, ListConfig) else [paths]
     for field, value in (("path", data.get("path")), *(("paths", path) for path in several)):
         if isinstance(value, str) and ADDRESS in value and value not in allow:
-            way = f"--allow {value} asks there (or allow={value}, of a tool that takes FIELD=VALUE)"
-            reason = f"the saved configuration names an address, of which nothing is fetched by itself; {way}"
+            reason = "the saved configuration names an address, of which nothing is fetched by itself"
+            reason += f"; allow={value} asks there"
             raise InvalidValue(f"data.{field}", value, reason)

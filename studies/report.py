@@ -4,21 +4,22 @@
     python -m studies.report runs/studies/learning_rate/laptop
 
 Takes the folder of a study's records, or that of its runs; what is missing, unfinished or failed is shown as such. The
-report is written beside the records, or into --output FOLDER.
+report is written beside the records, or into output=FOLDER.
 """
 
-import argparse
 import itertools
 import os
 import re
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from core import cli
 from core.atomic_write import write_whole
+from core.dataclass_cli import FIRST
 from core.errors import ConfigError, UserError
 from core.printable import printable
 from studies import figures
@@ -49,6 +50,19 @@ MAX_DRAWN = 1000
 """Points of a grid that is drawn; the tables have all of a larger one."""
 NAMED = 20
 """Of the runs that are left out."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """What `python -m studies.report` takes.
+
+    Attributes:
+        runs: folders of records or of runs, as results/studies/STUDY/SCALE.
+        output: the folder of the report; null: beside the records.
+    """
+
+    runs: tuple[Path, ...] = field(metadata=FIRST)
+    output: Path | None = None
 
 
 def load(folder: Path) -> tuple[Study, list[Record], dict[str, str]]:
@@ -291,19 +305,10 @@ def _file_name(name: str, taken: Sequence[str]) -> str | None:
     return None if f"{fit}.png" in taken else fit
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m studies.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="folders of records")
-    parser.add_argument("--output", type=Path, help="the folder of the report; default: beside the records")
-    arguments = parser.parse_args()
-    for folder in arguments.runs:
-        try:
-            print(f"Report: {printable(write(folder, arguments.output), limit=None)}")
-        except UserError as error:
-            print(f"Error: {printable(error, limit=None)}", file=sys.stderr)
-            raise SystemExit(cli.USER_ERROR) from None
+@cli.tool
+def main(config: ReportConfig) -> None:
+    for folder in config.runs:
+        print(f"Report: {printable(write(folder, config.output), limit=None)}")
 
 
 if __name__ == "__main__":

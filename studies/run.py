@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from core import cli
+from core.dataclass_cli import STUDY_OVERRIDES
 from core.errors import ConfigError, one_line, require, suggest
 from core.overrides import CONFIGS
 from core.printable import printable
@@ -34,6 +35,17 @@ from studies.grid import Planned, Study, read
 from studies.record import BROKEN, Record, collect
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """What `python -m studies.run` and `python -m studies.status` take.
+
+    Attributes:
+        overrides: study=NAME, and what else configs/study.yaml has: scale, seeds, threads, the folders, hydra/launcher.
+    """
+
+    overrides: tuple[str, ...] = field(default=(), metadata=STUDY_OVERRIDES)
 
 
 class Plan(NamedTuple):
@@ -57,8 +69,8 @@ def plan_of(config: DictConfig) -> Plan:
     name = HydraConfig.get().runtime.choices.get("study")
     require(isinstance(name, str) and isinstance(config.study, DictConfig), "study", name, "the name of one study")
     assert isinstance(name, str)
-    for field in ("results_dir", "runs_dir"):
-        require(isinstance(config[field], str) and config[field] != "", field, config[field], "the path of a folder")
+    for kind in ("results_dir", "runs_dir"):
+        require(isinstance(config[kind], str) and config[kind] != "", kind, config[kind], "the path of a folder")
     threads = config.threads
     require(type(threads) is int and 1 <= threads <= 1024, "threads", threads, "an integer from 1 to 1024")
     study, whole = (read(name, config.study, config.scale, seeds) for seeds in (config.seeds, None))
@@ -157,19 +169,18 @@ def train(run: Planned, folder: Path, threads: int) -> Record | None:
     return collect(run, folder, broken=last)
 
 
-def main() -> None:
-    overrides = [argument for argument in sys.argv[1:] if "=" in argument]
-    if "--help" not in sys.argv and len(overrides) == len(sys.argv) - 1:
-        study, whole, results, runs = planned(overrides)
-        for folder in (results, runs):  # whichever seeds are asked for now: a report is to say what is missing
-            whole.save(folder / "study.yaml")
-        todo = [run.name for run in study.runs() if not is_done(results / f"{run.name}.json", run)]
-        total = len(study.runs())
-        print(f"{study.name}, {study.scale}: {total - len(todo)} of {total} runs are done", flush=True)
-        if not todo:
-            return
+@cli.tool
+def main(config: StudyConfig) -> None:
+    overrides = list(config.overrides)
+    study, whole, results, runs = planned(overrides)
+    for folder in (results, runs):  # whichever seeds are asked for now: a report is to say what is missing
+        whole.save(folder / "study.yaml")
+    todo = [run.name for run in study.runs() if not is_done(results / f"{run.name}.json", run)]
+    total = len(study.runs())
+    print(f"{study.name}, {study.scale}: {total - len(todo)} of {total} runs are done", flush=True)
+    if todo:
         sys.argv[1:] = ["--multirun", *overrides, f"run={','.join(todo)}"]
-    run_one()
+        run_one()
 
 
 if __name__ == "__main__":

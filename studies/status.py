@@ -7,7 +7,6 @@ Takes the overrides of studies.run.
 """
 
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from core.printable import cell
 from core.status import is_locked
 from studies.grid import Study
 from studies.record import FINISHED, Record
-from studies.run import is_done, lock_of, planned
+from studies.run import StudyConfig, is_done, lock_of, planned
 
 
 def show(study: Study, results: Path, runs: Path) -> None:
@@ -54,11 +53,9 @@ def show(study: Study, results: Path, runs: Path) -> None:
         print(f"About {minutes:.0f} minutes of training are left, one run after the other.")
 
 
-def main() -> None:
-    if "--help" in sys.argv[1:]:
-        print(__doc__)
-        return
-    plan = planned(sys.argv[1:])
+@cli.tool
+def main(config: StudyConfig) -> None:
+    plan = planned(list(config.overrides))
     show(plan.study, plan.results, plan.runs)
 
 

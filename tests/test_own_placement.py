@@ -91,7 +91,7 @@ def test_it_is_opened_with_allow_alone(at_home: Path, capsys: pytest.CaptureFixt
         assert ALLOW in said, "the line says how"
         assert "my_norms" not in sys.modules
     with pytest.raises(InvalidValue, match=r"my_norms\.ScaleOnly"):
-        open_run(at_home / "whole", allow="my_norms.HalfNorm")
+        open_run(at_home / "whole", allow=["my_norms.HalfNorm"])
     evaluate.main(["whole", ALLOW])
     generate.main(["whole", "prompt=def", "num_tokens=3", ALLOW])
     reported = json.loads((at_home / "whole/summary.json").read_text())["val_loss"]
@@ -112,7 +112,7 @@ def test_it_is_exported_with_its_files_and_loads_without_them(at_home: Path, tmp
 
     export.main(["whole", f"output={tmp_path / 'out'}", ALLOW])
     batch = torch.randint(257, (2, 16))
-    expected = open_run(at_home / "whole", allow=ALLOW.removeprefix("allow=")).module(batch)[0].detach()
+    expected = open_run(at_home / "whole", allow=ALLOW.removeprefix("allow=").split(",")).module(batch)[0].detach()
     forget()
     sys.path.remove(str(at_home))
     try:

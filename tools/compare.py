@@ -1,15 +1,14 @@
 """Compare runs: a table of how they ended, and one picture of their curves.
 
     python -m tools.compare RUN1 RUN2                                            # draws runs/compare.png
-    python -m tools.compare RUN1 RUN2 --tags moe/max_load moe/dead_experts --output experts.png
+    python -m tools.compare RUN1 RUN2 tags=moe/max_load,moe/dead_experts output=experts.png
 
 Reads summaries, TensorBoard's event files and CSV tables; writes the picture and nothing else.
 """
 
-import argparse
 import warnings
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from core import cli
+from core.dataclass_cli import FIRST
 from core.errors import require
 from core.printable import cell, printable
 from core.status import read_summary
@@ -27,6 +27,21 @@ COLUMNS = ("train_loss", "val_loss", "val_bits_per_byte", "bigram_loss", "tokens
 PICTURE = Path("runs/compare.png")
 LATE = 0.1
 """The last part of a run, over which a tag's mean is shown: one logged step alone is noise."""
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """What `python -m tools.compare` takes.
+
+    Attributes:
+        runs: run folders, such as runs/moe_spannorm/TIME.
+        tags: scalars to compare instead of the losses.
+        output: the picture that is drawn.
+    """
+
+    runs: tuple[Path, ...] = field(metadata=FIRST)
+    tags: tuple[str, ...] = ()
+    output: Path = PICTURE
 
 
 class Run:
@@ -113,26 +128,18 @@ def draw(runs: Sequence[Run], tags: Sequence[str], output: Path) -> None:
     plt.close(figure)
 
 
-def main(arguments: argparse.Namespace) -> None:
-    for folder in arguments.runs:
+@cli.tool
+def main(config: CompareConfig) -> None:
+    for folder in config.runs:
         require(has_curves(folder), "RUN", str(folder), "the folder of a run, with tensorboard/ or csv/ in it")
-    output: Path = arguments.output
-    check_picture(output)
-    runs = [Run(folder) for folder in arguments.runs]
-    for tag in arguments.tags:
-        require(any(run.curve(tag)[0] for run in runs), "--tags", tag, "a scalar that one of the runs has written")
-    Console(width=None if Console().is_terminal else 160).print(make_table(runs, arguments.tags))
-    draw(runs, arguments.tags, output)
-    print(f"Curves: {printable(output, limit=None)}")
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tools.compare", description="Compare runs.")
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders, such as runs/moe_spannorm/TIME")
-    parser.add_argument("--tags", nargs="+", default=[], help="scalars to compare instead of the losses")
-    parser.add_argument("--output", type=Path, default=PICTURE, help=f"the picture ({PICTURE})")
-    return parser.parse_args()
+    check_picture(config.output)
+    runs = [Run(folder) for folder in config.runs]
+    for tag in config.tags:
+        require(any(run.curve(tag)[0] for run in runs), "tags", tag, "a scalar that one of the runs has written")
+    Console(width=None if Console().is_terminal else 160).print(make_table(runs, config.tags))
+    draw(runs, config.tags, config.output)
+    print(f"Curves: {printable(config.output, limit=None)}")
 
 
 if __name__ == "__main__":
-    cli.run(partial(main, parse_arguments()))
+    cli.run(main)

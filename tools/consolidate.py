@@ -1,16 +1,16 @@
 """The weights of a run as one safetensors file, whatever number of processes trained it.
 
     python -m tools.consolidate RUN                               # RUN/checkpoints/last.safetensors
-    python -m tools.consolidate RUN --checkpoint best --output model.safetensors
+    python -m tools.consolidate RUN checkpoint=best output=model.safetensors
 
 Needs no process group and no GPU, but as much memory as the checkpoint. The file's metadata has the step and, as JSON,
 what `LanguageModule(**hyper_parameters)` takes; the names are those of its `model`.
 """
 
-import argparse
 import json
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,11 +18,27 @@ from torch import Tensor
 from core import cli
 from core.atomic_write import write_whole
 from core.checkpoint import load
+from core.dataclass_cli import FIRST
 from core.errors import UserError, one_line
 from core.printable import printable
 from core.untrusted import within
 
 PREFIX = "model."
+
+
+@dataclass(frozen=True)
+class ConsolidateConfig:
+    """What `python -m tools.consolidate` takes.
+
+    Attributes:
+        run: a run folder, such as runs/moe_spannorm/TIME.
+        checkpoint: the one whose weights are written.
+        output: the file that is written; null: beside the checkpoint.
+    """
+
+    run: Path = field(metadata=FIRST)
+    checkpoint: Literal["last", "best"] = "last"
+    output: Path | None = None
 
 
 def consolidate(checkpoint: Path, output: Path) -> int:
@@ -48,23 +64,14 @@ def consolidate(checkpoint: Path, output: Path) -> int:
     return len(kept)
 
 
-def main(arguments: argparse.Namespace) -> None:
-    checkpoint = arguments.run / "checkpoints" / f"{arguments.checkpoint}.ckpt"
+@cli.tool
+def main(config: ConsolidateConfig) -> None:
+    checkpoint = config.run / "checkpoints" / f"{config.checkpoint}.ckpt"
     beside = checkpoint.with_suffix(".safetensors")
-    output = arguments.output or within(arguments.run, beside, f"--output {beside} writes there all the same")
+    output = config.output or within(config.run, beside, f"output={beside} writes there all the same")
     count = consolidate(checkpoint, output)
     print(f"{printable(output, limit=None)}: {count} tensors, {output.stat().st_size / 2**20:,.1f} MiB")
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.consolidate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path, help="a run folder, such as runs/moe_spannorm/TIME")
-    parser.add_argument("--checkpoint", choices=("last", "best"), default="last")
-    parser.add_argument("--output", type=Path, help="the file; default: beside the checkpoint")
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    cli.run(partial(main, parse_arguments()))
+    cli.run(main)

@@ -1,6 +1,7 @@
 """The coordinate check of Tensor Programs V (2203.03466, appendix D.1): do sizes depend on the width?
 
-    python -m tools.coordinate_check [--output PICTURE.png] [--ffn moe]
+    python -m tools.coordinate_check
+    python -m tools.coordinate_check ffn=moe output=widths.png
 
 Trains the same model at several widths for a few Adam steps on one batch, with optim.width_scaling none and mup, and
 prints, for the logits and the last block's output, the root mean square size and that of its change since step 0. With
@@ -8,11 +9,10 @@ mup both stay where they are as the width grows; without, the change grows with 
 output's in the first, after which the final norm bounds it.
 """
 
-import argparse
 import math
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,24 @@ WIDTHS = (64, 128, 256, 512, 1024)
 STEPS = (1, 5, 10)
 HEAD_DIM = 32
 VOCAB_SIZE = 64
+
+
+@dataclass(frozen=True)
+class CoordinateCheckConfig:
+    """What `python -m tools.coordinate_check` takes.
+
+    Attributes:
+        ffn: the kind of FFN in the blocks.
+        lr: the learning rate at the smallest width.
+        output: the picture that is drawn; null: none.
+    """
+
+    ffn: Literal["dense", "moe"] = "dense"
+    lr: float = 3e-3
+    output: Path | None = None
+
+    def __post_init__(self) -> None:
+        require(0 <= self.lr < math.inf, "lr", self.lr, "a number >= 0")
 
 
 class Size(NamedTuple):
@@ -136,23 +154,15 @@ def draw(sizes: list[Size], output: Path) -> None:
     plt.close(figure)
 
 
-def main(arguments: argparse.Namespace) -> None:
-    check_picture(arguments.output)
-    require(0 <= arguments.lr < math.inf, "--lr", arguments.lr, "a number >= 0")
-    sizes = check(arguments.ffn, lr=arguments.lr)
+@cli.tool
+def main(config: CoordinateCheckConfig) -> None:
+    check_picture(config.output)
+    sizes = check(config.ffn, lr=config.lr)
     print_table(sizes)
-    if arguments.output is not None:
-        draw(sizes, arguments.output)
-        print(f"Picture: {arguments.output}")
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tools.coordinate_check", description=__doc__)
-    parser.add_argument("--ffn", choices=("dense", "moe"), default="dense")
-    parser.add_argument("--lr", type=float, default=3e-3, help="learning rate at the smallest width")
-    parser.add_argument("--output", type=Path, help="where to draw it (PNG)")
-    return parser.parse_args()
+    if config.output is not None:
+        draw(sizes, config.output)
+        print(f"Picture: {config.output}")
 
 
 if __name__ == "__main__":
-    cli.run(partial(main, parse_arguments()))
+    cli.run(main)

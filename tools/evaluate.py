@@ -10,15 +10,14 @@ Prints tables, writes RUN/evaluation/, and adds the figures to the run's TensorB
 """
 
 import json
-import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core import cli
 from core.atomic_write import write_whole
-from core.dataclass_cli import parse_fields
+from core.dataclass_cli import FIRST
 from core.errors import UserError, require, writing
 from core.printable import printable
 from core.untrusted import within
@@ -30,42 +29,49 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """`python -m tools.evaluate RUN FIELD=VALUE ...`"""
+    """What `python -m tools.evaluate` takes.
 
-    data: str = ""  # folders of prepared corpora, separated by commas; empty: the run's own data
-    batches: int | None = (
-        None  # of data.batch_size sequences, of each corpus; null: its own data as in training, else all
-    )
-    tasks: str = ""  # of the lm-evaluation-harness, separated by commas, instead of a corpus
-    num_fewshot: int | None = None  # examples before each question; null: what the task says
-    limit: int | None = None  # questions of each task; null: all
-    window: int | None = None  # tokens that the model reads in a task; null: as many as it was trained on
-    batch_size: int | None = None  # questions of a task side by side; null: 16
-    checkpoint: str = "last"  # last, best, or the path of one
-    allow: str = ""  # what the run's configuration names, by commas: your classes, as my_file.Mine; a corpus' address
+    Attributes:
+        run: a run folder, such as runs/moe_spannorm/TIME.
+        data: folders of prepared corpora; none: the run's own data.
+        batches: take so many batches of each corpus; null: of its own data as many as in training, else all.
+        tasks: run these of the lm-evaluation-harness, instead of a corpus.
+        num_fewshot: put so many examples before each question; null: what the task says.
+        limit: ask at most so many questions of each task; null: all.
+        window: the number of tokens that the model reads in a task; null: as many as it was trained on.
+        batch_size: ask so many questions of a task side by side; null: 16.
+        checkpoint: the one to take: last, best, or a path.
+        allow: what the run's configuration names, and you vouch for: classes of yours, as my_file.Mine, and addresses.
+    """
+
+    run: Path = field(metadata=FIRST)
+    data: tuple[str, ...] = ()
+    batches: int | None = None
+    tasks: tuple[str, ...] = ()
+    num_fewshot: int | None = None
+    limit: int | None = None
+    window: int | None = None
+    batch_size: int | None = None
+    checkpoint: str = "last"
+    allow: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, least in (("batches", 1), ("num_fewshot", 0), ("limit", 1), ("window", 2), ("batch_size", 1)):
             value = getattr(self, name)
             require(value is None or value >= least, name, value, f"an integer >= {least}")
         apart = not (self.data and self.tasks)
-        require(apart, "tasks", self.tasks, "none where data is given: a corpus or tasks, one at a time")
+        require(apart, "tasks", ",".join(self.tasks), "none where data is given: a corpus or tasks, one at a time")
         require(not self.tasks or self.batches is None, "batches", self.batches, "null with tasks; their size is limit")
         for name in ("num_fewshot", "limit", "window", "batch_size"):
             value = getattr(self, name)
             require(bool(self.tasks) or value is None, name, value, "null where there are no tasks: it is about them")
 
 
-def names(value: str) -> list[str]:
-    """a,b -> [a, b]."""
-    return [part.strip() for part in value.split(",") if part.strip()]
-
-
 def evaluate_corpora(run: "OpenRun", config: EvaluateConfig) -> dict[str, float]:
     """{TensorBoard tag: value}."""
     from tools.evaluation.corpora import losses_of
 
-    losses = losses_of(run, names(config.data), config.batches)
+    losses = losses_of(run, list(config.data), config.batches)
     show(losses)  # first: the folder may be on a disk that is full, or that cannot be written to
     folder = within(run.folder, run.folder / "evaluation" / f"step_{run.step}", "remove the link")
     scalars: dict[str, float] = {}
@@ -107,26 +113,24 @@ def evaluate_tasks(run: "OpenRun", config: EvaluateConfig) -> dict[str, float]:
     from datamodules.tokenizers import NumberTokenizer
 
     is_text = not isinstance(run.datamodule.tokenizer, NumberTokenizer)
-    require(is_text, "tasks", config.tasks, f"none: they are texts, and what {run.folder} was trained on is numbers")
+    valid = f"none: they are texts, and what {run.folder} was trained on is numbers"
+    require(is_text, "tasks", ",".join(config.tasks), valid)
     try:
         from tools.evaluation.harness import run_tasks
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed: pip install -r requirements-eval.txt") from error
     window: Any = config.window or run.datamodule.seq_len
-    found = run_tasks(run, names(config.tasks), window, config.batch_size or 16, config.num_fewshot, config.limit)
+    found = run_tasks(run, list(config.tasks), window, config.batch_size or 16, config.num_fewshot, config.limit)
     return {f"eval/{task}/{metric}": value for task, values in found.items() for metric, value in values.items()}
 
 
-def main(arguments: list[str]) -> None:
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(__doc__)
-        return
-    config = parse_fields(EvaluateConfig, arguments[1:])
+@cli.tool
+def main(config: EvaluateConfig) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     from core.open_run import open_run
 
-    run = open_run(Path(arguments[0]), config.checkpoint, config.allow)
+    run = open_run(config.run, config.checkpoint, config.allow)
     scalars = (evaluate_tasks if config.tasks else evaluate_corpora)(run, config)
     folder = within(run.folder, run.folder / "tensorboard", "remove the link")
     with writing("RUN", run.folder), SummaryWriter(folder) as writer:
@@ -135,4 +139,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(partial(main, sys.argv[1:]))
+    cli.run(main)

@@ -10,26 +10,32 @@ AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True). What was d
 
 import json
 import shutil
-import sys
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from core import cli
-from core.dataclass_cli import parse_fields
+from core.dataclass_cli import FIRST
 from core.errors import UserError, require, writing
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """`python -m tools.export RUN FIELD=VALUE ...`"""
+    """What `python -m tools.export` takes.
 
-    output: str  # a new folder
-    checkpoint: str = "last"  # last, best, or the path of one
-    allow: str = ""  # what the run's configuration names, by commas: your classes, as my_file.Mine; a corpus' address
+    Attributes:
+        run: a run folder, such as runs/moe_spannorm/TIME.
+        output: the folder to make.
+        checkpoint: the one to take: last, best, or a path.
+        allow: what the run's configuration names, and you vouch for: classes of yours, as my_file.Mine, and addresses.
+    """
+
+    run: Path = field(metadata=FIRST)
+    output: Path
+    checkpoint: str = "last"
+    allow: tuple[str, ...] = ()
 
 
-def export(folder: Path, config: ExportConfig) -> str:
+def export(config: ExportConfig) -> str:
     """Write the folder; says in a line what it holds. An export that fails leaves nothing behind.
 
     Raises:
@@ -44,9 +50,9 @@ def export(folder: Path, config: ExportConfig) -> str:
     from datamodules.tokenizers import NumberTokenizer
     from tools.exporting import llama, remote_code, tokenizer
 
-    output = Path(config.output)
-    require(not output.exists(), "output", config.output, "a new folder: this one is there already")
-    run = open_run(folder, config.checkpoint, config.allow)
+    output = config.output
+    require(not output.exists(), "output", str(output), "a new folder: this one is there already")
+    run = open_run(config.run, config.checkpoint, config.allow)
     model, data = run.module.model.cpu(), run.datamodule
     end = None if isinstance(data.tokenizer, NumberTokenizer) else data.tokenizer.end_of_document
     max_length = data.seq_len
@@ -81,12 +87,10 @@ def _name_as_both_do(path: Path) -> None:
     path.write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n")
 
 
-def main(arguments: list[str]) -> None:
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(__doc__)
-    else:
-        print(export(Path(arguments[0]), parse_fields(ExportConfig, arguments[1:])))
+@cli.tool
+def main(config: ExportConfig) -> None:
+    print(export(config))
 
 
 if __name__ == "__main__":
-    cli.run(partial(main, sys.argv[1:]))
+    cli.run(main)

@@ -15,29 +15,42 @@ import itertools
 import math
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from core import cli
-from core.dataclass_cli import parse_fields
+from core.dataclass_cli import FIRST
 from core.errors import UserError, require
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """`python -m tools.generate RUN FIELD=VALUE ...`"""
+    """What `python -m tools.generate` takes.
 
-    prompt: str = ""  # what the model continues; empty: the beginning of a document
-    num_tokens: int = 256  # at most so many more
-    temperature: float = 0.8  # the logits are divided by it; 0: always the likeliest token
-    top_k: int | None = None  # draw from so many of the likeliest tokens; null: from all
-    top_p: float = 1.0  # draw from the fewest likeliest tokens whose probabilities reach this sum
+    Attributes:
+        run: a run folder, such as runs/moe_spannorm/TIME.
+        prompt: the text to continue; empty: the beginning of a document.
+        num_tokens: write at most so many tokens.
+        temperature: what the logits are divided by; 0: always the likeliest token.
+        top_k: draw from so many of the likeliest tokens; null: from all.
+        top_p: draw from the fewest likeliest tokens whose probabilities reach this sum.
+        seed: the seed of the random numbers.
+        window: the number of tokens that the model looks back at; null: as many as it was trained on.
+        checkpoint: the one to take: last, best, or a path.
+        allow: what the run's configuration names, and you vouch for: classes of yours, as my_file.Mine, and addresses.
+    """
+
+    run: Path = field(metadata=FIRST)
+    prompt: str = ""
+    num_tokens: int = 256
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float = 1.0
     seed: int = 0
-    window: int | None = None  # tokens that the model looks back at; null: as many as it was trained on
-    checkpoint: str = "last"  # last, best, or the path of one
-    allow: str = ""  # what the run's configuration names, by commas: your classes, as my_file.Mine; a corpus' address
+    window: int | None = None
+    checkpoint: str = "last"
+    allow: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         require(self.num_tokens >= 1, "num_tokens", self.num_tokens, "an integer >= 1")
@@ -80,15 +93,12 @@ def harmless(text: str) -> str:
     return text.translate({**symbols, 0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)})
 
 
-def main(arguments: list[str]) -> None:
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(__doc__)
-        return
-    config = parse_fields(GenerateConfig, arguments[1:])
+@cli.tool
+def main(config: GenerateConfig) -> None:
     from core.open_run import open_run
     from datamodules.tokenizers import tokens_of
 
-    run = open_run(Path(arguments[0]), config.checkpoint, config.allow)
+    run = open_run(config.run, config.checkpoint, config.allow)
     tokenizer, window = run.datamodule.tokenizer, config.window or run.datamodule.seq_len
     prompt = tokens_of(config.prompt, tokenizer)
     if len(prompt) > window:
@@ -105,4 +115,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(partial(main, sys.argv[1:]))
+    cli.run(main)

@@ -1,19 +1,18 @@
 """What a run will take, before anything is allocated: parameters, memory of a process, FLOPs, hours.
 
     python -m tools.plan experiment=dense_7b trainer=fsdp trainer.devices=8 trainer.num_nodes=2
-    python -m tools.plan experiment=moe_spannorm_gpu --mfu 0.35 --peak-flops 312e12
-    python -m tools.plan experiment=dense_7b trainer=fsdp trainer.devices=8 --vocab-size 32768    # no corpus yet
+    python -m tools.plan experiment=moe_spannorm_gpu mfu=0.35 peak_flops=312e12
+    python -m tools.plan experiment=dense_7b trainer=fsdp trainer.devices=8 assumed_vocab_size=32768  # no corpus yet
 
 Takes the same overrides as train.py, and plans for GPUs unless they say trainer.accelerator=cpu. Weights, gradients and
 optimizer state are counted, activations are traced on shapes (analysis/memory.py); what FSDP gathers is an upper bound.
-Hours are arithmetic: an H100's peak in the run's precision, times --mfu. Not in the memory: the CUDA context, NCCL's
+Hours are arithmetic: an H100's peak in the run's precision, times mfu. Not in the memory: the CUDA context, NCCL's
 buffers, and the allocator's fragments. docs/scaling.md says how close it came to what was measured.
 """
 
-import argparse
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,6 +27,7 @@ from torch import nn
 from analysis.memory import saved_activations
 from core import cli
 from core.build import build
+from core.dataclass_cli import OVERRIDES
 from core.errors import ConfigError, UserError, lookup, require
 from core.options import check_arguments
 from core.parallel import num_models, num_passes
@@ -41,6 +41,29 @@ from lightning_modules.transformer import Block, Transformer
 
 GIB = 2**30
 CHECKED = ("max_steps", "accumulate_grad_batches", "precision")
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What `python -m tools.plan` takes.
+
+    Attributes:
+        overrides: the overrides of the run, as for train.py.
+        mfu: the share of the peak that the run reaches.
+        peak_flops: FLOP/s of a device in the run's precision; null: an H100's, 989e12 in bf16 and fp16, 67e12 in fp32.
+        assumed_vocab_size: the vocabulary of a corpus that is not prepared yet; null: that of the data.
+    """
+
+    overrides: tuple[str, ...] = field(default=(), metadata=OVERRIDES)
+    mfu: float = 0.4
+    peak_flops: float | None = None
+    assumed_vocab_size: int | None = field(default=None, metadata={"formerly": "vocab_size"})
+
+    def __post_init__(self) -> None:
+        peak, vocab_size = self.peak_flops, self.assumed_vocab_size
+        require(0 < self.mfu <= 1, "mfu", self.mfu, "a number in (0, 1]")
+        require(peak is None or 0 < peak < math.inf, "peak_flops", peak, "a number > 0")
+        require(vocab_size is None or vocab_size >= 2, "assumed_vocab_size", vocab_size, "an integer >= 2")
 
 
 class Precision(NamedTuple):
@@ -181,7 +204,7 @@ def _vocab_size(datamodule: Any) -> int:
         size: int = datamodule.vocab_size
     except UserError as error:
         valid = f"the size of the vocabulary that the data will have, as they are not here ({error})"
-        raise ConfigError("--vocab-size", None, valid) from error
+        raise ConfigError("assumed_vocab_size", None, valid) from error
     return size
 
 
@@ -265,29 +288,13 @@ def make_table(planned: Plan, mfu: float, peak_flops: float) -> Table:
     return table
 
 
-def main(arguments: argparse.Namespace) -> None:
-    require(0 < arguments.mfu <= 1, "--mfu", arguments.mfu, "a number in (0, 1]")
-    peak, vocab_size = arguments.peak_flops, arguments.vocab_size
-    require(peak is None or 0 < peak < math.inf, "--peak-flops", peak, "a number > 0")
-    require(vocab_size is None or vocab_size >= 2, "--vocab-size", vocab_size, "an integer >= 2")
+@cli.tool
+def main(config: PlanConfig) -> None:
     console = Console()
-    planned = plan(compose_config(arguments.overrides), vocab_size)
-    table = make_table(planned, arguments.mfu, peak or PRECISIONS[planned.precision].peak_flops)
+    planned = plan(compose_config(config.overrides), config.assumed_vocab_size)
+    table = make_table(planned, config.mfu, config.peak_flops or PRECISIONS[planned.precision].peak_flops)
     Console(width=max(console.width, 100)).print(table)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="as for train.py")
-    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that the run reaches; default 0.4")
-    peak = "FLOP/s of a device in the run's precision; default: an H100's, 989e12 in bf16 and fp16, 67e12 in fp32"
-    parser.add_argument("--peak-flops", type=float, default=None, help=peak)
-    vocabulary = "of a corpus that is not prepared yet; default: that of the data"
-    parser.add_argument("--vocab-size", type=int, default=None, help=vocabulary)
-    return parser.parse_intermixed_args()
-
-
 if __name__ == "__main__":
-    cli.run(partial(main, parse_arguments()))
+    cli.run(main)

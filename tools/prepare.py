@@ -6,12 +6,12 @@
     python -m tools.prepare inspect data/texts       verifies every checksum, shows statistics and samples
 
 An interrupted preparation goes on where it was when the same command is given again. The result does not depend on the
-number of processes. All fields: datamodules/preparation/prepare.py; formats, and what an index holds: docs/data.md.
+number of processes. Formats, and what an index holds: docs/data.md.
 """
 
 import dataclasses
 import sys
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -19,7 +19,6 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from core import cli
-from core.dataclass_cli import parse_fields
 from core.errors import require
 from core.printable import cell, printable
 from datamodules.index import SPLITS
@@ -28,6 +27,7 @@ from datamodules.preparation.prepare import PrepareConfig, prepare
 from datamodules.storage import LocalFolder, read_index
 
 
+@cli.tool
 def run_prepare(config: PrepareConfig) -> None:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"))
     console = Console(stderr=True)
@@ -81,15 +81,14 @@ def _cell(value: float | None) -> str:
     return f"{value:,.2f}" if isinstance(value, float) else f"{value:,}"
 
 
-def main(arguments: list[str]) -> None:
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(__doc__)
-    elif arguments[0] == "inspect":
-        require(len(arguments) == 2, "argument", " ".join(arguments), "inspect PATH")
-        run_inspect(arguments[1])
+def main(arguments: Sequence[str] | None = None) -> None:
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given[:1] == ["inspect"] and "--help" not in given:
+        require(len(given) == 2, "argument", " ".join(given), "inspect PATH")
+        run_inspect(given[1])
     else:
-        run_prepare(parse_fields(PrepareConfig, arguments, ", or: inspect PATH"))
+        run_prepare(given)
 
 
 if __name__ == "__main__":
-    cli.run(partial(main, sys.argv[1:]))
+    cli.run(main)

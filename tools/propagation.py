@@ -1,8 +1,8 @@
 """Signal propagation at initialization: how activations and gradients fare on their way through the blocks.
 
     python -m tools.propagation model.placement=spannorm model.num_layers=128
-    python -m tools.propagation model=moe model.placement=prenorm model.init=fan_in seed=1 --output picture.png
-    python -m tools.propagation --every-placement model.num_layers=64
+    python -m tools.propagation model=moe model.placement=prenorm model.init=fan_in seed=1 output=picture.png
+    python -m tools.propagation every_placement=true model.num_layers=64
 
 Takes the same overrides as train.py, builds the model as train.py would, and sends random tokens through it once,
 forward and backward; nothing is trained and no data is read. Prints a table with one row a block, and draws the same.
@@ -10,11 +10,9 @@ Where docs/theory.md has a prediction (prenorm, postnorm, spannorm, deepnorm, wi
 was measured. Writes the picture and nothing else.
 """
 
-import argparse
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +25,7 @@ from analysis.propagation import BlockSignal, measure
 from analysis.theory import Prediction, predict_model
 from core import cli
 from core.build import build
+from core.dataclass_cli import OVERRIDES
 from core.errors import require
 from lightning_modules.composing import compose_run
 from lightning_modules.config import ModelConfig
@@ -49,6 +48,23 @@ COLUMNS = {
     "effective_rank": "eff.\nrank",
 }
 PREDICTED = ("variance", "attn_ratio", "ffn_ratio", "hidden_gradient", "cosine")
+
+
+@dataclass(frozen=True)
+class PropagationConfig:
+    """What `python -m tools.propagation` takes.
+
+    Attributes:
+        overrides: overrides as for train.py, of which model, optim and seed count.
+        output: the picture that is drawn; null: runs/signal/MODEL.png.
+        all_rows: print every block, also of a deep model.
+        every_placement: print one Markdown row for each placement instead, and draw nothing.
+    """
+
+    overrides: tuple[str, ...] = field(default=(), metadata=OVERRIDES)
+    output: Path | None = None
+    all_rows: bool = False
+    every_placement: bool = False
 
 
 class Report(NamedTuple):
@@ -96,17 +112,17 @@ def make_table(result: Report, all_rows: bool) -> Table:
     """One row a block; of many blocks about NUM_ROWS, evenly spaced, the first and the last among them."""
     table = Table(title=result.title, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
     table.add_column("block", justify="right")
-    for field, header in COLUMNS.items():
+    for name, header in COLUMNS.items():
         table.add_column(header, justify="right")
-        if result.predicted(field) is not None:
+        if result.predicted(name) is not None:
             table.add_column("theory", justify="right", style="dim")
     num_blocks = len(result.signals)
     rows = min(num_blocks, num_blocks if all_rows else NUM_ROWS)
     for index in sorted({round(i * (num_blocks - 1) / max(rows - 1, 1)) for i in range(rows)}):
         cells = []
-        for field in COLUMNS:
-            cells.append(f"{getattr(result.signals[index], field):.3g}")
-            predicted = result.predicted(field)
+        for name in COLUMNS:
+            cells.append(f"{getattr(result.signals[index], name):.3g}")
+            predicted = result.predicted(name)
             cells += [] if predicted is None else [f"{predicted[index]:.3g}"]
         table.add_row(str(index + 1), *cells)
     return table
@@ -145,12 +161,12 @@ def draw(result: Report, output: Path) -> None:
     figure, grid = plt.subplots(2, 3, figsize=(12, 6.5), sharex=True, layout="constrained")
     blocks = [signal.block for signal in result.signals]
     for axes, (title, fields) in zip(grid.flat, panels.items(), strict=True):
-        for field in fields:
-            name = field.split("_")[0] + ", " if len(fields) > 1 else ""
-            (line,) = axes.plot(blocks, [asdict(signal)[field] for signal in result.signals], label=f"{name}measured")
-            predicted = result.predicted(field)
+        for name in fields:
+            part = name.split("_")[0] + ", " if len(fields) > 1 else ""
+            (line,) = axes.plot(blocks, [asdict(signal)[name] for signal in result.signals], label=f"{part}measured")
+            predicted = result.predicted(name)
             if predicted is not None:
-                axes.plot(blocks, predicted, "--", color=line.get_color(), alpha=0.6, label=f"{name}theory")
+                axes.plot(blocks, predicted, "--", color=line.get_color(), alpha=0.6, label=f"{part}theory")
         axes.set(title=title, yscale="linear" if fields[0] in ("cosine", "effective_rank") else "log")
         axes.grid(alpha=0.3)
         axes.legend()
@@ -183,36 +199,24 @@ def placements_table(overrides: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: argparse.Namespace) -> None:
+@cli.tool
+def main(config: PropagationConfig) -> None:
     # With a thread for every core of a busy machine, products this small spend their time waiting for each other.
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
-    check_picture(arguments.output)
-    if arguments.every_placement:
-        print(placements_table(arguments.overrides))
+    check_picture(config.output)
+    if config.every_placement:
+        print(placements_table(config.overrides))
         return
-    result = report(arguments.overrides)
+    result = report(config.overrides)
     console = Console()
-    Console(width=max(console.width, 124)).print(make_table(result, arguments.all_rows))
+    Console(width=max(console.width, 124)).print(make_table(result, config.all_rows))
     print(summary(result))
-    config = result.config
-    name = f"{config.placement}-{config.ffn}-{result.init}-{config.num_layers}x{config.dim}.png"
-    output = arguments.output or PICTURES / name
+    model = result.config
+    name = f"{model.placement}-{model.ffn}-{result.init}-{model.num_layers}x{model.dim}.png"
+    output = config.output or PICTURES / name
     draw(result, output)
     print(f"Picture: {output}")
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.propagation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="as for train.py: model, optim, seed")
-    parser.add_argument("--output", type=Path, help=f"the picture (PNG); default: {PICTURES}/MODEL.png")
-    parser.add_argument("--all-rows", action="store_true", help=f"every block, also of more than {NUM_ROWS}")
-    parser.add_argument(
-        "--every-placement", action="store_true", help="instead: one Markdown row for each placement, no picture"
-    )
-    return parser.parse_intermixed_args()
-
-
 if __name__ == "__main__":
-    cli.run(partial(main, parse_arguments()))
+    cli.run(main)

@@ -1,23 +1,20 @@
 """Go through a recorded step again, and look at it block by block.
 
     python -m tools.replay RUN              the first step that the flight recorder has written out
-    python -m tools.replay RUN --step 137   another one
-    python -m tools.replay RUN --allow my_file.MyCallback   a run with a callback of your own
+    python -m tools.replay RUN step=137     another one
+    python -m tools.replay RUN allow=my_file.MyCallback     a run with a callback of your own
 
 Takes the newest checkpoint that leads to the step, trains on from there as the run did (its data, its random numbers,
 its policy on divergence, your own callbacks), stops before the step, and sends the recorded tokens through the model.
 What does not come out as it was recorded was caused by neither the weights nor the data. Writes nothing.
 """
 
-import argparse
 import math
 import re
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,10 +38,11 @@ from core.atomic_write import is_whole
 from core.build import build, build_all, import_target
 from core.checkpoint import CheckpointIO, load_beside_weights
 from core.console import silence_noise
+from core.dataclass_cli import FIRST
 from core.errors import UserError, one_line, require
 from core.open_run import open_data
 from core.printable import printable
-from core.saved_config import PACKAGES, add_allow_option, load_config
+from core.saved_config import PACKAGES, load_config
 from core.untrusted import MIB, parse_json, read_bytes
 
 STEERING = {f"{kind.__module__}.{kind.__qualname__}" for kind in (RandomState, Divergence)}
@@ -63,6 +61,21 @@ HEADERS = (
 
 EVENT_BYTES = 64 * MIB
 """Of events.jsonl, which has a few hundred a line."""
+
+
+@dataclass(frozen=True)
+class ReplayConfig:
+    """What `python -m tools.replay` takes.
+
+    Attributes:
+        run: a run folder, such as runs/moe_spannorm/TIME.
+        step: the recorded step to go through, counted from 1; null: the first.
+        allow: what the run's configuration names, and you vouch for: classes of yours, as my_file.Mine, and addresses.
+    """
+
+    run: Path = field(metadata=FIRST)
+    step: int | None = None
+    allow: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -243,13 +256,14 @@ def loss_and_norm(module: Any, batches: list[dict[str, Tensor]]) -> tuple[float,
     return total, float(torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None]))
 
 
-def main(arguments: argparse.Namespace) -> None:
-    run: Path = arguments.run
+@cli.tool
+def main(settings: ReplayConfig) -> None:
+    run = settings.run
     steps = recorded_steps(run)
     require(bool(steps), "RUN", str(run), f"a run with a step in {FOLDER}/")
-    step = arguments.step or next(iter(steps))
-    require(step in steps, "--step", step, f"one of {', '.join(map(str, steps))}")
-    config = load_config(run, arguments.allow)
+    step = settings.step or next(iter(steps))
+    require(step in steps, "step", step, f"one of {', '.join(map(str, steps))}")
+    config = load_config(run, settings.allow)
     for group in ("module.model", "data", "trainer", "callbacks"):
         valid = "a group of values, as in the configuration that a run has saved"
         require(isinstance(OmegaConf.select(config, group), DictConfig), group, OmegaConf.select(config, group), valid)
@@ -263,7 +277,7 @@ def main(arguments: argparse.Namespace) -> None:
     print(f"From {printable(checkpoint or 'the beginning')}, {step - 1 - at} steps to catch up with.", flush=True)
     silence_noise()
     with tempfile.TemporaryDirectory() as scratch:
-        module = arrive(config, step, checkpoint, Path(scratch), arguments.allow)
+        module = arrive(config, step, checkpoint, Path(scratch), settings.allow)
     report(module, records)
 
 
@@ -282,11 +296,11 @@ def report(module: Any, records: list[dict[str, Any]]) -> None:
         ]
     except (RuntimeError, KeyError) as error:
         raise UserError(f"the recorded batches of its processes do not fit each other: {one_line(error)}") from error
-    require(bool(batches), "--step", records[0]["step"], "a step of which all processes have recorded a batch")
+    require(bool(batches), "step", records[0]["step"], "a step of which all processes have recorded a batch")
     for batch in batches:
         ids, valid = batch["tokens"], "a step whose recorded tokens are in the model's vocabulary"
         there = ids.numel() > 0 and int(ids.min()) >= 0 and int(ids.max()) < module.vocab_size
-        require(there, "--step", records[0]["step"], valid)
+        require(there, "step", records[0]["step"], valid)
     loss, norm = loss_and_norm(module, batches)  # first, with the random numbers that the step had
     module.zero_grad()
     with module.trainer.precision_plugin.forward_context():
@@ -304,16 +318,5 @@ def report(module: Any, records: list[dict[str, Any]]) -> None:
     print(f"{line}; recorded {then[0]:.4f} and {then[1]:.4g}: {verdict}.")
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.replay", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path, help="a run folder, such as runs/moe_spannorm/TIME")
-    parser.add_argument("--step", type=int, help="counted from 1; default: the first that was recorded")
-    add_allow_option(parser)
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    sys.path.append(".")
-    cli.run(partial(main, parse_arguments()))
+    cli.run(main)

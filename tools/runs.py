@@ -1,24 +1,27 @@
 """List runs: what became of each, how far it is, its loss, its age.
 
-    python -m tools.runs                                  all below runs/, the newest last
-    python -m tools.runs runs/moe_spannorm --sort loss    the best first
-    python -m tools.runs --status running failed
+    python -m tools.runs                                 all below runs/, the newest last
+    python -m tools.runs runs/moe_spannorm sort=loss     the best first
+    python -m tools.runs status=running,failed
 
 Reads only; a run may go on meanwhile. Age is the time since anything was last written to the run.
 """
 
-import argparse
 import math
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from core import cli
+from core.dataclass_cli import FIRST
+from core.errors import require
 from core.printable import cell, printable
 from core.status import DIVERGED, DONE, FAILED, RUNNING, STOPPED, SUMMARY, is_running, read, read_summary
 from core.untrusted import Untrusted, bound
@@ -30,6 +33,21 @@ DEEP, BEHIND_LINKS = 8, 2
 """Levels of folders that are looked at, and of those how many behind a link, which may lead anywhere."""
 MOST = 100_000
 """Folders that are looked at."""
+
+
+@dataclass(frozen=True)
+class RunsConfig:
+    """What `python -m tools.runs` takes.
+
+    Attributes:
+        folder: the folder to look in.
+        status: list only runs that are this.
+        sort: put the newest last (age), or the best first (loss).
+    """
+
+    folder: Path = field(default=Path("runs"), metadata=FIRST)
+    status: tuple[Literal["running", "done", "stopped", "diverged", "failed"], ...] = ()
+    sort: Literal["age", "loss"] = "age"
 
 
 @dataclass(frozen=True)
@@ -148,28 +166,20 @@ def age(seconds: float) -> str:
     return f"{max(0, int(seconds))}s"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.runs", description="List runs.")
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs"), help="where to look (runs)")
-    parser.add_argument("--status", nargs="+", choices=sorted(STYLES), help="only these")
-    parser.add_argument(
-        "--sort", choices=("age", "loss"), default="age", help="newest last (age), or best first (loss)"
-    )
-    arguments = parser.parse_args()
-    if not os.path.isdir(arguments.folder):  # unlike Path.is_dir, also of names that no file can have
-        print(f"Error: {printable(arguments.folder)} is no folder", file=sys.stderr)
-        raise SystemExit(2)
+@cli.tool
+def main(config: RunsConfig) -> None:
+    there = os.path.isdir(config.folder)  # unlike Path.is_dir, also of names that no file can have
+    require(there, "FOLDER", str(config.folder), "a folder with runs")
     now = time.time()
-    seen = [look(folder, now) for folder in find(arguments.folder)]
-    rows = [row for row in seen if row is not None]
-    rows = [row for row in rows if arguments.status is None or row.status in arguments.status]
-    if arguments.sort == "loss":
+    seen = [look(folder, now) for folder in find(config.folder)]
+    rows = [row for row in seen if row is not None and (not config.status or row.status in config.status)]
+    if config.sort == "loss":
         rows.sort(key=lambda row: math.inf if row.val_loss is None else row.val_loss)
     else:
         rows.sort(key=lambda row: -row.seconds)
     console = Console(width=None if Console().is_terminal else 160)
-    console.print(make_table(rows, arguments.folder) if rows else cell(f"No such runs in {arguments.folder}."))
+    console.print(make_table(rows, config.folder) if rows else cell(f"No such runs in {config.folder}."))
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -32,7 +32,7 @@ def write_report(run_dir: str, step: Step, line: str, groups: GroupHistory) -> P
         text.append(f"| {describe(group)} | {norm:.3g} | {before} | {100 * share:.3g} % |")
     text += [
         "",
-        f"Look at the step again: `python -m tools.replay {printable(shlex.quote(run_dir))} --step {step.number}`.",
+        f"Look at the step again: `python -m tools.replay {printable(shlex.quote(run_dir))} step={step.number}`.",
         "",
         "The last checkpoint is from before this step. Resumed as it is, the run comes to the same place; go on with",
         "another policy (`callbacks.divergence.policy=rollback`) or a lower `optim.lr`.",

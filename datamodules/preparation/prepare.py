@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 import numpy as np
 
@@ -45,21 +45,37 @@ ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "f": "\f", "v": "\v", "0": "\0", "\\
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """`python -m tools.prepare FIELD=VALUE ...`"""
+    r"""What `python -m tools.prepare` takes.
 
-    input: str  # files, folders, globs, hf:DATASET[:SUBSET] or python_stdlib; several are separated by commas
-    output: str  # the corpus' folder
-    tokenizer: str = "byte"  # byte, bpe:SIZE (trained here), hf:NAME, or the path of a tokenizer.json
-    text_field: str = "text"  # of JSON lines, parquet files and datasets
-    format: str = "auto"  # auto: by content and name; text, json or parquet: every file is that
-    separator: str | None = None  # in text files, between two documents (\n\n); null: a file is a document
-    validation: float = 0.05  # share of the documents, chosen by a hash of their text
-    end_of_document: str | None = None  # the token that closes documents; null: the tokenizer's usual one
-    processes: int | None = None  # null: one a core
-    shard_tokens: int = SHARD_TOKENS  # length of a shard
-    max_lost: float = MAX_LOSS  # share of the text that may be missing in the tokens
-    max_record_mb: int = 64  # the largest line of JSON, JSON document or cell of a table, in 10^6 bytes
-    max_expansion: int = 200  # how many times its size a compressed file or a table may become
+    Attributes:
+        input: files, folders, globs, hf:DATASET[:SUBSET] or python_stdlib; several are separated by commas.
+        output: the folder of the corpus, which is made.
+        tokenizer: byte, bpe:SIZE (trained here), hf:NAME, or the path of a tokenizer.json.
+        text_field: the field that holds the text, in JSON lines, parquet files and datasets.
+        format: what every file is; auto: as its content and name say.
+        separator: what stands between two documents of a text file, as \n\n; null: a file is a document.
+        validation: the share of the documents, chosen by a hash of their text.
+        end_of_document: the token that closes documents; null: the tokenizer's usual one.
+        processes: the number of processes; null: one a core.
+        shard_tokens: the number of tokens in a shard.
+        max_lost: the share of the text that may be missing in the tokens.
+        max_record_mb: the largest line of JSON, JSON document or cell of a table, in 10^6 bytes.
+        max_expansion: at most how many times its size a compressed file or a table may become.
+    """
+
+    input: str
+    output: str
+    tokenizer: str = "byte"
+    text_field: str = "text"
+    format: Literal["auto", "text", "json", "parquet"] = "auto"
+    separator: str | None = None
+    validation: float = 0.05
+    end_of_document: str | None = None
+    processes: int | None = None
+    shard_tokens: int = SHARD_TOKENS
+    max_lost: float = MAX_LOSS
+    max_record_mb: int = 64
+    max_expansion: int = 200
 
     def __post_init__(self) -> None:
         require(0 < self.validation < 1, "validation", self.validation, "a number in (0, 1)")

@@ -1,8 +1,6 @@
 """The comparison at sizes that cost nothing: real processes, real peers where they are installed, and its verdicts."""
 
-import argparse
 import multiprocessing
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,9 +24,7 @@ def test_it_steps_all_in_turn_and_writes_table_chart_and_verdict(
     case = compare.Case("Mixture", MIXTURE, (PLAIN, "transformers Mixtral"), False, goal=1e-9)
     monkeypatch.setattr(compare, "cases", lambda device: [case])
     monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)  # elsewhere each imports torch for itself
-    command = ["compare", "--rounds", "1", "--threads", "1", "--output", str(tmp_path / "benchmark.md")]
-    monkeypatch.setattr(sys, "argv", command)
-    compare.main()
+    compare.main(["rounds=1", "threads=1", f"output={tmp_path}/benchmark.md"])
     text = (tmp_path / "benchmark.md").read_text()
     for name in ("ours", "ours, malloc as it is", "transformers Mixtral"):
         assert f"| {name} |" in text
@@ -69,7 +65,7 @@ class Counted:
 
 
 def test_who_has_other_parameters_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = argparse.Namespace(device="cpu", threads=1, rounds=1)
+    options = compare.CompareConfig(threads=1, rounds=1)
     case = compare.Case("Dense", TINY, ("a",), False, 1.05)
     for parameters in (102, 104):
         workers = {"ours": Counted(100), "a": Counted(parameters), RATE: Counted(0)}

@@ -2,7 +2,6 @@
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +24,11 @@ class Forking:
 
 def test_it_runs_and_writes_its_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "DOCUMENT", 1 << 12)
-    sizes = ["--tokens", "9000", "40000", "--seq-len", "64", "--batch-size", "2", "--batches", "3", "--rounds", "2"]
-    sizes += ["--steps", "3", "--documents", "100", "--vocabulary", "300", "--prepare-rounds", "1"]
+    sizes = ["tokens=9000,40000", "window=64", "windows_per_batch=2", "batches=3", "rounds=2"]
+    sizes += ["model_steps=3", "documents=100", "vocabulary=300", "prepare_rounds=1"]
     output = tmp_path / "data.md"
     monkeypatch.setattr(data, "subprocess", Forking)
-    monkeypatch.setattr(sys, "argv", ["data", *tiny_job(), *sizes, "--output", str(output)])
-    data.main()
+    data.main([*tiny_job(), *sizes, f"output={output}"])
     text = output.read_text()
     for name in ("raw memmap loop", "stream", "stream, 1 worker", "encode_batch", "tools.prepare"):
         assert re.search(rf"\| {name} \| [\d.]+ \| [\d.]+ \|", text), name
@@ -42,7 +40,7 @@ def test_it_runs_and_writes_its_tables(tmp_path: Path, monkeypatch: pytest.Monke
 def test_the_raw_loop_reads_windows_of_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "DOCUMENT", 1 << 12)
     folder = data.make_corpus(tmp_path / "corpus", 9000)
-    arguments = type("Arguments", (), {"seq_len": 64, "batch_size": 2})
+    arguments = data.DataConfig(window=64, windows_per_batch=2)
     rows = np.concatenate(list(data.raw_batches(folder, arguments)))
     tokens = np.load(folder / "train-00000.npy")
     windows = {tokens[start : start + 65].tobytes() for start in range(0, len(tokens) - 64, 64)}

@@ -1,7 +1,6 @@
 """The monitors' benchmark on a tiny job: its figures, and that it measures what a run has by default."""
 
 import re
-import sys
 from pathlib import Path
 
 import lightning as L
@@ -21,8 +20,7 @@ NO_MONITORS = {"StepProgress", "RunStatus", "LastCheckpoint", "BestCheckpoint", 
 def test_it_runs_and_writes_its_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "monitoring.md"
     monkeypatch.setattr(monitoring, "RUN", str(tmp_path / "run"))
-    monkeypatch.setattr(sys, "argv", ["monitoring", *tiny_job(), "--rounds", "3", "--output", str(output)])
-    monitoring.main()
+    monitoring.main([*tiny_job(), "rounds=3", f"output={output}"])
     text = output.read_text()
     for name in ("a step without monitors", "inside of the monitors", "for one sample", "estimate of the curvature"):
         (figure,) = re.findall(rf"\| .*{name}.* \| ([\d.]+) \|", text)

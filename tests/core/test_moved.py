@@ -103,7 +103,7 @@ def test_a_saved_run_opens_and_replays_without_a_word(
     assert load_config(old_run).callbacks.curvature._target_ == CURVATURE[1]
     assert open_run(old_run).step == 3
     monkeypatch.setattr("sys.argv", ["replay", str(old_run)])
-    replay.main(replay.parse_arguments())
+    replay.main()
     said = capfd.readouterr()
     assert "step 3" in said.out
     assert "is now" not in said.out + said.err

@@ -5,7 +5,6 @@ A new command of a kind that is here already is run as it is. One of another kin
 the command is not run.
 """
 
-import argparse
 import contextlib
 import io
 import itertools
@@ -20,11 +19,13 @@ from unittest import mock
 
 from hydra import compose, initialize_config_dir
 
+from core import cli
 from core.dataclass_cli import parse_fields
 from lightning_modules.composing import register_schemas
 from tests.docs.commands import Command
 from tests.helpers_run import ROOT, run, tiny_job, train
-from tools.evaluate import EvaluateConfig, names
+from tools.evaluate import EvaluateConfig
+from tools.plan import PlanConfig
 
 Way = Callable[[Command, Path], None]
 """Tries a command in a working folder, and raises where it is wrong."""
@@ -63,7 +64,9 @@ def composes(reason: str) -> Way:
     def way(command: Command, cwd: Path) -> None:
         assert reason
         register_schemas()
-        overrides = [argument for argument in command.arguments if argument[0] not in "-$"]
+        plans_it = "-m tools.plan" in command.text
+        given = parse_fields(PlanConfig, command.arguments).overrides if plans_it else command.arguments
+        overrides = [argument for argument in given if argument[0] not in "-$"]
         with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
             compose("train", [re.sub(r"\$\w+", "x", override) for override in overrides])
 
@@ -92,15 +95,14 @@ class Parsed(Exception):
 
 def parses(reason: str) -> Way:
     """Only the arguments, by the command's own parser: it is left when it has taken them."""
-    parse_args = argparse.ArgumentParser.parse_args
 
-    def parse(parser: argparse.ArgumentParser) -> None:
-        parse_args(parser)
+    def parse(schema: type, arguments: list[str]) -> None:
+        parse_fields(schema, arguments)
         raise Parsed
 
     def way(command: Command, cwd: Path) -> None:
         assert reason
-        with mock.patch.object(argparse.ArgumentParser, "parse_args", parse):
+        with mock.patch.object(cli, "parse_fields", parse):
             try:
                 _, out = _call(command, cwd, command.arguments)
             except Parsed:
@@ -115,8 +117,8 @@ def reads(reason: str) -> Way:
 
     def way(command: Command, cwd: Path) -> None:
         assert reason
-        config = parse_fields(EvaluateConfig, command.arguments[1:])
-        assert set(names(config.tasks)) <= {path.stem for path in (ROOT / "tools/evaluation/tasks").rglob("*.yaml")}, (
+        config = parse_fields(EvaluateConfig, command.arguments)
+        assert set(config.tasks) <= {path.stem for path in (ROOT / "tools/evaluation/tasks").rglob("*.yaml")}, (
             config.tasks
         )
 
@@ -179,6 +181,7 @@ def _call(command: Command, cwd: Path, arguments: list[str]) -> tuple[object, st
     """Exit code, and all that was printed, of a script or module of the repository."""
     words, out = command.words, io.StringIO()
     path = ROOT / (words[2].replace(".", "/") + ".py" if words[1] == "-m" else words[1])
+    path = path.with_suffix("") / "__main__.py" if path.with_suffix("").is_dir() else path
     assert path.is_file(), f"{path.relative_to(ROOT)} is not here"
     with (
         contextlib.chdir(cwd),
@@ -234,7 +237,8 @@ WAYS: list[tuple[str, Way]] = [
     (r"python -m tools\.compare .*\{", parses("its runs took hours")),
     (r"python -m tools\.compare", calls()),
     (r"python -m tools\.runs", calls()),
-    (r"python -m tools\.signal", calls(*TINY_MODEL)),
+    (r"python -m tools\.propagation", calls(*TINY_MODEL)),
+    (r"python -m tools( |$)", calls()),
     (r"python -m tools\.replay", parses("tests/tools/test_replay.py replays a run that went wrong")),
     (r"python -m tools\.evaluate .*tasks=(?!offline)", reads("their data needs a network")),
     (r"python -m tools\.(generate|evaluate|export|consolidate)", calls()),

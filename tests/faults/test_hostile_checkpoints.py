@@ -262,11 +262,11 @@ def test_an_address_in_a_saved_configuration_is_not_asked_before_its_user_says_s
         with pytest.raises(
             ConfigError, match=f"data.{field}='.*' is not valid: .* of which nothing is fetched"
         ) as error:
-            open_run(run, allow=",".join(allow))
+            open_run(run, allow=allow)
         assert error.value.value == addresses[len(allow)]
-        assert f"--allow {addresses[len(allow)]}" in str(error.value)
+        assert f"allow={addresses[len(allow)]}" in str(error.value)
     assert not asked
-    data = open_run(run, allow=",".join(addresses)).datamodule
+    data = open_run(run, allow=addresses).datamodule
     for corpus in getattr(data, "corpora", [data]):
         assert corpus.storage is not None
     assert asked == addresses

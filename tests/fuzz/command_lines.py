@@ -116,13 +116,13 @@ DATACLASSES: dict[str, Any] = {
     "tools.prepare": PrepareConfig,
 }
 OPTIONS: dict[str, tuple[str, ...]] = {
-    "tools.compare": ("--tags", "--output"),
-    "tools.consolidate": ("--checkpoint", "--output"),
-    "tools.plan": ("--mfu", "--peak-flops"),
-    "tools.replay": ("--step", "--allow"),
-    "tools.runs": ("--status", "--sort"),
-    "tools.propagation": ("--output", "--all-rows"),
-    "studies.report": (),
+    "tools.compare": ("tags", "output"),
+    "tools.consolidate": ("checkpoint", "output"),
+    "tools.plan": ("mfu", "peak_flops", "assumed_vocab_size"),
+    "tools.replay": ("step", "allow"),
+    "tools.runs": ("status", "sort"),
+    "tools.propagation": ("output", "all_rows"),
+    "studies.report": ("output",),
 }
 STUDY_FIELDS = ("study", "scale", "seeds", "runs_dir", "results_dir", "threads", "run", "hydra/launcher")
 PLACES = ("run", "nothing", "", "beside", "../beside", "a" * 300, ".", "/dev/zero", "notes.txt", "[/x]", "\udcff", "-x")
@@ -155,8 +155,9 @@ def _of_options(module: str, names: tuple[str, ...]) -> st.SearchStrategy[tuple[
         first = st.one_of(field_overrides(), group_overrides())
     else:
         first = st.lists(st.sampled_from(PLACES), min_size=1, max_size=2).map(tuple)
-    option = st.tuples(st.sampled_from(names or ("--nonsense",)), st.sampled_from(VALUES))
-    options = st.lists(option, max_size=2).map(lambda pairs: tuple(word for pair in pairs for word in pair))
+    pairs = st.tuples(st.sampled_from((*names, "nonsense")), st.sampled_from(VALUES))
+    option = st.one_of(pairs.map("=".join), pairs.map("=".join), pairs.map(lambda pair: f"--{'='.join(pair)}"))
+    options = st.lists(option, max_size=2).map(tuple)
     return st.tuples(first, options).map(lambda parts: (module, (*parts[0], *parts[1])))
 
 

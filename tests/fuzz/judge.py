@@ -27,8 +27,7 @@ def faults(
         )
     if "Traceback" in outcome.err:
         found.append("a traceback")
-    usage = "usage: " in outcome.err  # argparse's own answer
-    if outcome.code == 2 and not usage and not re.search(r"^Error: .", outcome.err, re.MULTILINE):
+    if outcome.code == 2 and not re.search(r"^Error: .", outcome.err, re.MULTILINE):
         found.append("no line that says what is wrong")
     if any(ord(c) < 32 and c not in "\n\t\r" for c in outcome.err + ("" if is_text else outcome.out)):
         found.append("control characters in what it prints")

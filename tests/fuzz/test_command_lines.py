@@ -39,7 +39,7 @@ def check(sandbox: Sandbox, program: str, arguments: tuple[str, ...], fields: tu
         before = tree(world.work)
         outcome = sandbox.run(world, program, *arguments)
         found = faults(outcome, before, world)
-        if outcome.code == 2 and outcome.err.count("\n") != 1 and "usage: " not in outcome.err:
+        if outcome.code == 2 and outcome.err.count("\n") != 1:
             found.append("more than one line")
         if outcome.code == 2 and fields and not names_one_of(fields, outcome.err):
             found.append("no field that was set is named")

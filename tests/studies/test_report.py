@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy.special import stdtr
 
+from core import cli
 from studies.grid import Planned, Study
 from studies.record import BROKEN, FINISHED, NO_NUMBER, ROSE, UNLEARNED, Record, judge
 from studies.report import main, write
@@ -142,7 +143,7 @@ def test_a_folder_without_a_study_is_refused(
 ) -> None:
     monkeypatch.setattr("sys.argv", ["report", str(tmp_path)])
     with pytest.raises(SystemExit) as leaving:
-        main()
+        cli.run(main)
     assert leaving.value.code == 2
     assert f"RUNS='{tmp_path}' is not valid" in capsys.readouterr().err
 

@@ -43,7 +43,7 @@ def remade(first: Path, folder: Path, **model: Any) -> Path:
 
 def exported(folder: Path, output: Path) -> str:
     """Export a run; returns what the tool says."""
-    return export.export(folder, export.ExportConfig(str(output)))
+    return export.export(export.ExportConfig(folder, output))
 
 
 def loaded(output: Path, **options: Any) -> Any:

@@ -1,7 +1,6 @@
 """tools.compare: the table's numbers are those of the event files; the picture is drawn; mistakes are said."""
 
 import json
-import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -11,7 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from core import cli
 from tests.helpers_run import run
-from tools.compare import Run, main, parse_arguments
+from tools.compare import Run, main
 
 
 @pytest.fixture
@@ -29,8 +28,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def compare(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["compare", *map(str, arguments)])
-    cli.run(lambda: main(parse_arguments()))
+    cli.run(lambda: main([*map(str, arguments)]))
 
 
 @pytest.fixture
@@ -65,7 +63,7 @@ def test_the_table_holds_the_summaries(
 def test_tags_are_averaged_over_the_last_tenth(
     runs: list[Path], drawn: list[Figure], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    compare(monkeypatch, *runs, "--tags", "moe/max_load", "train/loss", "--output", "new/curves.png")
+    compare(monkeypatch, *runs, "tags=moe/max_load,train/loss", "output=new/curves.png")
     out = capsys.readouterr().out
     assert row_of(out, runs[0]) == ["18.5 (19)", "4.075 (4.1)"]  # of steps 18 and 19
     assert row_of(out, runs[1]) == ["37 (38)", "3.15 (3.2)"]
@@ -78,9 +76,9 @@ def test_tags_are_averaged_over_the_last_tenth(
     ("arguments", "message"),
     [
         (["nowhere"], "RUN='nowhere' is not valid: expected the folder of a run, with tensorboard/ or csv/ in it"),
-        (["study/a", "--tags", "moe/max_laod"], "--tags='moe/max_laod' is not valid: expected a scalar that one of"),
-        (["study/a", "--output", "a.gpg"], "--output='a.gpg' is not valid: expected a name that ends in one of .png,"),
-        (["study/a", "--output", "file/a.png"], "--output='file/a.png' is not valid: expected a folder that can be"),
+        (["study/a", "tags=moe/max_laod"], "tags='moe/max_laod' is not valid: expected a scalar that one of"),
+        (["study/a", "output=a.gpg"], "output='a.gpg' is not valid: expected a name that ends in one of .png,"),
+        (["study/a", "output=file/a.png"], "output='file/a.png' is not valid: expected a folder that can be"),
     ],
 )
 def test_a_mistake_is_said(
@@ -108,7 +106,7 @@ def test_a_run_that_keeps_its_curves_as_csv_is_one_too(
     run(tmp_path, "csv", steady, "logger=csv", "trainer.max_steps=4", "ckpt_path=last")
     run(tmp_path, "whole", steady, "trainer.max_steps=4")
     monkeypatch.chdir(tmp_path)
-    compare(monkeypatch, "csv", "whole", "--tags", "train/loss")
+    compare(monkeypatch, "csv", "whole", "tags=train/loss")
     ours, theirs = (dict(line.get_xydata().tolist()) for line in drawn[0].axes[0].lines)
     assert ours == pytest.approx(theirs)
     assert list(ours) == [0, 1, 2, 3]

@@ -1,7 +1,6 @@
 """One safetensors file of a run's weights, from a checkpoint that is a file or a folder."""
 
 import json
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ def save(path: Path, folder: bool, dtype: torch.dtype, **overrides: Any) -> Lang
 def test_the_file_gives_the_model_back(tmp_path: Path, name: str, folder: bool, dtype: torch.dtype) -> None:
     checkpoints = tmp_path / "checkpoints"
     trained = save(checkpoints / f"{name}.ckpt", folder, dtype, ffn="moe", tie_embeddings=True)
-    main(Namespace(run=tmp_path, checkpoint=name, output=None))
+    main([str(tmp_path), f"checkpoint={name}"])
     with safe_open(checkpoints / f"{name}.safetensors", framework="pt") as file:
         assert file.metadata()["step"] == "7"
         module = LanguageModule(**json.loads(file.metadata()["hyper_parameters"]))
@@ -83,10 +82,8 @@ def test_a_link_in_the_run_does_not_lead_the_output_out_of_it(tmp_path: Path) ->
     run = hostile(tmp_path / "run", {"model.a": torch.zeros(4)})
     (run / "checkpoints").rename(tmp_path / "elsewhere")
     (run / "checkpoints").symlink_to(tmp_path / "elsewhere")
-    arguments = Namespace(run=run, checkpoint="last", output=None)
-    with pytest.raises(UserError, match="by a link: nothing is written there; --output"):
-        main(arguments)
+    with pytest.raises(UserError, match="by a link: nothing is written there; output="):
+        main([str(run)])
     assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["last.ckpt"]
-    arguments.output = tmp_path / "out.safetensors"
-    main(arguments)
-    assert arguments.output.exists()
+    main([str(run), f"output={tmp_path}/out.safetensors"])
+    assert (tmp_path / "out.safetensors").exists()

@@ -56,7 +56,7 @@ def test_names_and_reasons_are_text(tmp_path: Path) -> None:
     assert r"\x1b]0;owned\x07" in ended.out.replace("\n", "")
     assert not set(ended.out) & {"\x1b", "\x07", "\u202e", "\r"}
     assert len(ended.out) < 20_000
-    nothing = tool(tmp_path, "runs", "runs/[", "--status", "running")
+    nothing = tool(tmp_path, "runs", "runs/[", "status=running")
     assert nothing.out == "No such runs in runs/[.\n"
     refused = tool(tmp_path, "runs", f"no{EVIL}")
     assert refused.code == 2
@@ -327,14 +327,14 @@ def test_compare_shows_foreign_names_as_text_and_says_what_is_odd(tmp_path: Path
                 writer.add_scalar(f"[/x]{EVIL}", 1.0, step)
                 writer.add_scalar("train/loss", float("inf"), step)
     (runs[0] / "summary.json").write_text(json.dumps({"val_loss": 1.5, "bigram_loss": 2, "resume": EVIL}))
-    ended = tool(tmp_path, "compare", *map(str, runs), "--output", "a.png")
+    ended = tool(tmp_path, "compare", *map(str, runs), "output=a.png")
     assert ended.code == 0, ended.err
     assert not set(ended.out) & {"\x1b", "\x07", "\u202e"}
     assert (tmp_path / "a.png").stat().st_size > 1000
-    tags = tool(tmp_path, "compare", *map(str, runs), "--tags", f"[/x]{EVIL}", "--output", "b.png")
+    tags = tool(tmp_path, "compare", *map(str, runs), f"tags=[/x]{EVIL}", "output=b.png")
     assert tags.code == 0, tags.err
     (runs[0] / "summary.json").write_text('{"val_loss": "x"}')
-    odd = tool(tmp_path, "compare", *map(str, runs), "--output", "c.png")
+    odd = tool(tmp_path, "compare", *map(str, runs), "output=c.png")
     assert odd.code == 2
     assert odd.err.startswith("Error: ")
     assert odd.err.endswith("val_loss='x' is not valid: expected a finite number, or null\n")

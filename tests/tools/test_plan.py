@@ -1,6 +1,5 @@
 """What is planned against what real steps take, and a 7B run planned in seconds."""
 
-import argparse
 from typing import Any
 
 import pytest
@@ -158,19 +157,17 @@ def test_several_gpus_are_planned_in_bf16_and_several_cpus_in_fp32(trainer: str)
 )
 def test_the_hours_follow_the_precision(precision: str, peak: int, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = [*SMALL, "trainer=fsdp", "trainer.max_steps=100000000", f"trainer.precision={precision}"]
-    arguments = argparse.Namespace(overrides=overrides, mfu=0.4, peak_flops=None, vocab_size=None)
-    main(arguments)
+    main(overrides)
     said = capsys.readouterr().out
     hours = plan(compose_config(overrides)).hours(0.4, peak * 1e12)
     assert f"{hours:,.1f} at 40% of {peak} TFLOP/s a device" in said
-    arguments.peak_flops = 1e12
-    main(arguments)
+    main([*overrides, "peak_flops=1e12"])
     assert "of 1 TFLOP/s a device" in capsys.readouterr().out
 
 
 def test_a_corpus_that_is_not_here_is_planned_by_its_vocabulary() -> None:
     config = compose_config(["experiment=dense_7b", "trainer=fsdp", "trainer.devices=8", "model.num_layers=1"])
-    with pytest.raises(ConfigError, match=r"--vocab-size=None .*data/slimpajama/index.json cannot be read"):
+    with pytest.raises(ConfigError, match=r"assumed_vocab_size=None .*data/slimpajama/index.json cannot be read"):
         plan(config)
     assert plan(config, 32768).parameters - plan(config, 257).parameters == 2 * 4096 * (32768 - 257)
 

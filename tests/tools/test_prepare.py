@@ -222,7 +222,7 @@ def message(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["output="], ("output=''", "it has no default")),
         (["output={jsonl}"], ("output=", "a new folder")),
         (["output={jsonl}/x"], ("output=", "a folder that can be written to")),
-        (["text"], ("argument='text'", "FIELD=VALUE, or: inspect PATH")),
+        (["text"], ("argument='text'", "FIELD=VALUE")),
     ],
     ids=lambda value: " ".join(value),
 )

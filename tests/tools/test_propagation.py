@@ -1,6 +1,5 @@
 """The command: what it prints, draws and refuses."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,10 +13,9 @@ SMALL = ["model.dim=32", "model.num_heads=2"]
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["signal", *arguments])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # which the command sets, for good, in its process
     monkeypatch.setattr(propagation.torch, "set_num_threads", lambda count: None)
-    propagation.cli.run(lambda: propagation.main(propagation.parse_arguments()))
+    propagation.cli.run(lambda: propagation.main(arguments))
 
 
 def test_command_prints_a_table_and_draws_it(tmp_path: Path) -> None:
@@ -39,7 +37,7 @@ def test_command_prints_a_table_and_draws_it(tmp_path: Path) -> None:
 def test_all_rows_and_no_theory_for_moe(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    run(monkeypatch, "model=moe", "model.num_layers=18", *SMALL, "--all-rows", "--output", str(tmp_path / "a.png"))
+    run(monkeypatch, "model=moe", "model.num_layers=18", *SMALL, "all_rows=true", f"output={tmp_path}/a.png")
     out = capsys.readouterr().out
     rows = [line.split() for line in out.splitlines() if line.strip() and line.split()[0].isdigit()]
     assert [int(row[0]) for row in rows] == list(range(1, 19))

@@ -43,11 +43,11 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *a
         "tests.tools.test_replay.LeaveAfter",
         *(f"tests.callbacks.faults.{name}" for name in ("BadBatch", "NaNGradient")),
     ]
-    monkeypatch.setattr("sys.argv", ["replay", *arguments, *(word for name in mine for word in ("--allow", name))])
+    monkeypatch.setattr("sys.argv", ["replay", *arguments, f"allow={','.join(mine)}"])
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # which the command sets, for good, in its process
     with contextlib.suppress(SystemExit):
-        replay.cli.run(lambda: replay.main(replay.parse_arguments()))
+        replay.cli.run(replay.main)
     return capsys.readouterr()
 
 
@@ -67,7 +67,7 @@ def test_a_bad_batch_comes_out_again(
             tmp_path, "run", *model, *STEPS, SKIP, SENSITIVE, fault("NaNGradient", 40), fault("BadBatch", 45), interrupt
         )
     before = sorted(path for path in folder.rglob("*"))
-    out, _ = call(monkeypatch, capsys, str(folder), "--step", "45")
+    out, _ = call(monkeypatch, capsys, str(folder), "step=45")
     assert f"Step 45 of {folder}, samples {44 * 8} to {45 * 8 - 1}." in out
     assert "step 45: loss spike" in out
     assert "checkpoints/last.ckpt, 14 steps to catch up with." in out
@@ -117,7 +117,7 @@ def test_a_step_after_a_rollback_comes_out_again(
     with pytest.raises(RuntimeError, match="left"):
         run(tmp_path, "run", *STEPS, *overrides, "callbacks.last_checkpoint.every_n_train_steps=27")
     assert load(tmp_path / "run/checkpoints/last.ckpt")["global_step"] == 27
-    out, _ = call(monkeypatch, capsys, str(tmp_path / "run"), "--step", "49")
+    out, _ = call(monkeypatch, capsys, str(tmp_path / "run"), "step=49")
     assert "From the beginning, 48 steps to catch up with." in out
     assert out.rstrip().endswith(": the same.")
 
@@ -191,5 +191,5 @@ def test_a_run_without_a_record_or_that_step_is_refused(
     assert err == f"Error: RUN='{tmp_path}' is not valid: expected a run with a step in flight_recorder/\n"
     (tmp_path / "flight_recorder").mkdir()
     (tmp_path / "flight_recorder/step_7_rank_0.pt").touch()
-    _, err = call(monkeypatch, capsys, str(tmp_path), "--step", "8")
-    assert err == "Error: --step=8 is not valid: expected one of 7\n"
+    _, err = call(monkeypatch, capsys, str(tmp_path), "step=8")
+    assert err == "Error: step=8 is not valid: expected one of 7\n"

@@ -4,13 +4,13 @@ import json
 import os
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 
 import lightning as L
 import pytest
 
+from core import cli
 from tests.forked import started
 from tests.helpers_run import TRAIN, run, tiny_job, train
 from tools.runs import Row, age, find, look, main
@@ -121,9 +121,8 @@ def test_folders_of_older_or_broken_runs_are_listed_too(
     assert (row.status, row.step) == expected
 
 
-def listed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[str]:
-    monkeypatch.setattr(sys, "argv", ["runs", *arguments])
-    main()
+def listed(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+    main(arguments)
     out = capsys.readouterr().out
     assert "\x1b" not in out, "no colour but on a terminal"
     names = [line.split("│")[1].strip() for line in out.splitlines() if line.startswith("│")]
@@ -142,20 +141,17 @@ def test_the_table_is_sorted_and_filtered(
     for minutes, folder in enumerate(("failed", "study/done", "diverged", "study/stopped")):
         for path in [*(tmp_path / "runs" / folder).iterdir()]:
             os.utime(path, (time.time() - 60 * minutes,) * 2)
-    assert listed(capsys, monkeypatch) == ["study/stopped", "diverged", "study/done", "failed"]
-    assert listed(capsys, monkeypatch, "--sort", "loss")[:2] == ["study/stopped", "study/done"]
-    assert listed(capsys, monkeypatch, "--status", "failed", "diverged") == ["diverged", "failed"]
-    assert listed(capsys, monkeypatch, "runs/study/done") == ["runs/study/done"]
-    assert listed(capsys, monkeypatch, "--status", "running") == []
+    assert listed(capsys) == ["study/stopped", "diverged", "study/done", "failed"]
+    assert listed(capsys, "sort=loss")[:2] == ["study/stopped", "study/done"]
+    assert listed(capsys, "status=failed,diverged") == ["diverged", "failed"]
+    assert listed(capsys, "runs/study/done") == ["runs/study/done"]
+    assert listed(capsys, "status=running") == []
 
 
-def test_a_folder_that_is_not_there_is_said(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["runs", "nowhere"])
+def test_a_folder_that_is_not_there_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        main()
-    assert capsys.readouterr().err == "Error: nowhere is no folder\n"
+        cli.run(lambda: main(["nowhere"]))
+    assert capsys.readouterr().err == "Error: FOLDER='nowhere' is not valid: expected a folder with runs\n"
 
 
 def test_ages_read_as_people_say_them() -> None:

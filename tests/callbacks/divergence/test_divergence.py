@@ -135,7 +135,7 @@ def test_stop_exits_with_3_and_leaves_a_report(tmp_path: Path) -> None:
     rows = {row[0]: row[-1] for row in re.findall(r"^\| ([\w ]+) \| (.*) \| (.*) \| (.*) % \|$", report, re.MULTILINE)}
     assert rows["block 1 attn_out"] == "0.0977"
     assert {share for group, share in rows.items() if group != "block 1 attn_out"} == {"0"}
-    assert f"python -m tools.replay run --step {STRUCK}" in report
+    assert f"python -m tools.replay run step={STRUCK}" in report
     assert not (tmp_path / "run/summary.json").exists()
 
 
