@@ -26,10 +26,10 @@ from transformers.models.mixtral.modeling_mixtral import (
 )
 
 from benchmarks.measure import Step, machine, ratio, take_turns, timed
-from core.allocator import keep_freed_memory
 from core.errors import ConfigError
 from lightning_modules.config import ModelConfig, OptimConfig, parse
 from lightning_modules.initialization import initialize
+from lightning_modules.layers.cpu_kernels.allocator import keep_freed_memory
 from lightning_modules.layers.moe import MoE
 from lightning_modules.optim import make_optimizer
 from lightning_modules.transformer import Transformer

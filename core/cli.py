@@ -16,7 +16,6 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from core import overrides, sweep
-from core.allocator import keep_freed_memory
 from core.errors import ConfigError, InvalidValue, UserError, one_line, suggest
 from core.explain import explain_omegaconf
 from core.file_errors import about_a_file
@@ -52,7 +51,6 @@ def run(main: Callable[[], None]) -> None:
     """
     # Before torch is imported: OpenMP threads that spin without end bring a busy machine to a halt (docs/decisions.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "100000")
-    keep_freed_memory()
     if not DEBUGGING:  # Hydra then raises instead of printing, so that the message can be better
         os.environ.update({"HYDRA_FULL_ERROR": "1", OURS: "1"})
     sys.path.append(os.getcwd())  # your own classes may lie where you are

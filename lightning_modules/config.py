@@ -16,6 +16,7 @@ from core.explain import explain_omegaconf
 from core.limits import require_at_most
 from core.moved import with_current_names
 
+CPU_KERNELS = ("auto", "off")
 WIDTH_SCALINGS = ("none", "mup", "standard")
 DECAY_SHAPES = ("linear", "exponential")
 MAX_LAYERS, MAX_DIM, MAX_HIDDEN_DIM, MAX_EXPERTS = 4096, 2**18, 2**21, 4096
@@ -117,6 +118,9 @@ class ModelConfig:
     ffn_dim: int | None = None  # hidden width of the SwiGLU; None: 8/3 dim, rounded up to a multiple of 16
     tie_embeddings: bool = False
     compile: bool = False  # torch.compile each block
+    cpu_kernels: str = (
+        "auto"  # auto: faster ways on a CPU, lightning_modules/layers/cpu_kernels; off: torch's own alone
+    )
     activation_checkpointing: bool = False  # recompute blocks in the backward pass instead of storing them
     activation_checkpoint_every: int = 1  # of the blocks, each n-th: less is recomputed, and less is saved
     moe: MoEConfig = field(default_factory=MoEConfig)
@@ -131,6 +135,8 @@ class ModelConfig:
         require(cut is None or 0 < cut < math.inf, "model.init_truncation", cut, "a number > 0 or null")
         for name in ("norm_eps", "rope_theta"):
             require(0 < getattr(self, name) < math.inf, f"model.{name}", getattr(self, name), "a number > 0")
+        if self.cpu_kernels not in CPU_KERNELS:
+            raise ConfigError("model.cpu_kernels", self.cpu_kernels, suggest(self.cpu_kernels, CPU_KERNELS))
         require(
             self.dim % (2 * self.num_heads) == 0,
             "model.dim",

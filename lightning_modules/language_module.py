@@ -23,6 +23,7 @@ from lightning_modules.config import ModelConfig, OptimConfig, parse, settings
 from lightning_modules.cross_entropy import LARGE_VOCABULARY
 from lightning_modules.generation import generate
 from lightning_modules.initialization import initialize
+from lightning_modules.layers.cpu_kernels.allocator import keep_freed_memory
 from lightning_modules.layers.router import RouterStats
 from lightning_modules.mean_metrics import WeightedMean
 from lightning_modules.optim import (
@@ -189,6 +190,8 @@ class LanguageModule(L.LightningModule):
             built = partial(built, built=partial(shard_block, mesh=mesh))
         with device, self._precision():
             self.model = built(output_multiplier=self.width_scaling.output_multiplier)
+        if self.model_config.cpu_kernels == "auto" and device.type == "cpu":
+            keep_freed_memory()
         if mesh is not None:
             shard_rest(self.model, mesh)
         initialize(self.model, self.width_scaling)

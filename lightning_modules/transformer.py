@@ -6,6 +6,7 @@ from itertools import repeat
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -15,10 +16,11 @@ from lightning_modules.argument_errors import as_config_errors
 from lightning_modules.config import ModelConfig
 from lightning_modules.cross_entropy import linear_cross_entropy
 from lightning_modules.layers.attention import Attention
+from lightning_modules.layers.cpu_kernels import use_cpu_kernels
+from lightning_modules.layers.cpu_kernels.linear import matmul
 from lightning_modules.layers.document_mask import Mask, document_mask
 from lightning_modules.layers.ffn import FeedForward
 from lightning_modules.layers.kv_cache import KVCache, Slots
-from lightning_modules.layers.linear import Linear
 from lightning_modules.layers.moe import MoE
 from lightning_modules.layers.norms import norm_factory
 from lightning_modules.layers.rope import Rope, at_positions, rope_tables
@@ -102,6 +104,8 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList()
         for index in range(1, config.num_layers + 1):
             block = Block(config, Depth(index, config.num_layers))
+            if config.cpu_kernels == "auto":
+                use_cpu_kernels(block)
             built(block)
             self.blocks.append(block)
         first = config.moe.first_dense_layers + config.moe.layer_interval
@@ -112,7 +116,9 @@ class Transformer(nn.Module):
             config.moe.layer_interval,
             valid,
         )
-        self.head = Linear(config.dim, vocab_size)
+        self.head = nn.Linear(config.dim, vocab_size, bias=False)
+        if config.cpu_kernels == "auto":
+            use_cpu_kernels(self.head)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
 
@@ -162,7 +168,8 @@ class Transformer(nn.Module):
             return self.head(state if logits_to_keep is None else state[:, -logits_to_keep:]), router_stats
         # Here, and not with the head's weight handed out: sharded, it is whole during forward only.
         state, targets = state.flatten(0, 1), targets.flatten()
-        return linear_cross_entropy(state, self.head.weight, targets, self.config.compile), router_stats
+        product = matmul if self.config.cpu_kernels == "auto" else F.linear
+        return linear_cross_entropy(state, self.head.weight, targets, self.config.compile, product), router_stats
 
     def matrices(self) -> Iterator[Matrix]:
         """Every weight matrix, with its role. Norm gains and biases are what is left."""

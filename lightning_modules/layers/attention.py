@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from lightning_modules.config import ModelConfig
 from lightning_modules.layers.document_mask import Mask, attend
 from lightning_modules.layers.kv_cache import Slots
-from lightning_modules.layers.linear import Linear
 from lightning_modules.layers.norms import make_norm
 from lightning_modules.layers.rope import Rope, rotate
 from spannorm import Matrix, QKVNorm
@@ -28,10 +27,10 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.grouped = config.kv_heads != config.num_heads
         q_dim, kv_dim = config.num_heads * config.head_dim, config.kv_heads * config.head_dim
-        self.q_proj = Linear(config.dim, q_dim)
-        self.k_proj = Linear(config.dim, kv_dim)
-        self.v_proj = Linear(config.dim, kv_dim)
-        self.o_proj = Linear(q_dim, config.dim)
+        self.q_proj = nn.Linear(config.dim, q_dim, bias=False)
+        self.k_proj = nn.Linear(config.dim, kv_dim, bias=False)
+        self.v_proj = nn.Linear(config.dim, kv_dim, bias=False)
+        self.o_proj = nn.Linear(q_dim, config.dim, bias=False)
 
         self.per_head = qkv_norm is not None and qkv_norm.per_head
         widths = {"q": q_dim, "k": kv_dim, "v": kv_dim}

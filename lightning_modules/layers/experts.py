@@ -16,11 +16,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from core.errors import ConfigError, suggest
 from lightning_modules.config import ModelConfig
 from lightning_modules.layers import expert_parallel, megablocks
-from lightning_modules.layers.expert_products import GROUPED, Products
-from lightning_modules.layers.expert_swiglu import FUSED_LOOP
+from lightning_modules.layers.expert_products import GROUPED, LOOP, Products
 from lightning_modules.layers.norms import make_norm
 
-PRODUCTS: dict[str, Products] = {"loop": FUSED_LOOP, "grouped": GROUPED}
+PRODUCTS: dict[str, Products] = {"loop": LOOP, "grouped": GROUPED}
 
 
 class Backend(NamedTuple):
@@ -57,10 +56,14 @@ class ExpertMLP(nn.Module):
             return self._run(x, tokens_per_expert)
         return expert_parallel.exchange(self._run, x, tokens_per_expert, self.group)
 
+    def products(self) -> Products:
+        """Return how the backend multiplies rows with their experts' matrices."""
+        return PRODUCTS[self.backend]
+
     def _run(self, x: Tensor, tokens_per_expert: Tensor) -> Tensor:
         weights = (expert_parallel.local(weight) for weight in (self.w1, self.v1, self.w2))
         w1, v1, w2 = (weight.to(x.dtype).unflatten(0, (-1, self.hidden_dim)) for weight in weights)
-        products = PRODUCTS[self.backend]
+        products = self.products()
         hidden = self.inner_norm(products.swiglu(x, w1, v1, tokens_per_expert))
         # Some norms give fp32 under autocast.
         return products.matmul(hidden.to(x.dtype), w2, tokens_per_expert, False)

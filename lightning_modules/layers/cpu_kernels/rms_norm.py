@@ -1,25 +1,42 @@
-"""Root mean square norm (1910.07467, eq. 4): x / sqrt(mean(x^2) + eps) * gain over the last dimension."""
+"""Root mean square norm (1910.07467, eq. 4) in a few passes over memory: x / sqrt(mean(x^2) + eps) * gain.
+
+Eager on a CPU, torch's is a dozen operators with its gradients, each a pass over tensors that are larger than the
+processor's cache, and keeps x / rms besides x for the backward pass.
+"""
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from lightning_modules.layers import by_hand
+import spannorm
+from lightning_modules.layers.cpu_kernels.double_backward import differentiable_gradients
+
+
+class RMSNorm(spannorm.RMSNorm):
+    """The library's RMSNorm, by `rms_norm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., dim] -> the same shape and dtype."""
+        return rms_norm(x.to(self.weight.dtype), self.weight, self.eps).to(x.dtype)
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """x [..., dim] and gain [dim], of one dtype -> [..., dim]."""
-    if by_hand.pays(x):
+    """Return the norm of x [..., dim] with gain [dim], of one dtype; elsewhere than eager on a CPU it is torch's."""
+    if (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.float64)  # narrower ones are computed in fp32 in between
+        and not torch.compiler.is_compiling()  # which fuses the operators
+        and not isinstance(x, DTensor)
+    ):
         normed: Tensor = _RMSNorm.apply(x, gain, eps)
         return normed
     return F.rms_norm(x, gain.shape, gain, eps)
 
 
 class _RMSNorm(torch.autograd.Function):
-    """torch's own is made of a dozen operators on a CPU, and keeps x / rms besides x."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
@@ -34,7 +51,8 @@ class _RMSNorm(torch.autograd.Function):
         x, gain, inverse = ctx.saved_tensors
         if torch.is_grad_enabled():
             needed = ctx.needs_input_grad[:2]
-            return *by_hand.gradients(lambda x, g: F.rms_norm(x, g.shape, g, ctx.eps), (x, gain), needed, grad), None
+            plain = lambda x, g: F.rms_norm(x, g.shape, g, ctx.eps)  # noqa: E731
+            return *differentiable_gradients(plain, (x, gain), needed, grad), None
         products = grad * x
         rows = products.reshape(-1, x.size(-1))
         inner = (rows @ gain).view_as(inverse)
