@@ -135,6 +135,8 @@ class ModelConfig:
         require(cut is None or 0 < cut < math.inf, "model.init_truncation", cut, "a number > 0 or null")
         for name in ("norm_eps", "rope_theta"):
             require(0 < getattr(self, name) < math.inf, f"model.{name}", getattr(self, name), "a number > 0")
+        if self.cpu_kernels == "False":  # what YAML makes of off without quotes
+            object.__setattr__(self, "cpu_kernels", "off")
         if self.cpu_kernels not in CPU_KERNELS:
             raise ConfigError("model.cpu_kernels", self.cpu_kernels, suggest(self.cpu_kernels, CPU_KERNELS))
         require(

@@ -4,10 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from core.errors import ConfigError
 from lightning_modules import language_module
+from lightning_modules.config import ModelConfig, parse
 from lightning_modules.layers.cpu_kernels import KERNELS, use_cpu_kernels
 from lightning_modules.transformer import Transformer
 from tests.conftest import make_module, tiny_config, tokens
@@ -36,7 +38,8 @@ def test_off_leaves_every_layer_plain_and_auto_only_changes_classes(ffn: str) ->
 
 @pytest.mark.parametrize("ffn", ["dense", "moe"])
 def test_both_compute_the_same(ffn: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_modules.layers.cpu_kernels import linear
+    from lightning_modules.config import ModelConfig, parse
+from lightning_modules.layers.cpu_kernels import linear
 
     monkeypatch.setattr(linear, "MIN_MULTIPLICATIONS", 0)
     plain, fast = built(ffn, cpu_kernels="off"), built(ffn)
@@ -73,5 +76,6 @@ def test_memory_is_kept_with_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_another_value_is_refused() -> None:
+    assert parse(ModelConfig, "model", yaml.safe_load("cpu_kernels: off")).cpu_kernels == "off"
     with pytest.raises(ConfigError, match=r"model\.cpu_kernels='on' is not valid: expected one of auto, off"):
         tiny_config(cpu_kernels="on")
