@@ -10,7 +10,7 @@ from torch import nn
 from core.errors import ConfigError
 from lightning_modules import language_module
 from lightning_modules.config import ModelConfig, parse
-from lightning_modules.layers.cpu_kernels import KERNELS, use_cpu_kernels
+from lightning_modules.layers.cpu_kernels import KERNELS, linear, use_cpu_kernels
 from lightning_modules.transformer import Transformer
 from tests.conftest import make_module, tiny_config, tokens
 
@@ -38,9 +38,6 @@ def test_off_leaves_every_layer_plain_and_auto_only_changes_classes(ffn: str) ->
 
 @pytest.mark.parametrize("ffn", ["dense", "moe"])
 def test_both_compute_the_same(ffn: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_modules.config import ModelConfig, parse
-from lightning_modules.layers.cpu_kernels import linear
-
     monkeypatch.setattr(linear, "MIN_MULTIPLICATIONS", 0)
     plain, fast = built(ffn, cpu_kernels="off"), built(ffn)
     fast.load_state_dict(plain.state_dict())
