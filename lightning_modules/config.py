@@ -93,7 +93,7 @@ class MoEConfig:
         return self.load_balancing_weight if self.balancing == "loss" else 0.0
 
     def is_mixture(self, layer: int) -> bool:
-        """Whether the layer of this number, counted from 1, is one of `model.ffn=moe`'s mixtures."""
+        """Return whether the layer of this number, counted from 1, is one of `model.ffn=moe`'s mixtures."""
         return layer > self.first_dense_layers and (layer - self.first_dense_layers) % self.layer_interval == 0
 
 
@@ -229,7 +229,7 @@ class OptimConfig:
 
 
 def writable_schema(schema: type) -> DictConfig:
-    """The dataclass as a typed OmegaConf node that still takes overrides: OmegaConf makes frozen ones read-only."""
+    """Return the dataclass as a typed OmegaConf node that takes overrides: OmegaConf makes frozen ones read-only."""
     node = OmegaConf.structured(schema)
     assert isinstance(node, DictConfig)
     for child in (node, *(value for value in node.values() if isinstance(value, DictConfig))):
@@ -238,7 +238,7 @@ def writable_schema(schema: type) -> DictConfig:
 
 
 def parse(schema: type[C], prefix: str, values: dict[str, Any]) -> C:
-    """`schema` filled with plain values, type-checked.
+    """Return `schema` filled with plain values, type-checked.
 
     Args:
         schema: ModelConfig or OptimConfig.
@@ -260,7 +260,7 @@ def parse(schema: type[C], prefix: str, values: dict[str, Any]) -> C:
 
 
 def settings(config: ModelConfig | OptimConfig, prefix: str) -> dict[str, Any]:
-    """Every field by its dotted name, with the value that takes effect; the options of a scheme are one value."""
+    """Return every field by its dotted name, with the value that takes effect; a scheme's options are one value."""
     by_name: dict[str, Any] = {}
     for name, value in vars(config).items():
         if isinstance(value, MoEConfig):
@@ -272,7 +272,7 @@ def settings(config: ModelConfig | OptimConfig, prefix: str) -> dict[str, Any]:
 
 
 def _with_former_defaults(values: dict[str, Any]) -> dict[str, Any]:
-    """A saved configuration that is older than a field, with that field as it then was.
+    """Return a saved configuration that is older than a field, with that field as it then was.
 
     A run saves every field. One that says nothing of the norm's options was trained before dyt had any.
     """

@@ -33,7 +33,7 @@ class Losses(NamedTuple):
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, compiled: bool = False, product: Product = F.linear
 ) -> Losses:
-    """Of logits `hidden @ weight.T`, computed in autocast's precision, if it is on, and summed up in fp32.
+    """Return the losses of logits `hidden @ weight.T`, computed in autocast's precision, if on, and summed in fp32.
 
     The gradients are made in the forward pass, while a chunk's logits are there, so nothing is computed twice; their
     sum over the vocabulary is what stays until the backward pass. It cannot be differentiated twice.
@@ -52,7 +52,7 @@ def linear_cross_entropy(
 
 
 def _softmax(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Of logits [tokens, vocab_size] and target [tokens, 1], the losses [tokens], and their gradient in the logits."""
+    """Return losses [tokens] of logits [tokens, vocab_size] and target [tokens, 1], and the logits' gradient."""
     log_p = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
     losses = -log_p.gather(1, target).squeeze(1)
     return losses, log_p.exp_().scatter_add_(1, target, log_p.new_full(target.shape, -1.0)).to(logits.dtype)

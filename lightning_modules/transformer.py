@@ -52,7 +52,7 @@ class Block(nn.Module):
     def forward(
         self, state: Any, rope: Rope, mask: Mask | None = None, slots: Slots | None = None
     ) -> tuple[Any, RouterStats | None]:
-        """The placement's state before the block -> (state after it, router statistics of a MoE layer).
+        """Return (the placement's state after the block, router statistics of a MoE layer), from the state before it.
 
         The first block takes the embedding output, and the last returns one stream, both [batch, seq, dim].
         """
@@ -131,7 +131,7 @@ class Transformer(nn.Module):
         logits_to_keep: int | None = None,
         embeddings: Tensor | None = None,
     ) -> tuple[Any, list[RouterStats]]:
-        """Next-token logits, or the losses of given targets without ever holding all logits.
+        """Return next-token logits, or the losses of given targets without ever holding all logits.
 
         Args:
             tokens: [batch, seq].
@@ -172,7 +172,7 @@ class Transformer(nn.Module):
         return linear_cross_entropy(state, self.head.weight, targets, self.config.compile, product), router_stats
 
     def matrices(self) -> Iterator[Matrix]:
-        """Every weight matrix, with its role. Norm gains and biases are what is left."""
+        """Yield every weight matrix, with its role. Norm gains and biases are what is left."""
         dim, vocab_size = self.config.dim, self.embedding.num_embeddings
         # A lookup sums one row; a tied matrix is used as a head too, and that is what bounds its scale.
         yield Matrix("embedding", self.embedding.weight, dim if self.config.tie_embeddings else 1, dim)
@@ -184,7 +184,7 @@ class Transformer(nn.Module):
             yield from block.ffn.matrices()
 
     def parameter_groups(self) -> Iterator[tuple[int, str, Tensor]]:
-        """(block, kind, parameter) of each parameter, once. Blocks count from 1; 0 is outside of them.
+        """Yield (block, kind, parameter) for each parameter, once. Blocks count from 1; 0 is outside of them.
 
         Kinds: embedding, head; attn_in, attn_out, ffn_up, ffn_down, router, experts (the routed ones' matrices), and
         norm for what is left of a block: gains, biases and gates.
@@ -203,12 +203,12 @@ class Transformer(nn.Module):
                 yield number, kinds.get(parameter, "norm"), parameter
 
     def num_parameters(self) -> tuple[int, int]:
-        """(total, active): active counts top_k of num_experts routed experts, and every shared one."""
+        """Return (total, active) parameters; active are top_k of num_experts routed experts, and every shared one."""
         total = sum(parameter.numel() for parameter in self.parameters())
         return total, total - sum(moe.num_idle_parameters() for moe in self.mixtures().values())
 
     def flops_per_token(self, seq_len: int) -> float:
-        """Of a training step: 6 for each active parameter that multiplies, and attention's (2204.02311, appendix B).
+        """Return a training step's: 6 an active parameter that multiplies, and attention's (2204.02311, appendix B).
 
         As is usual, the causal mask is not credited, and what activation checkpointing computes twice counts once.
         """
@@ -217,6 +217,6 @@ class Transformer(nn.Module):
         return 6 * (active - lookup_only) + 12 * self.config.num_layers * self.config.dim * seq_len
 
     def mixtures(self) -> dict[int, MoE]:
-        """The MoE layers by number, counted from 1 over all layers; in the order of forward's statistics."""
+        """Return the MoE layers by number, counted from 1 over all layers; in the order of forward's statistics."""
         layers = {number: block.ffn for number, block in enumerate(self.blocks, start=1)}
         return {number: ffn for number, ffn in layers.items() if isinstance(ffn, MoE)}

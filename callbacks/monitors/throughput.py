@@ -166,7 +166,7 @@ class Throughput(L.Callback):
 
 
 def known_peak(device: torch.device, precision: str) -> float | None:
-    """FLOP/s that Lightning knows of a device for matrix products in a Trainer's precision; None: it knows none.
+    """Return a device's FLOP/s of matrix products in a Trainer's precision, as Lightning knows it; None: it knows none.
 
     No figure of another precision stands in for one that is not known.
     """

@@ -37,7 +37,7 @@ class Products(NamedTuple):
 
 
 def _register(name: str, matmul: Callable[..., Tensor], outer: Callable[..., Tensor]) -> Products:
-    """The two as operators of this module, NAME_matmul and NAME_outer, with shapes and gradients; swiglu of them."""
+    """Return the two as operators, NAME_matmul and NAME_outer, with shapes and gradients, and a swiglu of them."""
     ours = namespace(__name__)
     matmul_op = torch.library.custom_op(f"{ours}::{name}_matmul", matmul, mutates_args=())
     outer_op = torch.library.custom_op(f"{ours}::{name}_outer", outer, mutates_args=())

@@ -49,7 +49,7 @@ class ExpertMLP(nn.Module):
         self.group: dist.ProcessGroup | None = None
 
     def forward(self, x: Tensor, tokens_per_expert: Tensor) -> Tensor:
-        """x [assignments, dim], sorted by expert -> [assignments, dim]."""
+        """Return the experts' outputs for x [assignments, dim], sorted by expert: [assignments, dim]."""
         if torch.is_autocast_enabled(x.device.type):  # which does not know the operators of expert_products
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.group is None:
@@ -78,7 +78,7 @@ class Experts(nn.Module):
         self.mlp = ExpertMLP(config, inner_norm, backend)
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor, tokens_per_expert: Tensor) -> Tensor:
-        """x [tokens, dim], weights and experts [tokens, k] -> [tokens, dim]; no token is ever dropped."""
+        """Return weighted outputs [tokens, dim] for x [tokens, dim], weights and experts [tokens, k]; none is dropped."""
         order = experts.flatten().argsort(stable=True)
         tokens = order // self.top_k
         out = self.mlp(x.index_select(0, tokens), tokens_per_expert)
@@ -122,7 +122,7 @@ def choose_backend(config: ModelConfig, inner_norm: bool = False) -> Backend:
 
 
 def _obstacles(config: ModelConfig, inner_norm: bool, device: torch.device) -> dict[str, str | None]:
-    """By backend, what keeps it from computing this layer there."""
+    """Return, by backend, what keeps it from computing this layer there."""
     dtype = _dtype(device)
     widths = (config.dim, config.expert_hidden_dim)
     unaligned = f"needs widths in multiples of 8, not {widths}" if any(width % 8 for width in widths) else None
@@ -136,7 +136,7 @@ def _obstacles(config: ModelConfig, inner_norm: bool, device: torch.device) -> d
 
 
 def _dtype(device: torch.device) -> torch.dtype | None:
-    """What the experts' products will be computed in; None: not known yet."""
+    """Return what the experts' products will be computed in; None: not known yet."""
     if device.type == "meta":
         return None
     if torch.is_autocast_enabled(device.type):
@@ -145,7 +145,7 @@ def _dtype(device: torch.device) -> torch.dtype | None:
 
 
 def make_experts(config: ModelConfig, inner_norm: bool, backend: str) -> Experts:
-    """The routed experts by the backend of that name."""
+    """Return the routed experts by the backend of that name."""
     if backend == "megablocks":
         return megablocks.make_experts(config)
     return Experts(config, inner_norm, backend)

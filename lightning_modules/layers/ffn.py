@@ -27,7 +27,7 @@ class FeedForward(nn.Module):
         self.inner_norm = make_norm(config, config.hidden_dim) if inner_norm else nn.Identity()
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        """x [batch, seq, dim] -> (output of the same shape, None: a dense layer has no router statistics)."""
+        """Return (output of x's shape [batch, seq, dim], None: a dense layer has no router statistics)."""
         return self.down_proj(self.inner_norm(F.silu(self.gate_proj(x)) * self.up_proj(x))), None
 
     def matrices(self) -> Iterator[Matrix]:

@@ -4,5 +4,5 @@ import re
 
 
 def namespace(module: str) -> str:
-    """Of a module's operators, by its name: an exported model brings copies of them, whose operators are its own."""
+    """Return the namespace of a module's operators, by its name."""
     return re.sub(r"\W", "_", module)

@@ -8,7 +8,7 @@ Rope = tuple[Tensor, Tensor]
 
 
 def rope_tables(seq_len: int, head_dim: int, theta: float, device: torch.device) -> Rope:
-    """cos and sin of position x theta^(-2i / head_dim), for positions 0 to seq_len - 1."""
+    """Return cos and sin of position x theta^(-2i / head_dim), for positions 0 to seq_len - 1."""
     frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
     angles = torch.outer(torch.arange(seq_len, dtype=torch.float32, device=device), frequencies)
     angles = torch.cat((angles, angles), dim=-1)
@@ -16,7 +16,7 @@ def rope_tables(seq_len: int, head_dim: int, theta: float, device: torch.device)
 
 
 def at_positions(rope: Rope, positions: Tensor) -> Rope:
-    """The tables' rows of these positions [batch, seq]."""
+    """Return the tables' rows of these positions [batch, seq]."""
     cos, sin = rope
     return cos[positions][:, None], sin[positions][:, None]
 

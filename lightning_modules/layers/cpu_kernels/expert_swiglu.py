@@ -35,7 +35,7 @@ def _empty_gradients(grad: Tensor, x: Tensor, w: Tensor, v: Tensor, *_: Tensor) 
 
 @torch.library.custom_op("spannorm_cpu::expert_swiglu", mutates_args=())
 def _forward(x: Tensor, w: Tensor, v: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(silu(gate) * up, gate = x w^T, up = x v^T), each [rows, hidden]."""
+    """Return (silu(gate) * up, gate = x w^T, up = x v^T), each [rows, hidden]."""
     hidden, gate, up = _empty_products(x, w)
     sizes = counts.long().tolist()
     by_rows = (tensor.split(sizes) for tensor in (x, hidden, gate, up))
@@ -50,7 +50,7 @@ def _forward(x: Tensor, w: Tensor, v: Tensor, counts: Tensor) -> tuple[Tensor, T
 def _backward(
     grad: Tensor, x: Tensor, w: Tensor, v: Tensor, counts: Tensor, gate: Tensor, up: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients in x, w and v."""
+    """Return the gradients in x, w and v."""
     results = grad_x, grad_w, grad_v = _empty_gradients(grad, x, w, v)
     sizes = counts.long().tolist()
     by_rows = (tensor.split(sizes) for tensor in (grad, x, gate, up, grad_x))

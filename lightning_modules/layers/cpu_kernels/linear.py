@@ -33,7 +33,7 @@ class Linear(nn.Linear):
     """x W^T + b. Without a bias, and with gradients, by `matmul`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] -> [..., out_features]."""
+        """Return [..., out_features] of x [..., in_features]."""
         # Inference is torch's: there a token's result must not depend on how many others come with it.
         if self.bias is None and torch.is_grad_enabled():
             return matmul(x, self.weight)

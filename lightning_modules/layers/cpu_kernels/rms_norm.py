@@ -19,7 +19,7 @@ class RMSNorm(spannorm.RMSNorm):
     """The library's RMSNorm, by `rms_norm`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., dim] -> the same shape and dtype."""
+        """Return the norm of x [..., dim], in its shape and dtype."""
         return rms_norm(x.to(self.weight.dtype), self.weight, self.eps).to(x.dtype)
 
 
@@ -47,7 +47,10 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """r (gain grad) - r^3 x (gain . (grad x)) / dim, with r = 1 / rms; of the gain, r (grad x) summed over rows."""
+        """Return the gradients in x and the gain.
+
+        With r = 1 / rms: r (gain grad) - r^3 x (gain . (grad x)) / dim, and r (grad x) summed over rows.
+        """
         x, gain, inverse = ctx.saved_tensors
         if torch.is_grad_enabled():
             needed = ctx.needs_input_grad[:2]
