@@ -27,7 +27,7 @@ DIVERGED = 3
 INTERRUPTED = 130
 MISTAKES = (UserError, HydraException, OmegaConfBaseException)
 OURS = "HYDRA_FULL_ERROR_IS_OURS"
-"""In the environment of the processes that a run starts: HYDRA_FULL_ERROR is not what the user asked for."""
+"""A variable for the processes that a run starts: it says that HYDRA_FULL_ERROR is not what the user asked for."""
 DEBUGGING = os.environ.get("HYDRA_FULL_ERROR") == "1" and OURS not in os.environ
 
 

@@ -14,7 +14,7 @@ MAX_LOSS = 0.01
 
 
 class Loss(NamedTuple):
-    """What of a text is not in its tokens.
+    """The part of a text that is not in its tokens.
 
     Attributes:
         lost: bytes of characters that decoding does not give back.

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LARGE_VOCABULARY = 4096
-"""From here on the logits of a batch are what needs the most memory."""
+"""A vocabulary from here on makes a batch's logits what needs the most memory."""
 
 CHUNK = {"cpu": 512}
 """Tokens whose logits exist at a time, by kind of device; as fast as all at once (benchmarks/costs.py)."""
@@ -19,7 +19,7 @@ Product = Callable[[Tensor, Tensor], Tensor]
 
 
 class Losses(NamedTuple):
-    """In nats per token.
+    """Losses in nats per token.
 
     Attributes:
         mean: scalar, with a gradient.

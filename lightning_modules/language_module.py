@@ -53,7 +53,7 @@ from lightning_modules.width_scaling import width_scaling
 log = logging.getLogger(__name__)
 
 SCHEDULE_STEPS = "schedule_steps"
-"""In a checkpoint: the number of optimizer steps that the learning-rate schedule was made for."""
+"""A checkpoint's key for the number of optimizer steps that the learning-rate schedule was made for."""
 
 
 class LanguageModule(L.LightningModule):

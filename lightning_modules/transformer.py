@@ -29,7 +29,7 @@ from spannorm import Depth, Matrix, Role, find_placement
 
 FFNS: dict[str, type[FeedForward] | type[MoE]] = {"dense": FeedForward, "moe": MoE}
 KINDS: dict[Role, str] = dict.fromkeys(("query", "key", "value"), "attn_in")
-"""What parameter_groups calls a matrix, where that is not its role."""
+"""The kinds of matrices in parameter_groups whose name is not their role."""
 
 
 class Block(nn.Module):

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 PERCENTILE_STEPS = 100
 PRECISIONS = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32, "64": torch.float64}
-"""By the first part of trainer.precision, the type in which matrices are multiplied."""
+"""The type in which matrices are multiplied, by the first part of trainer.precision."""
 
 
 class DataWait(PassThroughProfiler):

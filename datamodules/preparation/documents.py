@@ -60,7 +60,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is read, and how.
+    """The inputs that are read, and how.
 
     Args:
         names: paths of files, in order; or `hf:NAME`, or `python_stdlib`.

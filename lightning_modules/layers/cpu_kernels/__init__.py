@@ -22,7 +22,7 @@ from lightning_modules.layers.cpu_kernels.linear import Linear
 from lightning_modules.layers.cpu_kernels.rms_norm import RMSNorm
 
 KERNELS: dict[type[nn.Module], type[nn.Module]] = {cls.__mro__[1]: cls for cls in (ExpertMLP, Linear, RMSNorm)}
-"""By the class of a layer the subclass of it that is faster."""
+"""The faster subclass of each class of a layer."""
 
 
 def use_cpu_kernels(module: nn.Module) -> None:

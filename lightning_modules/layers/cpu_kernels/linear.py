@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from core.compat import onednn_linear
 
 MIN_MULTIPLICATIONS = 100_000_000
-"""Of a product from which on it is worth an operator of Python's."""
+"""Products of at least so many are worth an operator of Python's."""
 
 
 def _on_amd() -> bool:
