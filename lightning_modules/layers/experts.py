@@ -78,7 +78,7 @@ class Experts(nn.Module):
         self.mlp = ExpertMLP(config, inner_norm, backend)
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor, tokens_per_expert: Tensor) -> Tensor:
-        """Return the weighted sums [tokens, dim] for x [tokens, dim], weights and experts [tokens, k]; none is dropped."""
+        """Return weighted sums [tokens, dim] for x [tokens, dim], weights and experts [tokens, k]; none is dropped."""
         order = experts.flatten().argsort(stable=True)
         tokens = order // self.top_k
         out = self.mlp(x.index_select(0, tokens), tokens_per_expert)
