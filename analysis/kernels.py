@@ -35,12 +35,12 @@ class Gains:
 
 
 def normalize(kernel: Array) -> Array:
-    """The kernel after a norm: cosine similarities, with ones on the diagonal (eq. 2)."""
+    """Return the kernel after a norm: cosine similarities, with ones on the diagonal (eq. 2)."""
     return through_norm(kernel, kernel)
 
 
 def through_norm(gradient: Array, kernel: Array) -> Array:
-    """A gradient kernel pulled back through the norm of what has `kernel` (eq. 3)."""
+    """Return a gradient kernel pulled back through the norm of what has `kernel` (eq. 3)."""
     scale = np.sqrt(np.diag(kernel))
     return gradient / np.outer(scale, scale)
 
@@ -69,12 +69,12 @@ class SwiGLU:
         self.slope: Array = series.deriv()(kernel)
 
     def backward(self, gradient: Array) -> Array:
-        """The gradient kernel of x, from that of the output (eq. 5)."""
+        """Return the gradient kernel of x, from that of the output (eq. 5)."""
         return gradient * self.slope
 
 
 def softmax_moments(spread: Array) -> tuple[Array, Array]:
-    """Of softmax weights p over n = 1, 2, ..., seq keys whose logits are N(0, spread[n - 1]); both [seq].
+    """Return moments of softmax weights p over n = 1, ..., seq keys with logits N(0, spread[n - 1]); both [seq].
 
     Returns:
         concentration E sum_s p_s^2 (eq. 6), and sensitivity E sum_s p_s^2 (1 - 2 p_s + sum_r p_r^2) (eq. 8): the
@@ -131,7 +131,7 @@ class Attention:
         return np.where(num_pairs > 0, sums / np.maximum(num_pairs, 1), kernel[0, 0])
 
     def backward(self, gradient: Array) -> Array:
-        """The gradient kernel of x, from that of the output (eq. 9)."""
+        """Return the gradient kernel of x, from that of the output (eq. 9)."""
         own, p, n = np.diag(gradient), self.concentration, self.num_keys
         two_keys = (1 - p) / np.maximum(n * (n - 1), 1)  # E p_s p_s' for one query; E p_s^2 is p / n
         values = self.uniform.T @ (gradient - np.diag(own)) @ self.uniform

@@ -42,8 +42,11 @@ class Saved(NamedTuple):
     outside: int
 
     def total(self, recompute_every: int | None) -> int:
-        """At the beginning of the backward pass; or the most during it, where every so manieth block keeps its input
-        only."""
+        """Return the bytes kept for the backward pass: at its beginning, or the most during it.
+
+        Args:
+            recompute_every: each n-th block keeps its input only, and is computed again; None: none is.
+        """
         inside = 0
         recomputed = []
         for number, (block, state) in enumerate(zip(self.blocks, self.states, strict=True), start=1):
@@ -64,7 +67,7 @@ def saved_activations(
     dtype: torch.dtype | None = None,
     weights: torch.dtype = torch.float32,
 ) -> Saved:
-    """What a model's forward pass and its loss keep for the backward pass.
+    """Return what a model's forward pass and its loss keep for the backward pass.
 
     Args:
         build: makes the model, which has `blocks` with `attn` and `ffn`; it must not recompute its blocks.

@@ -41,7 +41,7 @@ class BlockSignal:
 
 
 def measure(model: Transformer, tokens: Tensor) -> list[BlockSignal]:
-    """One forward and one backward pass; the model is left as it was, without gradients.
+    """Measure one forward and one backward pass; the model is left as it was, without gradients.
 
     Args:
         model: neither compiled nor with activation checkpointing: hooks would not see every block once.
@@ -78,5 +78,5 @@ def measure(model: Transformer, tokens: Tensor) -> list[BlockSignal]:
 
 
 def _norm(gradients: list[Tensor | None]) -> Tensor:
-    """l2 norm over all of them; None is a tensor that the loss does not depend on."""
+    """Return the l2 norm over all tensors; None is one that the loss does not depend on."""
     return torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])

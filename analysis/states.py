@@ -47,7 +47,7 @@ class BlockView(NamedTuple):
 
 @contextmanager
 def watching(model: Transformer, see: Callable[[BlockView], None]) -> Iterator[None]:
-    """Within it, `see` is called with each block of each forward pass, while the block runs.
+    """Call `see` with each block of each forward pass within the context, while the block runs.
 
     Args:
         model: running uncompiled and without activation checkpointing: hooks would not see every block once.
@@ -93,7 +93,7 @@ def mean_square(x: Tensor) -> Tensor:
 
 
 def kurtosis(x: Tensor) -> Tensor:
-    """E x^4 / (E x^2)^2 over the features of each token, averaged; x [..., dim].
+    """Return E x^4 / (E x^2)^2 over the features of each token, averaged; x [..., dim].
 
     3 for Gaussian features; dim where one feature is all there is.
     """
@@ -109,7 +109,7 @@ def mean_cosine(x: Tensor) -> Tensor:
 
 
 def effective_rank(x: Tensor) -> Tensor:
-    """exp of the entropy of the normalized singular values of each sequence (Roy and Vetterli 2007), averaged.
+    """Return exp of the entropy of each sequence's normalized singular values (Roy and Vetterli 2007), averaged.
 
     x [batch, seq, dim] -> a number between 1 and min(seq, dim); nan where x overflowed.
     """

@@ -60,10 +60,10 @@ class Scheme(Protocol):
     def forward(self, x: Array, gains: Gains, is_first: bool) -> Trace: ...
 
     def backward(self, gradient: Array, trace: Trace) -> Array:
-        """The gradient kernel of the state before, from that of the state after."""
+        """Return the gradient kernel of the state before, from that of the state after."""
 
     def skip(self, trace: Trace) -> float:
-        """What the skip path multiplies a gradient's variance by."""
+        """Return what the skip path multiplies a gradient's variance by."""
 
 
 class PreNorm:
@@ -143,7 +143,7 @@ SCHEMES: dict[str, Callable[[int], Scheme]] = {
 def predict(
     scheme: Scheme, gains: Sequence[Gains], seq_len: int, embedding: float = 1.0, repeats: float = 0.0
 ) -> list[Prediction]:
-    """The figures of every block, first to last.
+    """Return the figures of every block, first to last.
 
     Args:
         scheme: the block equation.
@@ -180,7 +180,7 @@ def predict(
 
 
 def predict_model(model: Transformer, seq_len: int) -> list[Prediction] | None:
-    """`predict` for an initialized model and tokens drawn uniformly; None where there is no theory."""
+    """Call `predict` for an initialized model and tokens drawn uniformly; None where there is no theory."""
     config = model.config
     covered = config.placement in SCHEMES and config.ffn == "dense" and config.norm in ("rmsnorm", "layernorm")
     if not covered or config.placement_options:
@@ -195,7 +195,7 @@ def predict_model(model: Transformer, seq_len: int) -> list[Prediction] | None:
 
 
 def read_gains(block: Block) -> Gains:
-    """The gains of a dense block's matrices, from their entries; ffn_up is the mean of gate's and up's."""
+    """Return the gains of a dense block's matrices, from their entries; ffn_up is the mean of gate's and up's."""
     gains: dict[str, list[float]] = defaultdict(list)
     for matrix in (*block.attn.matrices(), *block.ffn.matrices()):
         gains[matrix.role].append(_mean_square(matrix.weight) * matrix.fan_in)

@@ -30,6 +30,7 @@ from core import cli
 from core.errors import ConfigError, require
 from lightning_modules.config import ModelConfig, OptimConfig, parse
 from lightning_modules.initialization import initialize
+from lightning_modules.layers.cpu_kernels.allocator import keep_freed_memory
 from lightning_modules.layers.moe import MoE
 from lightning_modules.optim import make_optimizer
 from lightning_modules.transformer import Transformer
@@ -273,6 +274,7 @@ def step_table(settings: MoEBenchmarkConfig) -> Iterator[str]:
 
 @cli.tool
 def main(settings: MoEBenchmarkConfig) -> None:
+    keep_freed_memory()
     torch.set_num_threads(settings.threads)
     torch.manual_seed(0)
     head = (

@@ -182,7 +182,7 @@ def _import(contender: Contender) -> Any:
     torch.set_num_threads(contender.threads)
     name, of_project = contender.name.removesuffix(AS_OURS), contender.name.startswith("ours")
     if contender.name.endswith(AS_OURS) or (of_project and name != PLAIN):  # what the project's command line does
-        from core.allocator import keep_freed_memory
+        from lightning_modules.layers.cpu_kernels.allocator import keep_freed_memory
 
         keep_freed_memory()
 

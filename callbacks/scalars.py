@@ -7,7 +7,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 MAX_BLOCKS = 16
-"""Of deeper models that many blocks are written, or TensorBoard's page and the step's time would be spent on them."""
+"""At most so many blocks are written, or TensorBoard's page and the step's time would be deep models' curves."""
 
 
 def write_scalars(trainer: L.Trainer, values: Mapping[str, float], step: int) -> None:

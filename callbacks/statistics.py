@@ -40,7 +40,7 @@ class GradientStatistics(NamedTuple):
         parameter_norms: l2 norm of the parameters; empty on steps that the loggers leave out.
         update_norms: l2 norm of what the optimizer step before this one changed; empty where nobody watched it.
         nonfinite_share: share of the entries of all gradients together.
-        carried: what `carry` was given.
+        carried: what `add_to_transfer` was given.
     """
 
     groups: tuple[Group, ...]

@@ -17,7 +17,6 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from core import overrides, sweep
-from core.allocator import keep_freed_memory
 from core.dataclass_cli import describe_fields, parse_fields
 from core.errors import ConfigError, InvalidValue, UserError, one_line, suggest
 from core.explain import explain_omegaconf
@@ -30,7 +29,7 @@ DIVERGED = 3
 INTERRUPTED = 130
 MISTAKES = (UserError, HydraException, OmegaConfBaseException)
 OURS = "HYDRA_FULL_ERROR_IS_OURS"
-"""In the environment of the processes that a run starts: HYDRA_FULL_ERROR is not what the user asked for."""
+"""A variable for the processes that a run starts: it says that HYDRA_FULL_ERROR is not what the user asked for."""
 DEBUGGING = os.environ.get("HYDRA_FULL_ERROR") == "1" and OURS not in os.environ
 
 
@@ -54,7 +53,6 @@ def run(main: Callable[[], None]) -> None:
     """
     # Before torch is imported: OpenMP threads that spin without end bring a busy machine to a halt (docs/decisions.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "100000")
-    keep_freed_memory()
     if not DEBUGGING:  # Hydra then raises instead of printing, so that the message can be better
         os.environ.update({"HYDRA_FULL_ERROR": "1", OURS: "1"})
     sys.path.append(os.getcwd())  # your own classes may lie where you are

@@ -9,11 +9,11 @@ from core.errors import InvalidValue, UserError
 DISK = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOTDIR),
 }
-"""Of the file system's answers, those with which a folder that could be written to can be no more."""
+"""The file system's answers that say that a folder can be written to no more."""
 NOT_OURS = DISK | {
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.EEXIST, errno.EPERM, errno.EILSEQ),
 }
-"""Of the file system's answers, those that are about a name that was given, or about the disk."""
+"""The file system's answers that are about a name that was given, or about the disk."""
 
 
 def about_a_file(error: BaseException) -> UserError | None:

@@ -13,12 +13,12 @@ from core.saved_config import load_config, refuse_addresses
 
 WRITTEN = {"root": "data", "cache_dir": "data/cache"}
 CACHE_GB = 50
-"""Of configs/data: where a run writes unless its user says otherwise, and how much."""
+"""The defaults of configs/data: where a run writes unless its user says otherwise, and how much."""
 
 
 @dataclass(frozen=True)
 class OpenRun:
-    """What a run left behind.
+    """A run that is over or stopped, opened for use.
 
     Attributes:
         folder: the run's.

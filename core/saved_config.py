@@ -31,14 +31,14 @@ KINDS = {
     "callbacks": ((L.Callback,), ("callbacks", f"{_LIGHTNING}.callbacks")),
     "logger": ((Logger,), (f"{_LIGHTNING}.loggers",)),
 }
-"""By group, the classes that a run is made of there, and the modules that they may come from: no others are imported.
+"""The classes that each group of a run is made of, and the modules that they may come from: no others are imported.
 
 torch.hub.load and its like are never needed. A logger in another group would be made by whoever opens the run, and some
 open files or connections as they are made; a DataModule of Lightning's examples downloads.
 """
 TRAINERS = ("lightning.Trainer", f"{_LIGHTNING}.Trainer", f"{_LIGHTNING}.trainer.Trainer")
 ADDRESS = "://"
-"""What makes of a corpus' path an address elsewhere (datamodules/remote.py)."""
+"""This makes an address elsewhere of a corpus' path (datamodules/remote.py)."""
 
 
 IMPORTABLE = ("placement", "norm", "init", "schedule")

@@ -13,7 +13,7 @@ FILE = "status.json"
 SUMMARY = "summary.json"
 LOCK = "lock"
 FILE_BYTES = MIB
-"""Of either file that is read; they have a few hundred."""
+"""The most bytes of either file that is read; they have a few hundred."""
 RUNNING, DONE, STOPPED, DIVERGED, FAILED = "running", "done", "stopped", "diverged", "failed"
 
 

@@ -24,10 +24,10 @@ from omegaconf import DictConfig, OmegaConf
 from core.errors import ConfigError, writing
 
 WORST_LOSS = 1e6
-"""What a sweeper is told of a run without a finite loss: worse than any, but finite, as samplers want it."""
+"""A sweeper is told this of a run without a finite loss: worse than any, but finite, as samplers want it."""
 
 NOTES = "SPANNORM_SWEEP_NOTES"
-"""In the environment of a sweep's processes: the folder of their notes."""
+"""A variable for a sweep's processes that names the folder of their notes."""
 FIXED = "fixed.json"
 
 
@@ -36,7 +36,7 @@ _unwritten: dict[str, dict[str, Any]] = {}
 
 
 class Failure(NamedTuple):
-    """How a run failed.
+    """A failed run: its exit code and reason.
 
     Attributes:
         code: the exit code that the run by itself would have had.

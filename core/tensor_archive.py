@@ -37,7 +37,7 @@ DTYPES = {
         *(getattr(torch, name) for name in dir(torch) if name.startswith("float8_")),
     )
 }
-"""By name, what the entries of a saved tensor may be."""
+"""The types that the entries of a saved tensor may have, by name."""
 
 
 def load(source: Path | bytes, mapped: bool = False) -> Any:

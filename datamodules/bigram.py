@@ -9,7 +9,7 @@ MAX_VOCABULARY = 1024  # the table of counts grows with its square
 
 
 def bigram_loss(train: npt.NDArray[np.uint16], samples: npt.NDArray[np.int64], vocab_size: int) -> float:
-    """Cross-entropy, in nats per token, of a bigram model with add-one smoothing.
+    """Return the cross-entropy, in nats per token, of a bigram model with add-one smoothing.
 
     Args:
         train: token ids to fit on.

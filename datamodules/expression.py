@@ -14,7 +14,7 @@ MAX_LOSS = 0.01
 
 
 class Loss(NamedTuple):
-    """What of a text is not in its tokens.
+    """The part of a text that is not in its tokens.
 
     Attributes:
         lost: bytes of characters that decoding does not give back.
@@ -61,7 +61,7 @@ def _counts(string: str) -> dict[int, int]:
 
 
 def describe_loss(lost: int, invalid: int, size: int, characters: Counter[str] | None = None) -> str:
-    """How much of a text is not in its tokens."""
+    """Return how much of a text is not in its tokens."""
     share = (lost + invalid) / max(size, 1)
     mostly = f" (mostly {_most_frequent(characters)})" if characters else ""
     unknown = f"{lost:,} bytes of characters that the tokenizer does not have or changes{mostly}"
@@ -69,5 +69,5 @@ def describe_loss(lost: int, invalid: int, size: int, characters: Counter[str] |
 
 
 def _most_frequent(characters: Counter[str], number: int = 4) -> str:
-    """The characters that were lost most often, for a message."""
+    """Return the characters that were lost most often, for a message."""
     return ", ".join(repr(character) for character, _ in characters.most_common(number))

@@ -119,7 +119,7 @@ class Index:
 
 
 def parse_index(text: bytes, where: str) -> Index:
-    """The index in an index.json.
+    """Return the index in an index.json.
 
     Args:
         text: the file's content.

@@ -47,7 +47,7 @@ class Pattern:
         return sources, within
 
     def _pattern(self, block: int) -> tuple[Numbers, Numbers]:
-        """(source of each place of the block, how many places before it have the same source)."""
+        """Return (source of each place of the block, how many places before it have the same source)."""
         if self._block is None or self._block[0] != block:
             order = permute(np.arange(BLOCK), BLOCK, self.seed, block)
             sources = np.searchsorted(self.counts.cumsum(), order, side="right")
@@ -57,7 +57,7 @@ class Pattern:
         return self._block[1], self._block[2]
 
     def num_distinct(self, num_samples: list[int]) -> int:
-        """How many samples come before one of the sources, of these sizes, has to begin anew."""
+        """Return how many samples come before one of the sources, of these sizes, has to begin anew."""
         sizes = np.array(num_samples)
         whole = int((sizes // self.counts).min())
         sources, ranks = self._pattern(whole)
@@ -66,7 +66,7 @@ class Pattern:
 
 
 def shares(weights: list[float]) -> Numbers:
-    """Places of each source in a block, in proportion to the weights (largest remainders).
+    """Return how many places each source has in a block, in proportion to the weights (largest remainders).
 
     Raises:
         ConfigError: a weight is not positive, or too small for a single place.

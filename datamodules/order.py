@@ -8,7 +8,7 @@ ROUNDS = 4  # a Feistel network is a strong pseudo-random permutation from 4 rou
 
 
 def sample_indices(numbers: Indices, num_samples: int, seed: int, block: int | None = None) -> Indices:
-    """Global sample numbers 0, 1, 2, ... -> indices in [0, num_samples); each epoch is another permutation.
+    """Return indices in [0, num_samples) of global sample numbers 0, 1, 2, ...; each epoch is another permutation.
 
     Memory is that of `numbers`, whatever num_samples is: the permutation is computed, never held.
 
@@ -32,7 +32,7 @@ def sample_indices(numbers: Indices, num_samples: int, seed: int, block: int | N
 
 
 def block_bounds(number: int, num_samples: int, seed: int, block: int | None = None) -> tuple[int, int]:
-    """(first index, number of indices) among which sample_indices finds this sample; they go on at 0 after the last."""
+    """Return (first index, number) of the indices among which this sample is; they go on at 0 after the last."""
     if block is None or block >= num_samples:
         return 0, num_samples
     epoch, position = divmod(number, num_samples)
@@ -41,7 +41,7 @@ def block_bounds(number: int, num_samples: int, seed: int, block: int | None = N
 
 
 def _permute_blocks(positions: Indices, num_samples: int, seed: int, epoch: int, block: int) -> Indices:
-    """Blocks of neighbours are laid over the samples from a new starting point each epoch, and come in random order.
+    """Lay blocks of neighbours over the samples from a new starting point each epoch, in random order.
 
     The starting point keeps the remainder, a shorter block that always comes last, from being the same samples.
     """
@@ -55,7 +55,7 @@ def _permute_blocks(positions: Indices, num_samples: int, seed: int, epoch: int,
 
 
 def _block_places(numbers: Indices, num_samples: int, seed: int, epoch: int, block: int) -> tuple[Indices, Indices]:
-    """(where the blocks of these numbers begin, their sizes), before the rotation."""
+    """Return (where the blocks of these numbers begin, their sizes), before the rotation."""
     whole, rest = divmod(num_samples, block)
     places = permute(np.minimum(numbers, whole - 1), whole, seed, epoch) * block
     is_rest = numbers == whole
@@ -67,7 +67,7 @@ def _rotation(num_samples: int, seed: int, epoch: int) -> int:
 
 
 def permute(positions: Indices, num_samples: int, *key: int) -> Indices:
-    """A pseudo-random permutation of [0, num_samples), evaluated at the given positions; each key is another one.
+    """Return a pseudo-random permutation of [0, num_samples) at the given positions; each key is another one.
 
     A Feistel network permutes the next power of four; a position that lands outside is sent through it again until it
     lands inside (cycle walking, Black and Rogaway 2002), which keeps it a permutation.
@@ -91,7 +91,7 @@ def _feistel(values: npt.NDArray[np.uint64], half_bits: int, keys: npt.NDArray[n
 
 
 def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """SplitMix64's finalizer: every input bit moves every output bit."""
+    """Return SplitMix64's finalizer of x: every input bit moves every output bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -139,7 +139,7 @@ class RemoteFolder:
         return RETRY if self._wanted else None
 
     def _file_system(self) -> tuple[Any, str]:
-        """(fsspec's file system, which it caches for each process and thread; the folder's path in it)."""
+        """Return (fsspec's file system, which it caches for each process and thread; the folder's path in it)."""
         protocol = self.address.partition("://")[0]
         if "::" in self.address:  # fsspec's chains of file systems, some of which write
             raise InvalidValue(
@@ -173,7 +173,7 @@ class RemoteFolder:
         raise CorpusError(f"{self.address}/{file.file} is damaged: its sha256 is not the index's; {remedy}")
 
     def _ask(self, name: str, question: Callable[[Any, str], T]) -> T:
-        """question(file system, path of the file), until it is answered.
+        """Return question(file system, path of the file), asked until it is answered.
 
         Raises:
             CorpusError: it never is; names the address and the reason.
@@ -196,7 +196,7 @@ class RemoteFolder:
 
 
 def _options(protocol: str) -> dict[str, dict[str, Any]]:
-    """Of fsspec's file system: no request waits forever. The user's own (fsspec's configuration) come first."""
+    """Return options of fsspec's file system by which no request waits forever; the user's own come first."""
     if protocol == "s3":
         ours = {"connect_timeout": TIMEOUT, "read_timeout": TIMEOUT, "retries": {"total_max_attempts": 1}}
         name = "config_kwargs"
@@ -274,7 +274,7 @@ def _status(error: BaseException) -> int | None:
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether asking again is of no use."""
+    """Return whether asking again is of no use."""
     status = _status(error)
     if status:
         return 300 <= status < 500 and status not in TRY_AGAIN
@@ -303,7 +303,7 @@ def _reason(error: Exception, is_http: bool) -> str:
 
 
 def _fetch_ahead(storage: "weakref.ref[RemoteFolder]", signal: "SimpleQueue[bool]") -> None:
-    """A thread's work: whenever there is a signal, all that is wanted, as long as the storage is there."""
+    """Fetch all that is wanted whenever there is a signal, as long as the storage is there; a thread's work."""
     seconds: float | None = None
     while _next_signal(signal, seconds):
         while (folder := storage()) is not None and folder.fetch_next():
@@ -313,7 +313,7 @@ def _fetch_ahead(storage: "weakref.ref[RemoteFolder]", signal: "SimpleQueue[bool
 
 
 def _next_signal(signal: "SimpleQueue[bool]", seconds: float | None) -> bool:
-    """True also where none comes for so many seconds."""
+    """Return whether a signal has come, or none for so many seconds."""
     try:
         return signal.get(timeout=seconds)
     except Empty:
@@ -321,5 +321,5 @@ def _next_signal(signal: "SimpleQueue[bool]", seconds: float | None) -> bool:
 
 
 def open_storage(path: str, cache: ShardCache) -> Storage:
-    """What reads the corpus at a path of this machine, or at an address."""
+    """Return what reads the corpus at a path of this machine, or at an address."""
     return RemoteFolder(path, cache) if "://" in path else LocalFolder(Path(path))

@@ -17,7 +17,7 @@ class Samples(Protocol):
     """Stateless and endless; picklable, so that data-loader workers get one."""
 
     def read(self, numbers: Numbers) -> Rows:
-        """The samples of these numbers: "tokens" int64 [samples, seq_len + 1], and what else the batch carries."""
+        """Return samples by number: "tokens" int64 [samples, seq_len + 1], and what else the batch carries."""
         ...
 
 
@@ -64,14 +64,14 @@ class ShuffledSplit:
         self.split.keep([span for first, count in next_ones + blocks for span in self._token_ranges(first, count)])
 
     def _token_ranges(self, first: int, count: int) -> list[tuple[int, int]]:
-        """Samples [first, first + count), which go on at 0 after the last -> ranges of tokens [start, stop)."""
+        """Return ranges of tokens [start, stop) of samples [first, first + count), which go on at 0 after the last."""
         end = first + count
         pieces = [(first, min(end, self.num_samples)), (0, end - self.num_samples)]
         return [(start * self.seq_len, stop * self.seq_len + 1) for start, stop in pieces if start < stop]
 
 
 def positions(tokens: Numbers, end_of_document: int) -> Numbers:
-    """tokens [samples, seq_len] -> how many tokens of its document stand before each, [samples, seq_len]."""
+    """Return how many tokens of its document stand before each of tokens [samples, seq_len], of the same shape."""
     places = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
     begins = np.zeros_like(tokens)
     begins[:, 1:] = np.where(tokens[:, :-1] == end_of_document, places[:, 1:], 0)

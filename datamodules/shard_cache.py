@@ -75,7 +75,7 @@ class ShardCache:
         self._begin()
 
     def hold(self, shards: Iterable[str]) -> None:
-        """These shards, named by their sha256, stay from now on, and no others."""
+        """Hold these shards, named by their sha256, from now on, and no others."""
         self._held = set(shards)
         if self._process != os.getpid():  # forked: that lease is the parent's
             self._process, self._lease = os.getpid(), None
@@ -86,7 +86,7 @@ class ShardCache:
             os.pwrite(self._lease, " ".join(sorted(self._held)).encode(), 0)
 
     def get(self, shard: str, num_bytes: int, fetch: Fetch, urgent: bool = True) -> Path | None:
-        """The shard's file, which stays as long as it is held.
+        """Return the shard's file, which stays as long as it is held.
 
         Args:
             shard: its sha256.
@@ -190,7 +190,7 @@ class ShardCache:
         return descriptor
 
     def _leased(self) -> set[str]:
-        """The shards that some living process holds."""
+        """Return the shards that some living process holds."""
         shards: set[str] = set()
         for path in self.folder.iterdir():
             if not LEASES.fullmatch(path.name) or not is_regular(path):
@@ -220,7 +220,7 @@ class ShardCache:
 
 
 def is_regular(path: Path) -> bool:
-    """Whether it is a file, and no link to one."""
+    """Return whether it is a file, and no link to one."""
     try:
         return stat.S_ISREG(path.lstat().st_mode)
     except OSError:
@@ -233,7 +233,7 @@ def _size(path: Path, name: re.Match[str]) -> int:
 
 
 def _remove(path: Path) -> bool:
-    """Whether nobody was fetching it, and it is gone."""
+    """Return whether nobody was fetching it, and it is gone."""
     with path.open("rb") as file:
         if not try_lock(file.fileno()):
             return False

@@ -63,7 +63,7 @@ class ShardCorpus(TokenDataModule):
         return Split(copy(self.storage), self.index, name)  # each keeps shards of its own
 
     def bytes_in_use(self) -> int:
-        """In the cache at the same time; 0: nothing.
+        """Return how many bytes have to be in the cache at the same time; 0: none.
 
         That is the validation split, the checksums, and of the training split the block that is read, the one that is
         fetched ahead, one more for ranks and workers that are a block ahead of others, and a shard for the baseline.
@@ -78,7 +78,7 @@ class ShardCorpus(TokenDataModule):
         return sum(val) + sum(train[:num_shards]) + sum(split.checksums.num_bytes("uint32") for split in splits)
 
     def check(self) -> None:
-        """As TokenDataModule's.
+        """Refuse what TokenDataModule does, and a cache that is too small.
 
         Raises:
             ConfigError: also, the cache is too small.

@@ -49,24 +49,24 @@ class Split:
         self._forget()
 
     def num_samples(self, seq_len: int) -> int:
-        """How many windows of seq_len + 1 tokens, each starting seq_len after the last."""
+        """Return how many windows of seq_len + 1 tokens, each starting seq_len after the last."""
         return max(0, (self.num_tokens - 1) // seq_len)
 
     def read(self, samples: npt.NDArray[np.int64], seq_len: int) -> npt.NDArray[np.int64]:
-        """The windows of the given numbers, [samples, seq_len + 1]."""
+        """Return the windows of the given numbers, [samples, seq_len + 1]."""
         out = np.empty((len(samples), seq_len + 1), np.int64)
         for row, sample in zip(out, samples.tolist(), strict=True):
             self._copy(sample * seq_len, row)
         return out
 
     def slice(self, start: int, stop: int) -> Tokens:
-        """The tokens from `start` to before `stop`, in memory."""
+        """Return the tokens from `start` to before `stop`, in memory."""
         out = np.empty(max(0, min(stop, self.num_tokens) - start), self.index.dtype)
         self._copy(start, out)
         return out
 
     def head(self, num_tokens: int) -> Tokens:
-        """The first ones, in memory; of shards that have to be fetched, one is needed at a time."""
+        """Return the first ones, in memory; of shards that have to be fetched, one is needed at a time."""
         size, stop = self.index.shard_tokens, min(num_tokens, self.num_tokens)
         pieces = []
         for start in range(0, stop, size):
@@ -137,6 +137,6 @@ def sha256_of(path: Path) -> str:
 
 
 def open_split(corpus: Storage | Path, name: str) -> Split:
-    """The named split (train or val) of a prepared corpus."""
+    """Return the named split (train or val) of a prepared corpus."""
     storage = LocalFolder(corpus) if isinstance(corpus, Path) else corpus
     return Split(storage, read_index(storage), name)

@@ -15,7 +15,7 @@ SOURCE = f"standard library of Python {platform.python_version()}"
 
 
 def library_documents() -> Iterator[tuple[str, bytes]]:
-    """(name, text) of every source file, in order of its path, then of every topic of the reference.
+    """Yield (name, text) of every source file, in order of its path, then of every topic of the reference.
 
     Raises:
         CorpusError: this Python comes without its sources.
@@ -40,6 +40,6 @@ def _reference() -> dict[str, str]:
 
 
 def split_of(key: bytes, validation_share: float = VALIDATION_SHARE) -> str:
-    """train or val, by a hash of the document's name or text: adding a document moves no other."""
+    """Return train or val, by a hash of the document's name or text: adding a document moves no other."""
     fraction = int.from_bytes(hashlib.sha256(key).digest()[:8], "big") / 2**64
     return "val" if fraction < validation_share else "train"

@@ -29,7 +29,7 @@ class Storage(Protocol):
     remedy: str
 
     def read(self, name: str, limit: int) -> bytes:
-        """The content of a small file.
+        """Return the content of a small file.
 
         Args:
             name: of the file.
@@ -52,7 +52,7 @@ class Storage(Protocol):
         ...
 
     def path(self, file: ArrayFile, num_bytes: int) -> Path:
-        """The file on this machine, whole; it stays there until `keep` no longer names it.
+        """Return the file on this machine, whole; it stays there until `keep` no longer names it.
 
         Raises:
             CorpusError: it cannot be had; says why.
@@ -60,7 +60,7 @@ class Storage(Protocol):
         ...
 
     def keep(self, files: list[tuple[ArrayFile, int]]) -> None:
-        """These files are needed now or next, in this order, and no others."""
+        """Keep these files, which are needed now or next, in this order, and no others."""
         ...
 
 
@@ -106,7 +106,7 @@ def check_size(path: Path, num_bytes: int, remedy: str) -> None:
 
 
 def load(path: Path, file: ArrayFile, dtype: str, remedy: str) -> Tokens:
-    """The array in a .npy file, memory-mapped and read-only.
+    """Return the array in a .npy file, memory-mapped and read-only.
 
     Raises:
         CorpusError: its header says something else than the index.
@@ -123,7 +123,7 @@ def load(path: Path, file: ArrayFile, dtype: str, remedy: str) -> Tokens:
 
 
 def read_index(storage: Storage) -> Index:
-    """The corpus' description.
+    """Return the corpus' description.
 
     Raises:
         CorpusError: there is none, it cannot be read, or another version of this project wrote it.

@@ -70,7 +70,7 @@ class TokenStream(IterableDataset[Batch | UserError]):
             size = min(2 * size, most)  # one by one at first, so that a run begins at once
 
     def read(self, *batches: int) -> Rows:
-        """This rank's rows of the given batches, one after the other, batch_size / world_size of each."""
+        """Return this rank's rows of the given batches, one after the other, batch_size / world_size of each."""
         share = self.batch_size // self.world_size
         firsts = self.first_sample + np.array(batches, np.int64) * self.batch_size + self.rank * share
         return self.samples.read((firsts[:, None] + np.arange(share)).ravel())

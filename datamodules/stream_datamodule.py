@@ -62,7 +62,7 @@ class StreamDataModule(L.LightningDataModule):
 
     @abstractmethod
     def samples(self, split: str) -> Samples:
-        """Those of train or val; the order of the latter does not depend on the run's seed."""
+        """Return those of train or val; the order of the latter does not depend on the run's seed."""
 
     @property
     @abstractmethod
@@ -125,7 +125,7 @@ class StreamDataModule(L.LightningDataModule):
         return {"seq_len": self.seq_len, "seed": self.seed}
 
     def state_dict(self) -> dict[str, Any]:
-        """{"samples": consumed by all ranks, "step": at which, "stream_identity"}.
+        """Return {"samples": consumed by all ranks, "step": at which, "stream_identity"}.
 
         A half-accumulated step is not in the weights, so it is not counted.
         """
@@ -140,9 +140,9 @@ class StreamDataModule(L.LightningDataModule):
         self._first_sample, self._first_step = state_dict["samples"], state_dict["step"]
 
     def bits_per_byte(self, loss: float) -> float | None:
-        """Nats per token -> bits per byte of the validation text; None: there is no text."""
+        """Return the bits per byte of the validation text, of nats per token; None: there is no text."""
         return None
 
     def baseline_loss(self) -> float | None:
-        """A bigram model's validation loss in nats per token; None where there is none."""
+        """Return a bigram model's validation loss in nats per token; None where there is none."""
         return None

@@ -23,11 +23,11 @@ class Task(ABC):
 
     @abstractmethod
     def draw(self, rng: np.random.Generator) -> Numbers:
-        """One sequence [seq_len + 1]."""
+        """Draw one sequence [seq_len + 1]."""
 
     @abstractmethod
     def optimum(self) -> float:
-        """The lowest expected loss, in nats per token."""
+        """Return the lowest expected loss, in nats per token."""
 
 
 class Ngram(Task):
@@ -108,7 +108,7 @@ TASKS: dict[str, type[Task]] = {"ngram": Ngram, "copy": Copy, "induction": Induc
 
 
 def entropy(probabilities: FloatArray, axis: int) -> npt.NDArray[np.float64]:
-    """In nats, along an axis."""
+    """Return the entropy along an axis, in nats."""
     return -(probabilities * np.log(np.where(probabilities > 0, probabilities, 1.0))).sum(axis)
 
 

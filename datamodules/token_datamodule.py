@@ -109,7 +109,7 @@ class TokenDataModule(StreamDataModule):
         return loss / np.log(2) * split.num_tokens / split.num_bytes
 
     def baseline_loss(self) -> float | None:
-        """A bigram model's validation loss in nats per token; None where the vocabulary is too large for one."""
+        """Return a bigram model's validation loss in nats per token; None where the vocabulary is too large for one."""
         if self.vocab_size > MAX_VOCABULARY:
             return None
         stream = TokenStream(self.samples("val"), self.batch_size)

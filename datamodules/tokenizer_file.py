@@ -24,7 +24,7 @@ class BadTokenizer(ValueError):
 
 
 def load_library(content: bytes, end_of_document: int | None = None) -> Any:
-    """The `tokenizers.Tokenizer` in a tokenizer.json, without state that would change texts.
+    """Return the `tokenizers.Tokenizer` in a tokenizer.json, without state that would change texts.
 
     Args:
         content: of the file.
@@ -57,12 +57,12 @@ def load_library(content: bytes, end_of_document: int | None = None) -> Any:
 
 
 def vocabulary_size(library: Any) -> int:
-    """Every id is below it."""
+    """Return the number that every id is below."""
     return 1 + max(library.get_vocab(with_added_tokens=True).values(), default=-1)
 
 
 def unknown_token(library: Any) -> int | None:
-    """The id of what a text becomes that the vocabulary does not have; None: there is no such token."""
+    """Return the id of what a text becomes that the vocabulary does not have; None: there is no such token."""
     token = getattr(library.model, "unk_token", None)
     if token is not None:
         found: int | None = library.token_to_id(token)
@@ -73,7 +73,7 @@ def unknown_token(library: Any) -> int | None:
 
 
 def without_prefix(library: Any) -> Any:
-    """The tokenizer for what goes on a text: it puts nothing in front of it, as many do at a text's beginning.
+    """Return the tokenizer for what goes on a text: it puts nothing in front of it, as many do at a text's beginning.
 
     Returns the same one where it puts nothing there at all.
     """
@@ -89,7 +89,7 @@ def without_prefix(library: Any) -> Any:
 
 
 def measured_growth(library: Any) -> bool:
-    """Whether normalizing may make a text much longer, so that this has to be watched."""
+    """Return whether normalizing may make a text much longer, so that this has to be watched."""
     return _growth(state(library.normalizer)) > GROWTH
 
 
@@ -103,7 +103,7 @@ def check_growth(library: Any, text: str) -> None:
 
 
 def state(component: Any) -> Any:
-    """What a normalizer, pre-tokenizer or decoder consists of, as tokenizer.json has it; None: it is not there."""
+    """Return the parts of a normalizer, pre-tokenizer or decoder, as tokenizer.json has them; None: it is not there."""
     return None if component is None else json.loads(component.__getstate__())
 
 
@@ -127,7 +127,7 @@ def _require(condition: bool, found: str, bound: str, name: str) -> None:
 
 
 def _growth(node: Any) -> float:
-    """How many times as long, in bytes, a component can make a text, at most.
+    """Return how many times as long, in bytes, a component can make a text, at most.
 
     Compatibility decomposition (NFKC and the like) is left out: 11 times as long at most, however often it is done.
     """
@@ -151,13 +151,13 @@ def _growth(node: Any) -> float:
 
 
 def _longest_entry(charsmap: str) -> float:
-    """In bytes; such a map is the size of a trie, the trie, and what characters become, each ended by a NUL."""
+    """Return the longest entry of such a map in bytes: the size of a trie, the trie, and texts, each ended by a NUL."""
     content = base64.b64decode(charsmap)
     return float(max(map(len, content[4 + int.from_bytes(content[:4], "little") :].split(b"\0")), default=1) or 1)
 
 
 def _drop_prefix(node: Any) -> Any:
-    """The same component, but for what it puts in front of a text."""
+    """Return the same component, but for what it puts in front of a text."""
     if not isinstance(node, dict):
         return node
     node = copy.deepcopy(node)
@@ -173,7 +173,7 @@ def _drop_prefix(node: Any) -> Any:
 
 
 def _matching_decoder(library: Any) -> Any:
-    """The decoder that undoes the pre-tokenizer: some files have none, and their tokens would not give the text."""
+    """Return the decoder that undoes the pre-tokenizer: files without one have tokens that do not give the text."""
     from tokenizers import decoders
 
     node = state(library.pre_tokenizer)

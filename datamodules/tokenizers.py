@@ -39,7 +39,7 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, tokens: list[int]) -> str:
-        """A document's end becomes a form feed, what is no valid text the replacement character."""
+        """Return the text of ids: a document's end is a form feed, what is no valid text the replacement character."""
         ...
 
 
@@ -149,7 +149,7 @@ class FileTokenizer:
         return self._continuing
 
     def _letters_of_end(self, string: str, continued: bool) -> list[int]:
-        """The ids of a text in which the end-of-document token is spelled out: it is cut within each.
+        """Return the ids of a text in which the end-of-document token is spelled out: it is cut within each.
 
         Raises:
             SpelledEnd: the token comes from other letters than its own, or from one alone.
@@ -200,7 +200,7 @@ class NumberTokenizer:
 
 
 def tokens_of(prompt: str, tokenizer: Tokenizer, field: str = "prompt") -> list[int]:
-    """The prompt's token ids; none of an empty text.
+    """Return the prompt's token ids; none of an empty text.
 
     Args:
         field: the name of the setting that holds the prompt, for the message.
@@ -219,7 +219,7 @@ def tokens_of(prompt: str, tokenizer: Tokenizer, field: str = "prompt") -> list[
 
 
 def read_tokenizer(storage: Storage, index: Index) -> Tokenizer:
-    """The tokenizer that the corpus was made with.
+    """Return the tokenizer that the corpus was made with.
 
     Raises:
         CorpusError: its file is not what the index says.

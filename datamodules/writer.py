@@ -74,7 +74,7 @@ class GrowingArray:
         self.length += len(values)
 
     def sync(self) -> None:
-        """What was appended survives a crash from here on."""
+        """Put what was appended on disk: it survives a crash from here on."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -143,7 +143,7 @@ class SplitWriter:
                 self._close_shard(self.current)
 
     def state(self) -> "SplitProgress":
-        """What another writer goes on from; the files are safe on disk."""
+        """Return what another writer goes on from; the files are safe on disk."""
         for array in (self.current, self.documents, self.checksums):
             if array is not None:
                 array.sync()
@@ -259,7 +259,7 @@ def write_corpus(
 
 @contextmanager
 def _own_scratch(folder: Path) -> Iterator[Path]:
-    """A folder beside the corpus', which goes at the end; it holds a lock for as long as this process writes to it."""
+    """Give a folder beside the corpus' that goes at the end, with a lock for as long as this process writes to it."""
     scratch, lock = _locked_folder(folder)
     with lock:
         try:

@@ -16,6 +16,7 @@ from core.explain import explain_omegaconf
 from core.limits import require_at_most
 from core.moved import with_current_names
 
+CPU_KERNELS = ("auto", "off")
 WIDTH_SCALINGS = ("none", "mup", "standard")
 DECAY_SHAPES = ("linear", "exponential")
 MAX_LAYERS, MAX_DIM, MAX_HIDDEN_DIM, MAX_EXPERTS = 4096, 2**18, 2**21, 4096
@@ -92,7 +93,7 @@ class MoEConfig:
         return self.load_balancing_weight if self.balancing == "loss" else 0.0
 
     def is_mixture(self, layer: int) -> bool:
-        """Whether the layer of this number, counted from 1, is one of `model.ffn=moe`'s mixtures."""
+        """Return whether the layer of this number, counted from 1, is one of `model.ffn=moe`'s mixtures."""
         return layer > self.first_dense_layers and (layer - self.first_dense_layers) % self.layer_interval == 0
 
 
@@ -117,6 +118,9 @@ class ModelConfig:
     ffn_dim: int | None = None  # hidden width of the SwiGLU; None: 8/3 dim, rounded up to a multiple of 16
     tie_embeddings: bool = False
     compile: bool = False  # torch.compile each block
+    cpu_kernels: str = (
+        "auto"  # auto: faster ways on a CPU, lightning_modules/layers/cpu_kernels; off: torch's own alone
+    )
     activation_checkpointing: bool = False  # recompute blocks in the backward pass instead of storing them
     activation_checkpoint_every: int = 1  # of the blocks, each n-th: less is recomputed, and less is saved
     moe: MoEConfig = field(default_factory=MoEConfig)
@@ -131,6 +135,10 @@ class ModelConfig:
         require(cut is None or 0 < cut < math.inf, "model.init_truncation", cut, "a number > 0 or null")
         for name in ("norm_eps", "rope_theta"):
             require(0 < getattr(self, name) < math.inf, f"model.{name}", getattr(self, name), "a number > 0")
+        if self.cpu_kernels == "False":  # what YAML makes of off without quotes
+            object.__setattr__(self, "cpu_kernels", "off")
+        if self.cpu_kernels not in CPU_KERNELS:
+            raise ConfigError("model.cpu_kernels", self.cpu_kernels, suggest(self.cpu_kernels, CPU_KERNELS))
         require(
             self.dim % (2 * self.num_heads) == 0,
             "model.dim",
@@ -221,7 +229,7 @@ class OptimConfig:
 
 
 def writable_schema(schema: type) -> DictConfig:
-    """The dataclass as a typed OmegaConf node that still takes overrides: OmegaConf makes frozen ones read-only."""
+    """Return the dataclass as a typed OmegaConf node that takes overrides: OmegaConf makes frozen ones read-only."""
     node = OmegaConf.structured(schema)
     assert isinstance(node, DictConfig)
     for child in (node, *(value for value in node.values() if isinstance(value, DictConfig))):
@@ -230,7 +238,7 @@ def writable_schema(schema: type) -> DictConfig:
 
 
 def parse(schema: type[C], prefix: str, values: dict[str, Any]) -> C:
-    """`schema` filled with plain values, type-checked.
+    """Return `schema` filled with plain values, type-checked.
 
     Args:
         schema: ModelConfig or OptimConfig.
@@ -252,7 +260,7 @@ def parse(schema: type[C], prefix: str, values: dict[str, Any]) -> C:
 
 
 def settings(config: ModelConfig | OptimConfig, prefix: str) -> dict[str, Any]:
-    """Every field by its dotted name, with the value that takes effect; the options of a scheme are one value."""
+    """Return every field by its dotted name, with the value that takes effect; a scheme's options are one value."""
     by_name: dict[str, Any] = {}
     for name, value in vars(config).items():
         if isinstance(value, MoEConfig):
@@ -264,7 +272,7 @@ def settings(config: ModelConfig | OptimConfig, prefix: str) -> dict[str, Any]:
 
 
 def _with_former_defaults(values: dict[str, Any]) -> dict[str, Any]:
-    """A saved configuration that is older than a field, with that field as it then was.
+    """Return a saved configuration that is older than a field, with that field as it then was.
 
     A run saves every field. One that says nothing of the norm's options was trained before dyt had any.
     """

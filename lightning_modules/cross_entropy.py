@@ -1,23 +1,25 @@
 """Cross-entropy from the hidden states, whose logits never exist all at once."""
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_modules.layers.linear import product
-
 LARGE_VOCABULARY = 4096
-"""From here on the logits of a batch are what needs the most memory."""
+"""A vocabulary from here on makes a batch's logits what needs the most memory."""
 
 CHUNK = {"cpu": 512}
 """Tokens whose logits exist at a time, by kind of device; as fast as all at once (benchmarks/costs.py)."""
 CHUNK_ELSEWHERE = 4096
 
+Product = Callable[[Tensor, Tensor], Tensor]
+
 
 class Losses(NamedTuple):
-    """In nats per token.
+    """Losses in nats per token.
 
     Attributes:
         mean: scalar, with a gradient.
@@ -28,8 +30,10 @@ class Losses(NamedTuple):
     by_token: Tensor
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, compiled: bool = False) -> Losses:
-    """Of logits `hidden @ weight.T`, computed in autocast's precision, if it is on, and summed up in fp32.
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, compiled: bool = False, product: Product = F.linear
+) -> Losses:
+    """Return the losses of logits `hidden @ weight.T`, computed in autocast's precision, if on, and summed in fp32.
 
     The gradients are made in the forward pass, while a chunk's logits are there, so nothing is computed twice; their
     sum over the vocabulary is what stays until the backward pass. It cannot be differentiated twice.
@@ -39,15 +43,16 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, compil
         weight: [vocab_size, dim].
         targets: [tokens].
         compiled: whether what is between the products is compiled.
+        product: computes x [tokens, in] W^T of a matrix [out, in] where gradients are wanted.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    return Losses(*_LinearCrossEntropy.apply(hidden, weight, targets, torch.is_grad_enabled(), compiled))
+    return Losses(*_LinearCrossEntropy.apply(hidden, weight, targets, torch.is_grad_enabled(), compiled, product))
 
 
 def _softmax(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Of logits [tokens, vocab_size] and target [tokens, 1], the losses [tokens], and their gradient in the logits."""
+    """Return losses [tokens] of logits [tokens, vocab_size] and target [tokens, 1], and the logits' gradient."""
     log_p = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
     losses = -log_p.gather(1, target).squeeze(1)
     return losses, log_p.exp_().scatter_add_(1, target, log_p.new_full(target.shape, -1.0)).to(logits.dtype)
@@ -61,7 +66,13 @@ def _compiled_softmax() -> Any:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, with_gradients: bool, compiled: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        with_gradients: bool,
+        compiled: bool,
+        product: Product,
     ) -> tuple[Tensor, ...]:
         softmax = _compiled_softmax() if compiled else _softmax
         weight = weight.to(hidden.dtype)
@@ -88,4 +99,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_mean: Tensor, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors  # of the sum
         factor, dtype = grad_mean / len(grad_hidden), grad_hidden.dtype
-        return (grad_hidden * factor).to(dtype), (grad_weight * factor).to(dtype), None, None, None
+        return (grad_hidden * factor).to(dtype), (grad_weight * factor).to(dtype), None, None, None, None

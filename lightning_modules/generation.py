@@ -22,7 +22,7 @@ def feed(
     starts: Sequence[int],
     logits_to_keep: int | None = None,
 ) -> Tensor:
-    """Logits of the next pieces of some sequences, which join the cache.
+    """Return the logits of the next pieces of some sequences, which join the cache.
 
     Args:
         model: in eval mode.
@@ -45,7 +45,7 @@ def feed(
 
 
 def fed_width(pieces: Sequence[Sequence[int]]) -> int:
-    """Positions of each of these pieces that `feed` has the model compute, a multiple of ROWS."""
+    """Return the positions of each of these pieces that `feed` has the model compute, a multiple of ROWS."""
     return _rounded_up(max(map(len, pieces)))
 
 
@@ -56,7 +56,7 @@ def _rounded_up(number: int) -> int:
 def choose(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float, generators: Sequence[torch.Generator]
 ) -> Tensor:
-    """The next token of each row.
+    """Return the next token of each row.
 
     Args:
         logits: [batch, vocab_size].
@@ -142,6 +142,6 @@ def stream(
 
 
 def generate(model: Transformer, prompt: Tensor, num_tokens: int, temperature: float, seed: int, window: int) -> Tensor:
-    """Token ids [seq] of a prompt -> [seq + num_tokens]; see stream."""
+    """Return the token ids [seq] of a prompt with those that follow, [seq + num_tokens]; see stream."""
     new = [token for (token,) in stream(model, [prompt.tolist()], num_tokens, temperature, [seed], window)]
     return torch.cat((prompt, prompt.new_tensor(new)))

@@ -23,6 +23,7 @@ from lightning_modules.config import ModelConfig, OptimConfig, parse, settings
 from lightning_modules.cross_entropy import LARGE_VOCABULARY
 from lightning_modules.generation import generate
 from lightning_modules.initialization import initialize
+from lightning_modules.layers.cpu_kernels.allocator import keep_freed_memory
 from lightning_modules.layers.router import RouterStats
 from lightning_modules.mean_metrics import WeightedMean
 from lightning_modules.optim import (
@@ -52,7 +53,7 @@ from lightning_modules.width_scaling import width_scaling
 log = logging.getLogger(__name__)
 
 SCHEDULE_STEPS = "schedule_steps"
-"""In a checkpoint: the number of optimizer steps that the learning-rate schedule was made for."""
+"""A checkpoint's key for the number of optimizer steps that the learning-rate schedule was made for."""
 
 
 class LanguageModule(L.LightningModule):
@@ -112,7 +113,7 @@ class LanguageModule(L.LightningModule):
         return {**rest, **settings(model, "model"), **settings(optim, "optim")}
 
     def configure_callbacks(self) -> list[Callback]:
-        """None of its own. Lightning asks before any callback's setup, where some of its own look for the weights."""
+        """Bring no callback, but check those there are and build the model, which some look for in their setup."""
         if self.trainer.state.fn == "fit":
             check_callbacks(self.trainer)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
@@ -163,7 +164,7 @@ class LanguageModule(L.LightningModule):
             check_schedule(self.optim_config, num_steps(trainer))
 
     def _check_router(self, resumed: bool) -> None:
-        """A new run's router must learn, and its bias move. One that older versions began goes on as it began."""
+        """Refuse a new run whose router or bias would not learn; one that older versions began goes on."""
         moe = self.model_config.moe
         if self.model_config.ffn != "moe":
             return
@@ -189,6 +190,8 @@ class LanguageModule(L.LightningModule):
             built = partial(built, built=partial(shard_block, mesh=mesh))
         with device, self._precision():
             self.model = built(output_multiplier=self.width_scaling.output_multiplier)
+        if self.model_config.cpu_kernels == "auto" and device.type == "cpu":
+            keep_freed_memory()
         if mesh is not None:
             shard_rest(self.model, mesh)
         initialize(self.model, self.width_scaling)
@@ -211,7 +214,7 @@ class LanguageModule(L.LightningModule):
             return None
 
     def _precision(self) -> AbstractContextManager[Any]:
-        """That of the forward pass in training, by which the backend of the experts is chosen."""
+        """Return the precision of the forward pass in training, by which the backend of the experts is chosen."""
         return nullcontext() if self._attached_trainer is None else self.trainer.precision_plugin.forward_context()
 
     def forward(
@@ -222,7 +225,7 @@ class LanguageModule(L.LightningModule):
         return self.model(tokens, positions, targets=targets)
 
     def _loss(self, batch: dict[str, Tensor], sources: SourceLoss | None = None) -> tuple[Tensor, list[RouterStats]]:
-        """The loss of one batch, and of each source in it, if there are several.
+        """Return the loss of one batch, and of each source in it, if there are several.
 
         Args:
             batch: "tokens" [batch, seq + 1]; where documents are kept apart, "positions" [batch, seq]; of a mixture,
@@ -265,7 +268,7 @@ class LanguageModule(L.LightningModule):
         return is_logged(self.trainer, self.trainer.global_step + 1)
 
     def _balance_routers(self) -> None:
-        """By what all batches and processes of the step have routed; in one reduction."""
+        """Move the routers' biases by what all batches and processes of the step have routed, in one reduction."""
         if self._router_tally is None:
             return
         assert self.model is not None
@@ -275,13 +278,13 @@ class LanguageModule(L.LightningModule):
             mixture.router.update_bias(load)
 
     def _report_routers(self) -> None:
-        """What the whole step has routed, in one transfer: loggers would fetch each scalar by itself."""
+        """Log what the whole step has routed, in one transfer: loggers would fetch each scalar by itself."""
         if self._router_tally is not None:
             assert self.model is not None
             self.log_dict(router_health(self._router_tally.cpu(), list(self.model.mixtures())))
 
     def on_after_backward(self) -> None:
-        """Not later: callbacks may clip the gradient before the optimizer's own hook comes to it."""
+        """Note the gradient's norm now: callbacks may clip it before the optimizer's own hook comes to it."""
         if self._logs_this_step and completes_step(self.trainer, self.trainer.fit_loop.batch_idx):
             scaler = getattr(self.trainer.precision_plugin, "scaler", None)
             scale = scaler.get_scale() if scaler else 1.0
@@ -298,7 +301,7 @@ class LanguageModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Lightning's clipping, but by the norm over all parts of all parameters where these are distributed."""
+        """Clip as Lightning does, but by the norm over all parts of all parameters where these are distributed."""
         if self.device_mesh is None or not gradient_clip_val or gradient_clip_algorithm == "value":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
@@ -331,7 +334,7 @@ class LanguageModule(L.LightningModule):
             self.val_sources.reset()
 
     def generate(self, prompt: list[int], num_tokens: int, temperature: float, seed: int, window: int) -> list[int]:
-        """The prompt's token ids and `num_tokens` more; see lightning_modules/generation.py."""
+        """Return the prompt's token ids and `num_tokens` more; see lightning_modules/generation.py."""
         assert self.model is not None, "configure_model() comes first"
         tokens = torch.tensor(prompt, device=self.device)
         with self._precision():

@@ -48,5 +48,5 @@ class WeightedMean(WideMetric):
         self.weight = self.weight + weight
 
     def compute(self) -> Tensor:
-        """The mean, a scalar; NaN where nothing was added."""
+        """Return the mean, a scalar; NaN where nothing was added."""
         return self.total / self.weight

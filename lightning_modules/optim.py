@@ -21,7 +21,7 @@ Schedule = Callable[[int], float]
 
 
 def make_optimizer(model: Transformer, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only: not on embeddings, norms and biases. Fused where torch has it.
+    """Make AdamW with weight decay on matrices only: not on embeddings, norms and biases. Fused where torch has it.
 
     One parameter group for everything that keeps optim.lr undecayed, which comes first, and one for each learning-rate
     factor of the width scaling.
@@ -45,7 +45,7 @@ def make_optimizer(model: Transformer, config: OptimConfig) -> torch.optim.AdamW
 def number_by_parameters(
     state_dict: dict[str, Any], optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], sharded: bool
 ) -> dict[str, Any]:
-    """An optimizer's state with its parameters numbered in the model's order, and listed in the groups' own.
+    """Return an optimizer's state with its parameters numbered in the model's order, and listed in the groups' own.
 
     A ModelParallelStrategy reads the numbers; all others read the order within a group. A checkpoint therefore goes on
     under any strategy and number of processes.
@@ -73,7 +73,7 @@ def number_by_parameters(
 def number_names(
     state_dict: dict[str, Any], optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    """An optimizer's state that goes by parameters' names, as several processes save it in pieces, as
+    """Return an optimizer's state that goes by parameters' names, as several processes save it in pieces, as
     `number_by_parameters` would have it.
 
     Args:
@@ -92,7 +92,7 @@ def number_names(
 
 
 def cosine(config: OptimConfig, num_steps: int) -> Schedule:
-    """Half a cosine from 1 to min_lr_ratio (1608.03983, eq. 5)."""
+    """Return half a cosine from 1 to min_lr_ratio (1608.03983, eq. 5)."""
     span = max(1, num_steps - config.warmup_steps)
 
     def factor(step: int) -> float:
@@ -103,12 +103,12 @@ def cosine(config: OptimConfig, num_steps: int) -> Schedule:
 
 
 def decay_length(config: OptimConfig, num_steps: int) -> int:
-    """Over how many steps at the end of the run `wsd` decays."""
+    """Return over how many steps at the end of the run `wsd` decays."""
     return max(1, round(config.decay_fraction * num_steps))
 
 
 def wsd(config: OptimConfig, num_steps: int) -> Schedule:
-    """Constant, then down to min_lr_ratio over the last decay_fraction of the run.
+    """Return 1 until the last decay_fraction of the run, then what leads down to min_lr_ratio.
 
     By decay_shape: linear, or exponential, by the same factor at each step, as 2404.06395 has it.
     """
@@ -124,7 +124,7 @@ def wsd(config: OptimConfig, num_steps: int) -> Schedule:
 
 
 def constant(config: OptimConfig, num_steps: int) -> Schedule:
-    """The peak learning rate to the end."""
+    """Return the peak learning rate to the end."""
     return lambda step: 1.0
 
 
@@ -154,7 +154,7 @@ def check_schedule(config: OptimConfig, num_steps: float) -> None:
 
 
 def describe_warmup(config: OptimConfig, num_steps: float) -> str | None:
-    """One line where the warm-up takes up the whole run, so that the schedule behind it never begins; else None.
+    """Return a line where the warm-up takes up the whole run, so that the schedule behind it never begins; else None.
 
     Args:
         num_steps: optimizer steps of the whole run; math.inf: nothing says how many.
@@ -167,7 +167,7 @@ def describe_warmup(config: OptimConfig, num_steps: float) -> str | None:
 
 
 def make_schedule(config: OptimConfig, num_steps: int) -> Schedule:
-    """The configured schedule behind a linear warm-up that reaches the peak after warmup_steps."""
+    """Return the configured schedule behind a linear warm-up that reaches the peak after warmup_steps."""
     with as_config_errors("optim"):
         make = find("schedule", config.schedule, SCHEDULES)
     after = make(config, num_steps)

@@ -32,7 +32,7 @@ OVERALL: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def tally(stats: Sequence[RouterStats]) -> Tensor:
-    """The layers' statistics as [layers, 1 + scalars + experts], to be summed over batches and processes.
+    """Return the layers' statistics as [layers, 1 + scalars + experts], to be summed over batches and processes.
 
     The first column counts what was summed.
     """
@@ -44,12 +44,12 @@ def tally(stats: Sequence[RouterStats]) -> Tensor:
 
 
 def tokens_per_expert(tallied: Tensor) -> Tensor:
-    """[layers, experts] of a sum of tallies."""
+    """Return the tokens of each expert, [layers, experts], in a sum of tallies."""
     return tallied[:, 1 + len(SCALARS) :]
 
 
 def router_health(tallied: Tensor, layers: Sequence[int]) -> dict[str, Tensor]:
-    """A sum of tallies as scalars by the keys above.
+    """Return a sum of tallies as scalars by the keys above.
 
     Args:
         tallied: [layers, 1 + scalars + experts].

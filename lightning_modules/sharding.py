@@ -40,7 +40,7 @@ def check_mesh(config: ModelConfig, data: int, tensor: int) -> None:
 
 
 def check_unsharded(config: ModelConfig) -> None:
-    """Likewise, against processes of which each has all of it.
+    """Refuse a model that cannot be held whole by each of several processes.
 
     Raises:
         ConfigError: its experts are to be shared out.
@@ -50,7 +50,7 @@ def check_unsharded(config: ModelConfig) -> None:
 
 
 def shard_block(block: Block, mesh: DeviceMesh) -> None:
-    """In place; all processes hold the same weights before, and their part of each after.
+    """Shard a block in place: all processes hold the same weights before, and their part of each after.
 
     Its attention and dense FFN are cut over the tensor-parallel processes, its experts shared out over the
     data-parallel ones if the configuration says so, and all else sharded over the latter.
@@ -70,7 +70,7 @@ def shard_block(block: Block, mesh: DeviceMesh) -> None:
 
 
 def shard_rest(model: Transformer, mesh: DeviceMesh) -> None:
-    """What is outside of the blocks, which `shard_block` has been at: embedding and head.
+    """Shard what is outside of the blocks: embedding and head. `shard_block` comes first.
 
     Args:
         mesh: the blocks'.
@@ -81,7 +81,7 @@ def shard_rest(model: Transformer, mesh: DeviceMesh) -> None:
 
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """l2 norm over all their gradients, the parts in other processes included."""
+    """Return the l2 norm over all gradients of the parameters, the parts in other processes included."""
     norms = [_total_norm([p.grad for p in group if p.grad is not None]) for group in _by_mesh(parameters)]
     whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     return whole[0] if len(whole) == 1 else torch.linalg.vector_norm(torch.stack(whole))
@@ -95,7 +95,7 @@ def _total_norm(gradients: list[Tensor]) -> Tensor:
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> None:
-    """In place, to that l2 norm over all of them."""
+    """Clip the parameters' gradients in place, to an l2 norm over all of them of at most max_norm."""
     groups = _by_mesh(parameters)
     norm = gradient_norm(p for group in groups for p in group)
     for group in groups:
@@ -103,7 +103,7 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> None:
 
 
 def _by_mesh(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Those with a gradient: tensor parallelism leaves tensors on different meshes, which no operator mixes."""
+    """Return those with a gradient: tensor parallelism leaves tensors on different meshes, which no operator mixes."""
     groups: dict[DeviceMesh | None, list[Tensor]] = defaultdict(list)
     for parameter in parameters:
         if parameter.grad is not None:

@@ -31,6 +31,6 @@ class SourceLoss(WideMetric):
         self.count = self.count.index_add(0, sources, torch.ones_like(losses, dtype=self.count.dtype))
 
     def compute(self) -> dict[str, Tensor]:
-        """{PREFIX/NAME: nats per token}, of the sources that came at all."""
+        """Return {PREFIX/NAME: nats per token} for the sources that came at all."""
         means: list[Any] = list(zip(self.names, self.total / self.count, self.count.tolist(), strict=True))
         return {f"{self.prefix}/{name}": mean for name, mean, count in means if count}

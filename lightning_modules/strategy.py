@@ -154,7 +154,7 @@ class ShardedStrategy(ModelParallelStrategy):
         super().on_train_end()
 
     def teardown(self) -> None:
-        """Where an error has brought it here, that one is raised, and not what it has made of the checkpoint."""
+        """End the saving in progress; an error that has brought it here goes before one of the saving."""
         first, saving, self._saving = sys.exception(), self._saving, None
         try:
             if saving is not None:  # alone: the others may be elsewhere
@@ -201,7 +201,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
 @contextmanager
 def _in_words() -> Iterator[None]:
-    """torch's own error, which is no Exception, becomes one that says what failed, and where."""
+    """Turn torch's own error, which is no Exception, into one that says what failed, and where."""
     try:
         yield
     except CheckpointException as error:

@@ -44,7 +44,7 @@ class WholeInput(PrepareModuleInputOutput):
 
 
 def apply_tensor_parallel(block: Any, mesh: DeviceMesh) -> None:
-    """In place.
+    """Cut a block's attention and dense FFN over the mesh's processes, in place.
 
     Args:
         block: a Block, with the same weights in every process.
@@ -70,12 +70,12 @@ def _cut_attention(attention: Attention, mesh: DeviceMesh) -> None:
 
 
 def _shared_input(module: nn.Module) -> PrepareModuleInput:
-    """The first input is the same in all processes; its gradient is their sum, taken once for all who read it."""
+    """Return the first input, which is the same in all processes, with a gradient that is summed over them once."""
     layouts = (Replicate(), *[None] * (len(signature(module.forward).parameters) - 1))
     return PrepareModuleInput(input_layouts=layouts, desired_input_layouts=layouts)
 
 
 def _apply(module: nn.Module, mesh: DeviceMesh, plan: dict[str, ParallelStyle]) -> None:
-    """Each style to its submodule, but to norms that are not there."""
+    """Apply each style to its submodule, leaving out norms that are not there."""
     there = {name: style for name, style in plan.items() if not isinstance(module.get_submodule(name), nn.Identity)}
     parallelize_module(module, mesh, there, src_data_rank=None)  # all have the same weights: nothing is sent

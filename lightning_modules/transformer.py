@@ -5,6 +5,7 @@ from itertools import repeat
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -14,10 +15,11 @@ from lightning_modules.argument_errors import as_config_errors
 from lightning_modules.config import ModelConfig
 from lightning_modules.cross_entropy import linear_cross_entropy
 from lightning_modules.layers.attention import Attention
+from lightning_modules.layers.cpu_kernels import use_cpu_kernels
+from lightning_modules.layers.cpu_kernels.linear import matmul
 from lightning_modules.layers.document_mask import Mask, document_mask
 from lightning_modules.layers.ffn import FeedForward
 from lightning_modules.layers.kv_cache import KVCache, Slots
-from lightning_modules.layers.linear import Linear
 from lightning_modules.layers.moe import MoE
 from lightning_modules.layers.norms import norm_factory
 from lightning_modules.layers.rope import Rope, at_positions, rope_tables
@@ -26,7 +28,7 @@ from spannorm import Depth, Matrix, Role, find_placement
 
 FFNS: dict[str, type[FeedForward] | type[MoE]] = {"dense": FeedForward, "moe": MoE}
 KINDS: dict[Role, str] = dict.fromkeys(("query", "key", "value"), "attn_in")
-"""What parameter_groups calls a matrix, where that is not its role."""
+"""The kinds of matrices in parameter_groups whose name is not their role."""
 
 
 class Block(nn.Module):
@@ -49,7 +51,7 @@ class Block(nn.Module):
     def forward(
         self, state: Any, rope: Rope, mask: Mask | None = None, slots: Slots | None = None
     ) -> tuple[Any, RouterStats | None]:
-        """The placement's state before the block -> (state after it, router statistics of a MoE layer).
+        """Return (the placement's state after the block, router statistics of a MoE layer), from the state before it.
 
         The first block takes the embedding output, and the last returns one stream, both [batch, seq, dim].
         """
@@ -99,6 +101,8 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList()
         for index in range(1, config.num_layers + 1):
             block = Block(config, Depth(index, config.num_layers))
+            if config.cpu_kernels == "auto":
+                use_cpu_kernels(block)
             built(block)
             self.blocks.append(block)
         first = config.moe.first_dense_layers + config.moe.layer_interval
@@ -109,7 +113,9 @@ class Transformer(nn.Module):
             config.moe.layer_interval,
             valid,
         )
-        self.head = Linear(config.dim, vocab_size)
+        self.head = nn.Linear(config.dim, vocab_size, bias=False)
+        if config.cpu_kernels == "auto":
+            use_cpu_kernels(self.head)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
 
@@ -121,7 +127,7 @@ class Transformer(nn.Module):
         targets: Tensor | None = None,
         logits_to_keep: int | None = None,
     ) -> tuple[Any, list[RouterStats]]:
-        """Next-token logits, or the losses of given targets without ever holding all logits.
+        """Return next-token logits, or the losses of given targets without ever holding all logits.
 
         Args:
             tokens: [batch, seq].
@@ -157,10 +163,11 @@ class Transformer(nn.Module):
             return self.head(state if logits_to_keep is None else state[:, -logits_to_keep:]), router_stats
         # Here, and not with the head's weight handed out: sharded, it is whole during forward only.
         state, targets = state.flatten(0, 1), targets.flatten()
-        return linear_cross_entropy(state, self.head.weight, targets, self.config.compile), router_stats
+        product = matmul if self.config.cpu_kernels == "auto" else F.linear
+        return linear_cross_entropy(state, self.head.weight, targets, self.config.compile, product), router_stats
 
     def matrices(self) -> Iterator[Matrix]:
-        """Every weight matrix, with its role. Norm gains and biases are what is left."""
+        """Yield every weight matrix, with its role. Norm gains and biases are what is left."""
         dim, vocab_size = self.config.dim, self.embedding.num_embeddings
         # A lookup sums one row; a tied matrix is used as a head too, and that is what bounds its scale.
         yield Matrix("embedding", self.embedding.weight, dim if self.config.tie_embeddings else 1, dim)
@@ -172,7 +179,7 @@ class Transformer(nn.Module):
             yield from block.ffn.matrices()
 
     def parameter_groups(self) -> Iterator[tuple[int, str, Tensor]]:
-        """(block, kind, parameter) of each parameter, once. Blocks count from 1; 0 is outside of them.
+        """Yield (block, kind, parameter) for each parameter, once. Blocks count from 1; 0 is outside of them.
 
         Kinds: embedding, head; attn_in, attn_out, ffn_up, ffn_down, router, experts (the routed ones' matrices), and
         norm for what is left of a block: gains, biases and gates.
@@ -191,12 +198,12 @@ class Transformer(nn.Module):
                 yield number, kinds.get(parameter, "norm"), parameter
 
     def num_parameters(self) -> tuple[int, int]:
-        """(total, active): active counts top_k of num_experts routed experts, and every shared one."""
+        """Return (total, active) parameters; active are top_k of num_experts routed experts, and every shared one."""
         total = sum(parameter.numel() for parameter in self.parameters())
         return total, total - sum(moe.num_idle_parameters() for moe in self.mixtures().values())
 
     def flops_per_token(self, seq_len: int) -> float:
-        """Of a training step: 6 for each active parameter that multiplies, and attention's (2204.02311, appendix B).
+        """Return a training step's: 6 an active parameter that multiplies, and attention's (2204.02311, appendix B).
 
         As is usual, the causal mask is not credited, and what activation checkpointing computes twice counts once.
         """
@@ -205,6 +212,6 @@ class Transformer(nn.Module):
         return 6 * (active - lookup_only) + 12 * self.config.num_layers * self.config.dim * seq_len
 
     def mixtures(self) -> dict[int, MoE]:
-        """The MoE layers by number, counted from 1 over all layers; in the order of forward's statistics."""
+        """Return the MoE layers by number, counted from 1 over all layers; in the order of forward's statistics."""
         layers = {number: block.ffn for number, block in enumerate(self.blocks, start=1)}
         return {number: ffn for number, ffn in layers.items() if isinstance(ffn, MoE)}

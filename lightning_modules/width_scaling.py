@@ -48,7 +48,7 @@ class WidthScaling:
         return 1 / self.dim if self.kind == "mup" else 1.0
 
     def ratio(self, matrix: Matrix) -> float:
-        """m: the matrix' fan-in over that at the base width."""
+        """Return m, the matrix' fan-in over that at the base width."""
         if self.kind == "none" or matrix.role == "embedding":
             return 1.0  # a lookup sums one row at any width
         return self._hidden(matrix) if matrix.role == "ffn_down" else self.dim
@@ -57,7 +57,7 @@ class WidthScaling:
         return self.explicit if matrix.width_is_explicit else self.derived
 
     def at_base(self, matrix: Matrix) -> Matrix:
-        """The matrix as the init would see it at the base width."""
+        """Return the matrix as the init would see it at the base width."""
         if self.kind == "none":
             return matrix
         tied = matrix.role == "embedding" and matrix.fan_in > 1  # scaled as the head that it also is
@@ -69,7 +69,7 @@ class WidthScaling:
         )
 
     def std_factor(self, matrix: Matrix) -> float:
-        """On the standard deviation that the init gives at the base width."""
+        """Return the factor on the standard deviation that the init gives at the base width."""
         if self.kind == "mup" and matrix.role == "router":
             return 1 / self.ratio(matrix)
         if self.kind == "mup" and matrix.role == "head":
@@ -77,7 +77,7 @@ class WidthScaling:
         return self.ratio(matrix) ** -0.5
 
     def lr_factor(self, matrix: Matrix) -> float:
-        """On optim.lr."""
+        """Return the factor on optim.lr for a matrix."""
         return 1.0 if self.kind == "mup" and matrix.role == "head" else 1 / self.ratio(matrix)
 
 
@@ -85,7 +85,7 @@ UNSCALED = WidthScaling("none", 1.0, 1.0, 1.0)
 
 
 def width_scaling(model: ModelConfig, optim: OptimConfig) -> WidthScaling:
-    """The scaling that a configuration asks for.
+    """Return the scaling that a configuration asks for.
 
     Raises:
         ConfigError: standard scaling with tied embeddings, or one base_ffn_width for several hidden widths.

@@ -91,7 +91,7 @@ class EmbeddingScale(nn.Module):
         self.weight = nn.Parameter(torch.tensor([1.0 if start is None else float(start)]))
 
     def forward(self, h: Tensor) -> Tensor:
-        """[batch, seq, dim] -> the same shape and dtype."""
+        """Return the embedding [batch, seq, dim], scaled, in the same shape and dtype."""
         return (h * self.weight).to(h.dtype)
 
 
@@ -104,7 +104,7 @@ class RMSNorm(nn.RMSNorm):
     eps: float
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., dim] -> the same shape and dtype."""
+        """Return the norm of x [..., dim], in its shape and dtype."""
         return F.rms_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.eps).to(x.dtype)
 
 

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 PERCENTILE_STEPS = 100
 PRECISIONS = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32, "64": torch.float64}
-"""By the first part of trainer.precision, the type in which matrices are multiplied."""
+"""The type in which matrices are multiplied, by the first part of trainer.precision."""
 
 
 class DataWait(PassThroughProfiler):
@@ -166,7 +166,7 @@ class Throughput(L.Callback):
 
 
 def known_peak(device: torch.device, precision: str) -> float | None:
-    """FLOP/s that Lightning knows of a device for matrix products in a Trainer's precision; None: it knows none.
+    """Return a device's FLOP/s of matrix products in a Trainer's precision, as Lightning knows it; None: it knows none.
 
     No figure of another precision stands in for one that is not known.
     """

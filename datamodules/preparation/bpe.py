@@ -18,7 +18,7 @@ LARGEST = 1 << 20  # of what is trained here; a larger one comes as a tokenizer.
 
 
 def wanted_size(tokenizer: str) -> int:
-    """`bpe:16384` -> 16384.
+    """Return the size that `bpe:16384` asks for.
 
     Raises:
         ConfigError: no number, or one too small or too large.
@@ -31,7 +31,7 @@ def wanted_size(tokenizer: str) -> int:
 
 
 def train_bpe(texts: Iterable[bytes], vocab_size: int) -> bytes:
-    """The tokenizer.json of a byte-level BPE (as GPT-2's), the same for the same texts.
+    """Yield the tokenizer.json of a byte-level BPE (as GPT-2's), the same for the same texts.
 
     Args:
         texts: read until TRAINING_BYTES.
@@ -61,7 +61,7 @@ def train_bpe(texts: Iterable[bytes], vocab_size: int) -> bytes:
 
 
 def _without_long_words(text: str) -> Iterator[str]:
-    """The text, cut within runs without a space (or of spaces alone): the library takes time with their square."""
+    """Yield the text, cut within runs without a space (or of spaces alone): the library takes their square in time."""
     start = 0
     for run in LONG_WORD.finditer(text):
         yield text[start : run.end()]
@@ -71,7 +71,7 @@ def _without_long_words(text: str) -> Iterator[str]:
 
 
 def find_tokenizer(name: str) -> bytes | None:
-    """The tokenizer.json of `PATH` or `hf:NAME`; None: `byte` needs none.
+    """Return the tokenizer.json of `PATH` or `hf:NAME`; None: `byte` needs none.
 
     Raises:
         ConfigError: there is none.
@@ -96,7 +96,7 @@ def find_tokenizer(name: str) -> bytes | None:
 
 
 def make_tokenizer(content: bytes | None, name: str, end_of_document: str | None) -> Tokenizer:
-    """The tokenizer of this content.
+    """Return the tokenizer of this content.
 
     Args:
         content: of a tokenizer.json; None: bytes.

@@ -60,7 +60,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is read, and how.
+    """The inputs that are read, and how.
 
     Args:
         names: paths of files, in order; or `hf:NAME`, or `python_stdlib`.
@@ -85,7 +85,7 @@ class Inputs:
         return None if suffixes & {*COMPRESSIONS, *TABLE_SUFFIXES} else num_bytes(self.names)
 
     def pieces(self, tally: Tally | None = None) -> Iterator[Piece]:
-        """All documents, in an order that never changes.
+        """Yield all documents, in an order that never changes.
 
         Args:
             tally: is added to.
@@ -141,7 +141,7 @@ class Inputs:
                 yield self._text_of(_parse(line, where, "this line"), where)
 
     def _from_document(self, file: BinaryIO, path: Path) -> Iterator[bytes | None]:
-        """The elements of a list, or the one object that there is."""
+        """Yield the elements of a list, or the one object that there is."""
         text = file.read(self.bounds.record_bytes + 1)
         self.bounds.check_record(len(text), str(path), "a JSON document that is not in lines")
         content = _parse(text, str(path), "the file")
@@ -152,7 +152,7 @@ class Inputs:
             yield self._text_of(element, f"{path}, element {number}")
 
     def _text_of(self, content: Any, where: str) -> bytes | None:
-        """The text of a record; None: it is null."""
+        """Return the text of a record; None: it is null."""
         text = content.get(self.text_field, self) if isinstance(content, dict) else self
         if text is None:
             return None
@@ -197,7 +197,7 @@ def find_inputs(
 
 
 def _fields(content: Any, text: object) -> str:
-    """What a record has instead of a text, in words."""
+    """Return what a record has instead of a text, in words."""
     if not isinstance(content, dict):
         return f"is a {type(content).__name__}"
     names = ", ".join(map(str, itertools.islice(content, 20))) or "none"
@@ -218,7 +218,7 @@ def _parse(text: bytes, where: str, what: str) -> Any:
 
 
 def _without_mark(file: BinaryIO) -> BinaryIO:
-    """The file behind the byte order mark that some editors put in front of UTF-8."""
+    """Return the file behind the byte order mark that some editors put in front of UTF-8."""
     peek: Any = file
     if bytes(peek.peek(len(BYTE_ORDER_MARK))[: len(BYTE_ORDER_MARK)]) == BYTE_ORDER_MARK:
         file.read(len(BYTE_ORDER_MARK))
@@ -259,7 +259,7 @@ def _split_text(file: BinaryIO, separator: bytes | None, tally: Tally) -> Iterat
 
 
 def _cutting_place(text: bytes) -> int:
-    """After the last line; failing that, before the last character, which may not be whole.
+    """Return where to cut: after the last line; failing that, before the last character, which may not be whole.
 
     Bytes that are no text may have no beginning of a character anywhere: only as many are looked at as a character has,
     so that every piece is about as long as the text is.

@@ -48,7 +48,7 @@ _tokenizer: Tokenizer | None = None  # a worker process' own
 
 
 def units(pieces: Iterable[SplitPiece]) -> Iterator[Unit]:
-    """Neighbouring pieces together: enough work for a process, little enough for its memory."""
+    """Yield neighbouring pieces together: enough work for a process, little enough for its memory."""
     unit: Unit = []
     size = 0
     for piece in pieces:
@@ -62,7 +62,7 @@ def units(pieces: Iterable[SplitPiece]) -> Iterator[Unit]:
 
 
 def encode(unit: Unit, tokenizer: Tokenizer) -> dict[str, Encoded]:
-    """The tokens of a unit, split by split."""
+    """Return the tokens of a unit, split by split."""
     texts = [piece.text for piece in unit]
     arrays = tokenizer.encode_batch(texts, [not piece.begins for piece in unit])
     losses = tokenizer.measure(texts, arrays)
@@ -85,7 +85,7 @@ def encode(unit: Unit, tokenizer: Tokenizer) -> dict[str, Encoded]:
 
 
 def encode_all(work: Iterable[Unit], tokenizer: Tokenizer, processes: int) -> Iterator[tuple[Unit, dict[str, Encoded]]]:
-    """(unit, its tokens), in order; at most a few units a process are held."""
+    """Yield (unit, its tokens), in order; at most a few units a process are held."""
     if processes == 1:
         yield from ((unit, encode(unit, tokenizer)) for unit in work)
         return

@@ -120,7 +120,7 @@ def _kind(path: Path, content: "_Content", wanted: str, text_field: str) -> str:
 
 
 def _kind_of_json(head: bytes, is_whole: bool) -> str:
-    """Lines, unless the first one is only the beginning of a document."""
+    """Return lines, unless the first one is only the beginning of a document."""
     first, _ = _first_lines(head, is_whole)
     if first.startswith(b"["):
         return "document"
@@ -130,7 +130,7 @@ def _kind_of_json(head: bytes, is_whole: bool) -> str:
 
 
 def _looks_like_lines(head: bytes, is_whole: bool, text_field: str) -> bool:
-    """Whether a file without a name of JSON's holds lines of it: objects, with a text or several of them."""
+    """Return whether a file without a name of JSON's holds lines of it: objects, with a text or several of them."""
     first, second = _first_lines(head, is_whole)
     if not is_whole and len(first) > HEAD_BYTES // 2 and _begins_with_object(first, text_field):
         return True  # a record that is longer than what is looked at
@@ -141,7 +141,7 @@ def _looks_like_lines(head: bytes, is_whole: bool, text_field: str) -> bool:
 
 
 def _looks_like_list(head: bytes, is_whole: bool, text_field: str) -> bool:
-    """Whether a file without a name of JSON's holds a list of objects with texts."""
+    """Return whether a file without a name of JSON's holds a list of objects with texts."""
     text = head.removeprefix(BYTE_ORDER_MARK).strip()
     if not text.startswith(b"[") or not _begins_with_object(text[1:].lstrip(), text_field):
         return False
@@ -150,12 +150,12 @@ def _looks_like_list(head: bytes, is_whole: bool, text_field: str) -> bool:
 
 
 def _begins_with_object(text: bytes, text_field: str) -> bool:
-    """Whether a text that may be cut begins as an object of JSON, and names the field."""
+    """Return whether a text that may be cut begins as an object of JSON, and names the field."""
     return re.match(rb'\{\s*"', text) is not None and json.dumps(text_field).encode() in text
 
 
 def _first_lines(head: bytes, is_whole: bool) -> tuple[bytes, bytes]:
-    """The first two lines with something in them; one that goes on behind the head is left out."""
+    """Return the first two lines with something in them; one that goes on behind the head is left out."""
     text = head.removeprefix(BYTE_ORDER_MARK).lstrip()
     first, _, rest = text.partition(b"\n")
     second, ended, _ = rest.lstrip().partition(b"\n")
@@ -170,7 +170,7 @@ def _parsed(line: bytes) -> Any:
 
 
 def suffix_of(path: Path) -> str:
-    """The last one that names no compression, in small letters."""
+    """Return the last one that names no compression, in small letters."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     while suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
@@ -267,7 +267,7 @@ class _Content(io.RawIOBase):
 
 
 def _compression(path: Path, beginning: bytes) -> str | None:
-    """By the content, or else by the name: what is called .gz and is not is damaged."""
+    """Return the compression by the content, or else by the name: what is called .gz and is not is damaged."""
     if not beginning:
         return None
     for name, pattern in COMPRESSED.items():

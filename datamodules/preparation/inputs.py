@@ -52,7 +52,7 @@ def _check_apart(names: Collection[str]) -> None:
 
 
 def fingerprint(names: Iterable[str]) -> list[list[Any]]:
-    """[name, size in bytes, time of the last change in ns] of each; a preparation that goes on must find the same.
+    """Return [name, bytes, time of the last change in ns] of each; a preparation that goes on must find the same.
 
     Of the standard library its version; of a dataset in a folder its files; of one elsewhere nothing can be told.
     """
@@ -60,12 +60,12 @@ def fingerprint(names: Iterable[str]) -> list[list[Any]]:
 
 
 def legacy_fingerprint(names: Iterable[str]) -> list[list[Any]]:
-    """As indexes of before times were noted have it: [name, size in bytes] of each."""
+    """Return [name, size in bytes] of each, as indexes of before times were noted have it."""
     return [[name, Path(name).stat().st_size if Path(name).is_file() else None] for name in names]
 
 
 def num_bytes(names: Iterable[str]) -> int | None:
-    """How many there are to read, compressed or not; None where only reading tells."""
+    """Return how many there are to read, compressed or not; None where only reading tells."""
     paths = [Path(name) for name in names]
     return sum(path.stat().st_size for path in paths) if all(path.is_file() for path in paths) else None
 
@@ -75,7 +75,7 @@ def _is_special(name: str) -> bool:
 
 
 def _identity(name: str) -> Any:
-    """Equal for two names of one file, or of one dataset: its configuration is `default` where none is named."""
+    """Return what two names of one file or dataset have in common: a configuration is `default` where none is named."""
     if name.startswith(HUB):
         return HUB, _place(name), name.removeprefix(HUB).partition(":")[2] or "default"
     if name == STDLIB:
@@ -85,7 +85,7 @@ def _identity(name: str) -> Any:
 
 
 def _place(name: str) -> Path | str:
-    """The folder that `hf:PATH[:SUBSET]` means, or the name of a dataset elsewhere."""
+    """Return the folder that `hf:PATH[:SUBSET]` means, or the name of a dataset elsewhere."""
     dataset = name.removeprefix(HUB).partition(":")[0]
     return Path(dataset).resolve() if Path(dataset).is_dir() else dataset.rstrip("/")
 
@@ -118,7 +118,7 @@ def _state(name: str, path: Path) -> list[Any]:
 
 
 def _is_meant(path: Path, pattern: str) -> bool:
-    """Of a folder or a pattern plain files; a pipe only where it is named itself."""
+    """Return whether a path is read: of a folder or a pattern plain files; a pipe only where it is named itself."""
     if path.is_file():
         return True
     if str(path) != pattern or not path.exists() or path.is_dir():
@@ -131,7 +131,7 @@ def _is_meant(path: Path, pattern: str) -> bool:
 
 
 def _glob(pattern: str) -> list[str]:
-    """glob.glob, but `**` follows no symbolic links, which may lead round in circles."""
+    """Return what glob.glob does, but `**` follows no symbolic links, which may lead round in circles."""
     if "**" not in Path(pattern).parts:
         return glob.glob(pattern)
     above, _, below = pattern.partition("**")
@@ -141,6 +141,6 @@ def _glob(pattern: str) -> list[str]:
 
 
 def _hidden(path: Path, roots: list[str]) -> bool:
-    """Whether a part of the path below the folder that was asked for begins with a dot."""
+    """Return whether a part of the path below the folder that was asked for begins with a dot."""
     root = next((Path(root) for root in roots if path.is_relative_to(root)), Path())
     return any(part.startswith(".") for part in path.relative_to(root).parts)

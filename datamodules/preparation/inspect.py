@@ -63,7 +63,7 @@ def verify(storage: Storage, index: Index) -> Iterator[tuple[str, int]]:
 
 
 def statistics(storage: Storage, name: str) -> SplitStatistics:
-    """Of one split; reads all of it, and so holds each page against its checksum and the vocabulary."""
+    """Return one split's statistics; reads all of it, so each page is held against its checksum and the vocabulary."""
     index = read_index(storage)
     split, tokenizer = Split(storage, index, name), read_tokenizer(storage, index)
     files = index.splits[name]
@@ -96,7 +96,7 @@ def statistics(storage: Storage, name: str) -> SplitStatistics:
 
 
 def measured_loss(index: Index, name: str) -> dict[str, int] | None:
-    """How many bytes of a split's text (`of_bytes`) are `lost` or `invalid`; None: that was not measured."""
+    """Return how many bytes of a split's text (`of_bytes`) are `lost` or `invalid`; None: that was not measured."""
     made: Any = index.made
     losses = made.get("lost") if isinstance(made, dict) else None
     loss = losses.get(name) if isinstance(losses, dict) else None
@@ -107,7 +107,7 @@ def measured_loss(index: Index, name: str) -> dict[str, int] | None:
 
 
 def describe_losses(index: Index) -> str:
-    """How much of the text of both splits is not in the tokens."""
+    """Return how much of the text of both splits is not in the tokens."""
     losses = [measured_loss(index, name) for name in SPLITS]
     known = [loss for loss in losses if loss is not None]
     if len(known) < len(losses):
@@ -117,7 +117,7 @@ def describe_losses(index: Index) -> str:
 
 
 def describe_unknown(index: Index, found: Mapping[str, SplitStatistics]) -> str | None:
-    """How much the vocabulary lacks of a corpus whose losses were not measured, by the tokens that stand for it.
+    """Return how much the vocabulary lacks of a corpus whose losses were not measured, by the tokens that stand for it.
 
     Args:
         found: the statistics by split.
@@ -136,7 +136,7 @@ def describe_unknown(index: Index, found: Mapping[str, SplitStatistics]) -> str 
 
 
 def describe(index: Index) -> list[tuple[str, str]]:
-    """(what, value) for people."""
+    """Yield (what, value) for people."""
     return [
         ("source", index.source),
         ("tokenizer", f"{index.tokenizer}, {index.vocab_size:,} tokens, end of document {index.end_of_document}"),

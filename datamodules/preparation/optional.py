@@ -7,7 +7,7 @@ from core.errors import InvalidValue
 
 
 def import_optional(module: str, package: str) -> Any:
-    """A module of requirements-data.txt.
+    """Return a module of requirements-data.txt.
 
     Raises:
         InvalidValue: it is not installed; says how.

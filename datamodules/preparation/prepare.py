@@ -161,7 +161,7 @@ def prepare(config: PrepareConfig, report: Report = lambda *_: None, say: Say = 
 
 
 def unescape(text: str) -> str:
-    r"""The text with \n, \t, \r, \f, \v, \0, \\ and \xHH, \uHHHH as the characters that they stand for."""
+    r"""Return the text with \n, \t, \r, \f, \v, \0, \\ and \xHH, \uHHHH as the characters that they stand for."""
 
     def character(found: re.Match[str]) -> str:
         name = found[1]
@@ -175,7 +175,7 @@ def _sha256(content: Any) -> str:
 
 
 def _changed(index: Index, made: dict[str, Any], inputs: Inputs) -> str | None:
-    """In which way a corpus was made otherwise, in words; None: in none that can be seen."""
+    """Return in which way a corpus was made otherwise, in words; None: in none that can be seen."""
     there: dict[str, Any] = index.made if isinstance(index.made, dict) else {}
     before, now = there.get("settings"), made["settings"]
     if not isinstance(before, dict):
@@ -244,7 +244,7 @@ def _tell(tally: Tally, inputs: Inputs, config: PrepareConfig, say: Say) -> None
 
 @contextmanager
 def _scratch(output: Path, made: dict[str, Any]) -> Iterator[Path]:
-    """The folder beside the output where an unfinished corpus lies, for this process alone."""
+    """Give the folder beside the output where an unfinished corpus lies, for this process alone."""
     scratch = output.parent / f".{output.name}.partial"
     scratch.mkdir(parents=True, exist_ok=True)
     for path in (scratch, *scratch.iterdir()):  # it may have come with the folder around it, from a stranger
@@ -280,7 +280,7 @@ def _scratch(output: Path, made: dict[str, Any]) -> Iterator[Path]:
 
 
 def _read_settings(path: Path) -> dict[str, Any] | None:
-    """How an unfinished preparation was begun; None: that cannot be told."""
+    """Return how an unfinished preparation was begun; None: that cannot be told."""
     try:
         content: dict[str, Any] = read_json(path)
     except Untrusted:
@@ -327,7 +327,7 @@ def _describe(
 
 
 def _split_pieces(inputs: Inputs, validation: float, tally: Tally | None = None) -> Iterator[SplitPiece]:
-    """All pieces of a document go where its first one does."""
+    """Yield (split, piece): all pieces of a document go where its first one does."""
     split = None
     for piece in inputs.pieces(tally):
         begins = split is None

@@ -47,7 +47,7 @@ def texts_of_table(path: Path, column: str, bounds: Bounds) -> Iterator[bytes | 
 
 
 def _is_text(arrow: Any, kind: Any) -> bool:
-    """Whether a type holds text, or the bytes of one: what writes parquet does not always say which."""
+    """Return whether a type holds text, or the bytes of one: what writes parquet does not always say which."""
     types = arrow.types
     if types.is_dictionary(kind):
         kind = kind.value_type
@@ -69,7 +69,7 @@ def _check_sizes(metadata: Any, column: str, path: Path, bounds: Bounds) -> bool
 
 
 def _values(arrow: Any, array: Any) -> Iterator[Any]:
-    """The buffer of each text; None: null."""
+    """Yield the buffer of each text; None: null."""
     if not arrow.types.is_dictionary(array.type):
         for scalar in _as_bytes(arrow, array):
             yield scalar.as_buffer()
@@ -80,7 +80,7 @@ def _values(arrow: Any, array: Any) -> Iterator[Any]:
 
 
 def _as_bytes(arrow: Any, array: Any) -> Any:
-    """The same array of bytes, so that nothing has to be UTF-8."""
+    """Return the same array of bytes, so that nothing has to be UTF-8."""
     kind = array.type
     if arrow.types.is_large_string(kind):
         return array.cast(arrow.large_binary())

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from lightning_modules.config import ModelConfig
 from lightning_modules.layers.document_mask import Mask, attend
 from lightning_modules.layers.kv_cache import Slots
-from lightning_modules.layers.linear import Linear
 from lightning_modules.layers.norms import make_norm
 from lightning_modules.layers.rope import Rope, rotate
 from spannorm import Matrix, QKVNorm
@@ -28,10 +27,10 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.grouped = config.kv_heads != config.num_heads
         q_dim, kv_dim = config.num_heads * config.head_dim, config.kv_heads * config.head_dim
-        self.q_proj = Linear(config.dim, q_dim)
-        self.k_proj = Linear(config.dim, kv_dim)
-        self.v_proj = Linear(config.dim, kv_dim)
-        self.o_proj = Linear(q_dim, config.dim)
+        self.q_proj = nn.Linear(config.dim, q_dim, bias=False)
+        self.k_proj = nn.Linear(config.dim, kv_dim, bias=False)
+        self.v_proj = nn.Linear(config.dim, kv_dim, bias=False)
+        self.o_proj = nn.Linear(q_dim, config.dim, bias=False)
 
         self.per_head = qkv_norm is not None and qkv_norm.per_head
         widths = {"q": q_dim, "k": kv_dim, "v": kv_dim}
@@ -41,7 +40,7 @@ class Attention(nn.Module):
         self.inner_norm = make_norm(config, q_dim) if inner_norm else nn.Identity()
 
     def forward(self, x: Tensor, rope: Rope, mask: Mask | None = None, slots: Slots | None = None) -> Tensor:
-        """x [batch, seq, dim] -> [batch, seq, dim].
+        """Return attention's output, [batch, seq, dim].
 
         Args:
             x: the tokens at hand.
@@ -57,19 +56,19 @@ class Attention(nn.Module):
         return self.o_proj(self.inner_norm(out.transpose(1, 2).flatten(2)))
 
     def logits(self, x: Tensor, rope: Rope) -> Tensor:
-        """What the softmax of forward takes: [batch, heads, seq, seq], queries by keys; -inf for keys to come."""
+        """Return what forward's softmax takes, [batch, heads, seq, seq], queries by keys; -inf for keys to come."""
         q, k = self._queries_and_keys(x, rope)
         k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)
         products = (q @ k.mT).float() * self.head_dim**-0.5
         return products.masked_fill(products.new_ones(products.shape[-2:]).triu(1).bool(), -math.inf)
 
     def _queries_and_keys(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        """[batch, heads or kv_heads, seq, head_dim] each, normed where declared, and rotated."""
+        """Return queries and keys, [batch, heads or kv_heads, seq, head_dim], normed where declared, and rotated."""
         q, k = (self._heads(name, projection(x)) for name, projection in (("q", self.q_proj), ("k", self.k_proj)))
         return rotate(q, rope), rotate(k, rope)
 
     def _heads(self, name: str, projected: Tensor) -> Tensor:
-        """q, k or v [batch, seq, heads x head_dim] -> [batch, heads, seq, head_dim], normed where declared."""
+        """Return q, k or v [batch, seq, heads x head_dim] as [batch, heads, seq, head_dim], normed where declared."""
         norm = self.projection_norms[name] if name in self.projection_norms else nn.Identity()
         if self.per_head:
             return norm(projected.unflatten(-1, (-1, self.head_dim))).transpose(1, 2)

@@ -13,7 +13,7 @@ Mask = Tensor | BlockMask
 
 
 def document_mask(positions: Tensor, flex: bool) -> Mask:
-    """The mask of packed documents.
+    """Return the mask of packed documents.
 
     Args:
         positions: [batch, seq], 0 where a document begins.
@@ -37,7 +37,7 @@ def _compiled_create_block_mask() -> Any:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, grouped: bool) -> Tensor:
-    """Softmax attention, causal; each tensor [batch, heads, seq, head_dim].
+    """Return causal softmax attention; each tensor is [batch, heads, seq, head_dim].
 
     Args:
         mask: None: one document a sequence.

@@ -28,7 +28,7 @@ def shard(mlp: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def local(weight: Tensor) -> Tensor:
-    """This process's part of a weight that `shard` distributed, with the gradient of the mean; or the whole weight."""
+    """Return this process's part of a weight that `shard` distributed, with the mean's gradient; else all of it."""
     if not isinstance(weight, DTensor):
         return weight
     part, size = weight.to_local(), weight.device_mesh.size()
@@ -41,7 +41,7 @@ def local(weight: Tensor) -> Tensor:
 def exchange(
     run: Callable[[Tensor, Tensor], Tensor], x: Tensor, tokens_per_expert: Tensor, group: dist.ProcessGroup
 ) -> Tensor:
-    """`run` on the tokens of all processes, each at the process that has its expert.
+    """Call `run` on the tokens of all processes, each at the process that has its expert.
 
     Args:
         run: (x [rows, dim] sorted by expert, tokens_per_expert [local experts]) -> [rows, dim].

@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_modules.layers.operators import namespace
-
 MIN_ROWS = 4
 """Fewer rows go to another kernel of MKL, which adds up in another order: a token's output would depend, in its last
 bit, on how many others go to the same expert. In inference mode they are filled up; training does not pay for it."""
@@ -37,8 +35,8 @@ class Products(NamedTuple):
 
 
 def _register(name: str, matmul: Callable[..., Tensor], outer: Callable[..., Tensor]) -> Products:
-    """The two as operators of this module, NAME_matmul and NAME_outer, with shapes and gradients; swiglu of them."""
-    ours = namespace(__name__)
+    """Return the two as operators, NAME_matmul and NAME_outer, with shapes and gradients, and a swiglu of them."""
+    ours = __name__.replace(".", "_")  # a copy of this file has operators of its own
     matmul_op = torch.library.custom_op(f"{ours}::{name}_matmul", matmul, mutates_args=())
     outer_op = torch.library.custom_op(f"{ours}::{name}_outer", outer, mutates_args=())
 

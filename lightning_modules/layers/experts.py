@@ -16,15 +16,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from core.errors import ConfigError, suggest
 from lightning_modules.config import ModelConfig
 from lightning_modules.layers import expert_parallel, megablocks
-from lightning_modules.layers.expert_products import GROUPED, Products
-from lightning_modules.layers.expert_swiglu import FUSED_LOOP
+from lightning_modules.layers.expert_products import GROUPED, LOOP, Products
 from lightning_modules.layers.norms import make_norm
 
-PRODUCTS: dict[str, Products] = {"loop": FUSED_LOOP, "grouped": GROUPED}
+PRODUCTS: dict[str, Products] = {"loop": LOOP, "grouped": GROUPED}
 
 
 class Backend(NamedTuple):
-    """What computes the experts.
+    """A way to compute the experts, and why it was chosen.
 
     Attributes:
         name: megablocks, grouped or loop.
@@ -50,17 +49,21 @@ class ExpertMLP(nn.Module):
         self.group: dist.ProcessGroup | None = None
 
     def forward(self, x: Tensor, tokens_per_expert: Tensor) -> Tensor:
-        """x [assignments, dim], sorted by expert -> [assignments, dim]."""
+        """Return the experts' outputs for x [assignments, dim], sorted by expert: [assignments, dim]."""
         if torch.is_autocast_enabled(x.device.type):  # which does not know the operators of expert_products
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.group is None:
             return self._run(x, tokens_per_expert)
         return expert_parallel.exchange(self._run, x, tokens_per_expert, self.group)
 
+    def products(self) -> Products:
+        """Return how the backend multiplies rows with their experts' matrices."""
+        return PRODUCTS[self.backend]
+
     def _run(self, x: Tensor, tokens_per_expert: Tensor) -> Tensor:
         weights = (expert_parallel.local(weight) for weight in (self.w1, self.v1, self.w2))
         w1, v1, w2 = (weight.to(x.dtype).unflatten(0, (-1, self.hidden_dim)) for weight in weights)
-        products = PRODUCTS[self.backend]
+        products = self.products()
         hidden = self.inner_norm(products.swiglu(x, w1, v1, tokens_per_expert))
         # Some norms give fp32 under autocast.
         return products.matmul(hidden.to(x.dtype), w2, tokens_per_expert, False)
@@ -75,7 +78,7 @@ class Experts(nn.Module):
         self.mlp = ExpertMLP(config, inner_norm, backend)
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor, tokens_per_expert: Tensor) -> Tensor:
-        """x [tokens, dim], weights and experts [tokens, k] -> [tokens, dim]; no token is ever dropped."""
+        """Return weighted sums [tokens, dim] for x [tokens, dim], weights and experts [tokens, k]; none is dropped."""
         order = experts.flatten().argsort(stable=True)
         tokens = order // self.top_k
         out = self.mlp(x.index_select(0, tokens), tokens_per_expert)
@@ -119,7 +122,7 @@ def choose_backend(config: ModelConfig, inner_norm: bool = False) -> Backend:
 
 
 def _obstacles(config: ModelConfig, inner_norm: bool, device: torch.device) -> dict[str, str | None]:
-    """By backend, what keeps it from computing this layer there."""
+    """Return, by backend, what keeps it from computing this layer there."""
     dtype = _dtype(device)
     widths = (config.dim, config.expert_hidden_dim)
     unaligned = f"needs widths in multiples of 8, not {widths}" if any(width % 8 for width in widths) else None
@@ -133,7 +136,7 @@ def _obstacles(config: ModelConfig, inner_norm: bool, device: torch.device) -> d
 
 
 def _dtype(device: torch.device) -> torch.dtype | None:
-    """What the experts' products will be computed in; None: not known yet."""
+    """Return what the experts' products will be computed in; None: not known yet."""
     if device.type == "meta":
         return None
     if torch.is_autocast_enabled(device.type):
@@ -142,7 +145,7 @@ def _dtype(device: torch.device) -> torch.dtype | None:
 
 
 def make_experts(config: ModelConfig, inner_norm: bool, backend: str) -> Experts:
-    """The routed experts by the backend of that name."""
+    """Return the routed experts by the backend of that name."""
     if backend == "megablocks":
         return megablocks.make_experts(config)
     return Experts(config, inner_norm, backend)

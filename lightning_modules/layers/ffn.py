@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_modules.config import ModelConfig
-from lightning_modules.layers.linear import Linear
 from lightning_modules.layers.norms import make_norm
-from lightning_modules.layers.swiglu import swiglu
 from spannorm import Matrix
 
 
@@ -22,14 +21,14 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig, inner_norm: bool = False) -> None:
         super().__init__()
         self.width_is_explicit = config.ffn_dim is not None
-        self.gate_proj = Linear(config.dim, config.hidden_dim)
-        self.up_proj = Linear(config.dim, config.hidden_dim)
-        self.down_proj = Linear(config.hidden_dim, config.dim)
+        self.gate_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.up_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.down_proj = nn.Linear(config.hidden_dim, config.dim, bias=False)
         self.inner_norm = make_norm(config, config.hidden_dim) if inner_norm else nn.Identity()
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        """x [batch, seq, dim] -> (output of the same shape, None: a dense layer has no router statistics)."""
-        return self.down_proj(self.inner_norm(swiglu(self.gate_proj(x), self.up_proj(x)))), None
+        """Return (output of x's shape [batch, seq, dim], None: a dense layer has no router statistics)."""
+        return self.down_proj(self.inner_norm(F.silu(self.gate_proj(x)) * self.up_proj(x))), None
 
     def matrices(self) -> Iterator[Matrix]:
         dim, hidden = self.gate_proj.in_features, self.gate_proj.out_features

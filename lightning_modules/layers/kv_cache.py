@@ -43,16 +43,16 @@ class KVCache:
         self.layers: list[list[Tensor]] = [[] for _ in range(num_layers)]
 
     def at(self, positions: Tensor) -> Iterator[Slots]:
-        """Each layer's slots for tokens at these positions [batch, seq]."""
+        """Yield each layer's slots for tokens at these positions [batch, seq]."""
         for kept in self.layers:
             yield Slots(kept, self.length, positions)
 
     def mask(self, positions: Tensor) -> Tensor:
-        """Who may look at whom: bool [batch, 1, seq, length], up to the token's own position."""
+        """Return who may look at whom, bool [batch, 1, seq, length]: up to the token's own position."""
         return positions[:, None, :, None] >= torch.arange(self.length, device=positions.device)
 
     def select(self, rows: Tensor) -> "KVCache":
-        """A copy with these sequences [rows] of it, each as often as it is named."""
+        """Return a copy with these sequences [rows] of it, each as often as it is named."""
         other = KVCache(len(self.layers), self.length)
         other.layers = [[tensor.index_select(0, rows) for tensor in kept] for kept in self.layers]
         return other

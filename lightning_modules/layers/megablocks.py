@@ -18,7 +18,7 @@ from lightning_modules.layers import expert_parallel
 
 
 def obstacle(config: ModelConfig, device: torch.device, dtype: torch.dtype | None) -> str | None:
-    """What keeps MegaBlocks from computing this configuration's experts, or None.
+    """Return what keeps MegaBlocks from computing this configuration's experts, or None.
 
     Args:
         config: the layer's.
@@ -41,14 +41,14 @@ def obstacle(config: ModelConfig, device: torch.device, dtype: torch.dtype | Non
 
 
 def make_experts(config: ModelConfig) -> Any:
-    """MegaBlocks' ParallelDroplessMLP with grouped SwiGLU, used as an `experts.Experts` is."""
+    """Make MegaBlocks' ParallelDroplessMLP with grouped SwiGLU, used as an `experts.Experts` is."""
     from megablocks.layers.arguments import Arguments
     from megablocks.layers.dmoe import ParallelDroplessMLP
 
     class MegaBlocksExperts(ParallelDroplessMLP):
         @torch.compiler.disable  # it is not made for being traced: compile around it
         def forward(self, x: Tensor, weights: Tensor, experts: Tensor, tokens_per_expert: Tensor) -> Tensor:
-            """x [tokens, dim], weights and experts [tokens, k] -> [tokens, dim]; it counts tokens by itself."""
+            """Return outputs [tokens, dim] for weights and experts [tokens, k]; MegaBlocks counts the tokens."""
             rows = x
             if torch.is_autocast_enabled(x.device.type):  # before the tokens are copied to their experts
                 rows = x.to(torch.get_autocast_dtype(x.device.type))
@@ -67,7 +67,7 @@ def make_experts(config: ModelConfig) -> Any:
             expert_parallel.shard(self.mlp, mesh)
 
         def __reduce__(self) -> tuple[Any, ...]:
-            """A class that exists once the package is there cannot be found by name: a copy is made as this one was."""
+            """Say how a copy is made: as this one was. A class made in a function cannot be found by its name."""
             return make_experts, (config,), self.__dict__
 
     layer = MegaBlocksExperts(
@@ -96,4 +96,4 @@ def make_experts(config: ModelConfig) -> Any:
 
 
 def _leave(weight: Tensor) -> None:
-    """No initialization: that is the model's."""
+    """Leave a weight as it is: initializing is the model's."""

@@ -36,7 +36,7 @@ class MoE(nn.Module):
         self.shared_expert = FeedForward(replace(config, ffn_dim=width), inner_norm) if width else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, RouterStats]:
-        """x [batch, seq, dim] -> (output of the same shape, this layer's RouterStats)."""
+        """Return (output of x's shape [batch, seq, dim], this layer's RouterStats)."""
         tokens = x.flatten(0, -2)
         weights, experts, stats = self.router(tokens)
         out = self.experts(tokens, weights, experts, stats.tokens_per_expert).view_as(x)
@@ -69,6 +69,6 @@ class MoE(nn.Module):
             yield from (matrix._replace(width_is_explicit=explicit) for matrix in self.shared_expert.matrices())
 
     def num_idle_parameters(self) -> int:
-        """Those of the experts that a token does not go to."""
+        """Return those of the experts that a token does not go to."""
         idle = self.config.moe.num_experts - self.config.moe.top_k
         return 3 * self.config.dim * self.config.expert_hidden_dim * idle

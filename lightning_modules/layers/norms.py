@@ -1,30 +1,16 @@
-"""The norms of the configured kind: the library's, with RMSNorm by the kernel that is written by hand for CPUs."""
+"""The library's norms, of the kind that a configuration names."""
 
 import inspect
 from collections.abc import Callable
 
-from torch import Tensor, nn
+from torch import nn
 
 from core.errors import require
 from core.options import check_arguments
 from lightning_modules.argument_errors import as_config_errors
 from lightning_modules.config import ModelConfig
-from lightning_modules.layers.rms_norm import rms_norm
 from spannorm import NormFactory
-from spannorm import RMSNorm as PlainRMSNorm
 from spannorm.norms import FILLED_IN
-
-
-class RMSNorm(PlainRMSNorm):
-    """The library's RMSNorm, computed by `rms_norm`, which is faster in an eager training step on a CPU."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., dim] -> the same shape and dtype."""
-        return rms_norm(x.to(self.weight.dtype), self.weight, self.eps).to(x.dtype)
-
-
-def _rms_norm(dim: int, eps: float) -> nn.Module:
-    return RMSNorm(dim, eps=eps)
 
 
 class ConfiguredNorms(NormFactory):
@@ -32,8 +18,6 @@ class ConfiguredNorms(NormFactory):
 
     def constructor(self) -> Callable[..., nn.Module]:
         """Return what makes a norm of this kind."""
-        if self.kind == "rmsnorm":
-            return _rms_norm
         with as_config_errors("model.norm_options"):
             return super().constructor()
 

@@ -49,7 +49,7 @@ def _sigmoid(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _share(scores: Tensor) -> Tensor:
-    """Divided by their sum over the last dimension, which a token that every expert scores 0 does not have."""
+    """Return scores divided by their sum over the last dimension; where all of a token's are 0, they stay 0."""
     return scores / scores.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
 
 
@@ -63,7 +63,7 @@ BALANCINGS = ("loss", "bias", "none")
 
 
 def _mean_over_processes(counts: Tensor) -> Tensor:
-    """Of something without a gradient. A functional collective: it is traced by torch.compile, and recomputed."""
+    """Return counts' mean over all processes, by a collective that torch.compile traces; it has no gradient."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return counts
     everyone = dist.group.WORLD
@@ -75,7 +75,7 @@ class RouterLogits(nn.Linear):
     """x W^T in fp32 or wider, whatever x and the weight are stored in."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [tokens, dim] -> logits [tokens, num_experts]."""
+        """Return logits [tokens, num_experts] of x [tokens, dim]."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         return F.linear(x.to(dtype), self.weight.to(dtype))
 
@@ -109,7 +109,7 @@ class Router(nn.Module):
         self.register_buffer("expert_bias", bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Whatever the module is cast to, the bias stays in fp32: in bf16 its small updates come to nothing."""
+        """Cast and move all but the bias, which stays in fp32: in bf16 its small updates come to nothing."""
         bias = self.expert_bias
         super()._apply(fn, recurse)
         if bias is not None and self.expert_bias is not None and self.expert_bias.dtype != bias.dtype:
@@ -117,7 +117,7 @@ class Router(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, RouterStats]:
-        """x [tokens, dim] -> (weights [tokens, k] fp32, experts [tokens, k] int64, statistics)."""
+        """Return (weights [tokens, k] fp32, experts [tokens, k] int64, statistics) of x [tokens, dim]."""
         if self.training and self.moe.jitter > 0:
             x = x * torch.empty_like(x).uniform_(1 - self.moe.jitter, 1 + self.moe.jitter)
         with torch.autocast(x.device.type, enabled=False):
@@ -125,7 +125,7 @@ class Router(nn.Module):
             return self.route(self.layer(x))
 
     def route(self, logits: Tensor) -> tuple[Tensor, Tensor, RouterStats]:
-        """What forward gives, of logits [tokens, num_experts]."""
+        """Return what forward gives, of logits [tokens, num_experts]."""
         scores, probabilities = self.score(logits)
         weights, experts = self._select(scores)
         if self.moe.normalizes_weights:
@@ -161,7 +161,7 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def update_bias(self, tokens_per_expert: Tensor) -> None:
-        """b_e += rate sign(mean load - load_e), after an optimizer step (2408.15664, algorithm 1).
+        """Add rate sign(mean load - load_e) to b_e, after an optimizer step (2408.15664, algorithm 1).
 
         The bias takes part in the selection alone, so it balances without a gradient of its own. Nothing happens under
         another kind of balancing.

@@ -29,6 +29,7 @@ MODEL = {
     "init": [*INITS, "default", *WORDS],
     "norm": ["rmsnorm", "layernorm", "dyt", "none", *WORDS],
     "ffn": ["dense", "moe", *WORDS],
+    "cpu_kernels": ["auto", "off", *WORDS],
     **dict.fromkeys(["placement_options", "init_options"], OPTIONS),
 }
 MOE = {

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from core.errors import ConfigError
 from lightning_modules.cross_entropy import LARGE_VOCABULARY
 from lightning_modules.language_module import LanguageModule
-from lightning_modules.layers import expert_products, expert_swiglu
+from lightning_modules.layers import expert_products
 from lightning_modules.optim import make_optimizer
 from tests.conftest import make_module, tiny_values, tokens
 from tools.plan import PRECISIONS, Plan, compose_config, main, plan
@@ -67,12 +67,12 @@ def outer_flops(a: Any, b: Any, *_: Any, **__: Any) -> int:
     return 2 * a[0] * a[1] * b[1]
 
 
-PRODUCTS, SWIGLU = (getattr(torch.ops, m.__name__.replace(".", "_")) for m in (expert_products, expert_swiglu))
+PRODUCTS, KERNELS = getattr(torch.ops, expert_products.__name__.replace(".", "_")), torch.ops.spannorm_cpu
 FORMULAS = {
     PRODUCTS.loop_matmul: experts_flops,
     PRODUCTS.loop_outer: outer_flops,
-    SWIGLU.forward: swiglu_flops,
-    SWIGLU.backward: swiglu_gradient_flops,
+    KERNELS.expert_swiglu: swiglu_flops,
+    KERNELS.expert_swiglu_backward: swiglu_gradient_flops,
     torch.ops.aten.addmm_: lambda _, a, b, **__: outer_flops(a, b),
 }
 

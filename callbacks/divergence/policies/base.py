@@ -63,7 +63,7 @@ class Policy:
         """
 
     def act(self, step: Step) -> str | None:
-        """Act on a step; called before every update of the optimizer.
+        """Decide about a step, and act; called before every update of the optimizer.
 
         Returns:
             What was done about an alarm, in words; None: nothing worth an event.

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from lightning_modules.layers.cpu_kernels import use_cpu_kernels
 from lightning_modules.layers.moe import MoE
 from tests.lightning_modules.layers.test_moe import BACKENDS, inputs, make_moe, send_all_to
 
@@ -39,9 +40,12 @@ def test_memory_grows_with_tokens_and_not_with_experts_nor_skew(backend: str) ->
 
 
 @pytest.mark.parametrize(("backend", "hidden"), [("loop", 3), ("grouped", 4)])
-def test_the_loop_keeps_gate_up_and_their_product_and_not_the_activation(backend: str, hidden: int) -> None:
-    kept = stored(make_moe(top_k=2, backend=backend), inputs(1, 64))
-    assert [tensor.shape for tensor in kept].count(torch.Size([128, 24])) == hidden
+def test_the_cpu_kernel_keeps_gate_up_and_their_product_and_not_the_activation(backend: str, hidden: int) -> None:
+    """Of the loop's SwiGLU; another backend is left alone."""
+    layer = make_moe(top_k=2, backend=backend)
+    assert [tensor.shape for tensor in stored(layer, inputs(1, 64))].count(torch.Size([128, 24])) == 4
+    use_cpu_kernels(layer)
+    assert [tensor.shape for tensor in stored(layer, inputs(1, 64))].count(torch.Size([128, 24])) == hidden
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -15,11 +15,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_modules.cross_entropy import linear_cross_entropy
-from lightning_modules.layers import linear
-from lightning_modules.layers.linear import Linear
+from lightning_modules.layers.cpu_kernels import linear
+from lightning_modules.layers.cpu_kernels.linear import Linear
 
 ROWS, IN, OUT = (2, 5), 6, 4
-NAME = "lightning_modules_layers_linear.product.default"
+NAME = "spannorm_cpu.matmul.default"
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
 
 
@@ -38,13 +38,13 @@ class Count(TorchDispatchMode):
 @pytest.fixture(autouse=True)
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the processor and the size."""
-    monkeypatch.setattr(linear, "FASTER", True)
-    monkeypatch.setattr(linear, "LEAST", 0)
+    monkeypatch.setattr(linear, "PREFER_ONEDNN", True)
+    monkeypatch.setattr(linear, "MIN_MULTIPLICATIONS", 0)
 
 
 def operands() -> tuple[Linear, Tensor, Tensor]:
     """(a layer, x, a gradient of its output)."""
-    return Linear(IN, OUT), torch.randn(*ROWS, IN, requires_grad=True), torch.randn(*ROWS, OUT)
+    return Linear(IN, OUT, bias=False), torch.randn(*ROWS, IN, requires_grad=True), torch.randn(*ROWS, OUT)
 
 
 def equation(x: Tensor, weight: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ def test_gradients_to_second_order() -> None:
         once = torch.autograd.grad(forward(x, weight).square().sum(), [x, layer.weight], create_graph=True)
         return *once, *torch.autograd.grad(sum(g.square().sum() for g in once), [x, layer.weight])
 
-    torch.testing.assert_close(twice(linear.product), twice(F.linear))
+    torch.testing.assert_close(twice(linear.matmul), twice(F.linear))
 
 
 def test_a_graph_holds_it_whole_forward_and_backward() -> None:
@@ -118,7 +118,7 @@ def test_the_loss_takes_it_for_logits_and_their_gradient_in_the_hidden_states() 
     layer, x, _ = operands()
     targets = torch.randint(OUT, (ROWS[0] * ROWS[1],))
     with Count() as count:
-        mean, _ = linear_cross_entropy(x.flatten(0, 1), layer.weight, targets)
+        mean, _ = linear_cross_entropy(x.flatten(0, 1), layer.weight, targets, product=linear.matmul)
     assert count.by_onednn == 2
     expected = F.cross_entropy(equation(x, layer.weight).flatten(0, 1), targets)
     torch.testing.assert_close(mean, expected)
@@ -131,19 +131,21 @@ def test_inference_other_precisions_and_small_products_are_left_to_torch(monkeyp
     with Count() as count:
         with torch.no_grad():
             assert torch.equal(layer(x), F.linear(x, layer.weight))
-            linear_cross_entropy(x.flatten(0, 1), layer.weight, torch.zeros(10, dtype=torch.long))
+            linear_cross_entropy(
+                x.flatten(0, 1), layer.weight, torch.zeros(10, dtype=torch.long), product=linear.matmul
+            )
         with torch.autocast("cpu", torch.bfloat16):
             assert layer(x).dtype == torch.bfloat16
         assert layer.double()(x.double()).dtype == torch.float64
         layer.float()
-        monkeypatch.setattr(linear, "LEAST", 10 * IN * OUT + 1)
+        monkeypatch.setattr(linear, "MIN_MULTIPLICATIONS", 10 * IN * OUT + 1)
         layer(x)
-        monkeypatch.setattr(linear, "LEAST", 0)
-        monkeypatch.setattr(linear, "FASTER", False)
+        monkeypatch.setattr(linear, "MIN_MULTIPLICATIONS", 0)
+        monkeypatch.setattr(linear, "PREFER_ONEDNN", False)
         layer(x)
     assert not count.by_onednn
-    monkeypatch.setattr(linear, "FASTER", True)
-    monkeypatch.setattr(linear, "LEAST", 10 * IN * OUT)
+    monkeypatch.setattr(linear, "PREFER_ONEDNN", True)
+    monkeypatch.setattr(linear, "MIN_MULTIPLICATIONS", 10 * IN * OUT)
     with Count() as count:
         layer(x)
     assert count.by_onednn == 1

@@ -1,30 +1,17 @@
-"""Forward and backward passes written by hand, for steps of a CPU that no compiler fuses.
-
-There a tensor of activations is larger than the processor's cache, so that each elementwise operator costs a pass over
-memory, and each of its operands that autograd keeps costs room until the backward pass.
-"""
+"""Gradients that are differentiated once more, for backward passes that are written by hand."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 
-def pays(x: Tensor) -> bool:
-    """Whether x is computed eagerly on a CPU in a precision that needs no other one in between."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.float64)
-        and not torch.compiler.is_compiling()
-        and not isinstance(x, DTensor)
-    )
-
-
-def gradients(
+def differentiable_gradients(
     function: Callable[..., Tensor], operands: Sequence[Tensor], needed: Sequence[bool], grad: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Of function(*operands), made of what has gradients of every order, for a backward pass that is differentiated.
+    """Return the gradients of function(*operands), made of operators that have gradients of every order themselves.
+
+    A backward pass by hand calls it where its own results will be differentiated: sharpness, gradient penalties.
 
     Args:
         function: in operators of torch.

@@ -1,4 +1,4 @@
-"""Linear layers without biases, in a training step on an AMD processor by oneDNN.
+"""Linear layers in a training step on an AMD processor by oneDNN.
 
 torch takes MKL, which is made for another maker's processors: there oneDNN computes large fp32 products with a weight
 matrix in 0.83 to 0.9 of the time, and products of two transposed activations, as the weights' gradients are, in more.
@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from core.compat import onednn_linear
-from lightning_modules.layers.operators import namespace
 
-LEAST = 100_000_000
-"""Multiplications of a product from which on it is worth an operator of Python's."""
+MIN_MULTIPLICATIONS = 100_000_000
+"""Products of at least so many are worth an operator of Python's."""
 
 
 def _on_amd() -> bool:
@@ -27,45 +26,39 @@ def _on_amd() -> bool:
         return False
 
 
-FASTER = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available() and _on_amd()
+PREFER_ONEDNN = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available() and _on_amd()
 
 
 class Linear(nn.Linear):
-    """x W^T."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
+    """x W^T + b. Without a bias, and with gradients, by `matmul`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] -> [..., out_features]."""
+        """Return [..., out_features] of x [..., in_features]."""
         # Inference is torch's: there a token's result must not depend on how many others come with it.
-        return product(x, self.weight) if torch.is_grad_enabled() else F.linear(x, self.weight)
+        if self.bias is None and torch.is_grad_enabled():
+            return matmul(x, self.weight)
+        return super().forward(x)
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., in] W^T of weight [out, in] -> [..., out], by the faster library; it has gradients of every order."""
+def matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x [..., in] W^T of weight [out, in], [..., out], by the faster library, with gradients of every order."""
     if (
-        FASTER
+        PREFER_ONEDNN
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and x.numel() * weight.size(0) >= LEAST
+        and x.numel() * weight.size(0) >= MIN_MULTIPLICATIONS
         and not torch.is_autocast_enabled("cpu")
         and not isinstance(weight, DTensor)
     ):
-        out: Tensor = _product(x, weight)
+        out: Tensor = _matmul(x, weight)
         return out
     return F.linear(x, weight)
 
 
 # An operator of our own around oneDNN's, which inductor takes with constant weights only, and autograd not at all. Not
 # a custom_op, whose checks cost a percent of a step.
-_NAME = f"{namespace(__name__)}::product"
-torch.library.define(_NAME, "(Tensor x, Tensor weight) -> Tensor")
-
-
-@torch.library.impl(_NAME, "cpu")
-def _by_onednn(x: Tensor, weight: Tensor) -> Tensor:
-    return onednn_linear(x, weight)
+torch.library.define("spannorm_cpu::matmul", "(Tensor x, Tensor weight) -> Tensor")
+torch.library.impl("spannorm_cpu::matmul", "cpu", onednn_linear)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -75,10 +68,10 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     of_x, of_weight = ctx.needs_input_grad
-    grad_x = product(grad, weight.t()) if of_x else None
+    grad_x = matmul(grad, weight.t()) if of_x else None
     return grad_x, grad.flatten(0, -2).t() @ x.flatten(0, -2) if of_weight else None
 
 
-torch.library.register_fake(_NAME, lambda x, weight: x.new_empty(*x.shape[:-1], weight.size(0)))
-torch.library.register_autograd(_NAME, _gradient, setup_context=_save)
-_product = getattr(torch.ops, namespace(__name__)).product.default
+torch.library.register_fake("spannorm_cpu::matmul", lambda x, weight: x.new_empty(*x.shape[:-1], weight.size(0)))
+torch.library.register_autograd("spannorm_cpu::matmul", _gradient, setup_context=_save)
+_matmul = torch.ops.spannorm_cpu.matmul.default

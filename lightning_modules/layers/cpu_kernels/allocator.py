@@ -1,4 +1,4 @@
-"""Keeps the memory that a training step frees for the next one, which needs the same again."""
+"""Keeps the memory that a training step frees on a CPU for the next one, which needs the same again."""
 
 import ctypes
 

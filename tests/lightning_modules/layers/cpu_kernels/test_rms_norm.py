@@ -1,6 +1,5 @@
-"""Norm, rotation and SwiGLU by hand: their equations, their gradients, and what they keep for them."""
+"""The norm by hand: its equation, its gradients of both orders, what it keeps for them, and where it is taken."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,37 +8,19 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
 
-from lightning_modules.layers.rms_norm import rms_norm
-from lightning_modules.layers.rope import rope_tables, rotate
-from lightning_modules.layers.swiglu import swiglu
+from lightning_modules.layers.cpu_kernels.rms_norm import rms_norm
 from tests.lightning_modules import reference
 
-EPS, THETA = 1e-3, 100.0
+EPS = 1e-3
 SHAPE = (2, 2, 3, 8)
 
-Function = Callable[..., Tensor]
-Shapes = tuple[tuple[int, ...], ...]
 
-
-def normed(x: Tensor, gain: Tensor) -> Tensor:
+def function(x: Tensor, gain: Tensor) -> Tensor:
     return rms_norm(x, gain, EPS)
 
 
-def rotated(x: Tensor) -> Tensor:
-    return rotate(x, rope_tables(x.size(-2), x.size(-1), THETA, x.device))
-
-
-def turned(x: Tensor) -> Tensor:
-    rows = [reference.turn(sequence, THETA) for sequence in x.flatten(0, -3)]
-    return torch.stack(rows).view_as(x)
-
-
-FUNCTIONS: dict[str, tuple[Function, Function, Shapes]] = {
-    "rms norm": (normed, lambda x, gain: reference.rms_norm(x, gain, EPS), (SHAPE, (8,))),
-    "rotation": (rotated, turned, (SHAPE,)),
-    "swiglu": (swiglu, lambda gate, up: reference.silu(gate) * up, (SHAPE, SHAPE)),
-}
-functions = pytest.mark.parametrize(("function", "equation", "shapes"), FUNCTIONS.values(), ids=FUNCTIONS)
+def equation(x: Tensor, gain: Tensor) -> Tensor:
+    return reference.rms_norm(x, gain, EPS)
 
 
 def by_hand_made(result: Tensor) -> bool:
@@ -47,13 +28,13 @@ def by_hand_made(result: Tensor) -> bool:
     return isinstance(result.grad_fn, torch.autograd.function.BackwardCFunction)
 
 
-def operands(shapes: Shapes, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+def operands(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """x and gain."""
+    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in (SHAPE, SHAPE[-1:])]
 
 
-@functions
-def test_equations_and_their_gradients(function: Function, equation: Function, shapes: Shapes) -> None:
-    tensors = operands(shapes)
+def test_equations_and_their_gradients() -> None:
+    tensors = operands()
     actual, expected = function(*tensors), equation(*tensors)
     assert by_hand_made(actual)
     torch.testing.assert_close(actual, expected)
@@ -66,19 +47,15 @@ def test_equations_and_their_gradients(function: Function, equation: Function, s
 
 
 @pytest.mark.parametrize("frozen", [None, 0, 1])
-@functions
-def test_gradients_to_second_order(function: Function, equation: Function, shapes: Shapes, frozen: int | None) -> None:
-    tensors = [tensor.requires_grad_(i != frozen) for i, tensor in enumerate(operands(shapes, torch.float64))]
+def test_gradients_to_second_order(frozen: int | None) -> None:
+    tensors = [tensor.requires_grad_(i != frozen) for i, tensor in enumerate(operands(torch.float64))]
     if any(tensor.requires_grad for tensor in tensors):
         assert gradcheck(function, tensors)
         assert gradgradcheck(function, tensors)
 
 
-@functions
-def test_gradients_to_be_differentiated_again_are_those_that_are_not(
-    function: Function, equation: Function, shapes: Shapes
-) -> None:
-    x, *others = operands(shapes, torch.float64)
+def test_gradients_to_be_differentiated_again_are_those_that_are_not() -> None:
+    x, *others = operands(torch.float64)
     out = function(x, *[x.sum() * other for other in others])  # each operand depends on another
     once, twice = (
         torch.autograd.grad(out.square().sum(), x, retain_graph=True, create_graph=again)[0] for again in (False, True)
@@ -86,19 +63,17 @@ def test_gradients_to_be_differentiated_again_are_those_that_are_not(
     torch.testing.assert_close(twice, once)
 
 
-@functions
-def test_what_stays_until_the_backward_pass(function: Function, equation: Function, shapes: Shapes) -> None:
-    tensors, kept = operands(shapes), list[Tensor]()
+def test_what_stays_until_the_backward_pass() -> None:
+    tensors, kept = operands(), list[Tensor]()
     with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         function(*tensors)
     large = [tensor.data_ptr() for tensor in kept if tensor.numel() == tensors[0].numel()]
     assert set(large) <= {tensor.data_ptr() for tensor in tensors}, "no result in between"
-    assert len(large) == (0 if function is rotated else sum(shape == SHAPE for shape in shapes))
+    assert len(large) == 1
 
 
-@functions
-def test_layouts(function: Function, equation: Function, shapes: Shapes) -> None:
-    x, *others = operands(shapes)
+def test_layouts() -> None:
+    x, *others = operands()
     strided = x.detach().mT.contiguous().mT.requires_grad_()  # as heads, where they are an axis of their own
     direction = torch.randn(SHAPE)
     out, expected = (function(tensor, *others) for tensor in (strided, x))
@@ -111,10 +86,9 @@ def test_layouts(function: Function, equation: Function, shapes: Shapes) -> None
     assert torch.autograd.grad(nothing.sum(), x)[0].eq(0).all()
 
 
-@functions
-def test_elsewhere_it_is_left_to_torch(function: Function, equation: Function, shapes: Shapes) -> None:
+def test_elsewhere_it_is_left_to_torch() -> None:
     """In half precision, which torch computes in fp32 in between, and in graphs, which a compiler fuses."""
-    halves = [tensor.detach().bfloat16().requires_grad_() for tensor in operands(shapes)]
+    halves = [tensor.detach().bfloat16().requires_grad_() for tensor in operands()]
     out = function(*halves)
     assert out.dtype == torch.bfloat16
     assert not by_hand_made(out)
@@ -126,7 +100,7 @@ def test_elsewhere_it_is_left_to_torch(function: Function, equation: Function, s
         return graph
 
     torch._dynamo.reset()
-    compiled = torch.compile(function, backend=keep, fullgraph=True)(*operands(shapes))
+    compiled = torch.compile(function, backend=keep, fullgraph=True)(*operands())
     assert compiled.requires_grad
     assert seen
     assert not any("autograd" in target for target in seen)

@@ -7,9 +7,9 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.functional import silu
 from torch.profiler import ProfilerActivity, profile
 
-from lightning_modules.layers import expert_swiglu
+from lightning_modules.layers.cpu_kernels import expert_swiglu
+from lightning_modules.layers.cpu_kernels.expert_swiglu import FUSED_LOOP
 from lightning_modules.layers.expert_products import LOOP, Products
-from lightning_modules.layers.expert_swiglu import FUSED_LOOP
 from tests.lightning_modules.layers.test_expert_products import COUNTS, EXPERT, FEW
 
 ALL = (0, 1, 2)

@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from core import allocator
+from lightning_modules.layers.cpu_kernels import allocator
 from tests.helpers_run import ROOT
 
 NEW_PAGES = """
 import resource, sys
-from core.allocator import keep_freed_memory
+from lightning_modules.layers.cpu_kernels.allocator import keep_freed_memory
 
 size = 1 << 26  # 64 MiB, and no constant, or it would be made only once
 
