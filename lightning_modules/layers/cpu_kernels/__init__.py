@@ -15,21 +15,6 @@ PyTorch and know nothing of this: `use_cpu_kernels` exchanges the classes of mod
 their forward alone, so parameters, their names and checkpoints are the same. `keep_freed_memory` is the process' own.
 """
 
-from torch import nn
+from lightning_modules.layers.cpu_kernels.switch import KERNELS, use_cpu_kernels
 
-from lightning_modules.layers.cpu_kernels.expert_swiglu import ExpertMLP
-from lightning_modules.layers.cpu_kernels.linear import Linear
-from lightning_modules.layers.cpu_kernels.rms_norm import RMSNorm
-
-KERNELS: dict[type[nn.Module], type[nn.Module]] = {cls.__mro__[1]: cls for cls in (ExpertMLP, Linear, RMSNorm)}
-"""The faster subclass of each class of a layer."""
-
-
-def use_cpu_kernels(module: nn.Module) -> None:
-    """Let a module, and all that it is made of, compute by the kernels of this folder, in place.
-
-    A subclass of a layer stays as it is: whoever wrote it has changed something.
-    """
-    for part in module.modules():
-        if type(part) in KERNELS:
-            part.__class__ = KERNELS[type(part)]
+__all__ = ["KERNELS", "use_cpu_kernels"]
