@@ -100,7 +100,7 @@ class Row(NamedTuple):
 
 
 def cases(device: str) -> Iterator[Case]:
-    """What is compared. A dense model's FFN is as wide as the two experts of a token are together."""
+    """Yield what is compared. A dense model's FFN is as wide as the two experts of a token are together."""
     if device == "cuda":
         dense = Sizes(32768, 16, 2048, 16, 5632, 4096, 4)
         yield Case(DENSE_1B, dense, DENSE, True, 1.05)
@@ -118,7 +118,7 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def measure(case: Case, config: CompareConfig, say: Callable[[str], None]) -> list[Row]:
-    """Ours first. A peer that fails is named with its message, and left out."""
+    """Measure ours first, then the peers; one that fails is named with its message, and left out."""
     contenders = {
         name: Contender(name, case.sizes, case.compiled, config.device, config.threads)
         for name in (OURS, *case.others, RATE)
@@ -164,7 +164,7 @@ def table(case: Case, rows: list[Row]) -> Iterator[str]:
 
 
 def is_peer(name: str) -> bool:
-    """As its users have it."""
+    """Return whether it is a peer as its users have it."""
     return not name.startswith(OURS) and not name.endswith(AS_OURS)
 
 
@@ -186,7 +186,7 @@ def verdict(case: Case, rows: list[Row]) -> str:
 
 
 def bound(rows: list[Row]) -> str:
-    """About how far ahead a model could be whose products are those of the fastest peer."""
+    """Return about how far ahead a model could be whose products are those of the fastest peer."""
     peer = min(peers_of(rows), key=lambda row: row.speed)
     share = sum(value for name, value in peer.shares.items() if name.startswith(KERNELS))
     return (
@@ -198,7 +198,7 @@ def bound(rows: list[Row]) -> str:
 
 
 def profile(rows: list[Row]) -> Iterator[str]:
-    """Where the time goes: the operators that take most of it in ours and in the fastest peer."""
+    """Return where the time goes: the operators that take most of it in ours and in the fastest peer."""
     both = [rows[0], *sorted(peers_of(rows), key=lambda row: row.speed)[:1]]
     yield "| share of a step by operator | " + " | ".join(row.name for row in both) + " |"
     yield "|---|" + "---|" * len(both)
@@ -208,7 +208,7 @@ def profile(rows: list[Row]) -> Iterator[str]:
 
 
 def goals_of_gpu(ours: dict[str, Row], device: str) -> Iterator[str]:
-    """Ours against the machine, and the mixture against the dense model; each only where it was measured.
+    """Yield ours against the machine, and the mixture against the dense model; each only where it was measured.
 
     Args:
         ours: by title of the table.
@@ -229,7 +229,7 @@ def goals_of_gpu(ours: dict[str, Row], device: str) -> Iterator[str]:
 
 
 def draw(measured: dict[str, list[Row]], path: Path) -> None:
-    """Tokens/s of each contender, ours being 1: one group of bars a table."""
+    """Draw tokens/s of each contender, ours being 1: one group of bars a table."""
     figure, axes = pyplot.subplots(1, len(measured), figsize=(3 * len(measured), 3.6), sharey=True, squeeze=False)
     for axis, (title, rows) in zip(axes[0], measured.items(), strict=True):
         names, heights = [row.name for row in rows], [1 / row.speed for row in rows]

@@ -25,7 +25,7 @@ AS_OURS = ", malloc as ours"
 
 
 class Sizes(NamedTuple):
-    """Of the model and its batch; num_experts 0 is a dense one."""
+    """The sizes of a model and its batch; num_experts 0 is a dense one."""
 
     vocab_size: int
     num_layers: int
@@ -43,7 +43,7 @@ class Sizes(NamedTuple):
 
 
 def ours(sizes: Sizes, compiled: bool, all_logits: bool = False, **overrides: Any) -> tuple[nn.Module, Loss]:
-    """Blocks compiled one by one, as model.compile=true does; router losses weighted as by default.
+    """Build ours: blocks compiled one by one, as model.compile=true does; router losses weighted as by default.
 
     Args:
         all_logits: whether the loss is made as that of a small vocabulary is.
@@ -187,7 +187,7 @@ def torchtitan(sizes: Sizes) -> nn.Module:
 
 
 class _Logits(nn.Module):
-    """Of a Hugging Face model's output, the logits."""
+    """The logits of a Hugging Face model's output."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -214,7 +214,7 @@ MIXTURES = ("litgpt MoE", "transformers Mixtral", "transformers OLMoE")
 
 
 def peer(name: str, sizes: Sizes, compiled: bool) -> tuple[nn.Module, Loss]:
-    """The peer of that name, compiled as a whole together with its loss, which is more than most of them do."""
+    """Return the peer of that name, compiled as a whole together with its loss, which is more than most of them do."""
     model = PEERS[name](sizes)
     if name == CHUNKED:
         return model, _in_chunks(model, sizes, compiled)
@@ -227,7 +227,7 @@ def peer(name: str, sizes: Sizes, compiled: bool) -> tuple[nn.Module, Loss]:
 
 
 def _in_chunks(model: Any, sizes: Sizes, compiled: bool) -> Loss:
-    """torchtitan's own loss, set up as its trainer does; it leaves the head between the two uncompiled."""
+    """Compute torchtitan's own loss, set up as its trainer does; it leaves the head between the two uncompiled."""
     from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
     from torchtitan.config import CompileConfig
 

@@ -84,13 +84,13 @@ class Table(NamedTuple):
 
 
 def by_fastest(measured: dict[str, Measured]) -> dict[str, float]:
-    """Each one's fastest step as a multiple of the first one's."""
+    """Return each one's fastest step as a multiple of the first one's."""
     first = next(iter(measured.values())).fastest
     return {name: one.fastest / first for name, one in measured.items()}
 
 
 def at_most(name: str, limit: float, first: str) -> Goal:
-    """The time of `name` is at most so many times that of the first row."""
+    """Return the goal that `name` takes at most so many times as long as the first row."""
 
     def goal(measured: dict[str, Measured]) -> tuple[str, bool]:
         value = by_fastest(measured)[name]
@@ -107,7 +107,7 @@ def one_stream(measured: dict[str, Measured]) -> tuple[str, bool]:
 
 
 def linear_in_depth(measured: dict[str, Measured]) -> tuple[str, bool]:
-    """From 4 to 8 blocks against twice from 2 to 4: what does not depend on depth cancels."""
+    """Compare from 4 to 8 blocks with twice from 2 to 4: what does not depend on depth cancels."""
     few, some, many = (by_fastest(measured)[name] for name in ("2 blocks", "4 blocks", "8 blocks"))
     value = (many - some) / (2 * (some - few))
     return f"time linear in depth within 5 %: a block of the last 4 costs {value:.3f} of one before", value <= 1.05

@@ -95,7 +95,7 @@ def data_of(folder: Path, settings: DataConfig, num_workers: int = 0) -> ShardCo
 
 
 def raw_batches(folder: Path, settings: DataConfig) -> Batches:
-    """A permutation that is held, one shard after the other as if they were one map."""
+    """Yield batches by a permutation that is held, one shard after the other as if they were one map."""
     shards = [np.load(path, mmap_mode="r").view(np.ndarray) for path in sorted(folder.glob("train-*.npy"))]
     seq_len = settings.window
     windows = [(shard, start) for shard in shards for start in range(0, len(shard) - seq_len, seq_len)]
@@ -107,7 +107,7 @@ def raw_batches(folder: Path, settings: DataConfig) -> Batches:
 
 
 def stream_batches(data: ShardCorpus) -> tuple[Batches, float]:
-    """What training gets, and the seconds that it takes to verify all of it, done here beforehand."""
+    """Return what training gets, and the seconds that it takes to verify all of it, done here beforehand."""
     loader = data.train_dataloader()
     split = loader.dataset.samples.split  # type: ignore[attr-defined]
     size = split.index.page_tokens
@@ -116,7 +116,7 @@ def stream_batches(data: ShardCorpus) -> tuple[Batches, float]:
 
 
 def model_rate(settings: DataConfig) -> float:
-    """Tokens/s that the model of the overrides trains on."""
+    """Return the tokens/s that the model of the overrides trains on."""
     config = compose_run(settings.overrides)
     data = build(config, "data")
     data.prepare_data()
@@ -143,7 +143,7 @@ def model_rate(settings: DataConfig) -> float:
 
 
 def first_batch(folder: Path, settings: DataConfig) -> None:
-    """What a run does between its configuration and its first batch."""
+    """Do what a run does between its configuration and its first batch."""
     data = data_of(folder, settings)
     data.check()
     next(iter(data.train_dataloader()))
@@ -189,7 +189,7 @@ print(json.dumps([before, resident()]))
 
 
 def memory(folders: list[Path], settings: DataConfig) -> Iterator[str]:
-    """Of a process of its own for each corpus."""
+    """Return the memory of a process of its own for each corpus."""
     yield "| corpus, MB | own memory after the first batch, MiB | and after all | mapped pages of files, MiB |"
     yield "|---|---|---|---|"
     for folder in folders:

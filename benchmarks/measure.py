@@ -24,7 +24,7 @@ def check_counts(config: Any, **least: int) -> None:
 
 
 def take_turns(contenders: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """The seconds that each says it took, by contender and round, after one round that does not count."""
+    """Return the seconds that each says it took, by contender and round, after one round that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds + 1):
         for name, contender in contenders.items():
@@ -33,7 +33,7 @@ def take_turns(contenders: Mapping[str, Callable[[], float]], rounds: int) -> di
 
 
 def timed(step: Step, device: str = "cpu") -> Callable[[], float]:
-    """The step, which then says how many seconds it took."""
+    """Return the step, which then says how many seconds it took."""
 
     def run() -> float:
         if device == "cuda":
@@ -48,12 +48,12 @@ def timed(step: Step, device: str = "cpu") -> Callable[[], float]:
 
 
 def ratio(seconds: list[float], base: list[float]) -> float:
-    """Median of the ratios within each round, so that the machine's drift hits both alike."""
+    """Return the median of the ratios within each round, so that the machine's drift hits both alike."""
     return statistics.median(a / b for a, b in zip(seconds, base, strict=True))
 
 
 def judged(met: bool) -> str:
-    """How a goal came out, for a report."""
+    """Return how a goal came out, for a report."""
     return "**met**" if met else "**missed**"
 
 

@@ -131,7 +131,7 @@ class Mixtral(nn.Module):
 
 
 def autocast(device: str) -> torch.autocast:
-    """bf16 on a GPU, by which the backend is chosen too; nothing on a CPU."""
+    """Cast to bf16 on a GPU, by which the backend is chosen too; to nothing on a CPU."""
     return torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda")
 
 
@@ -142,7 +142,7 @@ def make_layer(setting: Setting, backend: str) -> MoE:
 
 
 def make_mixtral(layer: MoE, setting: Setting, implementation: str) -> nn.Module:
-    """Hugging Face's block with the weights of ours."""
+    """Make Hugging Face's block with the weights of ours."""
     sizes: dict[str, Any] = {
         "hidden_size": setting.dim,
         "intermediate_size": setting.hidden,
@@ -160,7 +160,7 @@ def make_mixtral(layer: MoE, setting: Setting, implementation: str) -> nn.Module
 
 
 def contenders(setting: Setting) -> dict[str, nn.Module]:
-    """By name; the first is what the others are compared with."""
+    """Return the contenders by name; the first is what the others are compared with."""
     names = ["loop", "grouped"] if setting.device == "cpu" else ["grouped", "loop", "megablocks"]
     layers: dict[str, nn.Module] = {}
     for name in names:
@@ -185,7 +185,7 @@ def contenders(setting: Setting) -> dict[str, nn.Module]:
 
 
 def make_steps(layers: dict[str, nn.Module], setting: Setting) -> Iterator[tuple[str, Step]]:
-    """Forward and backward of each, after holding its output and input gradient against the first one's."""
+    """Return forward and backward of each, after holding its output and input gradient against the first one's."""
     dtype = torch.float32 if setting.device == "cpu" else torch.bfloat16
     x = torch.randn(1, setting.tokens, setting.dim, device=setting.device)
     x[..., 0] = 1.0
@@ -212,7 +212,7 @@ def make_steps(layers: dict[str, nn.Module], setting: Setting) -> Iterator[tuple
 
 
 def layer_table(settings: MoEBenchmarkConfig) -> Iterator[str]:
-    """One row per setting and contender."""
+    """Return one row per setting and contender."""
     yield "| experts | load | max / mean load | | ms | of the first | tokens/s | TFLOP/s |"
     yield "|---|---|---|---|---|---|---|---|"
     for num_experts in settings.experts:
@@ -242,7 +242,7 @@ def max_over_mean(layer: nn.Module, setting: Setting) -> float:
 
 
 def make_training_step(num_experts: int, settings: MoEBenchmarkConfig) -> Step:
-    """Of a whole model, optimizer included; the active parameters do not depend on the number of experts."""
+    """Return a whole model's step, optimizer included; active parameters do not depend on the number of experts."""
     moe = {"num_experts": num_experts, "top_k": TOP_K, "expert_dim": settings.hidden}
     values = {"ffn": "moe", "num_layers": settings.layers, "dim": settings.dim, "num_heads": 4, "moe": moe}
     with torch.device(settings.device), autocast(settings.device):

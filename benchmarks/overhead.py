@@ -83,14 +83,14 @@ class _BareLoop(L.Callback):
 
 
 def _now() -> float:
-    """Seconds, when all that was asked of the device is done."""
+    """Return the seconds, when all that was asked of the device is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def trainer_overhead(title: str, device: str, rounds: int) -> Iterator[str]:
-    """Its loop, hooks and this project's own logging, without callbacks and loggers."""
+    """Measure the Trainer's loop, hooks and this project's own logging, without callbacks and loggers."""
     job = JOBS[device]
     module = LanguageModule(job.model, {}, 257)
     data = _Tokens(job.seq_len)
@@ -128,7 +128,7 @@ class FirstStep(L.Callback):
 
 
 def startup(title: str, device: str, rounds: int) -> Iterator[str]:
-    """Medians of three commands each; the corpus is made anew each time."""
+    """Return medians of three commands each; the corpus is made anew each time."""
 
     def seconds(*overrides: str) -> float:
         started = time.time()

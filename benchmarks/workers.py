@@ -94,13 +94,13 @@ class Worker:
             return f"ended with exit code {self._process.exitcode}"
 
     def step(self) -> float:
-        """Seconds of one training step."""
+        """Return the seconds of one training step."""
         seconds = self._ask("step")
         assert isinstance(seconds, float), seconds
         return seconds
 
     def profile(self) -> dict[str, float]:
-        """Shares of a step's time on the device by operator, the largest first."""
+        """Return the shares of a step's time on the device by operator, the largest first."""
         shares = self._ask("profile")
         assert isinstance(shares, dict), shares
         return shares
@@ -113,7 +113,7 @@ class Worker:
 
 
 def start(contenders: dict[str, Contender], in_turn: bool) -> tuple[dict[str, Worker], dict[str, str]]:
-    """A process for each; all import side by side, and none begins before all have.
+    """Return a process for each; all import side by side, and none begins before all have.
 
     Args:
         contenders: by name.
@@ -142,7 +142,7 @@ def start(contenders: dict[str, Contender], in_turn: bool) -> tuple[dict[str, Wo
 
 @cache
 def _compile_cache() -> "tempfile.TemporaryDirectory[str]":
-    """Empty when a benchmark begins, or its second run would find its first one's kernels."""
+    """Give a compile cache that is empty, or a benchmark's second run would find its first one's kernels."""
     return tempfile.TemporaryDirectory(prefix="inductor-", ignore_cleanup_errors=True)
 
 
@@ -173,7 +173,7 @@ def _serve(connection: Connection, contender: Contender) -> None:
 
 
 def _import(contender: Contender) -> Any:
-    """What builds its model and loss: (sizes, whether it is compiled) -> (module, loss)."""
+    """Return a function of (sizes, whether it is compiled) that builds the contender's (module, loss)."""
     import torch
 
     from benchmarks.contenders import ours, peer
@@ -200,7 +200,7 @@ def _import(contender: Contender) -> Any:
 
 
 def _prepare(contender: Contender, build: Any) -> tuple[Any, Result]:
-    """(a function that takes a step and returns its seconds, Result whose memory is that before the model)."""
+    """Return (a function that takes a step and returns its seconds, Result with the memory before the model)."""
     import torch
 
     device, sizes = contender.device, contender.sizes
@@ -276,7 +276,7 @@ def _gemm(device: str) -> tuple[Any, Result]:
 
 
 def _memory(device: str) -> int:
-    """Most bytes in use so far, since _forget_peak."""
+    """Return the most bytes in use since _forget_peak."""
     if device == "cuda":
         import torch
 

@@ -92,7 +92,7 @@ def draw_map(study: Study, grid: Mapping[Point, Cell], output: Path) -> None:
 
 
 def draw_trend(study: Study, grid: Mapping[Point, Cell], output: Path) -> None:
-    """Final validation loss over the second axis, a line for each point of the first; failures are crosses on top."""
+    """Draw final validation loss over the second axis, a line for each point of the first; failures are crosses."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     columns = list(itertools.product(*list(study.axes.values())[1:]))
@@ -120,7 +120,7 @@ def draw_trend(study: Study, grid: Mapping[Point, Cell], output: Path) -> None:
 
 
 def draw_curves(study: Study, grid: Mapping[Point, Cell], output: Path) -> None:
-    """Training loss of every run, a panel for each point of the first axis."""
+    """Draw the training loss of every run, a panel for each point of the first axis."""
     plt = pyplot()
     rows = list(next(iter(study.axes.values())))
     columns = list(itertools.product(*list(study.axes.values())[1:]))
@@ -152,7 +152,7 @@ def draw_curves(study: Study, grid: Mapping[Point, Cell], output: Path) -> None:
 
 
 def profile(record: Record, tag: str, last: bool) -> Profile:
-    """A figure over the blocks, at the first or the last of its steps."""
+    """Return a figure over the blocks, at the first or the last of its steps."""
     steps = record.by_block.get(tag, {})
     if not steps:
         return [], []
@@ -162,7 +162,7 @@ def profile(record: Record, tag: str, last: bool) -> Profile:
 
 
 def draw_depth(study: Study, grid: Mapping[Point, Cell], column: Point, output: Path) -> None:
-    """What the monitors saw over depth, at the first step (dotted) and at the end (solid), of one seed."""
+    """Draw what the monitors saw over depth, at the first step (dotted) and at the end (solid), of one seed."""
     plt = pyplot()
     figure, panels = plt.subplots(2, 4, figsize=(16, 6.5), sharex=True, layout="constrained")
     for axes, (title, tag) in zip(panels.flat, DEPTH_PANELS.items(), strict=False):
@@ -185,7 +185,7 @@ def draw_depth(study: Study, grid: Mapping[Point, Cell], column: Point, output: 
 
 
 def draw_decay(decays: Mapping[str, tuple[Sequence[float], Sequence[float] | None]], output: Path) -> None:
-    """Gradient norm of the hidden state at initialization, over that after the last block; predicted dashed.
+    """Draw the hidden state's gradient norm at initialization, over that after the last block; predicted dashed.
 
     Args:
         decays: {label: (measured, predicted or None)}, by block.

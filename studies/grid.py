@@ -70,7 +70,7 @@ class Study:
     overrides: Annotated[tuple[Override, ...], Field(max_length=1000)]
 
     def runs(self) -> list[Planned]:
-        """Seed by seed: a study that is broken off has few seeds of everything rather than all of a part."""
+        """Yield all runs seed by seed: a study that is broken off has few seeds of everything, not all of a part."""
         runs = []
         for seed, labels in itertools.product(self.seeds, itertools.product(*self.axes.values())):
             point = dict(zip(self.axes, labels, strict=True))
@@ -105,7 +105,7 @@ class Study:
 
 
 def read(name: str, config: DictConfig, scale: str, seeds: Sequence[int] | None = None) -> Study:
-    """A study from its config.
+    """Return a study from its config.
 
     Args:
         name: of the study.
@@ -156,7 +156,7 @@ def read(name: str, config: DictConfig, scale: str, seeds: Sequence[int] | None 
 
 
 def _axis(name: str, points: Any) -> Axis:
-    """A list of values of the field that the axis is called after, or a mapping of labels to overrides."""
+    """Return a list of values of the field that the axis is called after, or a mapping of labels to overrides."""
     valid = "a list of values of the field that it is named after, or labels with their overrides"
     require(isinstance(points, list | dict) and len(points) > 0, f"study.axes.{name}", points, valid)
     if isinstance(points, list):

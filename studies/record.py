@@ -95,7 +95,7 @@ class Record:
         return self.status == FINISHED
 
     def save(self, path: Path) -> None:
-        """As JSON; whole or not at all."""
+        """Write the record as JSON; whole or not at all."""
         text = json.dumps(asdict(self), separators=(",", ":")) + "\n"
         write_whole(path, lambda unfinished: unfinished.write_text(text))
 
@@ -146,7 +146,7 @@ def collect(planned: Planned, folder: Path, broken: str | None = None) -> Record
 
 
 def judge(train_loss: list[float], val_loss: float | None, bigram_loss: float | None) -> str:
-    """finished, or why training failed, of a run that came to its last step.
+    """Return finished, or why training failed, of a run that came to its last step.
 
     Args:
         train_loss: at each logged step.
@@ -181,5 +181,5 @@ def _thinned(steps: list[int], losses: list[float]) -> tuple[list[int], list[flo
 
 
 def _rounded(value: Any) -> Any:
-    """To five digits, which keeps records small."""
+    """Return the number to five digits, which keeps records small."""
     return float(f"{value:.5g}") if isinstance(value, float) else value

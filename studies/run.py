@@ -65,7 +65,7 @@ class Plan(NamedTuple):
 
 
 def plan_of(config: DictConfig) -> Plan:
-    """From a composed configs/study.yaml."""
+    """Return the plan of a composed configs/study.yaml."""
     name = HydraConfig.get().runtime.choices.get("study")
     require(isinstance(name, str) and isinstance(config.study, DictConfig), "study", name, "the name of one study")
     assert isinstance(name, str)
@@ -79,7 +79,7 @@ def plan_of(config: DictConfig) -> Plan:
 
 
 def planned(overrides: list[str]) -> Plan:
-    """From the overrides of the command line."""
+    """Return the plan of the command line's overrides."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = compose("study", overrides, return_hydra_config=True)
         HydraConfig.instance().set_config(config)
@@ -90,7 +90,7 @@ def planned(overrides: list[str]) -> Plan:
 @hydra.main(version_base="1.3", config_path="../configs", config_name="study")
 @cli.job
 def run_one(config: DictConfig) -> None:
-    """The run named `run`: as a job of the sweep."""
+    """Train the run named `run`, as a job of the sweep."""
     plan = plan_of(config)
     runs = {run.name: run for run in plan.study.runs()}
     if config.run not in runs:
@@ -125,7 +125,7 @@ def with_decay(record: Record) -> Record:
 
 
 def is_done(path: Path, run: Planned) -> bool:
-    """Whether there is a record of just this run."""
+    """Return whether there is a record of just this run."""
     return path.exists() and Record.load(path).overrides == list(run.overrides)
 
 
@@ -140,12 +140,12 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def lock_of(folder: Path) -> Path:
-    """Beside the folder, which may have to be made anew."""
+    """Return the lock's place beside the folder, which may have to be made anew."""
     return folder.with_name(f".{folder.name}.lock")
 
 
 def train(run: Planned, folder: Path, threads: int) -> Record | None:
-    """`python train.py` in the folder, from its last checkpoint if there is one, to the end; None: it was killed."""
+    """Train in the folder, from its last checkpoint if there is one, to the end; None: it was killed."""
     if (folder / "summary.json").exists():  # it ended, but was not recorded
         return collect(run, folder)
     resume = ["ckpt_path=last"] if (folder / LAST).exists() else []

@@ -52,7 +52,7 @@ class Cell:
         return self.planned - len(self.records)
 
     def __str__(self) -> str:
-        """`1.852 ± 0.004 (3)`; what failed and what is missing stands beside it."""
+        """Return `1.852 ± 0.004 (3)`, with what failed and what is missing beside it."""
         parts = []
         if self.mean is not None:
             spread = "" if self.deviation is None else f" ± {self.deviation:.3f}"
@@ -68,7 +68,7 @@ class Cell:
 
 
 def cells(study: Study, records: Iterable[Record]) -> dict[Point, Cell]:
-    """Every point of the grid, also those without a record. Records of other points are left out."""
+    """Return every point of the grid, also those without a record. Records of other points are left out."""
     found: dict[Point, list[Record]] = {point: [] for point in itertools.product(*study.axes.values())}
     for record in sorted(records, key=lambda record: record.seed):
         point = tuple(record.point.get(axis, "") for axis in study.axes)
@@ -78,7 +78,7 @@ def cells(study: Study, records: Iterable[Record]) -> dict[Point, Cell]:
 
 
 def tuned(study: Study, grid: Mapping[Point, Cell]) -> dict[Point, Point]:
-    """The point of the best learning rate, of those where no run failed, for each point of the other axes."""
+    """Return the point of the best learning rate, of those where no run failed, for each point of the other axes."""
     at = list(study.axes).index(LEARNING_RATE)
     best: dict[Point, Point] = {}
     for point, cell in grid.items():
@@ -106,7 +106,7 @@ class Comparison(NamedTuple):
 
 
 def compare(ours: Cell, baseline: Cell) -> Comparison | None:
-    """Paired by seed, which draws weights and data alike. None: a seed of either failed, or they share none."""
+    """Compare two points by seed, which draws weights and data alike. None: a seed failed, or they share none."""
     mine, theirs = ours.losses, baseline.losses
     shared = [seed for seed in mine if seed in theirs]
     if not shared or ours.failed or baseline.failed:

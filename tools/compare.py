@@ -61,17 +61,17 @@ class Run:
         self._curves = read_curves(folder)
 
     def curve(self, tag: str) -> Curve:
-        """One scalar; empty where the run has not written it."""
+        """Return one scalar's curve; empty where the run has not written it."""
         return self._curves.get(tag, ([], []))
 
     def late(self, tag: str) -> list[float]:
-        """The scalar's values in the last part of the run."""
+        """Return the scalar's values in the last part of the run."""
         _, values = self.curve(tag)
         return values[-max(1, round(LATE * len(values))) :] if values else []
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
-    """A name for each: its experiment, or, where that would stand twice, its folder below it as well."""
+    """Return a name for each: its experiment, or, where that would stand twice, its folder below it as well."""
     experiments = [run.folder.resolve().parent.name for run in runs]
     if len(set(experiments)) == len(runs):
         return experiments
@@ -79,7 +79,7 @@ def labels(runs: Sequence[Run]) -> list[str]:
 
 
 def make_table(runs: Sequence[Run], tags: Sequence[str]) -> Table:
-    """One row a run: its summary, or the asked scalars' mean over the last part and their largest value there."""
+    """Make one row a run: its summary, or the asked scalars' mean over the last part and their largest value there."""
     table = Table()
     table.add_column("run", overflow="fold")
     if not tags:
@@ -100,7 +100,7 @@ def make_table(runs: Sequence[Run], tags: Sequence[str]) -> Table:
 
 
 def draw(runs: Sequence[Run], tags: Sequence[str], output: Path) -> None:
-    """One panel a tag; without tags, training loss as a line, validation loss as dots, the bigram baseline dashed."""
+    """Draw one panel a tag; without tags, training loss as a line, validation loss as dots, bigram baseline dashed."""
     import matplotlib
 
     matplotlib.use("Agg")

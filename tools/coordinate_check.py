@@ -93,7 +93,7 @@ def sizes_at(model_config: ModelConfig, optim_config: OptimConfig, seed: int = 0
 
 
 def check(ffn: str, widths: tuple[int, ...] = WIDTHS, lr: float = 3e-3) -> list[Size]:
-    """The sizes at every width, with and without mup; two PreNorm blocks of heads of constant width."""
+    """Return the sizes at every width, with and without mup; two PreNorm blocks of heads of constant width."""
     sizes = []
     for kind in ("none", "mup"):
         optim = OptimConfig(lr=lr, width_scaling=kind, base_width=widths[0], warmup_steps=0)
@@ -112,13 +112,13 @@ def check(ffn: str, widths: tuple[int, ...] = WIDTHS, lr: float = 3e-3) -> list[
 
 
 def spread(sizes: list[Size], scaling: str, step: int, name: str, field: str) -> float:
-    """Largest over smallest size among the widths."""
+    """Return the largest over the smallest size among the widths."""
     values = [getattr(s, field) for s in sizes if (s.scaling, s.step, s.name) == (scaling, step, name)]
     return max(values) / min(values)
 
 
 def print_table(sizes: list[Size]) -> None:
-    """One row for each scaling, quantity and step: the size at each width, and the spread among them."""
+    """Print one row for each scaling, quantity and step: the size at each width, and the spread among them."""
     widths = sorted({size.width for size in sizes})
     table = Table(title="Root mean square size by width")
     for column in ("scaling", "what", "step", *map(str, widths), "max / min"):

@@ -35,7 +35,7 @@ MAX_STEP = 10**15
 
 
 def has_curves(run: Path) -> bool:
-    """Whether the folder is one of a run under logger=tensorboard or logger=csv."""
+    """Return whether the folder is one of a run under logger=tensorboard or logger=csv."""
     return (run / EVENTS).is_dir() or any(run.glob(TABLES))
 
 

@@ -68,7 +68,7 @@ class EvaluateConfig:
 
 
 def evaluate_corpora(run: "OpenRun", config: EvaluateConfig) -> dict[str, float]:
-    """{TensorBoard tag: value}."""
+    """Return {TensorBoard tag: value}."""
     from tools.evaluation.corpora import losses_of
 
     losses = losses_of(run, list(config.data), config.batches)
@@ -85,7 +85,7 @@ def evaluate_corpora(run: "OpenRun", config: EvaluateConfig) -> dict[str, float]
 
 
 def show(losses: "list[Loss]") -> None:
-    """Two tables: of the corpora, and of the positions."""
+    """Print two tables: of the corpora, and of the positions."""
     from rich.console import Console
     from rich.table import Table
 
@@ -105,7 +105,7 @@ def show(losses: "list[Loss]") -> None:
 
 
 def evaluate_tasks(run: "OpenRun", config: EvaluateConfig) -> dict[str, float]:
-    """{TensorBoard tag: value}.
+    """Return {TensorBoard tag: value}.
 
     Raises:
         ConfigError: the run's data is no text, which is what tasks are made of.

@@ -63,7 +63,7 @@ class GenerateConfig:
 
 
 def continuation(run: Any, prompt: list[int], config: GenerateConfig, window: int) -> Iterator[int]:
-    """Token ids, up to and without the one that ends the document."""
+    """Yield token ids, up to and without the one that ends the document."""
     from datamodules.tokenizers import NumberTokenizer
     from lightning_modules.generation import stream
 
@@ -77,7 +77,7 @@ def continuation(run: Any, prompt: list[int], config: GenerateConfig, window: in
 
 
 def as_text(prompt: list[int], tokens: Iterable[int], tokenizer: Any) -> Iterator[str]:
-    """The text of both, in pieces, each as soon as its characters are whole."""
+    """Yield the text of both, in pieces, each as soon as its characters are whole."""
     seen, shown = list(prompt), ""
     for token in itertools.chain([None], tokens):
         seen += [] if token is None else [token]
@@ -88,7 +88,7 @@ def as_text(prompt: list[int], tokens: Iterable[int], tokenizer: Any) -> Iterato
 
 
 def harmless(text: str) -> str:
-    """Control characters, which could steer a terminal, as symbols; tabs and line ends stay."""
+    """Return the text with control characters, which could steer a terminal, as symbols; tabs and line ends stay."""
     symbols = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
     return text.translate({**symbols, 0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)})
 

@@ -136,12 +136,12 @@ class Plan(NamedTuple):
         return self.weights + self.gradients + self.buckets + self.optimizer + self.activations + self.gathered
 
     def hours(self, mfu: float, peak_flops: float) -> float:
-        """At this share of the devices' peak, which is in FLOP/s of one."""
+        """Return the hours at this share of the devices' peak, which is in FLOP/s of one."""
         return self.flops_per_token * self.tokens / (mfu * peak_flops * self.mesh.data * self.mesh.tensor) / 3600
 
 
 def plan(config: DictConfig, vocab_size: int | None = None) -> Plan:
-    """The plan of a composed configuration.
+    """Return the plan of a composed configuration.
 
     Args:
         config: as `compose_config` returns it.
@@ -209,7 +209,7 @@ def _vocab_size(datamodule: Any) -> int:
 
 
 def find_mesh(config: DictConfig) -> Mesh:
-    """That of the configured trainer, on the devices that it names.
+    """Return that of the configured trainer, on the devices that it names.
 
     Raises:
         ConfigError: it names none, or its strategy cannot be.
@@ -227,14 +227,14 @@ def find_mesh(config: DictConfig) -> Mesh:
 
 
 def num_held(model: Transformer, mesh: Mesh) -> int:
-    """Parameters that a process keeps, of a weightless model."""
+    """Return how many parameters of a weightless model a process keeps."""
     cut = sum(num_cut(block) for block in model.blocks if isinstance(block, Block))
     whole = model.num_parameters()[0] - cut
     return (whole + cut // mesh.tensor) // (mesh.data if mesh.sharded else 1)
 
 
 def num_gathered(model: Transformer, mesh: Mesh) -> int:
-    """Parameters, and gradients of some, that a process has beyond those, for a time."""
+    """Return how many parameters, and gradients of some, a process has beyond those for a time."""
     if not mesh.sharded or mesh.data == 1:
         return 0
     blocks = [num_of_block(block, model, mesh) for block in model.blocks if isinstance(block, Block)]
@@ -243,7 +243,7 @@ def num_gathered(model: Transformer, mesh: Mesh) -> int:
 
 
 def num_of_block(block: Block, model: Transformer, mesh: Mesh) -> int:
-    """Parameters that are gathered for it: experts that are shared out stay where they are."""
+    """Return how many parameters are gathered for a block: experts that are shared out stay where they are."""
     cut = num_cut(block)
     total = sum(p.numel() for p in block.parameters()) - cut + cut // mesh.tensor
     if isinstance(block.ffn, MoE) and model.config.moe.expert_parallel > 1:
@@ -253,14 +253,14 @@ def num_of_block(block: Block, model: Transformer, mesh: Mesh) -> int:
 
 
 def num_cut(block: Block) -> int:
-    """Parameters that tensor parallelism would cut."""
+    """Return how many parameters tensor parallelism would cut."""
     dense = block.ffn.shared_expert if isinstance(block.ffn, MoE) else block.ffn
     parts: list[Any] = [block.attn, *([dense] if dense is not None else [])]
     return sum(matrix.weight.numel() for part in parts for matrix in part.matrices())
 
 
 def compose_config(overrides: Sequence[str]) -> DictConfig:
-    """The configuration that train.py would have of these overrides on a machine with GPUs."""
+    """Return the configuration that train.py would have of these overrides on a machine with GPUs."""
     config = compose_run(overrides)
     if config.trainer.accelerator == "auto":
         config.trainer.accelerator = "gpu"  # ${on_gpu:...} would look for those of this machine

@@ -81,7 +81,7 @@ class Report(NamedTuple):
         return f"{config.placement}, {config.ffn}, init {self.init}: {config.num_layers} blocks of dim {config.dim}"
 
     def predicted(self, field: str) -> list[float] | None:
-        """One figure of every block; gradient norms are anchored at the last block's measured one."""
+        """Return one figure of every block; gradient norms are anchored at the last block's measured one."""
         if self.predictions is None or field not in PREDICTED:
             return None
         unit = self.signals[-1].hidden_gradient if field == "hidden_gradient" else 1.0
@@ -109,7 +109,7 @@ def report(overrides: Sequence[str], batch_size: int = 4, seq_len: int = 64) -> 
 
 
 def make_table(result: Report, all_rows: bool) -> Table:
-    """One row a block; of many blocks about NUM_ROWS, evenly spaced, the first and the last among them."""
+    """Make one row a block; of many blocks about NUM_ROWS, evenly spaced, the first and the last among them."""
     table = Table(title=result.title, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
     table.add_column("block", justify="right")
     for name, header in COLUMNS.items():
@@ -129,7 +129,7 @@ def make_table(result: Report, all_rows: bool) -> Table:
 
 
 def summary(result: Report) -> str:
-    """The gradient norm of the hidden state after the first block over that after the last, in one line."""
+    """Return the gradient norm of the hidden state after the first block over that after the last, in one line."""
     line = f"Hidden gradient, first block over last: {gradient_ratio(result):.3g}"
     if result.predictions is None:
         return f"{line}. No theory for this model."
@@ -138,13 +138,13 @@ def summary(result: Report) -> str:
 
 
 def gradient_ratio(result: Report) -> float:
-    """Gradient norm of the hidden state after the first block over that after the last."""
+    """Return the gradient norm of the hidden state after the first block over that after the last."""
     last = result.signals[-1].hidden_gradient
     return result.signals[0].hidden_gradient / last if last else float("nan")
 
 
 def draw(result: Report, output: Path) -> None:
-    """Every column against depth: measured as lines, predicted dashed."""
+    """Draw every column against depth: measured as lines, predicted dashed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -178,7 +178,7 @@ def draw(result: Report, output: Path) -> None:
 
 
 def placements_table(overrides: Sequence[str]) -> str:
-    """Markdown, one row for every placement of the registry, otherwise under the same overrides.
+    """Return Markdown with one row for every placement of the registry, otherwise under the same overrides.
 
     Variance, cosine and effective rank are the last block's. The two gradient columns are the hidden state's, first
     block over last, and attention's parameters' over the FFN's, l2 norms over all blocks.

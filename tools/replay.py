@@ -107,7 +107,7 @@ class Halt(L.Callback):
 
 
 def recorded_steps(run: Path) -> dict[int, list[Path]]:
-    """{step: the files of all its ranks}, in order."""
+    """Return {step: the files of all its ranks}, in order."""
     found: dict[int, list[Path]] = {}
     for path in sorted((run / FOLDER).glob("step_*_rank_*.pt")):
         match = re.fullmatch(r"step_(\d+)_rank_\d+\.pt", path.name)
@@ -117,7 +117,7 @@ def recorded_steps(run: Path) -> dict[int, list[Path]]:
 
 
 def checkpoint_before(run: Path, step: int) -> tuple[Path | None, int]:
-    """(the newest checkpoint that leads to the step, its step); (None, 0): only the beginning is left.
+    """Return (the newest checkpoint that leads to the step, its step); (None, 0): only the beginning is left.
 
     One from between a snapshot and the rollback to it does not: a run from there cannot go back so far.
     """
@@ -133,7 +133,7 @@ def checkpoint_before(run: Path, step: int) -> tuple[Path | None, int]:
 
 
 def rollbacks(run: Path) -> list[tuple[int, int]]:
-    """(step of the event, step of the snapshot that it went back to)."""
+    """Return (step of the event, step of the snapshot that it went back to) of each rollback."""
     log = run / "events.jsonl"
     lines = read_bytes(log, EVENT_BYTES).splitlines() if log.exists() else []
     events: list[Event] = [
@@ -181,7 +181,7 @@ def _check_record(content: Any) -> None:
 
 
 def arrive(config: DictConfig, step: int, checkpoint: Path | None, scratch: Path, allow: Collection[str] = ()) -> Any:
-    """The LightningModule as it was before the step; see `open_data` for what is allowed."""
+    """Return the LightningModule as it was before the step; see `open_data` for what is allowed."""
     # Hooks see neither well, and results are the same. Of the module's own copy: a saved one has no references.
     config.module.model.compile = config.module.model.activation_checkpointing = False
     config.callbacks = {name: node for name, node in (config.callbacks or {}).items() if node and steers(node)}
@@ -207,7 +207,7 @@ def arrive(config: DictConfig, step: int, checkpoint: Path | None, scratch: Path
 
 
 def precision_plugins(config: DictConfig) -> list[Precision]:
-    """Those of the run's plugins in whose precision it computes; the others save, or start processes."""
+    """Return those of the run's plugins in whose precision it computes; the others save, or start processes."""
     nodes = config.trainer.get("plugins")
     if not isinstance(nodes, ListConfig):
         return []
@@ -218,7 +218,7 @@ def precision_plugins(config: DictConfig) -> list[Precision]:
 
 
 def steers(node: DictConfig) -> bool:
-    """Whether a callback may change what is learnt: a few of ours, and whatever is the user's own."""
+    """Return whether a callback may change what is learnt: a few of ours, and whatever is the user's own."""
     if not isinstance(node, DictConfig) or not isinstance(node.get("_target_"), str):
         return False
     target = node["_target_"]
@@ -226,7 +226,7 @@ def steers(node: DictConfig) -> bool:
 
 
 def make_table(signals: list[BlockSignal], record: dict[str, Any]) -> Table:
-    """One row a block: measured now, and the largest recorded share of gradient entries that were not finite."""
+    """Make one row a block: measured now, and the largest recorded share of gradient entries that were not finite."""
     nonfinite = of_the_step(record).get("nonfinite", [0.0] * len(record["groups"]))
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
     table.add_column("block", justify="right")
@@ -240,12 +240,12 @@ def make_table(signals: list[BlockSignal], record: dict[str, Any]) -> Table:
 
 
 def of_the_step(record: dict[str, Any]) -> dict[str, Any]:
-    """The statistics of the recorded step itself; empty where an exception came before its gradients."""
+    """Return the statistics of the recorded step itself; empty where an exception came before its gradients."""
     return next((step for step in record["steps"] if step["step"] == record["step"]), {})
 
 
 def loss_and_norm(module: Any, batches: list[dict[str, Tensor]]) -> tuple[float, float]:
-    """Of the step, in the run's precision: mean over its batches, auxiliary losses included, and gradient norm."""
+    """Return the step's (mean loss over its batches, auxiliary ones included, gradient norm) in the run's precision."""
     module.zero_grad()
     total = 0.0
     for batch in batches:

@@ -71,7 +71,10 @@ class Row:
 
 
 def look(folder: Path, now: float) -> Row | None:
-    """What the folder says; a run without status.json is judged by what else it has left. None: it is gone by now."""
+    """Return what the folder says; a run without status.json is judged by what else it has left.
+
+    None: it is gone by now.
+    """
     written = [seconds for name in WRITTEN if (seconds := _modified(folder / name)) is not None]
     if not written:
         return None
@@ -142,7 +145,7 @@ def find(root: Path) -> list[Path]:
 
 
 def make_table(rows: list[Row], root: Path) -> Table:
-    """One row a run."""
+    """Make one row a run."""
     table = Table()
     table.add_column("run", overflow="fold")
     table.add_column("status")
@@ -159,7 +162,7 @@ def make_table(rows: list[Row], root: Path) -> Table:
 
 
 def age(seconds: float) -> str:
-    """In the largest unit that gives at least one: 40s, 12m, 5h, 3d."""
+    """Return the age in the largest unit that gives at least one: 40s, 12m, 5h, 3d."""
     for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
         if seconds >= size:
             return f"{int(seconds // size)}{unit}"

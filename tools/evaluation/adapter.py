@@ -108,7 +108,7 @@ class Adapter(TemplateLM):
         return self.texts.encode(string.encode()).tolist()
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts: each token once, in windows that follow each other."""
+        """Return the log-likelihoods of whole texts: each token counts once, in windows that follow each other."""
         pieces, owners = [], []
         for number, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
@@ -122,7 +122,7 @@ class Adapter(TemplateLM):
 
     @torch.inference_mode()
     def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
-        """(text, context, continuation) each -> (log-likelihood in nats, whether the continuation is the likeliest)."""
+        """Return (log-likelihood in nats, whether it is the likeliest) of each continuation behind its context."""
         contexts: dict[Context, list[int]] = {}
         longest = max((len(continuation) for _, _, continuation in requests), default=0)
         fits = f"at least {longest}, the tokens of the longest continuation"
@@ -141,7 +141,7 @@ class Adapter(TemplateLM):
         return results
 
     def _batches(self, contexts: dict[Context, list[int]], lengths: dict[int, int]) -> Iterator[list[Group]]:
-        """Groups of at most batch_size requests in all, those of long contexts first; nothing that is empty."""
+        """Yield groups of at most batch_size requests, those of long contexts first; nothing that is empty."""
         batch: list[Group] = []
         for context, members in sorted(contexts.items(), key=lambda item: -len(item[0])):
             numbers = sorted((number for number in members if lengths[number]), key=lambda number: -lengths[number])
@@ -181,7 +181,7 @@ class Adapter(TemplateLM):
         return feed(self.model, cache, pieces, starts, logits_to_keep)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continuations of contexts, up to the first of the strings that end them, or the end of the document.
+        """Return the contexts' continuations, up to the first of the strings that end them, or the document's end.
 
         Neither the batch size nor the other contexts of a batch change them: each has a seed of its own, its number.
 
@@ -212,7 +212,7 @@ class Adapter(TemplateLM):
         return results
 
     def _prompt(self, context: str, num_tokens: int) -> list[int]:
-        """The last tokens of a context, with room in the window for so many more, or for half of it."""
+        """Return the last tokens of a context, with room in the window for so many more, or for half of it."""
         room = max(self.window - num_tokens, self.window // 2, 1)
         return (self.tok_encode(context) or [self.eot_token_id])[-room:]
 
@@ -241,6 +241,6 @@ class Adapter(TemplateLM):
 
 
 def _judged(logits: torch.Tensor, tokens: list[int]) -> tuple[float, bool]:
-    """Of the next tokens, by logits [as many or more, vocab_size]: their log-likelihood, whether they are likeliest."""
+    """Return the next tokens' log-likelihood by logits [as many or more, vocab_size], and if they are likeliest."""
     logs, targets = logits[: len(tokens)].float().log_softmax(-1).cpu(), torch.tensor(tokens, dtype=torch.long)
     return float(logs.gather(-1, targets[:, None]).double().sum()), bool((logs.argmax(-1) == targets).all())

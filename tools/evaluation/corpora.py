@@ -18,7 +18,7 @@ from datamodules.shard_corpus import ShardCorpus
 
 @dataclass(frozen=True)
 class Loss:
-    """Of one corpus, or of one source of a mixture.
+    """The loss on one corpus, or on one source of a mixture.
 
     Attributes:
         name: of the corpus.
@@ -41,7 +41,7 @@ class Loss:
 
 
 def losses_of(run: OpenRun, paths: list[str], batches: int | None) -> list[Loss]:
-    """Of each corpus, one after the other; those of a mixture's sources follow the whole.
+    """Yield the losses of each corpus, one after the other; those of a mixture's sources follow the whole.
 
     Args:
         run: the model, and the data that it was trained on.
@@ -83,7 +83,7 @@ def _prepared(run: OpenRun, path: str) -> ShardCorpus:
 
 @torch.inference_mode()
 def measure(module: Any, data: Any, name: str, num_batches: int) -> list[Loss]:
-    """Over the first `num_batches` of a DataModule's validation sample.
+    """Measure the loss over the first `num_batches` of a DataModule's validation sample.
 
     Args:
         module: a LightningModule whose call gives (Losses of the targets, ...), never all logits at once.
@@ -122,7 +122,7 @@ def _batches(data: Any, num_batches: int) -> Iterator[dict[str, Tensor]]:
 
 
 def token_losses(module: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Cross-entropy of each predicted token, in nats, [batch, seq]."""
+    """Return the cross-entropy of each predicted token, in nats, [batch, seq]."""
     batch = {key: rows.to(module.device) for key, rows in batch.items()}
     inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
     losses, *_ = module(inputs, batch.get("positions"), targets)
@@ -138,7 +138,7 @@ def _loss(name: str, sums: Tensor, count: Tensor, data: Any) -> Loss:
 
 
 def buckets(by_position: list[float]) -> list[tuple[int, int, float]]:
-    """(first position, last position, mean loss there): 1, 2, 3-4, 5-8, ..., counted from 1."""
+    """Return (first position, last position, mean loss there): 1, 2, 3-4, 5-8, ..., counted from 1."""
     ends = [1]
     while ends[-1] < len(by_position):
         ends.append(min(2 * ends[-1], len(by_position)))

@@ -22,7 +22,7 @@ class CheckedTasks(TaskManager):
     """The harness' tasks, refused before the model is asked anything where they want what the adapter does not do."""
 
     def load(self, *arguments: Any, **options: Any) -> Any:
-        """As the harness loads them.
+        """Return the tasks as the harness loads them.
 
         Raises:
             ConfigError: of a task's `generation_kwargs`.
@@ -42,7 +42,7 @@ class CheckedTasks(TaskManager):
 
 
 def _config_in(error: Exception) -> TaskConfig | None:
-    """The task's configuration in which the harness failed: it converts a temperature before anybody can look at it."""
+    """Return the task's configuration in which the harness failed, as it converts a temperature unseen."""
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "__post_init__")
     configs = [config for frame in frames if isinstance(config := frame.f_locals.get("self"), TaskConfig)]
     return configs[-1] if configs else None
@@ -113,7 +113,7 @@ def run_tasks(
 
 
 def _metrics(values: dict[str, Any]) -> dict[str, float]:
-    """{"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": "x"} -> {"acc": 0.5}; other filters than none are named."""
+    """Return {"acc": 0.5} of {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": "x"}; filters but none are named."""
     found = {}
     for key, value in values.items():
         name, comma, how = key.partition(",")

@@ -12,7 +12,7 @@ from lightning_modules.transformer import Transformer
 
 
 def obstacle(model: Transformer) -> str | None:
-    """What neither Llama nor Mixtral has, in words; None: the model is one of them."""
+    """Return what neither Llama nor Mixtral has, in words; None: the model is one of them."""
     config, moe = model.config, model.config.moe
     differences = {
         f"placement {config.placement}": config.placement != "prenorm",
@@ -32,7 +32,7 @@ def obstacle(model: Transformer) -> str | None:
 
 
 def to_hugging_face(model: Transformer, max_length: int, end_of_document: int | None) -> Any:
-    """A LlamaForCausalLM or MixtralForCausalLM with the same logits.
+    """Return a LlamaForCausalLM or MixtralForCausalLM with the same logits.
 
     A Mixtral's router_aux_loss_coef weighs the load-balancing loss as the run did: transformers' is top_k times ours.
     It has no z-loss, and it takes the loss over all layers' tokens together, where ours is the mean over the layers.
@@ -104,7 +104,7 @@ def _dense(block: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _mixture(block: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Ours are [experts x hidden, dim] each; theirs [experts, 2 hidden, dim] and [experts, dim, hidden]."""
+    """Return our matrices [experts x hidden, dim] as theirs, [experts, 2 hidden, dim] and [experts, dim, hidden]."""
     w1, v1, w2 = (
         block[f"ffn.experts.mlp.{name}"].unflatten(0, (config.moe.num_experts, -1)) for name in ("w1", "v1", "w2")
     )

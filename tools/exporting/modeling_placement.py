@@ -400,7 +400,7 @@ class Block(GradientCheckpointingLayer):
     def forward(
         self, state: Any, rope: tuple[Tensor, Tensor], attention_mask: Tensor | None, past_key_values: Any = None
     ) -> tuple[Any, Tensor | None]:
-        """The placement's state before the block -> (its state after it, the router's logits of a mixture).
+        """Return (the placement's state after the block, the router's logits of a mixture), of the state before it.
 
         The state is one tensor [batch, seq, hidden_size], or two where the placement has two streams. The first block
         takes the embeddings, and the last one returns what the head reads.

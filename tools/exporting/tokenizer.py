@@ -8,7 +8,7 @@ END = "<|endoftext|>"
 
 
 def to_hugging_face(tokenizer: Any, max_length: int) -> Any:
-    """A PreTrainedTokenizerFast with the same ids; None: the data is no text.
+    """Return a PreTrainedTokenizerFast with the same ids; None: the data is no text.
 
     Args:
         tokenizer: one of datamodules.tokenizers.
@@ -36,7 +36,7 @@ def to_hugging_face(tokenizer: Any, max_length: int) -> Any:
 
 
 def bytes_as_bpe() -> Any:
-    """One token a byte, with the byte's own number: byte-level BPE that merges nothing."""
+    """Return a byte-level BPE that merges nothing: one token a byte, with the byte's own number."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     printable = [

@@ -53,13 +53,14 @@ MIXTURES: list[dict[str, Any]] = [
     {"load_balancing_weight": 0.3, "z_loss_weight": 0.2},
     {"jitter": 0.3},
 ]
+OWN_NORM = "tests.tools.exports.OwnNorm"
 QUICK: list[dict[str, Any]] = [
     *({"placement": name, "num_kv_heads": 2} for name in PLACEMENTS),
     *({"placement": name, "ffn": "moe", "moe": {"num_shared_experts": 1}} for name in PLACEMENTS),
     *({"placement": name, "placement_options": options} for name, each in OPTIONS.items() for options in each),
     *({"placement": "sandwich", **options} for options in DENSE),
     *({"placement": "subln", "ffn": "moe", "moe": options} for options in MIXTURES),
-    *({"placement": name, "norm": "tests.tools.exports.OwnNorm", "norm_eps": 0.1} for name in ("hybridnorm", "subln")),
+    *({"placement": name, "norm": OWN_NORM, "norm_eps": 0.1} for name in ("hybridnorm", "subln")),
 ]
 ALL_OPTIONS = [
     {},
@@ -69,7 +70,7 @@ ALL_OPTIONS = [
 LEFT_OUT = {
     *("init", "init_options", "init_truncation"),  # the weights are there
     *("compile", "activation_checkpointing", "activation_checkpoint_every"),  # how it is run
-    *("backend", "expert_parallel"),  # likewise
+    *("cpu_kernels", "backend", "expert_parallel"),  # likewise
     "bias_update_rate",  # the bias stays as it is
 }
 
