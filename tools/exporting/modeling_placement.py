@@ -222,7 +222,7 @@ class Attention(nn.Module):
         self.inner_norm = inner_norm(config, placement, q_dim)
 
     def split_heads(self, name: str, projected: Tensor) -> Tensor:
-        """[batch, seq, heads x head_dim] -> [batch, heads, seq, head_dim], normed where the placement says so."""
+        """Return x as [batch, heads, seq, head_dim], normed where the placement says so."""
         norm = self.projection_norms[name] if name in self.projection_norms else nn.Identity()
         if not self.norms_each_head:
             projected = norm(projected)
@@ -234,7 +234,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], attention_mask: Tensor | None, past_key_values: Any
     ) -> Tensor:
-        """x [batch, seq, hidden_size] -> the same shape; without a mask, attention is causal."""
+        """Return attention's output, [batch, seq, hidden_size] as x; without a mask, it is causal."""
         q = rotate(self.split_heads("q", self.q_proj(x)), *rope)
         k = rotate(self.split_heads("k", self.k_proj(x)), *rope)
         v = self.split_heads("v", self.v_proj(x))
@@ -266,7 +266,7 @@ class RouterLogits(nn.Linear):
     """A product in fp32 or wider, whatever x and the weight are stored in."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [tokens, hidden_size] -> logits [tokens, num_experts]."""
+        """Return logits [tokens, num_experts] of x [tokens, hidden_size]."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         return F.linear(x.to(dtype), self.weight.to(dtype))
 
@@ -292,7 +292,7 @@ class Router(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [tokens, hidden_size] -> (weights [tokens, k], experts [tokens, k], logits [tokens, num_experts])."""
+        """Return (weights [tokens, k], experts [tokens, k], logits [tokens, num_experts]) of x."""
         noise = self.config.router_jitter_noise
         if self.training and noise > 0:
             x = x * torch.empty_like(x).uniform_(1 - noise, 1 + noise)
@@ -337,7 +337,7 @@ class Experts(nn.Module):
         self.inner_norm = inner_norm(config, placement, config.moe_intermediate_size)
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-        """x [tokens, hidden_size], weights and experts [tokens, k] -> the weighted sums, as x."""
+        """Return the experts' outputs, summed by weights and experts [tokens, k]: [tokens, hidden_size] as x."""
         gates, ups, downs = (weight.chunk(self.num_experts) for weight in (self.w1, self.v1, self.w2))
         out = torch.zeros_like(x)
         for expert, (gate, up, down) in enumerate(zip(gates, ups, downs, strict=True)):
@@ -365,7 +365,7 @@ class MixtureOfExperts(nn.Module):
         self.shared_expert = FeedForward(config, placement, width) if width else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [batch, seq, hidden_size] -> (output of the same shape, the router's logits [tokens, num_experts])."""
+        """Return (output [batch, seq, hidden_size] as x, the router's logits [tokens, num_experts])."""
         tokens = x.flatten(0, -2)
         weights, experts, router_logits = self.router(tokens)
         out = self.experts["mlp"](tokens, weights, experts).view_as(x)
@@ -437,7 +437,7 @@ class PlacementModel(nn.Module):
     def forward(
         self, embeds: Tensor, rope: tuple[Tensor, Tensor], attention_mask: Tensor | None, past_key_values: Any
     ) -> tuple[Tensor, list[Any], list[Tensor]]:
-        """Embeddings [batch, seq, hidden_size] -> (what the head reads, the states between blocks, routers' logits).
+        """Return (what the head reads, the states between blocks, routers' logits) of embeddings [batch, seq, hidden_size].
 
         The states are those before each block, and what the head reads; there are logits of each mixture.
         """
