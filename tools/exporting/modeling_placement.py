@@ -437,7 +437,7 @@ class PlacementModel(nn.Module):
     def forward(
         self, embeds: Tensor, rope: tuple[Tensor, Tensor], attention_mask: Tensor | None, past_key_values: Any
     ) -> tuple[Tensor, list[Any], list[Tensor]]:
-        """Return (what the head reads, the states between blocks, routers' logits) of embeddings [batch, seq, hidden_size].
+        """Return (what the head reads, the states between blocks, routers' logits) of [batch, seq, hidden_size].
 
         The states are those before each block, and what the head reads; there are logits of each mixture.
         """
