@@ -24,6 +24,7 @@ from core.plain_pickle import Maker
 from core.untrusted import Untrusted, beyond, bound, open_regular
 
 VIEWS = 4  # as much as all tensors may take, in sizes of the file: some share their storage, as tied weights do
+DIRECTORY_BYTES = 16 << 20  # room for 200,000 parts, each of which takes half a kilobyte of memory
 CHUNK = 16 << 20
 _STORAGES = {
     **{"Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16},
@@ -72,6 +73,10 @@ def _opened(source: Path | bytes) -> Iterator[tuple[IO[bytes], zipfile.ZipFile]]
     """A file and the archive in it; what zipfile finds wrong, in many kinds of error, becomes one."""
     with io.BytesIO(source) if isinstance(source, bytes) else open_regular(source) as file:
         try:
+            # zipfile's own look at an archive's end, which it takes before it reads the directory whole.
+            end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
+            if end and end[zipfile._ECD_SIZE] > bound(DIRECTORY_BYTES):  # type: ignore[attr-defined]
+                raise Untrusted(beyond("the directory of its parts has too many bytes", DIRECTORY_BYTES))
             with zipfile.ZipFile(file) as archive:
                 yield file, archive
         except (zipfile.BadZipFile, EOFError, LookupError, RuntimeError, ValueError, OverflowError, error) as wrong:
