@@ -26,7 +26,7 @@ from core.printable import printable
 from core.run_lock import held
 from core.status import FILE as STATUS
 from core.status import LOCK, is_done
-from core.untrusted import read_yaml
+from core.untrusted import is_within, read_yaml
 
 RUNS = Path("runs")
 NAME_LENGTH = 80  # file systems take 255 bytes; a table of runs takes less
@@ -246,10 +246,9 @@ def refuse_links(path: Path) -> None:
         ConfigError: names the first link that leads out of it, or pipe or device, which a run would wait for.
     """
     pending = [part for part in path.glob("*") if re.fullmatch(WRITTEN, part.name)]
-    home = Path(os.path.realpath(path))
     while pending:
         part = pending.pop()
-        if part.is_symlink() and not Path(os.path.realpath(part)).is_relative_to(home):
+        if part.is_symlink() and not is_within(path, part):
             reason = f"{part} leads out of it by a link, through which the run would write and delete; remove the link"
             raise InvalidValue("run_dir", str(path), reason)
         if part.exists() and not (part.is_file() or part.is_dir()):
