@@ -64,6 +64,7 @@ TARGETS = (
         (GENERATE, CONSOLIDATE, RESUME, EXPORT, REPLAY),
         (mutations.torch_values,),
     ),
+    Target("resumed checkpoint", "run", "checkpoints/last.ckpt", (RESUME,), (mutations.torch_values,)),
     Target("pieces", "pieces", "checkpoints/last.ckpt/*", (GENERATE, CONSOLIDATE, RESUME)),
     Target("pieces' index", "pieces", "checkpoints/last.ckpt/index.json", (GENERATE, RESUME), (mutations.json_values,)),
     Target("pieces' values", "pieces", "checkpoints/last.ckpt/*.pt", (GENERATE, RESUME), (mutations.torch_values,)),

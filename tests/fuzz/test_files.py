@@ -16,11 +16,6 @@ from tests.helpers_run import tiny_job
 QUICK = [target for target in TARGETS if target.readers[0] not in (RESUME, REPORT, REMOTE)]
 
 
-@pytest.fixture(scope="session")
-def seeds_folder(sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return seeds.make(sandbox, tmp_path_factory.mktemp("seeds") / "all")
-
-
 def command(target: Target, reader: tuple[str, ...]) -> list[str]:
     """The reader's arguments, for the folder of the target."""
     if reader == RESUME:
