@@ -354,8 +354,8 @@ class LanguageModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        for optimizer in self.trainer.optimizers:
-            check_state(optimizer)
+        for optimizer in self.trainer.optimizers if self.trainer.ckpt_path is not None else ():
+            check_state(optimizer, self.trainer.global_step, self.trainer.ckpt_path)
         found = self.lr_schedulers()
         scheduler = found if isinstance(found, torch.optim.lr_scheduler.LambdaLR) else None
         if self.trainer.ckpt_path is not None and scheduler is not None and self._group_settings is not None:

@@ -240,18 +240,28 @@ def _is_close(found: Any, value: Any) -> bool:
     return isinstance(found, int | float) and math.isclose(found, value, rel_tol=1e-6)
 
 
-def check_state(optimizer: torch.optim.Optimizer) -> None:
+def check_state(optimizer: torch.optim.Optimizer, step: int, path: object) -> None:
     """Hold what AdamW keeps of each parameter against the parameter, where it may come from a checkpoint.
 
     torch takes any shape, and its fused kernels write beyond the end of a tensor that is too small.
 
+    Args:
+        step: optimizer steps done.
+        path: of the checkpoint, for the message.
+
     Raises:
-        ConfigError: a tensor has another shape than its parameter, or a count of steps is no single number.
+        ConfigError: one of them is missing, is no tensor or of another shape than its parameter, or counts more steps
+            than the run has done.
     """
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return
     for parameter, state in optimizer.state.items():
-        for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"):
+        for name, shape in (("exp_avg", parameter.shape), ("exp_avg_sq", parameter.shape), ("step", torch.Size())):
             kept = state.get(name)
-            if isinstance(kept, torch.Tensor):
-                fits = kept.numel() == 1 if name == "step" else kept.shape == parameter.shape
-                valid = f"a checkpoint of this model; its {name} has another shape than {list(parameter.shape)}"
-                require(fits, "ckpt_path", list(kept.shape), valid)
+            found = f"the shape {list(kept.shape)}" if isinstance(kept, Tensor) else f"a {type(kept).__name__}"
+            valid = f"a checkpoint whose optimizer has the shape {list(shape)} in {name}, where this one has {found}"
+            fits = isinstance(kept, Tensor) and (kept.numel() == 1 if name == "step" else kept.shape == shape)
+            require(fits, "ckpt_path", str(path), valid)
+        count = float(state["step"])
+        valid = f"a checkpoint whose optimizer has stepped 0 to {step} times; it says {count:g}"
+        require(0 <= count <= step, "ckpt_path", str(path), valid)

@@ -36,6 +36,19 @@ def inside(*path: Any, value: Any) -> Edit:
     return edit
 
 
+def of_parameter(name: str, change: Callable[[Any], Any] | None) -> Edit:
+    """Change what is kept of one parameter in a checkpoint of one file; None: leave it out."""
+
+    def edit(content: dict[str, Any]) -> None:
+        state = content["optimizer"]["state"][1]
+        if change is None:
+            del state[name]
+        else:
+            state[name] = change(state[name])
+
+    return edit
+
+
 def position(content: dict[str, Any]) -> None:
     (stream,) = (part for part in content["meta"].values() if isinstance(part, dict) and "stream_identity" in part)
     stream["step"] = 1
@@ -52,6 +65,18 @@ EITHER: dict[str, tuple[Edit, str]] = {  # what is changed, and what the line na
     "another step of the schedule": (inside("lr_schedulers", 0, "last_epoch", value=700), "step of the schedule is 3"),
     "another step of the loops": (inside(*STEPS, "completed", value=7), "completed is 7"),
     "another step of the data": (position, "step is 1"),
+}
+
+
+ONE_FILE: dict[str, tuple[Edit, str]] = {
+    "a moment that is none": (of_parameter("exp_avg", lambda _: {}), "in exp_avg, where this one has a dict"),
+    "a moment that is missing": (of_parameter("exp_avg_sq", None), "in exp_avg_sq, where this one has a NoneType"),
+    "another moment's shape": (
+        of_parameter("exp_avg", lambda x: x[:1].clone()),
+        "in exp_avg, where this one has the shape",
+    ),
+    "steps to come": (of_parameter("step", lambda _: torch.tensor(700.0)), "stepped 0 to 3 times; it says 700"),
+    "a number of steps that is none": (of_parameter("step", lambda _: torch.tensor(float("nan"))), "it says nan"),
 }
 
 
@@ -135,12 +160,12 @@ def test_what_is_not_changed_is_resumed(sandbox: Sandbox, seeds_folder: Path, ki
 @pytest.mark.parametrize(
     ("kind", "what"),
     [
-        *(("run", what) for what in EITHER),
+        *(("run", what) for what in (*EITHER, *ONE_FILE)),
         *(pytest.param("pieces", what, marks=pytest.mark.slow) for what in (*EITHER, *PIECES)),
     ],
 )
 def test_what_does_not_fit_is_refused(sandbox: Sandbox, seeds_folder: Path, kind: str, what: str) -> None:
-    edit, words = {**EITHER, **PIECES}[what]
+    edit, words = {**EITHER, **(PIECES if kind == "pieces" else ONE_FILE)}[what]
     outcome, found = resume(sandbox, seeds_folder, kind, edit)
     assert outcome.code == 2, outcome.err
     assert found == []
