@@ -73,14 +73,29 @@ def _opened(source: Path | bytes) -> Iterator[tuple[IO[bytes], zipfile.ZipFile]]
     """A file and the archive in it; what zipfile finds wrong, in many kinds of error, becomes one."""
     with io.BytesIO(source) if isinstance(source, bytes) else open_regular(source) as file:
         try:
-            # zipfile's own look at an archive's end, which it takes before it reads the directory whole.
-            end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
-            if end and end[zipfile._ECD_SIZE] > bound(DIRECTORY_BYTES):  # type: ignore[attr-defined]
-                raise Untrusted(beyond("the directory of its parts has too many bytes", DIRECTORY_BYTES))
-            with zipfile.ZipFile(file) as archive:
+            bounded = _Bounded(file, bound(DIRECTORY_BYTES))
+            with zipfile.ZipFile(bounded) as archive:
+                bounded.most = None
                 yield file, archive
         except (zipfile.BadZipFile, EOFError, LookupError, RuntimeError, ValueError, OverflowError, error) as wrong:
             raise Untrusted(one_line(wrong) or type(wrong).__name__) from wrong
+
+
+class _Bounded:
+    """A file of which zipfile reads at most so many bytes at once; it reads an archive's directory in one go.
+
+    Attributes:
+        most: so many; None: any number.
+    """
+
+    def __init__(self, file: IO[bytes], most: int | None) -> None:
+        self.file, self.most = file, most
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        if self.most is not None and size > self.most:
+            raise Untrusted(beyond("the directory of its parts has too many bytes", DIRECTORY_BYTES))
+        return self.file.read(size)
 
 
 def _check_directory(archive: zipfile.ZipFile, file: IO[bytes]) -> int:

@@ -10,7 +10,7 @@ from tests.fuzz import seeds
 from tests.fuzz.judge import faults
 from tests.fuzz.mutations import Draw, any_bytes
 from tests.fuzz.sandbox import Outcome, Sandbox, World, tree
-from tests.fuzz.targets import ANSWERS, READ_ONLY, REMOTE, REPORT, RESUME, TARGETS, Target
+from tests.fuzz.targets import ANSWERS, READ_ONLY, REMOTE, REPORT, RESUME, TARGETS, TRAIN, Target
 from tests.helpers_run import tiny_job
 
 QUICK = [target for target in TARGETS if target.readers[0] not in (RESUME, REPORT, REMOTE)]
@@ -64,6 +64,9 @@ def check(sandbox: Sandbox, folder: Path, target: Target, draw: Draw) -> None:
         else:
             outcome = sandbox.run(world, reader[0], *command(target, reader))
         is_text = reader[0] == "tools.generate"
+        if reader in (TRAIN, REMOTE) and outcome.code == 2 and "Run folder: " in outcome.out:
+            # A corpus is read while a run trains: what it finds wrong after its first step is a run that has begun.
+            before = tree(world.work)
         found = faults(outcome, before, world, writes=reader[0] not in READ_ONLY, is_text=is_text)
         what = f"{file.name} of {target.kind}, {how.__name__}, {' '.join(reader)}"
         assert not found, f"{what}: {found}\n{outcome.err[-1500:]}"
