@@ -90,7 +90,7 @@ class _Bounded:
 
     def __init__(self, file: IO[bytes], most: int | None) -> None:
         self.file, self.most = file, most
-        self.seek, self.tell = file.seek, file.tell
+        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
 
     def read(self, size: int = -1) -> bytes:
         if self.most is not None and size > self.most:
