@@ -256,8 +256,9 @@ def refuse_links(path: Path) -> None:
 
 
 def _names(path: Path) -> set[str]:
-    """Return what lies in a folder and in those below it, by its path from there."""
-    return {str(part.relative_to(path)) for part in path.rglob("*")}
+    """Return what lies in a folder under the names of what a run writes, and below those, by its path from there."""
+    parts = [part for part in path.glob("*") if re.fullmatch(rf"{WRITTEN}|{re.escape(LOCK)}", part.name)]
+    return {str(found.relative_to(path)) for part in parts for found in (part, *part.rglob("*"))}
 
 
 def _holds_run(path: Path) -> bool:
