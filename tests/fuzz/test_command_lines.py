@@ -83,7 +83,7 @@ def test_groups_of_train(sandbox: Sandbox) -> None:
 
 
 def test_tools(sandbox: Sandbox) -> None:
-    try_cases(sandbox, 80, command_lines.tool_command_lines(), tool)
+    try_cases(sandbox, 100, command_lines.tool_command_lines(), tool)
 
 
 @pytest.mark.slow

@@ -116,6 +116,9 @@ PIECES: dict[str, tuple[Edit, str]] = {
 }
 
 
+QUICK = ("the loss is driven up", "another peak", "another step of the loops", "a moment that is none")
+
+
 def edit_pieces(folder: Path, edit: Edit) -> None:
     """Change a checkpoint in pieces, and write the index and its checksums anew."""
     index = read_index(folder)
@@ -151,6 +154,7 @@ def resume(sandbox: Sandbox, seeds_folder: Path, kind: str, edit: Edit) -> tuple
         return outcome, faults(outcome, before, world)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pieces", "run"])
 def test_what_is_not_changed_is_resumed(sandbox: Sandbox, seeds_folder: Path, kind: str) -> None:
     outcome, found = resume(sandbox, seeds_folder, kind, lambda content: None)
@@ -160,7 +164,8 @@ def test_what_is_not_changed_is_resumed(sandbox: Sandbox, seeds_folder: Path, ki
 @pytest.mark.parametrize(
     ("kind", "what"),
     [
-        *(("run", what) for what in (*EITHER, *ONE_FILE)),
+        *(("run", what) for what in QUICK),
+        *(pytest.param("run", what, marks=pytest.mark.slow) for what in {**EITHER, **ONE_FILE} if what not in QUICK),
         *(pytest.param("pieces", what, marks=pytest.mark.slow) for what in (*EITHER, *PIECES)),
     ],
 )
