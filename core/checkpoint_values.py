@@ -144,6 +144,8 @@ def _check_optimizer(where: str, state: Any) -> None:
         for name in ("lr", "initial_lr", "weight_decay", "eps", "betas", "momentum"):
             for part, value in _leaves(group.get(name), f"{where}.param_groups.{place}.{name}"):
                 _check_number(part, value)
+                if isinstance(value, Tensor) and value.numel() != 1:
+                    raise _wrong(part, value, "a number")
 
 
 def _check_generators(state: Any) -> None:

@@ -60,6 +60,7 @@ EITHER: dict[str, tuple[Edit, str]] = {  # what is changed, and what the line na
     "other betas": (setting("betas", (0.5, 0.5)), "betas is (0.9, 0.95)"),
     "another decay": (setting("weight_decay", 5.0), "weight_decay is 0.0"),
     "a rate that is a text": (setting("lr", "x"), "lr is 'x'"),
+    "a rate of two numbers": (setting("lr", torch.zeros(2)), "lr is a Tensor, where a number"),
     "another peak": (inside("lr_schedulers", 0, "base_lrs", value=[7.0, 7.0]), "peak learning rates"),
     "one peak of two": (inside("lr_schedulers", 0, "base_lrs", value=[0.003]), "peak learning rates"),
     "another step of the schedule": (inside("lr_schedulers", 0, "last_epoch", value=700), "step of the schedule is 3"),
