@@ -130,8 +130,8 @@ def test_a_checkpoint_of_an_odd_step_is_refused(tmp_path: Path, step: Any) -> No
     ("max_steps", "step", "at", "recorded", "reason"),
     [
         (100, 50, 40, [50, 50], None),
-        (100, 50, 40, [50, 51], "--step=50 is not valid: expected a step whose record is of that step"),
-        (100, 101, 40, [101], "--step=101 is not valid: expected at most 100, trainer.max_steps"),
+        (100, 50, 40, [50, 51], "step=50 is not valid: expected a step whose record is of that step"),
+        (100, 101, 40, [101], "step=101 is not valid: expected at most 100, trainer.max_steps"),
         (10**9, 10_001, 0, [10_001], None),
         (-1, 10_002, 0, [10_002], "10,001 steps behind the newest checkpoint .* the bound is 10,000, and READ_LIMITS"),
         (10**9, 999_999_999, 3, [999_999_999], "999,999,995 steps behind"),
