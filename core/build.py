@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -39,7 +40,7 @@ def build(config: DictConfig, field: str, **filled_in: Any) -> Any:
     target = import_target(f"{field}._target_", node["_target_"])
     # Resolved here: a reference further down does not find the rest of the configuration from a part of it.
     content = cast(dict[str, Any], with_current_names(OmegaConf.to_container(node, resolve=True)))
-    given = instantiate(DictConfig({k: v for k, v in content.items() if k != "_target_"}), _convert_="all")
+    given = _with_objects(field, {name: value for name, value in content.items() if name != "_target_"})
     arguments = {name: value for name, value in given.items() if not name.startswith("_")}
     for name, value in arguments.items():
         if name in PATHS or (name in NAMES and value):
@@ -54,6 +55,26 @@ def build(config: DictConfig, field: str, **filled_in: Any) -> Any:
         message = one_line(error)
         name = _culprit(arguments, message)
         raise InvalidValue(f"{field}.{name}", node[name], message) from error
+
+
+def _with_objects(field: str, content: dict[str, Any]) -> Any:
+    """Return the arguments with what the `_target_`s among them describe.
+
+    Raises:
+        ConfigError: one cannot be made, and no error of this project says why.
+    """
+    arguments = DictConfig(content)
+    try:
+        return instantiate(arguments, _convert_="all")
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from error
+        message, _, name = one_line(error).partition(" full_key: ")
+        if name and OmegaConf.select(arguments, name) is None:
+            name = re.sub(r"(\d+)$", r"[\1]", name)  # of a list's entry Hydra leaves the brackets out
+        value = OmegaConf.to_container(OmegaConf.select(arguments, name)) if name else content
+        message = message.replace(", set env var HYDRA_FULL_ERROR=1 to see chained exception.", "").rstrip(".")
+        raise InvalidValue(f"{field}.{name}" if name else field, value, message) from error
 
 
 def build_all(config: DictConfig, group: str) -> list[Any]:

@@ -31,8 +31,10 @@ def load_beside_weights(path: Path) -> dict[str, Any]:
     """
     if not path.is_dir():
         return load(path)  # which maps the weights, and does not read them
-    sharded_checkpoint.read_index(path)
-    return checked(sharded_checkpoint.load_meta(path))
+    meta = sharded_checkpoint.load_meta(path)
+    values = sharded_checkpoint.read_index(path).plain_values()
+    checked({**(values if isinstance(values, dict) else {}), **meta})
+    return meta
 
 
 class CheckpointIO(TorchCheckpointIO):

@@ -1,6 +1,7 @@
 """What a checkpoint says of its run is typed and bounded here, before anybody counts with it or makes a path of it."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import PurePath
 from typing import Any
 
@@ -17,6 +18,18 @@ NUMBERS = ("schedule_steps", "run_summary")
 """Parts that this project adds to a checkpoint, and that are used only where training begins, or where it has ended."""
 LISTED = ("values", "usual", "steps", "ratios")
 """What such a callback keeps a list of; as of a list's entries, the name of each ends in a number."""
+STEPS_DONE = (
+    (
+        "loops",
+        "fit_loop",
+        "epoch_loop.automatic_optimization.optim_progress",
+        "optimizer",
+        "step",
+        "total",
+        "completed",
+    ),
+    ("loops", "fit_loop", "epoch_loop.manual_optimization.optim_step_progress", "total", "completed"),
+)
 PATHS = ("best_model_path", "kth_best_model_path", "last_model_path", "dirpath")  # of Lightning's ModelCheckpoint
 
 
@@ -45,12 +58,21 @@ def checked(content: Any) -> dict[str, Any]:
     for name, value in _leaves(content.get("loops", {}), "loops"):
         if not isinstance(value, bool | None):
             _count(name, value)
+    _check_progress(content)
     for name, state in content.items():
         if isinstance(state, dict) and "stream_identity" in state:
             for part in ("samples", "step"):
                 _count(f"{name}.{part}", state.get(part))
+            if "global_step" in content and state["step"] != content["global_step"]:
+                raise _wrong(f"{name}.step", state["step"], f"its global_step, {content['global_step']},")
     _check_schedulers(content.get("lr_schedulers", []))
-    _check_optimizers(content.get("optimizer_states", []))
+    # A checkpoint in pieces has each optimizer's under a name of its own.
+    in_pieces = {name: state for name, state in content.items() if re.fullmatch(r"optimizer_\d+", str(name))}
+    listed = content.get("optimizer_states", [])
+    if not isinstance(listed, list):
+        raise _wrong("optimizer_states", listed, "a list of their states")
+    for name, state in (*in_pieces.items(), *((f"optimizer_states.{n}", state) for n, state in enumerate(listed))):
+        _check_optimizer(name, state)
     for name, state in content.get("callbacks", {}).items():
         # Not by its name, which is that of its class: the user's own may be a ModelCheckpoint too.
         if isinstance(state, dict) and not state.keys().isdisjoint((*PATHS, "best_k_models")):
@@ -84,25 +106,46 @@ def _check_schedulers(states: Any) -> None:
                     _check_number(each, rate)
 
 
-def _check_optimizers(states: Any) -> None:
+def _check_progress(content: dict[str, Any]) -> None:
+    """Hold the step that Lightning's loops count on from against the one that the checkpoint gives."""
+    step = content.get("global_step")
+    # One counts, of a module that leaves its optimization to Lightning and of one that does not.
+    counts = [_at(content, path) for path in STEPS_DONE]
+    if step is not None and counts != [None, None] and step not in counts:
+        raise _wrong(".".join(STEPS_DONE[0]), counts[0], f"its global_step, {step},")
+
+
+def _at(node: Any, path: Iterable[str]) -> Any:
+    for key in path:
+        node = node.get(key) if isinstance(node, dict) else None
+    return node
+
+
+def _check_optimizer(where: str, state: Any) -> None:
     """Hold the settings of each group of parameters, and what is kept of each parameter, against what optimizers keep.
 
     Whether a tensor is of its parameter's shape is found where it is used: core/interruption.py has the words for it.
     """
-    if not isinstance(states, list):
-        raise _wrong("optimizer_states", states, "a list of their states")
-    for number, state in enumerate(states):
-        where = f"optimizer_states.{number}"
-        groups = state.get("param_groups") if isinstance(state, dict) else None
-        if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
-            raise _wrong(f"{where}.param_groups", groups, "a list of groups")
-        for place, group in enumerate(groups):
-            betas = group.get("betas", (0.0, 0.0))
-            if not isinstance(betas, list | tuple) or len(betas) != 2:
-                raise _wrong(f"{where}.param_groups.{place}.betas", betas, "two numbers")
-            for name in ("lr", "initial_lr", "weight_decay", "eps", "betas", "momentum"):
-                for part, value in _leaves(group.get(name), f"{where}.param_groups.{place}.{name}"):
-                    _check_number(part, value)
+    groups = state.get("param_groups") if isinstance(state, dict) else None
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        raise _wrong(f"{where}.param_groups", groups, "a list of groups")
+    of_parameters = state.get("state", {})  # a checkpoint in pieces may have nothing but tensors in it
+    if not isinstance(of_parameters, dict):
+        raise _wrong(f"{where}.state", of_parameters, "a group of what is kept of each parameter")
+    for name, kept in of_parameters.items():
+        if not isinstance(kept, dict):
+            raise _wrong(f"{where}.state.{name}", kept, "a group of values")
+    for place, group in enumerate(groups):
+        if not isinstance(group.get("params"), list):
+            raise _wrong(f"{where}.param_groups.{place}.params", group.get("params"), "a list of parameters")
+        betas = group.get("betas", (0.0, 0.0))
+        if not isinstance(betas, list | tuple) or len(betas) != 2:
+            raise _wrong(f"{where}.param_groups.{place}.betas", betas, "two numbers")
+        for name in ("lr", "initial_lr", "weight_decay", "eps", "betas", "momentum"):
+            for part, value in _leaves(group.get(name), f"{where}.param_groups.{place}.{name}"):
+                _check_number(part, value)
+                if isinstance(value, Tensor) and value.numel() != 1:
+                    raise _wrong(part, value, "a number")
 
 
 def _check_generators(state: Any) -> None:

@@ -1,6 +1,8 @@
 """Keeps the console to what a person training a model wants to read."""
 
 import logging
+import os
+import tempfile
 import threading
 import warnings
 from collections.abc import Iterator
@@ -38,3 +40,30 @@ def quiet_writers() -> Iterator[None]:
         yield
     finally:
         threading.excepthook = before
+
+
+@contextmanager
+def silent_if_it_fails() -> Iterator[None]:
+    """While it lasts, what is written to the process' standard error waits; at an error it is dropped.
+
+    For libraries that print why they fail, in several lines, beside what they raise, as those in Rust do. Those that
+    write to the descriptor are meant, below Python.
+    """
+    with _ONE_AT_A_TIME, tempfile.TemporaryFile() as held:
+        before = os.dup(2)
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            os.dup2(before, 2)
+            raise
+        else:
+            os.dup2(before, 2)
+            held.seek(0)
+            while content := held.read(1 << 16):
+                os.write(2, content)
+        finally:
+            os.close(before)
+
+
+_ONE_AT_A_TIME = threading.RLock()

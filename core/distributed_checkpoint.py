@@ -188,9 +188,17 @@ def fill(tensors: Mapping[Path_, Tensor], pieces: Pieces) -> None:
     """Load tensors in place, by all processes together, each what it holds of them.
 
     Raises:
-        Exception: of several kinds; one of them is not among the pieces, or of another shape.
+        Untrusted: one of them is not among the pieces, or of another shape or kind: in all processes alike.
     """
     named: dict[str, Any] = {name_of(path): tensor for path, tensor in tensors.items()}
+    for name, tensor in named.items():
+        saved = pieces.tensors.get(name)
+        if saved is None:
+            raise Untrusted(f"it has no {name}")
+        if saved.shape != tuple(tensor.shape):
+            raise Untrusted(f"its {name} has the shape {list(saved.shape)}, not {list(tensor.shape)}")
+        if saved.dtype.is_floating_point != tensor.is_floating_point():
+            raise Untrusted(f"its {name} is of {saved.dtype}, not {tensor.dtype}")
     dcp.load(named, storage_reader=PiecesReader(pieces))
 
 

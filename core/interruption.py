@@ -23,6 +23,7 @@ from core.printable import printable
 from core.rank_errors import leave_together
 from core.run_control import TrainingInterrupted
 from core.run_folder import LAST, is_main_process, resume_command
+from core.untrusted import is_within
 
 PEER_LOST = 4
 
@@ -103,7 +104,7 @@ def _no_shared_memory(trainer: L.Trainer) -> ConfigError:
 def _is_elsewhere(error: OSError, run_dir: Path) -> bool:
     """Whether it names a file that is not in the run's folder."""
     name = error.filename
-    return isinstance(name, str | bytes) and not Path(os.fsdecode(name)).resolve().is_relative_to(run_dir.resolve())
+    return isinstance(name, str | bytes) and not is_within(run_dir, Path(os.fsdecode(name)))
 
 
 def _leave(run_dir: Path, interruption: TrainingInterrupted) -> NoReturn:

@@ -26,7 +26,7 @@ from core.printable import printable
 from core.run_lock import held
 from core.status import FILE as STATUS
 from core.status import LOCK, is_done
-from core.untrusted import read_yaml
+from core.untrusted import is_within, read_yaml
 
 RUNS = Path("runs")
 NAME_LENGTH = 80  # file systems take 255 bytes; a table of runs takes less
@@ -35,9 +35,9 @@ MAX_RETRIES = 100
 WITHOUT_RUN = "a folder without a run in it, or ckpt_path=last beside it to resume that run"
 OVERRIDES = "overrides.yaml"
 LAST, PREVIOUS = Path("checkpoints/last.ckpt"), Path("checkpoints/previous.ckpt")
-BEGINNING = rf"(config|overrides)(-resumed-[\w-]+)?\.yaml|{re.escape(STATUS)}|tensorboard|csv"
-"""The names of what a run writes into its folder before its first step."""
-WRITTEN = rf"{BEGINNING}|checkpoints|flight_recorder|wandb|(divergence|events|summary|status)\..*"
+BEGINNING = rf"(config|overrides)(-resumed-[\w-]+)?\.yaml|{re.escape(STATUS)}|tensorboard|csv|flight_recorder"
+"""The names of what a run writes into its folder before the end of its first step."""
+WRITTEN = rf"{BEGINNING}|checkpoints|wandb|(divergence|events|summary|status)\..*"
 """The names of all that a run writes into its folder, or removes there."""
 MAY_CHANGE = {  # in a resumed run: how it computes, and what follows from the step alone
     *("model.compile", "model.cpu_kernels", "model.activation_checkpointing", "model.activation_checkpoint_every"),
@@ -78,7 +78,7 @@ class RunFolder:
         if not is_main_process():
             yield
             return
-        before, resumable = {path.name for path in self.path.glob("*")}, _resumable(self.path)
+        before, resumable = _names(self.path), _resumable(self.path)
         status = (self.path / STATUS).read_bytes() if STATUS in before else None
         try:
             self.create(config, overrides)
@@ -95,13 +95,11 @@ class RunFolder:
         if self.is_new:
             shutil.rmtree(self.path, ignore_errors=True)
             return
-        for path in self.path.glob("*"):
-            if path.name in before or not re.fullmatch(BEGINNING, path.name):
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+        for name in sorted(_names(self.path) - set(before), reverse=True):  # what lies in a folder before the folder
+            path = self.path / name
+            if re.fullmatch(BEGINNING, Path(name).parts[0]):
+                with suppress(OSError):  # a folder in which something else has come to lie
+                    path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
         if status is not None:
             write_whole(self.path / STATUS, lambda unfinished: unfinished.write_bytes(status))
 
@@ -182,12 +180,12 @@ def entered(config: DictConfig, experiment: str | None, name: str) -> Iterator[R
     with _claimed(path or own, by_another_name=path is None) as (path, is_new):
         if not is_new:
             refuse_links(path)
-        had_lock = (path / LOCK).exists()
+        before = _names(path)
         with held(path):
             try:
                 yield RunFolder(path, _checkpoint(config, path), is_new, _holds_run(path))
             finally:
-                if not had_lock and not _holds_run(path):
+                if LOCK not in before and _names(path) - {LOCK} == before:  # nothing has begun
                     with suppress(OSError):
                         (path / LOCK).unlink()
 
@@ -246,16 +244,21 @@ def refuse_links(path: Path) -> None:
         ConfigError: names the first link that leads out of it, or pipe or device, which a run would wait for.
     """
     pending = [part for part in path.glob("*") if re.fullmatch(WRITTEN, part.name)]
-    home = Path(os.path.realpath(path))
     while pending:
         part = pending.pop()
-        if part.is_symlink() and not Path(os.path.realpath(part)).is_relative_to(home):
+        if part.is_symlink() and not is_within(path, part):
             reason = f"{part} leads out of it by a link, through which the run would write and delete; remove the link"
             raise InvalidValue("run_dir", str(path), reason)
         if part.exists() and not (part.is_file() or part.is_dir()):
             raise InvalidValue("run_dir", str(path), f"{part} is no regular file; remove it")
         if part.is_dir() and not part.is_symlink():
             pending.extend(part.iterdir())
+
+
+def _names(path: Path) -> set[str]:
+    """Return what lies in a folder under the names of what a run writes, and below those, by its path from there."""
+    parts = [part for part in path.glob("*") if re.fullmatch(rf"{WRITTEN}|{re.escape(LOCK)}", part.name)]
+    return {str(found.relative_to(path)) for part in parts for found in (part, *part.rglob("*"))}
 
 
 def _holds_run(path: Path) -> bool:

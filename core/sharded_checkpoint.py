@@ -28,7 +28,7 @@ from torch import Tensor
 from core import plain_pickle, tensor_archive
 from core.errors import one_line
 from core.plain_pickle import Maker, Record
-from core.untrusted import Untrusted, beyond, bound, check_json, open_regular, parse_json, read_bytes
+from core.untrusted import Untrusted, beyond, bound, check_json, is_within, open_regular, parse_json, read_bytes
 
 INDEX, CHECKSUM, VALUES = "index.json", "index.crc32", "values.pt"
 META = "meta.pt"
@@ -351,7 +351,7 @@ def _file(folder: Path, name: Any) -> str:
     """The name of a file in the folder, and of none elsewhere."""
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]{0,200}", name, re.ASCII):
         raise Untrusted(f"a piece lies outside of it: {str(name)[:100]}")
-    if not (folder / name).resolve().is_relative_to(folder.resolve()):
+    if not is_within(folder, folder / name):
         raise Untrusted(f"a piece lies outside of it: {name} is a link")
     return name
 

@@ -24,6 +24,7 @@ from core.plain_pickle import Maker
 from core.untrusted import Untrusted, beyond, bound, open_regular
 
 VIEWS = 4  # as much as all tensors may take, in sizes of the file: some share their storage, as tied weights do
+DIRECTORY_BYTES = 16 << 20  # room for 200,000 parts, each of which takes half a kilobyte of memory
 CHUNK = 16 << 20
 _STORAGES = {
     **{"Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16},
@@ -72,10 +73,29 @@ def _opened(source: Path | bytes) -> Iterator[tuple[IO[bytes], zipfile.ZipFile]]
     """A file and the archive in it; what zipfile finds wrong, in many kinds of error, becomes one."""
     with io.BytesIO(source) if isinstance(source, bytes) else open_regular(source) as file:
         try:
-            with zipfile.ZipFile(file) as archive:
+            bounded = _Bounded(file, bound(DIRECTORY_BYTES))
+            with zipfile.ZipFile(bounded) as archive:
+                bounded.most = None
                 yield file, archive
         except (zipfile.BadZipFile, EOFError, LookupError, RuntimeError, ValueError, OverflowError, error) as wrong:
             raise Untrusted(one_line(wrong) or type(wrong).__name__) from wrong
+
+
+class _Bounded:
+    """A file of which zipfile reads at most so many bytes at once; it reads an archive's directory in one go.
+
+    Attributes:
+        most: so many; None: any number.
+    """
+
+    def __init__(self, file: IO[bytes], most: int | None) -> None:
+        self.file, self.most = file, most
+        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
+
+    def read(self, size: int = -1) -> bytes:
+        if self.most is not None and size > self.most:
+            raise Untrusted(beyond("the directory of its parts has too many bytes", DIRECTORY_BYTES))
+        return self.file.read(size)
 
 
 def _check_directory(archive: zipfile.ZipFile, file: IO[bytes]) -> int:

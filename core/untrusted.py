@@ -78,13 +78,19 @@ def open_regular(path: Path) -> IO[bytes]:
     return os.fdopen(descriptor, "rb")
 
 
+def is_within(folder: Path, path: Path) -> bool:
+    """Whether a path lies in a folder once all links are followed; one in circles leads nowhere."""
+    # pathlib's resolve raises RuntimeError at a circle.
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
 def within(folder: Path, path: Path, remedy: str) -> Path:
     """Return the path, below a folder that may come from a stranger, unless a link on the way leads out of the folder.
 
     Raises:
         Untrusted: it does; `remedy` says what to do instead.
     """
-    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+    if not is_within(folder, path):
         raise Untrusted(f"{path} leads out of {folder} by a link: nothing is written there; {remedy}")
     return path
 

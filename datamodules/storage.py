@@ -1,6 +1,5 @@
 """Where the files of a prepared corpus come from: a folder of this machine, or (remote.py) anywhere else."""
 
-import os
 import stat
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy.typing as npt
 from numpy.lib.format import open_memmap
 
 from core.errors import one_line
-from core.untrusted import Untrusted, read_bytes
+from core.untrusted import Untrusted, is_within, read_bytes
 from datamodules.index import INDEX_BYTES, ArrayFile, CorpusError, Index, parse_index
 
 Tokens = npt.NDArray[Any]
@@ -88,7 +87,7 @@ class LocalFolder:
 
     def _inside(self, name: str) -> Path:
         path = self.folder / name
-        if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.folder)):
+        if not is_within(self.folder, path):
             raise CorpusError(f"{path} is a link that leads out of its folder")
         return path
 

@@ -8,6 +8,7 @@ bounded.
 import base64
 import copy
 import json
+from collections.abc import Iterable
 from typing import Any
 
 LARGEST_FILE = 1 << 28  # bytes
@@ -93,13 +94,15 @@ def measured_growth(library: Any) -> bool:
     return _growth(state(library.normalizer)) > GROWTH
 
 
-def check_growth(library: Any, text: str) -> None:
-    """Raise BadTokenizer where normalizing makes the text too long; takes little memory to find that out."""
-    length = limit = 0
-    for start in range(0, len(text), SLICE):
-        part = text[start : start + SLICE]
-        length, limit = length + len(library.normalizer.normalize_str(part)), limit + GROWTH * len(part)
-        _require(length <= limit, f"its normalizer makes {len(part):,} characters {length:,}", f"{GROWTH}x", "GROWTH")
+def check_growth(library: Any, texts: Iterable[str]) -> None:
+    """Raise BadTokenizer where normalizing makes a text too long; takes little memory to find that out."""
+    for text in texts:
+        length = limit = 0
+        for start in range(0, len(text), SLICE):
+            part = text[start : start + SLICE]
+            length, limit = length + len(library.normalizer.normalize_str(part)), limit + GROWTH * len(part)
+            grown = f"its normalizer makes {len(part):,} characters {length:,}"
+            _require(length <= limit, grown, f"{GROWTH}x", "GROWTH")
 
 
 def state(component: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from core.console import silent_if_it_fails
 from core.errors import UserError, one_line, require
 from datamodules import tokenizer_file
 from datamodules.expression import NONE, Loss, compare
@@ -125,18 +126,17 @@ class FileTokenizer:
 
     def _ids(self, strings: list[str], continued: bool) -> list[list[int]]:
         if self._watched:
-            for string in strings:
-                self._say_which(tokenizer_file.check_growth, self.library, string)
+            self._say_which(tokenizer_file.check_growth, self.library, strings)
         # No special tokens: documents are closed by the writer.
         encoded = self._say_which(self._library_for(continued).encode_batch_fast, strings, add_special_tokens=False)
         return [encoding.ids for encoding in encoded]
 
     def _say_which(self, function: Any, *arguments: Any, **named: Any) -> Any:
         try:
-            return function(*arguments, **named)
-        except (
-            BaseException
-        ) as error:  # the library's panics are no Exceptions; a regular expression without end is one
+            with silent_if_it_fails():
+                return function(*arguments, **named)
+        # The library's panics are no Exceptions; a regular expression without end is one.
+        except BaseException as error:
             if isinstance(error, tokenizer_file.BadTokenizer) or type(error).__name__ == "PanicException":
                 raise CorpusError(f"the tokenizer {self.name}: {one_line(error)}") from error
             raise

@@ -28,8 +28,11 @@ from lightning_modules.layers.router import RouterStats
 from lightning_modules.mean_metrics import WeightedMean
 from lightning_modules.optim import (
     check_schedule,
+    check_settings,
     check_state,
+    describe_decay,
     describe_warmup,
+    group_settings,
     make_optimizer,
     make_schedule,
     number_by_parameters,
@@ -99,6 +102,7 @@ class LanguageModule(L.LightningModule):
         self.val_sources: SourceLoss | None = None
         self._router_tally: Tensor | None = None
         self._num_steps: float = math.nan  # that the learning-rate schedule goes by
+        self._group_settings: list[dict[str, Any]] | None = None  # of the optimizer, as configure_optimizers made it
         self._num_steps_before: float | None = None  # likewise, in the run that is resumed; None: it did not say
 
     @staticmethod
@@ -346,26 +350,30 @@ class LanguageModule(L.LightningModule):
         optimizer, self._num_steps = make_optimizer(self.model, self.optim_config), num_steps(self.trainer)
         length = int(self._num_steps) if math.isfinite(self._num_steps) else 1  # to the constant one it is the same
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, make_schedule(self.optim_config, length))
+        self._group_settings = group_settings(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        for optimizer in self.trainer.optimizers:
-            check_state(optimizer)
+        for optimizer in self.trainer.optimizers if self.trainer.ckpt_path is not None else ():
+            check_state(optimizer, self.trainer.global_step, self.trainer.ckpt_path)
+        found = self.lr_schedulers()
+        scheduler = found if isinstance(found, torch.optim.lr_scheduler.LambdaLR) else None
+        if self.trainer.ckpt_path is not None and scheduler is not None and self._group_settings is not None:
+            check_settings(scheduler, self._group_settings, self.trainer.global_step, self.trainer.ckpt_path)
         self._check_router(resumed=self.trainer.global_step > 0)
         if self.global_rank == 0:
             for line in describe_unused(self.model_config, self.optim_config):
                 log.warning(line)
         begin_epoch(self.trainer, self)
-        scheduler = self.lr_schedulers()
-        if self.trainer.is_global_zero and isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+        if self.trainer.is_global_zero and scheduler is not None:
             by_steps = 0 <= self.trainer.max_steps <= self._num_steps
             change = describe_change(self.optim_config, scheduler, self._num_steps, self._num_steps_before, by_steps)
             short = self.trainer.fast_dev_run  # type: ignore[attr-defined]
-            warmup = None if short else describe_warmup(self.optim_config, self._num_steps)
             if change is not None:
                 print(change)
-            if warmup is not None:
-                print(f"Learning rate: {warmup}.")
+            for describe in () if short else (describe_warmup, describe_decay):
+                if (advice := describe(self.optim_config, self._num_steps)) is not None:
+                    print(f"Learning rate: {advice}.")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[SCHEDULE_STEPS] = self._num_steps

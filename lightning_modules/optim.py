@@ -166,6 +166,20 @@ def describe_warmup(config: OptimConfig, num_steps: float) -> str | None:
     return f"{whole}: the rate rises to {highest:.3g} of optim.lr={config.lr:g}, and never goes by {config.schedule}"
 
 
+def describe_decay(config: OptimConfig, num_steps: float) -> str | None:
+    """Return one line where `wsd` has a single step to decay in, which is at the peak rate still; else None.
+
+    Args:
+        num_steps: optimizer steps of the whole run; math.inf: nothing says how many.
+    """
+    if config.schedule != "wsd" or config.decay_fraction == 0 or not 1 < num_steps < math.inf:
+        return None
+    if decay_length(config, int(num_steps)) > 1:
+        return None
+    part = f"optim.decay_fraction={config.decay_fraction:g} of {num_steps:g} steps is one step, the first of the decay"
+    return f"{part}: the rate stays at optim.lr={config.lr:g}, and never decays"
+
+
 def make_schedule(config: OptimConfig, num_steps: int) -> Schedule:
     """Return the configured schedule behind a linear warm-up that reaches the peak after warmup_steps."""
     with as_config_errors("optim"):
@@ -180,18 +194,74 @@ def make_schedule(config: OptimConfig, num_steps: int) -> Schedule:
     return factor
 
 
-def check_state(optimizer: torch.optim.Optimizer) -> None:
+SETTINGS = ("initial_lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
+"""Of a group of parameters, what this run's configuration decides, and a checkpoint repeats."""
+
+
+def group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Return each group's SETTINGS, as `check_settings` compares them."""
+    return [{name: group[name] for name in SETTINGS if name in group} for group in optimizer.param_groups]
+
+
+def check_settings(
+    scheduler: torch.optim.lr_scheduler.LRScheduler, expected: list[dict[str, Any]], step: int, path: object
+) -> None:
+    """Hold an optimizer and its schedule, where they may come from a checkpoint, against what the configuration says.
+
+    torch takes a checkpoint's settings for its own: with `maximize` in one, the loss would be driven up.
+
+    Args:
+        scheduler: its optimizer is meant.
+        expected: `group_settings` from before the checkpoint.
+        step: optimizer steps done.
+        path: of the checkpoint, for the message.
+
+    Raises:
+        ConfigError: a setting is another one, or the schedule stands at another step.
+    """
+    groups = group_settings(scheduler.optimizer)
+    peaks = [own["initial_lr"] for own in expected]
+    pairs = [(scheduler.base_lrs, peaks, "peak learning rates"), (scheduler.last_epoch, step, "step of the schedule")]
+    for group, own in zip(groups, expected, strict=True):
+        pairs += [(group.get(name), value, name) for name, value in own.items()]
+    for found, value, name in pairs:
+        same = len(_numbers(found)) == len(_numbers(value)) and all(map(_is_close, _numbers(found), _numbers(value)))
+        valid = f"a checkpoint whose {name} is {value!r}, as in this run; it says {str(found)[:60]}"
+        require(same, "ckpt_path", str(path), valid)
+
+
+def _numbers(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _is_close(found: Any, value: Any) -> bool:
+    if isinstance(value, bool) or isinstance(found, bool):
+        return found is value
+    return isinstance(found, int | float) and math.isclose(found, value, rel_tol=1e-6)
+
+
+def check_state(optimizer: torch.optim.Optimizer, step: int, path: object) -> None:
     """Hold what AdamW keeps of each parameter against the parameter, where it may come from a checkpoint.
 
     torch takes any shape, and its fused kernels write beyond the end of a tensor that is too small.
 
+    Args:
+        step: optimizer steps done.
+        path: of the checkpoint, for the message.
+
     Raises:
-        ConfigError: a tensor has another shape than its parameter, or a count of steps is no single number.
+        ConfigError: one of them is missing, is no tensor or of another shape than its parameter, or counts more steps
+            than the run has done.
     """
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return
     for parameter, state in optimizer.state.items():
-        for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"):
+        for name, shape in (("exp_avg", parameter.shape), ("exp_avg_sq", parameter.shape), ("step", torch.Size())):
             kept = state.get(name)
-            if isinstance(kept, torch.Tensor):
-                fits = kept.numel() == 1 if name == "step" else kept.shape == parameter.shape
-                valid = f"a checkpoint of this model; its {name} has another shape than {list(parameter.shape)}"
-                require(fits, "ckpt_path", list(kept.shape), valid)
+            found = f"the shape {list(kept.shape)}" if isinstance(kept, Tensor) else f"a {type(kept).__name__}"
+            valid = f"a checkpoint whose optimizer has the shape {list(shape)} in {name}, where this one has {found}"
+            fits = isinstance(kept, Tensor) and (kept.numel() == 1 if name == "step" else kept.shape == shape)
+            require(fits, "ckpt_path", str(path), valid)
+        count = float(state["step"])
+        valid = f"a checkpoint whose optimizer has stepped 0 to {step} times; it says {count:g}"
+        require(0 <= count <= step, "ckpt_path", str(path), valid)

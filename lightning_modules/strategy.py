@@ -26,9 +26,10 @@ from core.atomic_write import save, unfinished_of
 from core.checkpoint import load, load_beside_weights, put_in_place, remove
 from core.compat import key_optimizer_state_by_name, load_full_weights
 from core.distributed_checkpoint import PiecesWriter, fill
-from core.errors import one_line, require
+from core.errors import ConfigError, one_line, require
 from core.rank_errors import failing_together
 from core.sharded_checkpoint import META, VALUES, joined, name_of, read_index, split
+from core.untrusted import Untrusted
 
 
 class DataParallelStrategy(DDPStrategy):
@@ -171,8 +172,15 @@ class ShardedStrategy(ModelParallelStrategy):
         if self.is_global_zero:
             put_in_place(unfinished, path)
 
-    # As Lightning's ModelParallelStrategy has it, whose own way goes through pickles.
     def _load_pieces(self, path: Path) -> dict[str, Any]:
+        try:
+            return self._restore(path)
+        except Untrusted as error:
+            valid = f"a checkpoint of this run ({one_line(error)})"
+            raise ConfigError("ckpt_path", str(path), valid) from error
+
+    # As Lightning's ModelParallelStrategy has it, whose own way goes through pickles.
+    def _restore(self, path: Path) -> dict[str, Any]:
         assert self.model is not None
         pieces = read_index(path)
         saved = pieces.plain_values()
@@ -180,10 +188,16 @@ class ShardedStrategy(ModelParallelStrategy):
         fill({("state_dict", name): tensor for name, tensor in weights.items()}, pieces)
         self.model.load_state_dict(weights)
         for number, optimizer in enumerate(self.optimizers):
-            own = {f"optimizer_{number}": get_optimizer_state_dict(self.model, optimizer)}
+            name = f"optimizer_{number}"
+            own: dict[str, Any] = {name: get_optimizer_state_dict(self.model, optimizer)}
             _, tensors = split(own)
             fill(tensors, pieces)
-            state = joined({f"optimizer_{number}": saved[f"optimizer_{number}"]}, tensors)[f"optimizer_{number}"]
+            if name not in saved:
+                raise Untrusted(f"it has no {name}")
+            theirs, ours = (sorted(sorted(g["params"]) for g in s[name]["param_groups"]) for s in (saved, own))
+            if theirs != ours:
+                raise Untrusted(f"its {name} has other groups of parameters")
+            state = joined({name: saved[name]}, tensors)[name]
             options = StateDictOptions(cpu_offload=True)
             set_optimizer_state_dict(self.model, optimizer, optim_state_dict=state, options=options)
         return load_beside_weights(path)

@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 from core.errors import UserError
 from core.printable import printable
+from core.untrusted import is_within
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ def html(blocks: Sequence[Block], folder: Path) -> str:
 
     def picture(name: str) -> str:
         path = folder / name
-        if not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
+        if not path.is_file() or not is_within(folder, path):
             raise UserError(f"{path} is no picture in the report's own folder")
         return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 

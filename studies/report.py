@@ -22,6 +22,7 @@ from core.atomic_write import write_whole
 from core.dataclass_cli import FIRST
 from core.errors import ConfigError, UserError
 from core.printable import printable
+from core.untrusted import is_within
 from studies import figures
 from studies.decay import Decay
 from studies.document import (
@@ -293,9 +294,9 @@ def _run_of(record: Record) -> Path | None:
     """Return the run's folder if it is on this machine, below the working folder, and one of a run of this name."""
     path = Path(record.folder)
     try:
-        inside = path.name == record.name and path.resolve().is_relative_to(Path.cwd().resolve())
+        inside = path.name == record.name and is_within(Path.cwd(), path)
         return path if inside and (path / "config.yaml").is_file() else None
-    except (OSError, ValueError, RuntimeError):  # a name that no file system takes; links in circles
+    except (OSError, ValueError):  # a name that no file system takes
         return None
 
 

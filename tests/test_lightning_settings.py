@@ -55,6 +55,14 @@ def test_one_line_refuses(name: str, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_wsd_schedule_that_never_decays_is_said(tmp_path: Path) -> None:
+    job = ["optim.schedule=wsd", "optim.warmup_steps=0", "trainer.max_steps=3", "run_dir=r"]
+    ended = train(tmp_path, *tiny_job(*job))
+    assert ended.code == 0
+    assert "Learning rate: optim.decay_fraction=0.2 of 3 steps is one step" in ended.out
+    assert len(set(scalars(tmp_path / "r", "optim/lr").values())) == 1
+
+
 def test_a_wsd_schedule_that_fits_has_no_jump(tmp_path: Path) -> None:
     job = ["optim.schedule=wsd", "optim.warmup_steps=5", "trainer.max_steps=10", "optim.decay_fraction=0.5"]
     rates = list(scalars(run(tmp_path, "run", *job), "optim/lr").values())

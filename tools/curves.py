@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
 from core.errors import one_line
 from core.untrusted import MIB, Untrusted, beyond, bound
@@ -24,12 +24,17 @@ EVENTS = "tensorboard"
 TABLES = "csv/version_*/metrics.csv"
 FILE_BYTES = 4096 * MIB
 """Of all the files of a run's curves together."""
-RECORD_BYTES = 64 * MIB
-"""Of one event, which TensorBoard's reader allocates before it sees whether the file is that long."""
+RECORD_BYTES = 4 * MIB
+"""Of one event, which TensorBoard's reader allocates before it sees whether the file is that long, and of which it
+makes up to 50 times as much. A run's histograms have 10 kB."""
 LINE_CHARACTERS = 1 << 20
 """Of a line of a table, which is held in memory whole; a run's have a few thousand."""
 MAX_EVENTS = 10_000_000
-"""Of all the event files of a run together: each takes time to step over, and memory once it is read."""
+"""Of all the event files of a run together: each takes time to step over."""
+MAX_VALUES = 10_000_000
+"""Of all the curves of a run together, in each kind of file."""
+MAX_CELLS = 100_000_000
+"""Of all the tables of a run together, empty ones included: a row has one for each column, however short it is."""
 FRAME, CHECKSUM = 12, 4  # bytes before and after an event: its length and that one's checksum, its own checksum
 MAX_STEP = 10**15
 
@@ -55,15 +60,26 @@ def _of_tables(run: Path) -> Iterator[tuple[str, int, float]]:
     numbered = ((re.fullmatch(r"version_(\d{1,15})", path.parent.name), path) for path in run.glob(TABLES))
     paths = [path for number, path in sorted((int(match[1]), path) for match, path in numbered if match)]
     _check_sizes(run, paths)
+    cells = values = 0
     for path in paths:
         with path.open(newline="", errors="replace") as file:
             try:
                 for row in csv.DictReader(_lines(file, path)):
+                    cells += len(row)
+                    _require_at_most(MAX_CELLS, cells, f"{path}: the run's tables have too many cells")
                     step = _step(row.pop("step"))
-                    yield from ((tag, step, float(value)) for tag, value in row.items() if tag and value)
+                    found = [(tag, step, float(value)) for tag, value in row.items() if tag and value]
+                    values += len(found)
+                    _require_at_most(MAX_VALUES, values, f"{path}: the run's tables have too many values")
+                    yield from found
             except (csv.Error, ValueError, TypeError, KeyError) as error:
                 reason = f"there is no column {error}" if isinstance(error, KeyError) else one_line(error)
                 raise Untrusted(f"{path} cannot be read as a table of curves: {reason}") from error
+
+
+def _require_at_most(most: int, number: int, what: str) -> None:
+    if number > bound(most):
+        raise Untrusted(beyond(what, most))
 
 
 def _lines(file: TextIO, path: Path) -> Iterator[str]:
@@ -87,20 +103,30 @@ def _of_events(run: Path) -> Iterator[tuple[str, int, float]]:
     folder = run / EVENTS
     if not folder.is_dir():
         return
-    paths = [path for path in folder.iterdir() if "tfevents" in path.name]  # which TensorBoard reads
+    paths = sorted(path for path in folder.iterdir() if "tfevents" in path.name)
     _check_sizes(run, paths)
     left = bound(MAX_EVENTS)
     for path in paths:
         left -= _check_frames(path, left)
-    try:
-        events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-        found = [(tag, event) for tag in events.Tags()["scalars"] for event in events.Scalars(tag)]
-    except Exception as error:  # of protobuf's and TensorBoard's kinds
-        raise Untrusted(f"{folder} cannot be read as TensorBoard's events: {one_line(error)}") from error
-    for tag, event in found:
-        if not 0 <= event.step <= MAX_STEP:
-            raise Untrusted(f"{folder}: {tag[:200]} has a step {event.step}, which is none of 0 to {MAX_STEP}")
-        yield tag, event.step, event.value
+    values = 0
+    for path in paths:
+        try:
+            for event in LegacyEventFileLoader(str(path)).Load():
+                values += len(event.summary.value)
+                _require_at_most(MAX_VALUES, values, f"{path}: the run's event files have too many values")
+                for value in event.summary.value:
+                    if value.HasField("simple_value"):  # neither a histogram nor a text
+                        yield value.tag, _event_step(path, value.tag, event.step), value.simple_value
+        except Untrusted:
+            raise
+        except Exception as error:  # of protobuf's and TensorBoard's kinds
+            raise Untrusted(f"{path} cannot be read as TensorBoard's events: {one_line(error)}") from error
+
+
+def _event_step(path: Path, tag: str, step: int) -> int:
+    if not 0 <= step <= MAX_STEP:
+        raise Untrusted(f"{path}: {tag[:200]} has a step {step}, which is none of 0 to {MAX_STEP}")
+    return step
 
 
 def _check_sizes(run: Path, paths: list[Path]) -> None:

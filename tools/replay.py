@@ -43,7 +43,7 @@ from core.errors import UserError, one_line, require
 from core.open_run import open_data
 from core.printable import printable
 from core.saved_config import PACKAGES, load_config
-from core.untrusted import MIB, parse_json, read_bytes
+from core.untrusted import MIB, beyond, bound, parse_json, read_bytes
 
 STEERING = {f"{kind.__module__}.{kind.__qualname__}" for kind in (RandomState, Divergence)}
 """Of this project's callbacks, those that the weights depend on."""
@@ -59,6 +59,8 @@ HEADERS = (
 )
 
 
+CATCH_UP = 10_000
+"""Steps to train until the recorded one."""
 EVENT_BYTES = 64 * MIB
 """Of events.jsonl, which has a few hundred a line."""
 
@@ -141,6 +143,30 @@ def rollbacks(run: Path) -> list[tuple[int, int]]:
     ]
     found = [(event.step, re.match(r"rolled back to step (\d{1,15})\b", event.done)) for event in events]
     return [(step, int(match[1])) for step, match in found if match]
+
+
+def check_distance(config: DictConfig, step: int, at: int, records: Collection[dict[str, Any]]) -> None:
+    """Refuse a step that the run has never come to, or that is too far to train to: a file's name may say any.
+
+    Args:
+        config: the run's.
+        step: recorded, by the names of its files.
+        at: step of the checkpoint to start from.
+        records: what the files hold.
+
+    Raises:
+        UserError: says which.
+    """
+    of_it = all(record["step"] == step for record in records)
+    require(
+        of_it, "step", step, f"a step whose record is of that step; it says {[record['step'] for record in records]}"
+    )
+    length = config.trainer.get("max_steps")
+    known = type(length) is int and length >= 0
+    require(not known or step <= length, "step", step, f"at most {length}, trainer.max_steps of its config.yaml")
+    if step - 1 - at > bound(CATCH_UP):
+        what = f"step {step} is {step - 1 - at:,} steps behind the newest checkpoint that leads to it"
+        raise UserError(beyond(what, CATCH_UP))
 
 
 def load_record(path: Path) -> dict[str, Any]:
@@ -271,6 +297,7 @@ def main(settings: ReplayConfig) -> None:
     require(type(seed) is int and 0 <= seed < 2**32, "seed", seed, "an integer in [0, 2**32)")
     records = [load_record(path) for path in steps[step]]
     checkpoint, at = checkpoint_before(run, step)
+    check_distance(config, step, at, records)
     samples = "samples {} to {}".format(*records[0]["samples"]) if records[0]["samples"] else "its batch"
     print(f"Step {step} of {printable(run)}, {samples}. It was recorded for this reason:")
     print(f"  {printable(records[0]['reason'], 2000)}")

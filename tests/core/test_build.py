@@ -63,3 +63,34 @@ def test_the_field_at_fault_is_named(node: dict[str, Any], message: str) -> None
 def test_a_group_without_target_is_named() -> None:
     with pytest.raises(ConfigError, match="base=3 is not valid: expected a group with a _target_"):
         build(config(), "base")
+
+
+@pytest.mark.parametrize(
+    ("node", "field", "value"),
+    [
+        ({"parts": {"_target_": "os.system"}}, "group.one.parts", "os.system"),
+        ({"parts": {"_target_": "nothing.here"}}, "group.one.parts", "nothing.here"),
+        ({"parts": {"a": {"_target_": "nothing.here"}}}, "group.one.parts.a", "nothing.here"),
+        ({"parts": [{"_target_": "nothing.here"}]}, "group.one.parts[0]", "nothing.here"),
+        ({"parts": {"a": [1, {"b": [{"_target_": "nothing.here"}]}]}}, "group.one.parts.a[1].b[0]", "nothing.here"),
+        ({"parts": {"_target_": "fractions.Fraction", "numerator": "x"}}, "group.one.parts", "fractions.Fraction"),
+    ],
+)
+def test_a_target_further_down_is_named_whole(node: dict[str, Any], field: str, value: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        build(config(**node), "group.one")
+    assert refused.value.field == field
+    assert refused.value.value["_target_"] == value  # type: ignore[index]
+    assert "HYDRA" not in str(refused.value) or value == "os.system"
+
+
+def test_what_one_of_ours_says_further_down_stays() -> None:
+    inner = {
+        "_target_": "datamodules.synthetic.Synthetic",
+        "task": "nothing",
+        "vocab_size": 9,
+        "seq_len": 8,
+        "batch_size": 1,
+    }
+    with pytest.raises(ConfigError, match=r"task='nothing' is not valid"):
+        build(config(parts=inner), "group.one")

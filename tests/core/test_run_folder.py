@@ -3,6 +3,7 @@
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -162,3 +163,41 @@ def test_what_a_sweep_varies_comes_first_and_is_never_left_out() -> None:
     assert name.startswith(f"now_lr-1e-3_path-{'x' * 60}")
     assert len(name) <= NAME_LENGTH
     assert len(folder_name("now", [], [f"field={n}" for n in range(1000)])) <= SWEPT_LENGTH
+
+
+@pytest.mark.parametrize("had_lock", [False, True])
+def test_a_resumption_that_is_refused_in_its_first_step_leaves_the_folder_as_it_was(had_lock: bool) -> None:
+    """The flight recorder has written by then, and TensorBoard another file into the folder of the first."""
+    run = Path("run")
+    for name in ("config.yaml", "overrides.yaml", "checkpoints/last.ckpt", "tensorboard/events.1", "notes/mine.txt"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("[]")
+    (run / LOCK).touch() if had_lock else None
+    before = {path: path.read_text() for path in run.rglob("*") if path.is_file()}
+    trainer = SimpleNamespace(global_step=3)
+
+    def resume() -> None:
+        folder = RunFolder(run, run / "checkpoints/last.ckpt", holds_run=True)
+        with held(run), folder.running(trainer, asked(), [], step=3):
+            (run / "tensorboard/events.2").write_text("x")
+            (run / "flight_recorder").mkdir()
+            (run / "flight_recorder/step_4_rank_0.pt").write_text("x")
+            (run / "notes/more.txt").write_text("x")  # by somebody else
+            raise ConfigError("ckpt_path", "x", "another")
+
+    with pytest.raises(ConfigError, match="expected another"):
+        resume()
+    (run / "notes/more.txt").unlink()
+    (run / LOCK).unlink() if not had_lock else None
+    assert {path: path.read_text() for path in run.rglob("*") if path.is_file()} == before
+    assert not (run / "flight_recorder").exists()
+
+
+def test_the_lock_of_a_run_that_goes_on_nowhere_is_removed_and_one_that_was_there_stays() -> None:
+    (Path("run/checkpoints")).mkdir(parents=True)
+    torch.save({"global_step": 1}, "run/checkpoints/last.ckpt")
+    place(asked(run_dir="run", ckpt_path="last"))
+    assert not Path("run", LOCK).exists()
+    Path("run", LOCK).touch()
+    place(asked(run_dir="run", ckpt_path="last"))
+    assert Path("run", LOCK).exists()

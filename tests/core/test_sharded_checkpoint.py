@@ -232,6 +232,15 @@ def test_a_link_out_of_the_folder_is_refused(folder: Path) -> None:
     assert "is a link" in str(damage(folder, thorough=False))
 
 
+@pytest.mark.parametrize("name", ["rank-00000.safetensors", "meta.pt", "index.json"])
+def test_a_link_in_a_circle_is_said(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    (folder / name).symlink_to(name)
+    assert damage(folder, thorough=False)
+    with pytest.raises((Untrusted, OSError)):
+        load(folder)
+
+
 def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(folder: Path) -> None:
     (folder / "meta.pt").unlink()
     os.mkfifo(folder / "meta.pt")

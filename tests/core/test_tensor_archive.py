@@ -172,6 +172,20 @@ def test_parts_that_lie_one_in_the_other_are_refused(tmp_path: Path) -> None:
         check_sums(tmp_path / "bomb.pt")
 
 
+@pytest.mark.parametrize("read", [load, check_sums])
+def test_a_directory_of_many_parts_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Any) -> None:
+    """Each of 50 bytes in the file, and ten times as much in memory."""
+    path = tmp_path / "many.pt"
+    torch.save({"a": [torch.zeros(1) for _ in range(100)]}, path)
+    with zipfile.ZipFile(path) as archive:
+        size = os.path.getsize(path) - archive.start_dir
+    monkeypatch.setattr("core.tensor_archive.DIRECTORY_BYTES", size)
+    read(path)
+    monkeypatch.setattr("core.tensor_archive.DIRECTORY_BYTES", 100 * 50)
+    with pytest.raises(Untrusted, match="directory of its parts has too many bytes; the bound is 5,000, and READ_LIM"):
+        read(path)
+
+
 @pytest.mark.parametrize("place", ["/dev/zero", "pipe", "folder"])
 def test_only_a_file_is_read(tmp_path: Path, place: str) -> None:
     path = tmp_path / place if place != "/dev/zero" else Path(place)

@@ -216,7 +216,9 @@ def test_what_is_no_tokenizer_is_one_line(content: bytes) -> None:
         FileTokenizer(content, "a.json", 0)
 
 
-def test_an_endless_regular_expression_is_an_error_and_no_panic(tmp_path: Path) -> None:
+def test_an_endless_regular_expression_is_an_error_and_no_panic(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     def change(library: Any) -> None:
         split = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
         library.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -224,3 +226,4 @@ def test_an_endless_regular_expression_is_an_error_and_no_panic(tmp_path: Path) 
     ours = opened(byte_level(tmp_path / "a.json", change))
     with pytest.raises(CorpusError, match=r"the tokenizer a\.json: .*retry-limit"):
         ours.encode(b"a" * 40 + b"b")
+    assert capfd.readouterr().err == "", "the library itself prints a panic, of several lines"

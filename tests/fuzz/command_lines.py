@@ -42,7 +42,7 @@ TEXTS = (
     "${seed}",
     "${nothing}",
     "${",
-    "${oc.env:HOME}",
+    "${oc.env:COLUMNS}",
 )
 BROKEN = ("", "=", "[1", "{a", "'", "a=b", "a,b", ":", "#")
 VALUES = (*SCALARS, *LARGE, *COLLECTIONS, *TEXTS, *BROKEN)

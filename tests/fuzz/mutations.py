@@ -32,7 +32,14 @@ ODD: list[Any] = [
     *("<script>alert(1)</script>", "![x](/etc/passwd)", "${oc.env:HOME}", "\ud800", "a\0b", "os.system", "²"),
     *([], [[]], {}, {"_target_": "os.system", "_args_": ["touch ran"]}, [0] * 10_000, {"a": {"b": {"c": None}}}),
 ]
-NUMBERS = [0, 1, 2, 3, 7, 64, 500, 1000, 5000, 100_000]
+TENSORS = [
+    torch.zeros(1),
+    torch.zeros(2, 3),
+    torch.tensor(float("nan")),
+    torch.tensor(7),
+    torch.zeros(0),
+    torch.zeros(0, 3),
+]
 
 
 class Runs:
@@ -91,7 +98,7 @@ def _places(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return found
 
 
-def _damaged(content: Any, draw: Draw) -> Any:
+def _damaged(content: Any, draw: Draw, odd: list[Any] = ODD) -> Any:
     """One value replaced, taken away, or added."""
     *path, last = draw([place for place in _places(content) if place] or [(None,)])
     node = content
@@ -99,13 +106,13 @@ def _damaged(content: Any, draw: Draw) -> Any:
         node = node[key]
     how = draw(["replace", "replace", "replace", "remove", "add"])
     if last is None:
-        return draw(ODD)
+        return draw(odd)
     if how == "remove" and isinstance(node, dict):
         del node[last]
     elif how == "add" and isinstance(node, dict):
-        node[draw(["nonsense", "_target_", "", "../x", "\x1b[31m"])] = draw(ODD)
+        node[draw(["nonsense", "_target_", "", "../x", "\x1b[31m"])] = draw(odd)
     else:
-        node[last] = draw(ODD)
+        node[last] = draw(odd)
     return content
 
 
@@ -157,8 +164,12 @@ def torch_values(path: Path, draw: Draw, canary: Path) -> None:
     content = torch.load(path, map_location="cpu", weights_only=True)
     how = draw(["value", "value", "value", "value", "code", "old code", "only code", "stride", "unfolds", "zip"])
     if how == "value":
-        plain = {key: value for key, value in content.items() if key not in ("optimizer_states", "loops")}
-        content = {**content, **_damaged(plain, draw)}
+        # Each of these has more values than all the rest, which would hardly ever be met.
+        large = [name for name in ("optimizer_states", "loops") if name in content]
+        chosen = draw([None, None, *large])
+        part = {name: value for name, value in content.items() if (name == chosen if chosen else name not in large)}
+        rest = {name: value for name, value in content.items() if name not in part}
+        content = {**rest, **_damaged(part, draw, [*ODD, *TENSORS])}
     elif how == "stride":
         name = draw(["model.head.weight", "model.embedding.weight", "big"])
         state = content.setdefault("state_dict", {}) if isinstance(content, dict) else {}

@@ -4,6 +4,7 @@ Started by `sandbox.Sandbox`; speaks lines of JSON: a case comes in on stdin, an
 """
 
 import atexit
+import copy
 import gc
 import importlib
 import json
@@ -199,6 +200,24 @@ def warm_up() -> None:
     torch.manual_seed(0)
 
 
+def keep_parsed_configs() -> None:
+    """Parse each of the project's configuration files once for all: a third of the time to compose one."""
+    import yaml
+
+    load = yaml.load
+    kept: dict[str, Any] = {}
+
+    def load_once(stream: Any, *arguments: Any, **options: Any) -> Any:
+        name = getattr(stream, "name", None)
+        if not isinstance(name, str) or not name.startswith(f"{ROOT}/configs/"):
+            return load(stream, *arguments, **options)
+        if name not in kept:
+            kept[name] = load(stream, *arguments, **options)
+        return copy.deepcopy(kept[name])
+
+    yaml.load = load_once
+
+
 def forget_exits() -> None:
     """Leave out what libraries do at an interpreter's end about what is from before the cases: half of a case's time.
 
@@ -231,6 +250,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
+    keep_parsed_configs()
     warm_up()
     forget_exits()
     gc.collect()

@@ -5,6 +5,8 @@ from typing import NamedTuple
 from tests.fuzz import mutations
 
 GENERATE = ("tools.generate", "{}", "num_tokens=1")
+GENERATE_NUMBERS = (*GENERATE, "prompt=3 1 4")
+"""Of a run whose data are no text."""
 CONSOLIDATE = ("tools.consolidate", "{}")
 RESUME = ("train.py", "{}")
 """Its arguments are the run's own, and those that resume it."""
@@ -64,11 +66,14 @@ TARGETS = (
         (GENERATE, CONSOLIDATE, RESUME, EXPORT, REPLAY),
         (mutations.torch_values,),
     ),
+    Target("resumed checkpoint", "run", "checkpoints/last.ckpt", (RESUME,), (mutations.torch_values,)),
     Target("pieces", "pieces", "checkpoints/last.ckpt/*", (GENERATE, CONSOLIDATE, RESUME)),
     Target("pieces' index", "pieces", "checkpoints/last.ckpt/index.json", (GENERATE, RESUME), (mutations.json_values,)),
     Target("pieces' values", "pieces", "checkpoints/last.ckpt/*.pt", (GENERATE, RESUME), (mutations.torch_values,)),
-    Target("old pieces", "old_pieces", "checkpoints/last.ckpt/*", (GENERATE, CONSOLIDATE)),
-    Target("old index", "old_pieces", "checkpoints/last.ckpt/.metadata", (GENERATE,), (mutations.pickle_values,)),
+    Target("old pieces", "old_pieces", "checkpoints/last.ckpt/*", (GENERATE_NUMBERS, CONSOLIDATE)),
+    Target(
+        "old index", "old_pieces", "checkpoints/last.ckpt/.metadata", (GENERATE_NUMBERS,), (mutations.pickle_values,)
+    ),
     Target("config", "run", "config.yaml", (GENERATE, EVALUATE, REPLAY, EXPORT, RUNS), (mutations.yaml_values,)),
     Target("overrides", "run", "overrides.yaml", (RUNS, RESUME), (mutations.yaml_values,)),
     Target("status", "run", "status.json", (RUNS, RESUME), (mutations.json_values,)),

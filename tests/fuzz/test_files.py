@@ -1,5 +1,6 @@
 """Whatever is in a file that is read, of any kind: it is read, or refused in a line; see judge.py."""
 
+import json
 import random
 import shutil
 from pathlib import Path
@@ -14,11 +15,6 @@ from tests.fuzz.targets import ANSWERS, READ_ONLY, REMOTE, REPORT, RESUME, TARGE
 from tests.helpers_run import tiny_job
 
 QUICK = [target for target in TARGETS if target.readers[0] not in (RESUME, REPORT, REMOTE)]
-
-
-@pytest.fixture(scope="session")
-def seeds_folder(sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return seeds.make(sandbox, tmp_path_factory.mktemp("seeds") / "all")
 
 
 def command(target: Target, reader: tuple[str, ...]) -> list[str]:
@@ -69,6 +65,9 @@ def check(sandbox: Sandbox, folder: Path, target: Target, draw: Draw) -> None:
         else:
             outcome = sandbox.run(world, reader[0], *command(target, reader))
         is_text = reader[0] == "tools.generate"
+        if any(json.loads(path.read_text())["step"] for path in world.work.glob("runs/*/*/status.json")):
+            # A corpus is read while a run trains: what is wrong with it may show after a step, and then the run stays.
+            before = tree(world.work)
         found = faults(outcome, before, world, writes=reader[0] not in READ_ONLY, is_text=is_text)
         what = f"{file.name} of {target.kind}, {how.__name__}, {' '.join(reader)}"
         assert not found, f"{what}: {found}\n{outcome.err[-1500:]}"
@@ -89,21 +88,23 @@ def test_an_undamaged_file_is_read(sandbox: Sandbox, seeds_folder: Path, target:
 
 
 def try_cases(sandbox: Sandbox, folder: Path, target: Target, numbers: range) -> None:
-    """The same cases each time: what is drawn follows from the kind and the number."""
+    """The same cases each time: what is drawn follows from the kind and the number. All that went wrong is said."""
+    found = []
     for number in numbers:
         try:
             check(sandbox, folder, target, random.Random(f"{target.kind} {number}").choice)
         except AssertionError as error:
-            raise AssertionError(f"case {number}: {error}") from None
+            found.append(f"case {number}: {error}")
+    assert not found, "\n".join([f"{len(found)} cases:", *found])
 
 
 @pytest.mark.parametrize("target", QUICK, ids=lambda target: target.kind)
-def test_three_of_each_kind_by_its_first_reader(sandbox: Sandbox, seeds_folder: Path, target: Target) -> None:
-    try_cases(sandbox, seeds_folder, target._replace(readers=target.readers[:1]), range(3))
+def test_two_of_each_kind_by_its_first_reader(sandbox: Sandbox, seeds_folder: Path, target: Target) -> None:
+    try_cases(sandbox, seeds_folder, target._replace(readers=target.readers[:1]), range(2))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.kind)
 def test_thirty_of_each_kind(sandbox: Sandbox, seeds_folder: Path, target: Target) -> None:
-    try_cases(sandbox, seeds_folder, target, range(3, 33))
+    try_cases(sandbox, seeds_folder, target, range(2, 32))

@@ -1,5 +1,7 @@
 """Which weights decay, what AdamW does with them, and the schedules at points worked out by hand."""
 
+import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 
 from core.errors import ConfigError
 from lightning_modules.config import OptimConfig
-from lightning_modules.optim import make_optimizer, make_schedule
+from lightning_modules.optim import describe_decay, make_optimizer, make_schedule
 from lightning_modules.transformer import Transformer
 from tests.conftest import VOCAB_SIZE, tiny_config
 
@@ -83,3 +85,17 @@ def test_a_run_shorter_than_its_warm_up_never_reaches_the_peak() -> None:
 def test_unknown_schedule() -> None:
     with pytest.raises(ConfigError, match=r"optim\.schedule='cosin'.*constant, cosine, wsd.*mean cosine"):
         make_schedule(OptimConfig(schedule="cosin"), num_steps=10)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.05, 0.2, 1.0])
+@pytest.mark.parametrize("num_steps", [1, 2, 5, 7, 8, 40])
+def test_a_decay_that_never_comes_is_said(fraction: float, num_steps: int) -> None:
+    """Just where a decay is asked for, and no step of several is below the peak."""
+    config = OptimConfig(schedule="wsd", decay_fraction=fraction, warmup_steps=0)
+    schedule = make_schedule(config, num_steps)
+    decays = min(schedule(step) for step in range(num_steps)) < 1
+    line = describe_decay(config, num_steps)
+    assert (line is not None) == (fraction > 0 and num_steps > 1 and not decays)
+    assert line is None or f"optim.decay_fraction={fraction:g} of {num_steps} steps is one step" in line
+    assert describe_decay(dataclasses.replace(config, schedule="cosine"), num_steps) is None
+    assert describe_decay(config, math.inf) is None

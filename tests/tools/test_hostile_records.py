@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from core.errors import UserError
-from tools.replay import checkpoint_before, load_record, recorded_steps, rollbacks
+from tools.replay import check_distance, checkpoint_before, load_record, recorded_steps, rollbacks
 
 
 class Canary:
@@ -123,3 +124,26 @@ def test_a_checkpoint_of_an_odd_step_is_refused(tmp_path: Path, step: Any) -> No
     torch.save({"global_step": step}, tmp_path / "checkpoints/last.ckpt")
     with pytest.raises(UserError, match="global_step"):
         checkpoint_before(tmp_path, 5)
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "step", "at", "recorded", "reason"),
+    [
+        (100, 50, 40, [50, 50], None),
+        (100, 50, 40, [50, 51], "step=50 is not valid: expected a step whose record is of that step"),
+        (100, 101, 40, [101], "step=101 is not valid: expected at most 100, trainer.max_steps"),
+        (10**9, 10_001, 0, [10_001], None),
+        (-1, 10_002, 0, [10_002], "10,001 steps behind the newest checkpoint .* the bound is 10,000, and READ_LIMITS"),
+        (10**9, 999_999_999, 3, [999_999_999], "999,999,995 steps behind"),
+    ],
+)
+def test_a_step_is_one_that_the_run_came_to_and_near(
+    max_steps: int, step: int, at: int, recorded: list[int], reason: str | None
+) -> None:
+    config = OmegaConf.create({"trainer": {"max_steps": max_steps}})
+    records = [{"step": each} for each in recorded]
+    if reason is None:
+        check_distance(config, step, at, records)
+        return
+    with pytest.raises(UserError, match=reason):
+        check_distance(config, step, at, records)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
@@ -196,8 +197,8 @@ def lengthen(number: int) -> bytes:
 
 
 EVENT_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "an event of 2^60 bytes": (lambda path: path.write_bytes(lengthen(1 << 60)), "the bound is 67,108,864"),
-    "one of 8 GiB": (lambda path: path.write_bytes(lengthen(1 << 33)), "the bound is 67,108,864"),
+    "an event of 2^60 bytes": (lambda path: path.write_bytes(lengthen(1 << 60)), "the bound is 4,194,304"),
+    "one of 8 GiB": (lambda path: path.write_bytes(lengthen(1 << 33)), "the bound is 4,194,304"),
     "a pipe": (fifo, "is no regular file"),
     "a device": (lambda path: path.symlink_to("/dev/zero"), "is no regular file"),
     "a dangling link": (lambda path: path.symlink_to("nothing"), "is no regular file"),
@@ -250,6 +251,56 @@ def test_event_files_have_a_number_of_events(tmp_path: Path, monkeypatch: pytest
         file.write(frame(b""))
     with pytest.raises(Untrusted, match="too many events; the bound is 9, and READ_LIMITS=10"):
         read_curves(tmp_path)
+
+
+def test_an_event_of_many_empty_values_is_counted_before_any_is_used(tmp_path: Path) -> None:
+    """Two bytes each in the file, and a hundred in memory."""
+    (tmp_path / "tensorboard").mkdir()
+    many = Event(step=1, summary=Summary(value=[Summary.Value()] * 1000)).SerializeToString()
+    path = tmp_path / "tensorboard/events.out.tfevents.1.x"
+    path.write_bytes(b"".join(frame(many) for _ in range(10)))
+    assert read_curves(tmp_path) == {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tools.curves.MAX_VALUES", 9_999)
+        with pytest.raises(Untrusted, match="event files have too many values; the bound is 9,999, and READ_LIMITS=10"):
+            read_curves(tmp_path)
+
+
+def test_a_wide_table_of_short_rows_is_counted_by_its_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each line of two bytes becomes a row of as many cells as there are columns."""
+    monkeypatch.setattr("tools.curves.MAX_CELLS", 1_000_000)
+    (tmp_path / "csv/version_0").mkdir(parents=True)
+    table, header = tmp_path / "csv/version_0/metrics.csv", ",".join(["step", *(f"c{n}" for n in range(99_999))])
+    table.write_text(header + "\n" + "1\n" * 10)
+    assert read_curves(tmp_path) == {}
+    table.write_text(header + "\n" + "1\n" * 11)
+    with pytest.raises(Untrusted, match="tables have too many cells; the bound is 1,000,000, and READ_LIMITS=10"):
+        read_curves(tmp_path)
+
+
+def test_tables_have_a_number_of_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tools.curves.MAX_VALUES", 3)
+    for name, text in (("version_0", "step,a\n1,2\n2,3\n"), ("version_1", "step,a,b\n3,4,\n")):
+        (tmp_path / "csv" / name).mkdir(parents=True)
+        (tmp_path / "csv" / name / "metrics.csv").write_text(text)
+    assert read_curves(tmp_path)["a"] == ([1, 2, 3], [2.0, 3.0, 4.0])
+    (tmp_path / "csv/version_1/metrics.csv").write_text("step,a,b\n3,4,5\n")
+    with pytest.raises(Untrusted, match="tables have too many values; the bound is 3, and READ_LIMITS=10"):
+        read_curves(tmp_path)
+
+
+def test_scalars_among_histograms_and_texts_are_as_tensorboard_reads_them(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for part in range(2):  # a run and its resumption, which goes over a step again
+        with SummaryWriter(tmp_path / "tensorboard", filename_suffix=f".{part}") as writer:
+            for step in range(3 * part, 3 * part + 5):
+                writer.add_scalar("loss", 1 / (step + 1 + part), step)
+                writer.add_histogram("weights", torch.arange(5.0), step)
+                writer.add_text("note", "x", step)
+    reference = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    expected = {event.step: event.value for event in reference.Scalars("loss")}
+    assert read_curves(tmp_path) == {"loss": (list(range(8)), [expected[step] for step in range(8)])}
 
 
 def test_a_table_of_one_line_without_end_is_not_held_in_memory(tmp_path: Path) -> None:

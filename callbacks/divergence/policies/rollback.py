@@ -65,7 +65,8 @@ class Rollback(Policy):
     def act(self, step: Step) -> str | None:
         if self.file is None:
             self.file = SnapshotFile(step.trainer, step.detectors, lambda: self.snapshots)
-            self.snapshots = self.file.load(step.detectors_before)
+            if step.trainer.ckpt_path is not None:
+                self.snapshots = self.file.load(step.detectors_before, self._snapshot_of(step))
         if step.alarms:
             return self._on_alarm(step)
         self.alarms_in_a_row = 0
@@ -105,8 +106,10 @@ class Rollback(Policy):
 
     def _take_snapshot(self, step: Step) -> None:
         """Keep the state after the step before; this step's update is still to come."""
-        snapshot = Snapshot(step.number - 1, step.pl_module, step.step_override.optimizer, step.detectors_before)
-        self.snapshots = [*self.snapshots[-1:], snapshot]
+        self.snapshots = [*self.snapshots[-1:], self._snapshot_of(step)]
+
+    def _snapshot_of(self, step: Step) -> Snapshot:
+        return Snapshot(step.number - 1, step.pl_module, step.step_override.optimizer, step.detectors_before)
 
     def _choose(self, now: int) -> Snapshot:
         """Return the newest snapshot that is old enough, unless it has just failed; younger ones are given up."""

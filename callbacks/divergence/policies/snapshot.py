@@ -58,23 +58,64 @@ class Snapshot:
         return dict(vars(self))
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> "Snapshot":
+    def from_state_dict(cls, state: Any, like: "Snapshot") -> "Snapshot":
         """Return the snapshot that `state_dict` described, in another process.
 
+        Args:
+            like: one of the run as it is now; what is restored must be of its shapes.
+
         Raises:
-            ValueError: it is not the state of one.
+            ValueError: it is not the state of one, or not of this run; says which part.
         """
-        if state.keys() != _KINDS.keys() or not all(isinstance(state[name], kind) for name, kind in _KINDS.items()):
-            raise ValueError("this is no snapshot's state")
+        if not isinstance(state, dict) or state.keys() != vars(like).keys():
+            raise ValueError("it is no snapshot")
+        for name in ("step", "restored_at"):
+            if type(state[name]) is not int and not (state[name] is None and name == "restored_at"):
+                raise ValueError(f"its {name} is no step")
+        if not 0 <= state["step"] <= like.step:
+            raise ValueError(f"its step is none of 0 to {like.step}")
+        for name in ("_weights", "_optimizer", "detectors"):
+            _check_like(state[name], getattr(like, name), name.strip("_"))
+        for name in ("_random", "_cuda_random"):
+            _check_random(state[name], getattr(like, name), name.strip("_"))
         snapshot = cls.__new__(cls)
         vars(snapshot).update(state)
         return snapshot
 
 
-_KINDS: dict[str, Any] = {
-    **{"step": int, "detectors": dict, "restored_at": int | None},
-    **{"_weights": dict, "_optimizer": dict, "_random": Tensor, "_cuda_random": Tensor | None},
-}
+def _check_like(value: Any, like: Any, name: str) -> None:
+    """Raise ValueError unless a value has the nested names, shapes and types of another one.
+
+    A parameter that had not stepped yet is missing in the optimizer's state.
+    """
+    if isinstance(like, dict):
+        missing = like.keys() - value.keys() if isinstance(value, dict) else like.keys()
+        if not isinstance(value, dict) or value.keys() - like.keys() or (missing and name != "optimizer"):
+            raise ValueError(f"its {name} has other parts than this run's")
+        for key, part in value.items():
+            _check_like(part, like[key], f"{name}.{key}")
+    elif isinstance(like, Tensor):
+        if not isinstance(value, Tensor) or (value.shape, value.dtype) != (like.shape, like.dtype):
+            raise ValueError(f"its {name} is not of this run's shape and type")
+    elif isinstance(like, list):
+        if not isinstance(value, list) or not all(isinstance(each, int | float) for each in value):
+            raise ValueError(f"its {name} is no list of numbers")
+    elif not isinstance(value, int | float | None):
+        raise ValueError(f"its {name} is no number")
+
+
+def _check_random(value: Any, like: Tensor | None, name: str) -> None:
+    """Raise ValueError unless a value is a state of the random numbers; of a device that is not used here it may be."""
+    if like is None and value is None:
+        return
+    if not isinstance(value, Tensor) or value.dtype != torch.uint8 or value.ndim != 1:
+        raise ValueError(f"its {name} is no state of random numbers")
+    if like is None:
+        return
+    try:
+        torch.Generator("cuda" if name == "cuda_random" else "cpu").set_state(value)
+    except RuntimeError as error:
+        raise ValueError(f"its {name} is no state of random numbers") from error
 
 
 def _copy(value: Any) -> Any:

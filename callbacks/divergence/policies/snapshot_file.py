@@ -1,5 +1,6 @@
 """Keeps snapshots over a stop: beside each checkpoint, a file for each process."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from callbacks.protocols import KeepsBeside
 from core import tensor_archive
 from core.atomic_write import damage, save
 from core.checkpoint import folder_beside
+from core.printable import printable
+from core.untrusted import Untrusted
 
 
 class SnapshotFile:
@@ -37,26 +40,40 @@ class SnapshotFile:
         content = {**identity, "snapshots": [s.state_dict() for s in self.snapshots()]}
         save(content, self._path(folder))
 
-    def load(self, detectors: dict[str, Any]) -> list[Snapshot]:
+    def load(self, detectors: dict[str, Any], like: Snapshot) -> list[Snapshot]:
         """Return the snapshots that belong to the checkpoint this run goes on from, in order.
 
         There are none unless all processes have theirs, or they would go back to different steps.
 
         Args:
             detectors: their state as the checkpoint has it.
+            like: one of the run as it stands.
         """
         if self.trainer.ckpt_path is None:
             return []
         path = self._path(folder_beside(Path(self.trainer.ckpt_path), self.trainer.global_step))
-        content = tensor_archive.load(path) if path.exists() and damage(path) is None else None
-        found: dict[str, Any] = content if isinstance(content, dict) else {}
-        mine = {key: found.get(key) for key in self._identity(detectors)} == self._identity(detectors)
-        snapshots: list[Snapshot] = []
+        snapshots = self._read(path, detectors, like) if path.exists() else None
+        return (snapshots or []) if self._all(snapshots is not None) else []
+
+    def _read(self, path: Path, detectors: dict[str, Any], like: Snapshot) -> list[Snapshot] | None:
+        """Return what is in a file; None: it is not of this run, which is said."""
         try:
-            snapshots = [Snapshot.from_state_dict(state) for state in found.get("snapshots", [])]
-        except (ValueError, TypeError, AttributeError):  # the file says that it is ours, but is not
-            mine = False
-        return snapshots if self._all(mine) else []
+            if wrong := damage(path):
+                raise ValueError(wrong)
+            content = tensor_archive.load(path)
+            found = content if isinstance(content, dict) else {}
+            identity = self._identity(detectors)
+            # A tensor in the place of a number has no truth of its own: RuntimeError.
+            if {key: found.get(key) for key in identity} != identity:
+                raise ValueError("it belongs to another checkpoint, or number of processes")
+            snapshots = found.get("snapshots")
+            if not isinstance(snapshots, list):
+                raise ValueError("it has no snapshots")
+            return [Snapshot.from_state_dict(state, like) for state in snapshots[-2:]]
+        except (Untrusted, OSError, ValueError, RuntimeError) as error:
+            line = f"{printable(path)} is passed over, and the run starts without snapshots: {printable(error)}"
+            print(line, file=sys.stderr)
+            return None
 
     def _path(self, folder: Path) -> Path:
         return folder / f"snapshots-rank-{self.trainer.global_rank}.pt"
