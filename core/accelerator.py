@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 
 
 def on_gpu(accelerator: str, value: Any, otherwise: Any) -> Any:
-    """`value` where `trainer.accelerator` means CUDA devices, `otherwise` on anything else.
+    """Return `value` where `trainer.accelerator` means CUDA devices, `otherwise` on anything else.
 
     `auto` means them where this machine has some. tools.plan, which is asked on machines without, says `gpu` for it.
     """

@@ -20,7 +20,7 @@ class NotWritten(UserError):
 
 
 def unfinished_of(path: Path) -> Path:
-    """The name under which a file or folder is written before it is whole."""
+    """Return the name under which a file or folder is written before it is whole."""
     return path.with_name(f"{path.name}.unfinished")
 
 
@@ -53,7 +53,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def save(content: Any, path: Path) -> None:
-    """torch.save, whole.
+    """Save a value as torch.save does, whole or not at all.
 
     Raises:
         NotWritten: see `write_whole`.
@@ -68,7 +68,7 @@ def save(content: Any, path: Path) -> None:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a file of torch.save, in words; None: nothing.
+    """Return what is wrong with a file of torch.save, in words; None: nothing.
 
     It is a zip archive of uncompressed parts with a CRC-32 of each: every byte is read, a little at a time, no code in
     it is run.
@@ -85,7 +85,7 @@ def damage(path: Path) -> str | None:
 
 
 def is_whole(checkpoint: Path, thorough: bool = True) -> bool:
-    """Whether a checkpoint is undamaged; where it is not, that is said.
+    """Return whether a checkpoint is undamaged; where it is not, that is said.
 
     Args:
         thorough: read all of one in pieces; one process is enough for that, and tells the others.
@@ -97,7 +97,7 @@ def is_whole(checkpoint: Path, thorough: bool = True) -> bool:
 
 
 def damage_of(checkpoint: Path, thorough: bool) -> str | None:
-    """What is wrong with a checkpoint of either kind; None: nothing."""
+    """Return what is wrong with a checkpoint of either kind; None: nothing."""
     from core import sharded_checkpoint
 
     return sharded_checkpoint.damage(checkpoint, thorough) if checkpoint.is_dir() else damage(checkpoint)
@@ -135,7 +135,7 @@ def sync(path: Path) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """The operating system's word; torch's writer hides it behind an error of its own."""
+    """Return the operating system's word; torch's writer hides it behind an error of its own."""
     link: BaseException | None = error
     while link is not None:
         if isinstance(link, OSError) and link.strerror:

@@ -24,7 +24,7 @@ NAMES = {"filename", "name", "version"}
 
 
 def build(config: DictConfig, field: str, **filled_in: Any) -> Any:
-    """The object that `config.FIELD` describes.
+    """Return the object that `config.FIELD` describes.
 
     Args:
         config: the whole composed config.
@@ -117,7 +117,7 @@ def _say_moved(field: str, name: object) -> None:
 
 
 def _culprit(arguments: Mapping[str, Any], message: str) -> str:
-    """The argument whose name or value comes first in an error message; failing that, the target itself."""
+    """Return the argument whose name or value comes first in an error message; failing that, the target itself."""
     found = [
         (match.start(), name)
         for name, value in arguments.items()

@@ -13,7 +13,7 @@ from core.checkpoint_values import checked
 
 
 def load(path: Path) -> dict[str, Any]:
-    """All of it, on the host; of a folder, the optimizer's state goes by parameters' names, as optimizer_0.
+    """Return the whole checkpoint, on the host; a folder's optimizer state goes by parameters' names, as optimizer_0.
 
     Nothing but plain values and tensors is made, and no more of them than the file has; the latter are mapped.
 
@@ -24,7 +24,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def load_beside_weights(path: Path) -> dict[str, Any]:
-    """What it says of the run: hyperparameters, step, states of data and callbacks.
+    """Return what a checkpoint says of its run: hyperparameters, step, states of data and callbacks.
 
     Raises:
         Exception: of many kinds; it is not whole, or no checkpoint at all.
@@ -97,7 +97,7 @@ def _link(source: str | Path, target: str | Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """A checkpoint of either kind, if it is there."""
+    """Remove a checkpoint of either kind, if it is there."""
     if path.is_dir():
         shutil.rmtree(path)
     else:

@@ -34,7 +34,7 @@ PATHS = ("best_model_path", "kth_best_model_path", "last_model_path", "dirpath")
 
 
 def checked(content: Any) -> dict[str, Any]:
-    """The same content, of which each part that is there has the type that this project and Lightning give it.
+    """Return the same content, of which each part that is there has the type that this project and Lightning give it.
 
     Raises:
         Untrusted: names the part, what it is and what would be valid.
@@ -173,7 +173,7 @@ def _check_number(name: str, value: Any) -> None:
 
 
 def _check_paths(name: str, state: dict[Any, Any]) -> None:
-    """Lightning removes what is worse than the best; what it removes lies in the folder of checkpoints."""
+    """Refuse paths out of the folder of checkpoints: Lightning removes there what is worse than the best."""
     best = state.get("best_k_models", {})
     if not isinstance(best, dict):
         raise _wrong(f"callbacks.{name}.best_k_models", best, "a group of values")

@@ -176,7 +176,7 @@ def about_a_group(error: Exception) -> UserError | None:
 
 
 def explain(error: BaseException) -> str:
-    """The message for the user, with the valid choices where they are known."""
+    """Return the message for the user, with the valid choices where they are known."""
     if isinstance(error, HydraException) and (wrong := overrides.not_a_choice(sys.argv[1:])) is not None:
         return str(wrong)
     chain: BaseException | None = error
@@ -199,7 +199,7 @@ def explain(error: BaseException) -> str:
 
 
 def _no_such_choice(group: str, name: str) -> ConfigError | None:
-    """The error of a group, or of one above where there is none of this name: a name may have slashes in it."""
+    """Return the error of a group, or of one above where there is none of this name: a name may have slashes in it."""
     while group and not overrides.choices(group):
         group, _, above = group.rpartition("/")
         name = f"{above}/{name}"
@@ -207,12 +207,12 @@ def _no_such_choice(group: str, name: str) -> ConfigError | None:
 
 
 def _given(error: OmegaConfBaseException) -> Any:
-    """What the command line set the field of an error to: of several overrides the last, or one of a group above."""
+    """Return what the command line set an error's field to: of several overrides the last, or one of a group above."""
     return overrides.given(str(error.full_key), sys.argv[1:])
 
 
 def _unparsed(error: OverrideParseException) -> str | None:
-    """The argument that is not of Hydra's grammar."""
+    """Return the argument that is not of Hydra's grammar."""
     if error.override:
         return str(error.override)
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("-")]

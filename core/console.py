@@ -28,7 +28,7 @@ def silence_noise() -> None:
 
 @contextmanager
 def quiet_writers() -> Iterator[None]:
-    """While it lasts, TensorBoard's writing thread ends without a traceback: the next write raises the same error."""
+    """Let TensorBoard's writing thread end without a traceback in the context: the next write raises the same error."""
     before = threading.excepthook
 
     def hook(arguments: threading.ExceptHookArgs) -> None:
@@ -44,7 +44,7 @@ def quiet_writers() -> Iterator[None]:
 
 @contextmanager
 def silent_if_it_fails() -> Iterator[None]:
-    """While it lasts, what is written to the process' standard error waits; at an error it is dropped.
+    """Hold back what is written to the process' standard error in the context, and drop it at an error.
 
     For libraries that print why they fail, in several lines, beside what they raise, as those in Rust do. Those that
     write to the descriptor are meant, below Python.

@@ -123,7 +123,7 @@ def _converted(kind: Any, text: str) -> Any:
 
 
 def _words(hint: Any) -> str:
-    """A type in words: what `describe` says, and of several values the type of each."""
+    """Return a type in words: what `describe` says, and of several values the type of each."""
     if typing.get_origin(hint) is tuple:
         return f"{_words(typing.get_args(hint)[0])}, or several with commas between them"
     if typing.get_origin(hint) is typing.Literal:

@@ -47,23 +47,23 @@ class PiecesWriter(StorageWriter, BlockingAsyncStager):
         self.folder, self.paths = folder, paths
 
     def reset(self, checkpoint_id: Any = None) -> None:
-        """Nothing is kept from one checkpoint to the next."""
+        """Forget nothing: nothing is kept from one checkpoint to the next."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *arguments: Any, **options: Any) -> None:
-        """The folder is there."""
+        """Set up nothing: the folder is there."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """As torch has planned it."""
+        """Return what torch has planned."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Each process writes a file of its own."""
+        """Leave each process' plan as it is: each writes a file of its own."""
         return [
             dataclasses.replace(plan, storage_data=f"rank-{rank:05d}.safetensors") for rank, plan in enumerate(plans)
         ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> "Future[list[WriteResult]]":
-        """This process' file, with what torch has planned for it.
+        """Write this process' file, with what torch has planned for it.
 
         Raises:
             OSError: it cannot be written.
@@ -91,7 +91,7 @@ class PiecesWriter(StorageWriter, BlockingAsyncStager):
         return written
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """The index; by the first process, when all others are done."""
+        """Write the index; by the first process, when all others are done."""
         written = [result for of_one in results for result in of_one]
         files = {name: (size, checksum) for name, size, checksum in {result.storage_data for result in written}}
         files = dict(sorted(files.items()))
@@ -112,7 +112,7 @@ class PiecesWriter(StorageWriter, BlockingAsyncStager):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        """A folder, under any name."""
+        """Accept any name of a folder."""
         return True
 
 
@@ -127,10 +127,10 @@ class PiecesReader(StorageReader):
         self.pieces = pieces
 
     def reset(self, checkpoint_id: Any = None) -> None:
-        """Nothing is kept."""
+        """Forget nothing: nothing is kept."""
 
     def read_metadata(self, *arguments: Any, **options: Any) -> Metadata:
-        """The index, as torch plans with it."""
+        """Return the index, as torch plans with it."""
         described: dict[str, Any] = {
             name: TensorStorageMetadata(
                 TensorProperties(dtype=saved.dtype),
@@ -142,14 +142,14 @@ class PiecesReader(StorageReader):
         return Metadata(described)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *arguments: Any, **options: Any) -> None:
-        """All is known by now."""
+        """Set up nothing: all is known by now."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """As torch has planned it."""
+        """Return what torch has planned."""
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """As torch has planned it."""
+        """Return what torch has planned."""
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> "Future[None]":
@@ -180,7 +180,7 @@ class PiecesReader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        """A folder, under any name."""
+        """Accept any name of a folder."""
         return True
 
 
@@ -204,7 +204,7 @@ def fill(tensors: Mapping[Path_, Tensor], pieces: Pieces) -> None:
 
 @contextmanager
 def _system_errors() -> Iterator[None]:
-    """What the system refuses is raised as its own error, which safetensors has put into words."""
+    """Raise what the system refuses as its own error, which safetensors has put into words."""
     try:
         yield
     except SafetensorError as error:

@@ -14,7 +14,7 @@ from core.steps import at_the_end
 
 
 def early_end(trainer: L.Trainer) -> str | None:
-    """Why training has stopped before the run's last step, in one line; None: it has not."""
+    """Return why training has stopped before the run's last step, in one line; None: it has not."""
     if at_the_end(trainer) or not trainer.should_stop:
         return None
     reasons = [reason for callback in _callbacks(trainer) if (reason := _reason_of(callback))]

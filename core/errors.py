@@ -50,19 +50,19 @@ class UnknownField(InvalidValue):
 
 
 def one_line(message: object) -> str:
-    """What others say over several lines, as one."""
+    """Return what others say over several lines, as one."""
     return re.sub(r"\s+", " ", str(message)).strip()
 
 
 def suggest(name: str, choices: Iterable[str]) -> str:
-    """`one of a, b, c`, with the nearest match where `name` looks like a slip of the keyboard."""
+    """Return `one of a, b, c`, with the nearest match where `name` looks like a slip of the keyboard."""
     names = sorted(choices)
     close = difflib.get_close_matches(name, names, n=1)
     return f"one of {', '.join(names)}" + (f" (did you mean {close[0]}?)" if close else "")
 
 
 def lookup(field: str, name: str, registry: Mapping[str, T]) -> T:
-    """`registry[name]`, or a ConfigError that lists the names there are."""
+    """Return `registry[name]`, or raise a ConfigError that lists the names there are."""
     if name not in registry:
         raise ConfigError(field, name, suggest(str(name), registry))
     return registry[name]
@@ -76,7 +76,7 @@ def require(condition: bool, field: str, value: object, valid: str) -> None:
 
 @contextmanager
 def writing(field: str, folder: object) -> Iterator[None]:
-    """While writing to the folder that a field names: what the file system refuses becomes a ConfigError."""
+    """Turn what the file system refuses, in the folder that a field names, into a ConfigError."""
     try:
         yield
     except OSError as error:

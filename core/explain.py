@@ -18,7 +18,7 @@ from core.overrides import choices as group_choices
 
 
 def explain_omegaconf(error: OmegaConfBaseException, prefix: str = "", value: Any = None) -> ConfigError:
-    """The ConfigError that says the same as an OmegaConf error.
+    """Return the ConfigError that says the same as an OmegaConf error.
 
     Args:
         error: an unknown key or a value of the wrong type.
@@ -38,7 +38,7 @@ def explain_omegaconf(error: OmegaConfBaseException, prefix: str = "", value: An
 
 
 def _wanted(error: ValidationError) -> str | None:
-    """The declared type of the field, in words."""
+    """Return the declared type of the field, in words."""
     if dataclasses.is_dataclass(error.object_type):
         return describe(typing.get_type_hints(error.object_type)[str(error.key)])
     return describe(error.ref_type) if error.ref_type not in (None, Any) else None  # an item of a list
@@ -61,7 +61,7 @@ def _unknown(field: str, value: Any, error: OmegaConfBaseException) -> ConfigErr
 
 
 def _parameters(target: str) -> Iterable[str]:
-    """Names of what a `_target_` takes; none where it cannot be imported."""
+    """Return the names that a `_target_` takes; none where it cannot be imported."""
     try:
         return inspect.signature(pydoc.locate(current_name(target))).parameters  # type: ignore[arg-type]
     except (pydoc.ErrorDuringImport, TypeError, ValueError):

@@ -30,7 +30,7 @@ PEER_LOST = 4
 
 @contextmanager
 def report_failures(trainer: L.Trainer, run_dir: Path) -> Iterator[None]:
-    """While it trains: an interruption ends in words, the way to go on, and exit code 128 + the signal's number.
+    """Let an interruption of the training inside end in words, the way to go on, and exit code 128 + signal.
 
     Raises:
         UserError: what Lightning finds wrong with the configuration only now, as a metric that nobody logs; a folder
@@ -84,7 +84,7 @@ def report_failures(trainer: L.Trainer, run_dir: Path) -> Iterator[None]:
 
 
 def _not_of_this_run(trainer: L.Trainer, error: Exception) -> ConfigError | None:
-    """What is to be said where a callback, a loop or an optimizer could not take its state from the checkpoint."""
+    """Return what to say where a callback, a loop or an optimizer could not take its state from the checkpoint."""
     frames = traceback.extract_tb(error.__traceback__)
     # torch takes an optimizer's state as it is; what it does not fit is found in the first step.
     # The last frame alone counts: Lightning computes the loss in a closure within the optimizer's step.
@@ -102,7 +102,7 @@ def _no_shared_memory(trainer: L.Trainer) -> ConfigError:
 
 
 def _is_elsewhere(error: OSError, run_dir: Path) -> bool:
-    """Whether it names a file that is not in the run's folder."""
+    """Return whether it names a file that is not in the run's folder."""
     name = error.filename
     return isinstance(name, str | bytes) and not is_within(run_dir, Path(os.fsdecode(name)))
 
@@ -134,7 +134,7 @@ def _way_on(run_dir: Path) -> str:
 
 
 def _requeue() -> None:
-    """Lightning's own answer to the signal would save in the middle of a step, and a second file."""
+    """Requeue the SLURM job; Lightning's own answer would save a second file in the middle of a step."""
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"

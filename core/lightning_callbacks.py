@@ -78,7 +78,7 @@ def _check_accumulation(callback: GradientAccumulationScheduler, trainer: L.Trai
 
 
 def field_of(callback: L.Callback, config: DictConfig | None) -> str:
-    """The name under which the configuration has the callback; `callbacks` where it has none."""
+    """Return the name under which the configuration has the callback; `callbacks` where it has none."""
     given = (config.get("callbacks") if config is not None else None) or {}
     nodes: dict[Any, Any] = {name: node for name, node in given.items() if node is not None}
     names = [n for n, node in nodes.items() if Path(str(node.get("_target_"))).suffix == f".{type(callback).__name__}"]

@@ -86,7 +86,7 @@ def open_run(folder: Path, checkpoint: str = "last", allow: Collection[str] = ()
 
 
 def open_data(config: DictConfig, allow: Collection[str] = ()) -> Any:
-    """The DataModule of a saved configuration, which writes nowhere but where a new run does by itself.
+    """Return the DataModule of a saved configuration, which writes nowhere but where a new run does by itself.
 
     A corpus that is there already is read wherever the configuration says. What has to be written first (the standard
     library's corpus, shards from elsewhere) goes into the working folder's `data`.

@@ -55,7 +55,7 @@ def _type_hints(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def accepts(hint: Any, value: Any) -> bool:
-    """Whether a plain value fits a type hint, as far as plain values can: anything else passes."""
+    """Return whether a plain value fits a type hint, as far as plain values can: anything else passes."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(accepts(argument, value) for argument in arguments)
@@ -85,7 +85,7 @@ def accepts(hint: Any, value: Any) -> bool:
 
 
 def describe(hint: Any) -> str:
-    """A type hint in words: `an integer or null`."""
+    """Return a type hint in words: `an integer or null`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe(argument) for argument in arguments)

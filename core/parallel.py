@@ -11,17 +11,17 @@ LISTED = 4096
 
 
 def num_data_parts(trainer: L.Trainer) -> int:
-    """In how many parts a batch goes to the processes; those that cut one model have the same part."""
+    """Return in how many parts a batch goes to the processes; those that cut one model have the same part."""
     return trainer.world_size // _cut(trainer)
 
 
 def data_part(trainer: L.Trainer) -> int:
-    """The number of this process's part of a batch."""
+    """Return the number of this process's part of a batch."""
     return trainer.global_rank // _cut(trainer)
 
 
 def _cut(trainer: L.Trainer) -> int:
-    """How many processes share one copy of the model."""
+    """Return how many processes share one copy of the model."""
     size: int = getattr(trainer.strategy, "tensor_parallel_size", 1)
     return size
 
@@ -64,7 +64,7 @@ def check_parts(trainer: L.Trainer, datamodule: Any, micro_batch_size: int | Non
 
 
 def num_models(world: int, cut: int) -> int:
-    """How many copies of the model there are among so many processes, each of which `cut` of them share.
+    """Return how many copies of the model there are among so many processes, each of which `cut` of them share.
 
     Raises:
         ConfigError: they do not divide into such groups.
@@ -75,7 +75,7 @@ def num_models(world: int, cut: int) -> int:
 
 
 def num_passes(world: int, cut: int, batch_size: int | None, micro_batch_size: int | None) -> int:
-    """Into how many forward passes one of the configuration's is split.
+    """Return into how many forward passes one of the configuration's is split.
 
     Args:
         world: number of processes.

@@ -38,7 +38,7 @@ class Record:
 
 
 def read(content: bytes, known: Mapping[str, Any], persistent: Callable[[Any], Any] | None = None) -> Any:
-    """The value that was pickled.
+    """Return the value that was pickled.
 
     Args:
         content: the pickle; what follows its end is ignored.
@@ -140,13 +140,13 @@ class _Machine:
             target[self.key(key)] = value
 
     def of(self, kind: type) -> Any:
-        """What lies on top, which has to be of this kind."""
+        """Return what lies on top, which has to be of this kind."""
         if not isinstance(self.stack[-1], kind):
             raise Untrusted(f"its pickle fills a {type(self.stack[-1]).__name__} as if it were a {kind.__name__}")
         return self.stack[-1]
 
     def key(self, value: Any) -> Any:
-        """The same, unless so many keys could be made to have one hash that a dictionary of them would take hours."""
+        """Return the keys, unless so many could share one hash that a dictionary of them would take hours."""
         check_key(value)
         if isinstance(value, tuple):
             self.tuple_keys += 1

@@ -12,7 +12,7 @@ from core.errors import UserError
 
 @contextmanager
 def failing_together() -> Iterator[None]:
-    """What goes wrong in it in one process is raised in all, which would wait for that one in vain; all must come here.
+    """Raise in all processes what goes wrong in one, which the others would wait for in vain; all must come here.
 
     Raises:
         Exception: this process' own; else the first of the others', as an OSError, a UserError or a RuntimeError.
@@ -47,7 +47,7 @@ def _is_one_of_many() -> bool:
 
 
 def _portable(error: Exception) -> Exception:
-    """The same for another process: any exception's text can be pickled, not any exception."""
+    """Return the same for another process: any exception's text can be pickled, not any exception."""
     if isinstance(error, OSError) and error.errno is not None:
         return OSError(error.errno, error.strerror)
     if isinstance(error, UserError):

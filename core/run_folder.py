@@ -64,7 +64,7 @@ class RunFolder:
 
     @contextmanager
     def running(self, trainer: Any, config: DictConfig, overrides: list[str], step: int = 0) -> Iterator[None]:
-        """While it lasts, the run trains. What is refused before the first step leaves no trace of a run.
+        """Let the run train in the context. What is refused before the first step leaves no trace of a run.
 
         Args:
             trainer: not yet fitting.
@@ -129,7 +129,7 @@ class RunFolder:
 
 
 def folder_name(now: str, overrides: list[str], swept: Collection[str] = ()) -> str:
-    """TIME, and after it what the command line asked for, `lr-1e-3_placement-postnorm`, as far as it fits.
+    """Return TIME, and after it what the command line asked for, `lr-1e-3_placement-postnorm`, as far as it fits.
 
     What a sweep varies comes first, so that it is never what does not fit. What stands elsewhere is left out (the
     experiment, the folder), and every name is fit for a shell and for Hydra's grammar without quotes: letters, digits,
@@ -270,7 +270,10 @@ def _resumable(path: Path) -> bool:
 
 
 def _choose(config: DictConfig, siblings: Path) -> Path | None:
-    """The folder that the configuration names, by itself or by its checkpoint; None: a new one. Writes nothing."""
+    """Return the folder that the configuration names, by itself or by its checkpoint; None: a new one.
+
+    Writes nothing.
+    """
     plain = config.run_dir is None or isinstance(config.run_dir, str | int | float)
     require(plain, "run_dir", config.run_dir, "the name of a folder, or null")
     there = config.ckpt_path is None or isinstance(config.ckpt_path, str | int | float)
@@ -302,7 +305,7 @@ def _choose(config: DictConfig, siblings: Path) -> Path | None:
 
 
 def _checkpoint(config: DictConfig, path: Path) -> Path | None:
-    """The one to resume from, once nobody else trains in the folder.
+    """Return the checkpoint to resume from, once nobody else trains in the folder.
 
     Raises:
         ConfigError: it is damaged; or the run is to be a new one, and the folder holds a run.
@@ -323,7 +326,7 @@ def _checkpoint(config: DictConfig, path: Path) -> Path | None:
 
 
 def newest_whole(run: Path) -> Path:
-    """The run's last checkpoint, or the one before it where the last is damaged, which is said.
+    """Return the run's last checkpoint, or the one before it where the last is damaged, which is said.
 
     Raises:
         ConfigError: neither is whole.
@@ -335,7 +338,7 @@ def newest_whole(run: Path) -> Path:
 
 
 def _last_trained(run: Path) -> float:
-    """When: what is evaluated of a run later touches its folder, but not this."""
+    """Return when a run was last trained: evaluating it later touches its folder, but not these files."""
     times = [0.0]
     for path in (run / LAST, run / "config.yaml"):
         with suppress(OSError):  # not there, or not any more
@@ -440,7 +443,7 @@ def read_overrides(run_dir: Path) -> list[str]:
 
 
 def resume_command(run_dir: Path, max_steps: int | None = None) -> str:
-    """The command line that goes on with a run: its own overrides, its folder, its last checkpoint.
+    """Return the command line that goes on with a run: its own overrides, its folder, its last checkpoint.
 
     Args:
         run_dir: the run's folder.
@@ -458,19 +461,19 @@ def resume_command(run_dir: Path, max_steps: int | None = None) -> str:
 
 
 def _display(path: Path) -> Path:
-    """Relative to the working folder where it lies below it."""
+    """Return the path relative to the working folder where it lies below it."""
     return path.relative_to(Path.cwd()) if path.is_absolute() and path.is_relative_to(Path.cwd()) else path
 
 
 def _quoted(value: str) -> str:
-    """As Hydra's grammar wants it: quoted where there is more in it than a plain word or path."""
+    """Return the value in Hydra's grammar: quoted where there is more in it than a plain word or path."""
     if re.fullmatch(r"[\w./-]+", value):
         return value
     return "'" + value.replace("'", "\\'") + "'"
 
 
 def is_main_process() -> bool:
-    """Whether this process is global rank 0, also before a process group exists."""
+    """Return whether this process is global rank 0, also before a process group exists."""
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
     return int(getattr(rank_zero_only, "rank", 0) or 0) == 0

@@ -16,7 +16,7 @@ LOOK_SECONDS = 0.2  # a look at the lock takes far less
 
 @contextmanager
 def held(run_dir: Path) -> Iterator[None]:
-    """While it lasts, no other process gets the folder; a process that dies leaves it.
+    """Keep other processes out of the folder in the context; a process that dies leaves it.
 
     Raises:
         ConfigError: another one has it, or it cannot be written to.
@@ -51,7 +51,7 @@ def _open(run_dir: Path) -> TextIO:
 
 
 def _is_there(run_dir: Path, lock: TextIO) -> bool:
-    """Whether the open file is the one that others find: a lock on a file without a name keeps nobody out."""
+    """Return whether the open file is the one that others find: a lock on a file without a name keeps nobody out."""
     try:
         return os.path.samestat((run_dir / LOCK).stat(), os.fstat(lock.fileno()))
     except FileNotFoundError:

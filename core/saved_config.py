@@ -68,7 +68,7 @@ def load_config(run: Path, allow: Collection[str] = ()) -> DictConfig:
 
 
 def read_config(path: Path) -> Any:
-    """What OmegaConf makes of a file, within the bounds of core/untrusted.py: its size, values, depth; no aliases.
+    """Return what OmegaConf makes of a file, within core/untrusted.py's bounds: its size, values, depth; no aliases.
 
     A run saves its configuration without references. They are refused before OmegaConf, which takes long to parse many.
 
@@ -119,7 +119,7 @@ def _names_foreign_code(field: str, value: Any) -> bool:
 
 
 def _leaves(node: Any, field: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of everything that is no group and no list; `_target_` of anything."""
+    """Yield (dotted name, value) of everything that is no group and no list; `_target_` of anything."""
     if not isinstance(node, dict | list):
         yield field, node
         return

@@ -94,7 +94,7 @@ class Pieces:
     _opened: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def read(self, name: str, piece: Piece) -> Tensor:
-        """One piece of a tensor.
+        """Return one piece of a tensor.
 
         Raises:
             Untrusted: it is not what the index says.
@@ -110,7 +110,7 @@ class Pieces:
         return tensor
 
     def whole(self, name: str) -> Tensor:
-        """A tensor, of all its pieces."""
+        """Return a tensor, of all its pieces."""
         saved = self.tensors[name]
         if len(saved.pieces) == 1:
             return self.read(name, saved.pieces[0])
@@ -121,7 +121,7 @@ class Pieces:
         return tensor
 
     def plain_values(self) -> Any:
-        """The nested state without its tensors."""
+        """Return the nested state without its tensors."""
         if not self.old:
             return tensor_archive.load(self.folder / VALUES)
         values: dict[Any, Any] = {}
@@ -130,11 +130,11 @@ class Pieces:
         return values
 
     def state(self) -> dict[str, Any]:
-        """All of it, nested, on the host."""
+        """Return the whole state, nested, on the host."""
         return joined(self.plain_values(), {saved.path: self.whole(name) for name, saved in self.tensors.items()})
 
     def _open(self, name: str) -> Any:
-        """A file of safetensors: that library holds all sizes in its header against the file before it reads more."""
+        """Return a file of safetensors, which that library opens after holding all sizes in its header against it."""
         if name not in self._opened:
             open_regular(self.folder / name).close()
             self._opened[name] = safe_open(self.folder / name, framework="pt")
@@ -148,17 +148,17 @@ class Pieces:
 
 
 def is_there(folder: Path) -> bool:
-    """Whether the folder has an index, which is written last."""
+    """Return whether the folder has an index, which is written last."""
     return (folder / INDEX).is_file() or (folder / OLD_INDEX).is_file()
 
 
 def key_of(name: str, offsets: tuple[int, ...], whole: bool) -> str:
-    """What a piece is called in its file."""
+    """Return what a piece is called in its file."""
     return name if whole else f"{name}@{','.join(map(str, offsets))}"
 
 
 def read_index(folder: Path) -> Pieces:
-    """The index of a folder, of today's form or the old one; nothing in it is larger than the files that are there.
+    """Return a folder's index, of today's form or the old one; nothing in it is larger than the files there.
 
     Raises:
         Untrusted: it is damaged, or describes what cannot be.
@@ -177,7 +177,7 @@ def read_index(folder: Path) -> Pieces:
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """All of a checkpoint, on the host.
+    """Return all of a checkpoint, on the host.
 
     Raises:
         Exception: of several kinds; see `read_index` and `tensor_archive.load`.
@@ -186,7 +186,7 @@ def load(folder: Path) -> dict[str, Any]:
 
 
 def load_meta(folder: Path) -> dict[str, Any]:
-    """What a checkpoint has beside the states of model and optimizers."""
+    """Return what a checkpoint has beside the states of model and optimizers."""
     content = tensor_archive.load(folder / META)
     if not isinstance(content, dict):
         raise Untrusted(f"{META} holds a {type(content).__name__}")
@@ -194,7 +194,7 @@ def load_meta(folder: Path) -> dict[str, Any]:
 
 
 def damage(folder: Path, thorough: bool) -> str | None:
-    """What is wrong with it, in words; None: nothing.
+    """Return what is wrong with it, in words; None: nothing.
 
     Args:
         thorough: read every byte, a little at a time; else of the pieces only that all are there.
@@ -218,7 +218,7 @@ def damage(folder: Path, thorough: bool) -> str | None:
 
 
 def checksum_of(path: Path) -> int:
-    """The CRC-32 of a file's content."""
+    """Return the CRC-32 of a file's content."""
     checksum = 0
     with open_regular(path) as file:
         while content := file.read(CHUNK):
@@ -227,7 +227,7 @@ def checksum_of(path: Path) -> int:
 
 
 def write_index(folder: Path, tensors: Mapping[str, Saved], files: Mapping[str, tuple[int, int]]) -> None:
-    """The index of what has been written, and its checksum."""
+    """Write the index of what has been written, and its checksum."""
     numbers = {name: number for number, name in enumerate(files)}
     described = {
         name: {
@@ -253,7 +253,7 @@ def _sealed(content: bytes) -> bytes:
 
 
 def split(state: Any) -> tuple[Any, dict[Path_, Tensor]]:
-    """(a nested state of dictionaries and lists without its tensors, these by their paths)."""
+    """Return (a nested state of dictionaries and lists without its tensors, these by their paths)."""
     tensors: dict[Path_, Tensor] = {}
 
     def without(node: Any, path: Path_) -> Any:
@@ -272,7 +272,7 @@ def split(state: Any) -> tuple[Any, dict[Path_, Tensor]]:
 
 
 def joined(values: Any, tensors: Mapping[Path_, Tensor]) -> dict[str, Any]:
-    """What `split` has taken apart; in place."""
+    """Return what `split` has taken apart; in place."""
     state: dict[str, Any] = values if isinstance(values, dict) else {}
     for path, tensor in tensors.items():
         put(state, path, tensor)
@@ -280,7 +280,7 @@ def joined(values: Any, tensors: Mapping[Path_, Tensor]) -> dict[str, Any]:
 
 
 def name_of(path: Path_) -> str:
-    """Of a tensor, as torch.distributed.checkpoint names it."""
+    """Return a tensor's name, as torch.distributed.checkpoint has it."""
     return ".".join(map(str, path))
 
 
@@ -318,7 +318,7 @@ def _check(name: str, saved: Saved) -> None:
 
 
 def _are_apart(pieces: list[Piece]) -> bool:
-    """Whether no two boxes overlap, told by cutting straight through between them, again and again.
+    """Return whether no two boxes overlap, told by cutting straight through between them, again and again.
 
     Of boxes that lie around each other like the blades of a windmill it is not: no way to share a tensor is like that.
     """
@@ -335,7 +335,7 @@ def _are_apart(pieces: list[Piece]) -> bool:
 
 
 def _cut(pieces: list[Piece], dimension: int) -> list[list[Piece]]:
-    """The pieces in groups, one behind the other along a dimension."""
+    """Return the pieces in groups, one behind the other along a dimension."""
     groups: list[list[Piece]] = []
     end = 0
     for piece in sorted(pieces, key=lambda piece: piece.offsets[dimension]):
@@ -348,7 +348,7 @@ def _cut(pieces: list[Piece], dimension: int) -> list[list[Piece]]:
 
 
 def _file(folder: Path, name: Any) -> str:
-    """The name of a file in the folder, and of none elsewhere."""
+    """Return the name of a file in the folder, and of none elsewhere."""
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]{0,200}", name, re.ASCII):
         raise Untrusted(f"a piece lies outside of it: {str(name)[:100]}")
     if not is_within(folder, folder / name):
@@ -421,7 +421,7 @@ _KNOWN: dict[str, Any] = {
 
 
 def _of(record: Any, kind: str) -> Any:
-    """The state of a record of this class."""
+    """Return the state of a record of this class."""
     if not isinstance(record, Record) or record.name.rpartition(".")[2] != kind:
         raise Untrusted(f"{OLD_INDEX} has no {kind} where one should be")
     return record.state

@@ -31,7 +31,7 @@ def held_back() -> Iterator[None]:
 
 
 def ignore_stop_signals(*_: object) -> None:
-    """In a process started under `held_back`: end upon its parent's own SIGTERM, or when the parent is gone."""
+    """End a process started under `held_back` upon its parent's own SIGTERM, or when the parent is gone."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     if SENDER_KNOWN:
@@ -40,7 +40,7 @@ def ignore_stop_signals(*_: object) -> None:
 
 
 def _obey(parent: BaseProcess, born_to: int) -> None:
-    """`born_to` is the parent's number, but in a fork server's process that server's."""
+    """End upon a SIGTERM of the parent; `born_to` is its number, but in a fork server's process that server's."""
     # The parent may be gone by now; but seems alive as long as processes are that were forked after this one.
     while parent.is_alive() and os.getppid() == born_to:
         if not SENDER_KNOWN:

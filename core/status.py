@@ -68,18 +68,18 @@ def _typed(content: Any) -> dict[str, Any]:
 
 
 def is_done(run_dir: Path, step: int) -> bool:
-    """Whether the run has ended well at this step. That is noted last of all, when all else is written."""
+    """Return whether the run has ended well at this step. That is noted last of all, when all else is written."""
     status = read(run_dir)
     return status.get("status") == DONE and status.get("step") == step
 
 
 def is_running(run_dir: Path) -> bool:
-    """Whether a process on this machine trains in the folder."""
+    """Return whether a process on this machine trains in the folder."""
     return is_locked(run_dir / LOCK)
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process on this machine holds flock's lock on the file; looking takes no lock away, and never waits."""
+    """Return whether a process on this machine holds flock's lock on the file, without taking one or waiting."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError):

@@ -14,12 +14,12 @@ MAX_STEPS, MAX_BATCHES = 10**9, 2**20  # of a run, and of one step
 
 
 def completes_step(trainer: L.Trainer, batch_idx: int) -> bool:
-    """Whether the batch is the last of its optimizer step: Lightning also steps on the last batch of an epoch."""
+    """Return whether a batch is the last of its optimizer step: Lightning also steps on an epoch's last batch."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or bool(trainer.is_last_batch)
 
 
 def num_steps(trainer: L.Trainer) -> float:
-    """How many optimizer steps the Trainer will do in all, however its length is given; math.inf where nothing says it.
+    """Return how many optimizer steps the Trainer will do, however its length is given; math.inf: nothing says it.
 
     Call it from `configure_optimizers` on: the length may follow from the training data, which Lightning then loads.
     """
@@ -38,7 +38,7 @@ def num_steps(trainer: L.Trainer) -> float:
 
 
 def num_batches(trainer: L.Trainer, steps: int) -> int:
-    """How many batches of endless data the first optimizer steps of a run are made of.
+    """Return how many batches of endless data the first optimizer steps of a run are made of.
 
     An epoch of `trainer.limit_train_batches` may end with a step of fewer batches, and a GradientAccumulationScheduler
     may make the steps of each epoch of another number.
@@ -61,7 +61,7 @@ def num_batches(trainer: L.Trainer, steps: int) -> int:
 
 
 def at_the_end(trainer: L.Trainer) -> bool:
-    """Whether the run has done the `max_steps` that it was to do; a run that is so many epochs long has none."""
+    """Return whether the run has done the `max_steps` that it was to do; a run that is so many epochs long has none."""
     return 0 <= trainer.max_steps <= trainer.global_step
 
 
@@ -79,7 +79,7 @@ def begin_step(trainer: L.Trainer) -> None:
 
 
 def _batches_per_step(trainer: L.Trainer, epoch: int) -> int:
-    """As it will be once the epoch begins, which is after the data were loaded."""
+    """Return the batches of a step once the epoch begins, which is after the data were loaded."""
     for callback in _callbacks(trainer):
         if isinstance(callback, GradientAccumulationScheduler):
             return callback.get_accumulate_grad_batches(epoch)
@@ -87,7 +87,7 @@ def _batches_per_step(trainer: L.Trainer, epoch: int) -> int:
 
 
 def _last_change(trainer: L.Trainer) -> int:
-    """The epoch from which on all steps are of the same number of batches."""
+    """Return the epoch from which on all steps are of the same number of batches."""
     schedulers = [c for c in _callbacks(trainer) if isinstance(c, GradientAccumulationScheduler)]
     return max((max(scheduler.scheduling) for scheduler in schedulers), default=0)
 
@@ -110,8 +110,12 @@ def begin_epoch(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
 
 
 def is_logged(trainer: L.Trainer, step: int) -> bool:
-    """Whether metrics of the optimizer step of this number, counted from 1, are wanted: by the loggers or, of the last
-    one, by the summary."""
+    """Return whether an optimizer step's metrics are wanted: by the loggers or, of the last one, by the summary.
+
+    Args:
+        trainer: of the run.
+        step: the step's number, counted from 1.
+    """
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
     return step == trainer.max_steps or (every > 0 and step % every == 0)
 

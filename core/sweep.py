@@ -71,7 +71,7 @@ class SweepNotes(Callback):
 
 
 def _fixed_fields(config: DictConfig) -> list[str]:
-    """The fields that the command line, or the sweeper's configuration, sets to a single value."""
+    """Return the fields that the command line, or the sweeper's configuration, sets to a single value."""
     given: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
     params = OmegaConf.select(config, "hydra.sweeper.params") or {}
     try:
@@ -83,12 +83,12 @@ def _fixed_fields(config: DictConfig) -> list[str]:
 
 
 def is_swept() -> bool:
-    """Whether this process is at a run of a sweep, rather than at a single run."""
+    """Return whether this process is at a run of a sweep, rather than at a single run."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def swept_overrides(overrides: Sequence[str]) -> list[str]:
-    """Those of a run's overrides that differ between the runs of its sweep; none of a single run."""
+    """Return those of a run's overrides that differ between the runs of its sweep; none of a single run."""
     notes = _notes()
     if notes is None:
         return []
@@ -126,7 +126,7 @@ def _notes() -> Path | None:
 
 
 def conclude() -> int:
-    """At the end of a sweep that this process has started: say which runs failed, and remove the notes.
+    """Say which runs failed at the end of a sweep that this process has started, and remove the notes.
 
     Returns:
         The exit code of the first run that failed; 0: none did, or there was no sweep.

@@ -42,7 +42,7 @@ DTYPES = {
 
 
 def load(source: Path | bytes, mapped: bool = False) -> Any:
-    """The value that was saved, on the host.
+    """Return the value that was saved, on the host.
 
     Args:
         source: a file, or the content of one.
@@ -70,7 +70,7 @@ def check_sums(source: Path | bytes) -> str | None:
 
 @contextmanager
 def _opened(source: Path | bytes) -> Iterator[tuple[IO[bytes], zipfile.ZipFile]]:
-    """A file and the archive in it; what zipfile finds wrong, in many kinds of error, becomes one."""
+    """Open a file and the archive in it; what zipfile finds wrong, in many kinds of error, becomes one."""
     with io.BytesIO(source) if isinstance(source, bytes) else open_regular(source) as file:
         try:
             bounded = _Bounded(file, bound(DIRECTORY_BYTES))
@@ -154,7 +154,7 @@ class _Archive:
         return self.archive.read(name)
 
     def _part(self, reference: Any) -> _Part:
-        """What a pickle calls ("storage", kind, name, device, number of entries)."""
+        """Return what a pickle calls ("storage", kind, name, device, number of entries)."""
         if not isinstance(reference, tuple) or len(reference) != 5:
             raise Untrusted("it refers to something that is no part of it")
         word, kind, name, _, count = reference
@@ -222,7 +222,7 @@ class _Archive:
 
 
 def _plain(kind: type, *kinds: type) -> Callable[[Any], Any]:
-    """A function that takes one value of these kinds."""
+    """Return a function that takes one value of these kinds."""
 
     def make(value: Any) -> Any:
         if not isinstance(value, kinds):

@@ -79,7 +79,7 @@ def open_regular(path: Path) -> IO[bytes]:
 
 
 def is_within(folder: Path, path: Path) -> bool:
-    """Whether a path lies in a folder once all links are followed; one in circles leads nowhere."""
+    """Return whether a path lies in a folder once all links are followed; one in circles leads nowhere."""
     # pathlib's resolve raises RuntimeError at a circle.
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
