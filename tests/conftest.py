@@ -2,19 +2,11 @@
 
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 
-from lightning_modules.config import ModelConfig, parse
-from lightning_modules.language_module import LanguageModule
-
 torch.set_num_threads(1)  # tiny tensors, and xdist runs one worker a core
-
-VOCAB_SIZE = 50
-TINY: dict[str, Any] = {"dim": 32, "num_heads": 4, "num_layers": 2, "ffn_dim": 48, "norm_eps": 1e-5}
-TINY_MOE: dict[str, Any] = {"num_experts": 4, "top_k": 2, "expert_dim": 24}
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -25,33 +17,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-def tiny_values(**overrides: Any) -> dict[str, Any]:
-    """Fields of a tiny ModelConfig as plain values; `moe` is merged with the tiny one's."""
-    return {**TINY, **overrides, "moe": {**TINY_MOE, **overrides.get("moe", {})}}
-
-
-def tiny_config(**overrides: Any) -> ModelConfig:
-    """A ModelConfig of a few thousand parameters."""
-    return parse(ModelConfig, "model", tiny_values(**overrides))
-
-
-def make_module(optim: dict[str, Any] | None = None, **overrides: Any) -> LanguageModule:
-    """A LanguageModule around a tiny model, built and initialized.
-
-    Args:
-        optim: fields of OptimConfig.
-        overrides: fields of ModelConfig.
-    """
-    module = LanguageModule(tiny_values(**overrides), {"warmup_steps": 0, **(optim or {})}, VOCAB_SIZE)
-    module.configure_model()
-    return module
-
-
-def tokens(*shape: int) -> torch.Tensor:
-    """Random token ids."""
-    return torch.randint(VOCAB_SIZE, shape)
 
 
 @pytest.fixture(scope="session")

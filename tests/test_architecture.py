@@ -9,14 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-SOURCES = sorted(
-    path
-    for path in ROOT.glob("**/*.py")
-    if not any(
-        part.startswith(".") or part in ("build", "data", "runs", "sweeps") for part in path.relative_to(ROOT).parts
-    )
-)
+from tests.support.sources import ROOT, SOURCES, module_name
+
 PROJECT = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in SOURCES}
 
 GROUPS = ("monitors", "divergence", "checkpointing", "console")
@@ -52,10 +46,6 @@ MAY_IMPORT = {
 
 def within(name: str, package: str) -> bool:
     return name == package or name.startswith(f"{package}.")
-
-
-def module_name(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 def project_imports(path: Path) -> Iterator[str]:
@@ -148,3 +138,15 @@ def test_package_files_only_export_names() -> None:
                 is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
                 is_list_of_names = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
                 assert is_docstring or is_list_of_names or isinstance(node, ast.ImportFrom), path
+
+
+def test_no_test_imports_another() -> None:
+    """What two of them need is in tests/support."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            imported = (
+                [f"{node.module}.{alias.name}" for alias in node.names] if isinstance(node, ast.ImportFrom) else []
+            )
+            assert not any(part.startswith(("test_", "conftest")) for name in imported for part in name.split(".")), (
+                path
+            )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers_run import EXPERIMENTS, ROOT, TRAIN, tiny_job, train
+from tests.support.runs import EXPERIMENTS, ROOT, TRAIN, tiny_job, train
 
 PLACEMENTS = ("postnorm", "prenorm", "spannorm")
 SAMPLE = "callbacks.text_sample={_target_: callbacks.console.text_sample.TextSample"

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_modules.composing import register_schemas
-from tests.helpers_run import ROOT, run, scalars
+from tests.support.composing import composed
+from tests.support.runs import ROOT, run, scalars
 
 CHOICES = [path.relative_to(ROOT / "configs").with_suffix("") for path in sorted((ROOT / "configs").glob("*/*.yaml"))]
 CHOICES = [choice for choice in CHOICES if choice.parent.name != "study"]  # of other commands
@@ -21,12 +20,6 @@ FILLED_IN = {"module": {"vocab_size"}, "trainer": {"callbacks", "logger", "defau
 ON_A_CPU = ["trainer.accelerator=cpu", "model.compile=false"]
 ON_SHARDS = ("experiment=dense_7b", "study_scale=gpu", "study_scale=paper")
 JOBS = [f"{choice.parent}={choice.stem}" for choice in CHOICES if str(choice.parent) in ("experiment", "study_scale")]
-
-
-def composed(*overrides: str) -> DictConfig:
-    register_schemas()
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return compose("train", list(overrides))
 
 
 @pytest.mark.parametrize("choice", CHOICES, ids=str)

@@ -9,7 +9,7 @@ import lightning as L
 import pytest
 import torch
 
-from tests.helpers_run import events, load, run, scalars, tiny_job, train
+from tests.support.runs import events, load, run, scalars, tiny_job, train
 
 LIGHTNING = "lightning.pytorch.callbacks"
 ACCUMULATE = f"+callbacks.mine={{_target_: {LIGHTNING}.GradientAccumulationScheduler, scheduling: {{0: 2}}}}"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers_run import events, run, scalars, tiny_job, train
+from tests.support.runs import events, run, scalars, tiny_job, train
 
 EVERYTHING = (  # whatever writes text, histograms or a layout, which only TensorBoard takes
     "callbacks.text_sample={_target_: callbacks.console.text_sample.TextSample, prompt: a, num_tokens: 1}",

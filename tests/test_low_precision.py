@@ -10,7 +10,7 @@ from callbacks.monitors.signal_propagation import relative_entropy
 from core.open_run import open_run
 from core.precision import at_least_fp32
 from lightning_modules.sharding import gradient_norm
-from tests.helpers_run import load, scalars, tiny_job, train
+from tests.support.runs import load, scalars, tiny_job, train
 from tools.evaluation.corpora import losses_of
 
 MANY = ["data.batch_size=1", "data.seq_len=8", "data.val_batches=300"]

@@ -8,7 +8,7 @@ import torch
 from omegaconf import OmegaConf
 
 from core.open_run import open_run
-from tests.helpers_run import load, run, tiny_job, train
+from tests.support.runs import load, run, tiny_job, train
 
 FORMER_DYT = "{alpha: 0.5, alpha_attention: 0.5, embedding_scale: null}"
 

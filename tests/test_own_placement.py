@@ -15,8 +15,8 @@ from core.cli import run as command_line
 from core.errors import InvalidValue
 from core.open_run import open_run
 from lightning_modules.transformer import Transformer
-from tests.conftest import tiny_config
-from tests.helpers_run import ROOT, scalars, tiny_job, train
+from tests.support.models import tiny_config
+from tests.support.runs import ROOT, scalars, tiny_job, train
 from tools import evaluate, export, generate, propagation
 
 OWN = ("model.placement=my_norms.HalfNorm", "model.norm=my_norms.ScaleOnly", "model.norm_options={start: 0.5}")

@@ -22,9 +22,9 @@ from core.errors import ConfigError
 from core.status import read
 from lightning_modules.language_module import LanguageModule
 from lightning_modules.optim import make_schedule
-from tests.conftest import make_module, tiny_values, tokens
-from tests.helpers_run import DESCRIPTION, TinyData
-from tests.lightning_modules.test_language_module import Recorder, loader, make_trainer
+from tests.support.fitting import Recorder, loader, make_trainer
+from tests.support.models import make_module, tiny_values, tokens
+from tests.support.runs import DESCRIPTION, TinyData
 
 LENGTHS: dict[str, tuple[dict[str, Any], int]] = {  # of batches of a Trainer, and the steps that it makes of 6 batches
     "steps": ({"max_steps": 5}, 5),

@@ -11,7 +11,7 @@ import lightning as L
 import pytest
 import torch
 
-from tests.helpers_run import assert_began, load, run, scalars, tiny_job, train
+from tests.support.runs import assert_began, load, run, scalars, tiny_job, train
 
 FIRST = "runs/dense_prenorm/first"
 BEST = f"{FIRST}/checkpoints/best.ckpt"

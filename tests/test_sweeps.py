@@ -16,7 +16,7 @@ from hydra.experimental.callback import Callback
 
 from core.sweep import NOTES, WORST_LOSS
 from core.validation_loss import final_loss
-from tests.helpers_run import TRAIN, Finished, python, tiny_job, train
+from tests.support.runs import TRAIN, Finished, python, tiny_job, train
 
 
 class At(L.Callback):

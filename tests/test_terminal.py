@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers_run import ROOT, TRAIN, tiny_job, train
+from tests.support.runs import ROOT, TRAIN, tiny_job, train
 
 COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-7]|9[0-7]|38)[;\d]*m")
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import lightning as L
 import pytest
-import torch
 
-from tests.forked import started
-from tests.helpers_run import TRAIN, assert_began, events, load, run, scalars, tiny_job, train
+from tests.support.comparing import assert_equal
+from tests.support.forked import started
+from tests.support.runs import TRAIN, assert_began, events, load, run, scalars, tiny_job, train
 
 STEPS = 8
 LONG = [f"trainer.max_steps={STEPS}", "trainer.accumulate_grad_batches=2", "trainer.val_check_interval=4"]
@@ -62,34 +62,11 @@ def all_scalars(folder: Path, after: int) -> dict[str, dict[int, float]]:
     return {tag: dict(sorted(pairs)) for tag, pairs in values.items() if pairs}
 
 
-def assert_equal(ours: Any, theirs: Any, where: str) -> None:
-    if isinstance(theirs, torch.Tensor):
-        assert torch.equal(ours, theirs), where
-    elif isinstance(theirs, dict | list):
-        ours, theirs = (dict(enumerate(x)) if isinstance(x, list) else x for x in (ours, theirs))
-        assert ours.keys() == theirs.keys(), where
-        for key in theirs:
-            assert_equal(ours[key], theirs[key], f"{where}.{key}")
-    else:
-        assert ours == theirs, where
-
-
-class SendSignal(L.Callback):
-    """This process gets a signal amid the second batch of a step."""
-
-    def __init__(self, signum: int, step: int) -> None:
-        self.signum, self.step = signum, step
-
-    def on_before_zero_grad(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step == self.step - 1:
-            signal.raise_signal(self.signum)
-
-
 @pytest.mark.parametrize("step", [4, 5], ids=["at a validation", "between validations"])
 def test_interrupted_and_resumed_is_uninterrupted(
     tmp_path: Path, model: list[str], uninterrupted: Path, step: int
 ) -> None:
-    interrupt = f"{{_target_: tests.test_train.SendSignal, signum: {int(signal.SIGINT)}, step: {step}}}"
+    interrupt = f"{{_target_: tests.support.signals.SendSignal, signum: {int(signal.SIGINT)}, step: {step}}}"
     interrupted = train(tmp_path, *tiny_job(*model), "run_dir=run", f"+callbacks.interrupt={interrupt}")
     assert interrupted.code == 130
     assert f"Interrupted: SIGINT after step {step}. Saved; go on with" in interrupted.out
@@ -137,7 +114,7 @@ def test_a_terminated_process_saves_and_its_command_resumes(
 
 
 def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
-    twice = [f"+callbacks.{name}={{_target_: tests.test_train.SendSignal, signum: 2, step: 2}}" for name in "ab"]
+    twice = [f"+callbacks.{name}={{_target_: tests.support.signals.SendSignal, signum: 2, step: 2}}" for name in "ab"]
     handler = signal.getsignal(signal.SIGINT)
     try:
         finished = train(tmp_path, *tiny_job("trainer.max_steps=4", "run_dir=run"), *twice)

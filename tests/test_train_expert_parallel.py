@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from core.checkpoint import load
-from tests.distributed.processes import command_line, together
-from tests.helpers_run import run, scalars, tiny_job
+from tests.support.processes import command_line, together
+from tests.support.runs import run, scalars, tiny_job
 
 JOB = ["experiment=moe_spannorm", "model.moe.balancing=bias", "optim.schedule=constant"]
 TWO = ["trainer=fsdp", "trainer.devices=2"]

@@ -11,7 +11,7 @@ from benchmarks import compare, costs
 from benchmarks.contenders import AS_OURS, PLAIN, Sizes
 from benchmarks.measure import ratio, take_turns
 from benchmarks.workers import RATE, Result
-from tests.forked import server
+from tests.support.forked import server
 
 TINY = Sizes(vocab_size=64, num_layers=2, dim=32, num_heads=2, hidden=48, seq_len=16, batch_size=2)
 MIXTURE = TINY._replace(hidden=24, num_experts=4)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks import data
-from tests.forked import python
-from tests.helpers_run import tiny_job
+from tests.support.forked import python
+from tests.support.runs import tiny_job
 
 
 class Forking:

@@ -9,7 +9,7 @@ import yaml
 from hydra.utils import get_class
 
 from benchmarks import monitoring
-from tests.helpers_run import ROOT, tiny_job
+from tests.support.runs import ROOT, tiny_job
 
 GROUPS = ("monitors", "divergence", "checkpointing", "console")
 FILES = [yaml.safe_load((ROOT / f"configs/callbacks/{group}.yaml").read_text()) for group in GROUPS]

@@ -1,20 +1,9 @@
 """One tiny job with everything on, whose traces the tests look at."""
 
-from pathlib import Path
-from typing import NamedTuple
-
 import pytest
 
-from tests.helpers_run import Finished, tiny_job, train
-
-STEPS, ACCUMULATE, BATCH_SIZE, SEQ_LEN = 5, 2, 4, 32
-
-
-class Job(NamedTuple):
-    """How it ended, and its folder."""
-
-    finished: Finished
-    folder: Path
+from tests.support.job import ACCUMULATE, STEPS, Job
+from tests.support.runs import tiny_job, train
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +19,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
         *("trainer.gradient_clip_val=0.01", "model.moe.load_balancing_weight=0", "model.moe.z_loss_weight=0"),
         "callbacks.text_sample={_target_: callbacks.console.text_sample.TextSample, prompt: 'def ', num_tokens: 16}",
         "callbacks.progress.line_seconds=0",
-        "+callbacks.recorder._target_=tests.callbacks.test_tensorboard.Recorder",
+        "+callbacks.recorder._target_=tests.support.recorder.Recorder",
         "run_dir=run",
     ]
     finished = train(cwd, *tiny_job("experiment=moe_spannorm", *overrides))

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.helpers_run import ROOT, scalars, tiny_job, train
-from tests.test_experiments import composed
+from tests.support.composing import composed
+from tests.support.runs import ROOT, scalars, tiny_job, train
 
 GROUPS = ("monitors", "divergence", "checkpointing", "console")
 DEFAULT = [

@@ -8,7 +8,7 @@ import lightning.pytorch.callbacks as theirs
 import pytest
 import torch
 
-from tests.helpers_run import Finished, load, tiny_job, train
+from tests.support.runs import Finished, load, tiny_job, train
 
 ARGUMENTS = {
     "DeviceStatsMonitor": "cpu_stats: true",

@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import pytest
 
-from tests.helpers_run import ROOT, events, run
+from tests.support.runs import ROOT, events, run
 from tools import evaluate
 
 KINDS = ("attn_in", "attn_out", "ffn_up", "ffn_down", "norm", "router", "experts", "embedding", "head")

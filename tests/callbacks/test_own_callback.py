@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tests.helpers_run import tiny_job, train
+from tests.support.runs import tiny_job, train
 
 FILE = """
 import lightning as L

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from callbacks import statistics
-from tests.helpers_run import ROOT, scalars, tiny_job, train
+from tests.support.runs import ROOT, scalars, tiny_job, train
 
 
 def test_the_documented_callback_reads_the_shared_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

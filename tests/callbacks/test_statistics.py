@@ -11,43 +11,12 @@ from torch import Tensor
 
 from callbacks.statistics import GradientStatistics, Group, gradient_statistics, watch_update
 from lightning_modules.language_module import LanguageModule
-from lightning_modules.transformer import Transformer
-from tests.conftest import VOCAB_SIZE, make_module, tokens
-from tests.lightning_modules.test_language_module import fit
+from tests.support.fitting import fit
+from tests.support.models import make_module, tokens
+from tests.support.norms import in_float64, kind_of, norm_by_group
 
 ACCUMULATE = 2
 MIXTURE = {"num_shared_experts": 1, "load_balancing_weight": 0.0, "z_loss_weight": 0.0}
-
-
-def kind_of(name: str) -> Group:
-    """The group of a parameter, told by its name: what the project itself never does."""
-    if not name.startswith("blocks."):
-        return Group(0, name.split(".")[0])
-    kinds = {
-        "attn_in": ("q_proj", "k_proj", "v_proj"),
-        "attn_out": ("o_proj",),
-        "ffn_up": ("gate_proj", "up_proj"),
-        "ffn_down": ("down_proj",),
-        "router": ("router",),
-        "experts": ("w1", "v1", "w2"),
-    }
-    found = [kind for kind, words in kinds.items() if any(word in name.split(".") for word in words)]
-    return Group(int(name.split(".")[1]) + 1, found[0] if found else "norm")
-
-
-def norm_by_group(tensors: dict[str, Tensor]) -> dict[Group, float]:
-    sums: dict[Group, float] = {}
-    for name, tensor in tensors.items():
-        group = kind_of(name)
-        for value in tensor.detach().double().flatten().tolist():
-            sums[group] = sums.get(group, 0.0) + value * value
-    return {group: math.sqrt(total) for group, total in sums.items()}
-
-
-def in_float64(model: Transformer) -> Transformer:
-    double = Transformer(model.config, VOCAB_SIZE).double()
-    double.load_state_dict(model.state_dict())
-    return double
 
 
 class Observer(L.Callback):

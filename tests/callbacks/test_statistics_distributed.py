@@ -19,9 +19,9 @@ from callbacks.monitors.representation_collapse import RepresentationCollapse
 from callbacks.monitors.signal_propagation import SignalPropagation
 from callbacks.statistics import GradientStatistics, gradient_statistics
 from lightning_modules.language_module import LanguageModule
-from tests.conftest import VOCAB_SIZE, tiny_values, tokens
-from tests.forked import in_processes
-from tests.lightning_modules.test_language_module import fit
+from tests.support.fitting import fit
+from tests.support.forked import in_processes
+from tests.support.models import VOCAB_SIZE, tiny_values, tokens
 
 STEPS = 3
 CASES = [(kind, accumulate) for kind in ("ddp", "fsdp") for accumulate in (1, 2)]

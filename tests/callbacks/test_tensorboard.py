@@ -1,49 +1,16 @@
 """What a run writes for TensorBoard, read back and computed again from the batches themselves."""
 
 import math
-from typing import Any, ClassVar
 
-import lightning as L
 import pytest
-import torch
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
-from torch import Tensor
 
-from tests.callbacks.conftest import ACCUMULATE, BATCH_SIZE, SEQ_LEN, STEPS, Job
-from tests.helpers_run import EventAccumulator, events, scalars
+from tests.support.job import ACCUMULATE, BATCH_SIZE, SEQ_LEN, STEPS, Job
+from tests.support.recorder import Recorder
+from tests.support.runs import EventAccumulator, events, scalars
 
 EVERY_STEP = list(range(STEPS))
 VALIDATED = [1, 3, 4]
-
-
-class Recorder(L.Callback):
-    """Computes losses and gradients of each batch once more, in float64 where it counts."""
-
-    losses: ClassVar[list[float]] = []
-    norms: ClassVar[list[float]] = []
-    stepped: ClassVar[list[float]] = []  # norms of the gradients that the optimizer gets
-
-    def on_fit_start(self, *_: Any) -> None:
-        for recorded in (self.losses, self.norms, self.stepped):
-            recorded.clear()
-
-    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx % ACCUMULATE == ACCUMULATE - 1:  # gradients are those of the step just taken
-            gradients = [p.grad for p in module.parameters() if p.grad is not None]
-            self.stepped.append(torch.nn.utils.get_total_norm(gradients).item())
-
-    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
-        tokens = batch["tokens"]
-        logits = module.model(tokens[:, :-1])[0].double()
-        loss = -logits.log_softmax(-1).gather(-1, tokens[:, 1:, None]).mean()
-        self.losses.append(loss.item())
-        if batch_idx % ACCUMULATE == 0:
-            self.sums = [torch.zeros_like(p, dtype=torch.float64) for p in module.parameters()]
-        gradients = torch.autograd.grad(loss / ACCUMULATE, list(module.parameters()), allow_unused=True)
-        for total, gradient in zip(self.sums, gradients, strict=True):
-            total += 0 if gradient is None else gradient
-        if batch_idx % ACCUMULATE == ACCUMULATE - 1:
-            self.norms.append(math.sqrt(sum((total**2).sum().item() for total in self.sums)))
 
 
 @pytest.fixture(scope="module")

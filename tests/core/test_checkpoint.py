@@ -6,7 +6,7 @@ import pytest
 
 from core.atomic_write import NotWritten
 from core.checkpoint import CheckpointIO
-from tests.damage import small_files
+from tests.support.damage import small_files
 
 
 @pytest.fixture

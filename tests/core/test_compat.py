@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from core import compat
 from core.sharded_checkpoint import META
-from tests.test_architecture import ROOT, SOURCES, module_name
+from tests.support.sources import ROOT, SOURCES, module_name
 
 OF_NAMEDTUPLES = {"_replace", "_asdict", "_fields", "_make"}
 ALLOWED = {

@@ -15,7 +15,7 @@ from core.limits import VARIABLE, require_at_most
 from core.memory import check_memory, explain_lack, memory_of_machine
 from core.parallel import num_passes
 from lightning_modules.config import ModelConfig
-from tests.helpers_run import tiny_job, train
+from tests.support.runs import tiny_job, train
 
 BEYOND = [
     *("model.num_layers=10000000", "model.dim=1000000000", "model.ffn_dim=1000000000000000000"),

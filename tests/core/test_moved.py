@@ -15,8 +15,8 @@ from core.overrides import with_names_of_today
 from core.run_folder import resume_command
 from core.saved_config import load_config
 from lightning_modules.config import ModelConfig, parse
-from tests.helpers_run import ROOT, load, run, tiny_job, train
-from tests.test_experiments import composed
+from tests.support.composing import composed
+from tests.support.runs import ROOT, load, run, tiny_job, train
 from tools import replay
 
 OLD = ROOT / "tests/fixtures/checkpoints/one_file/config.yaml"
@@ -81,7 +81,7 @@ def old_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose files name every callback as they did before the modules moved."""
     cwd = tmp_path_factory.mktemp("old")
     steps = ["trainer.max_steps=3", "callbacks.last_checkpoint.every_n_train_steps=1"]
-    poison = "+callbacks.nan={_target_: tests.callbacks.faults.NaNGradient, first: 3}"
+    poison = "+callbacks.nan={_target_: tests.support.sabotage.NaNGradient, first: 3}"
     folder = run(cwd, "run", *steps, poison, f"+callbacks.curvature._target_={CURVATURE[1]}")
     config = OmegaConf.load(folder / "config.yaml")
     del config.callbacks.nan  # which is no part of the project, and would have to be allowed

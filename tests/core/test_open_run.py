@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 from core.checkpoint import load
 from core.open_run import open_run
-from tests.helpers_run import run
+from tests.support.runs import run
 
 
 def test_a_run_that_was_compiled_and_checkpointed_is_opened_as_neither(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import pytest
 
 from core.errors import ConfigError
 from core.parallel import apply_micro_batching, num_passes
-from tests.distributed.processes import QUIET
-from tests.helpers_run import TinyData, tiny_job, train
+from tests.support.processes import QUIET
+from tests.support.runs import TinyData, tiny_job, train
 
 
 def test_a_step_a_validation_and_the_intervals_keep_their_sequences(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from core.rank_errors import leave_together
-from tests.distributed.processes import together
+from tests.support.processes import together
 
 SECONDS = 2.0
 

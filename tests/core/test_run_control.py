@@ -15,10 +15,10 @@ import torch
 from callbacks.checkpointing.last_checkpoint import LastCheckpoint
 from core.run_control import RunControl, TrainingInterrupted, take_control
 from lightning_modules.language_module import LanguageModule
-from tests.conftest import tiny_values
-from tests.helpers_run import DESCRIPTION, TinyData, load, scalars, tiny_job, train
-from tests.lightning_modules.test_language_module import Recorder, make_trainer
-from tests.test_train import SendSignal
+from tests.support.fitting import Recorder, make_trainer
+from tests.support.models import tiny_values
+from tests.support.runs import DESCRIPTION, TinyData, load, scalars, tiny_job, train
+from tests.support.signals import SendSignal
 
 NOTHING: Any = None
 LEFT_OUT = {  # the ways in which a run comes to have no last.ckpt
@@ -27,7 +27,7 @@ LEFT_OUT = {  # the ways in which a run comes to have no last.ckpt
     "no callbacks": ["callbacks=[]"],
     "no group": ["~callbacks"],
 }
-SEND = "+callbacks.send={{_target_: tests.test_train.SendSignal, signum: {}, step: {}}}"
+SEND = "+callbacks.send={{_target_: tests.support.signals.SendSignal, signum: {}, step: {}}}"
 
 
 def job(*overrides: str) -> list[str]:

@@ -21,7 +21,7 @@ from core.checkpoint import load, load_beside_weights
 from core.distributed_checkpoint import PiecesWriter
 from core.sharded_checkpoint import META, VALUES, Piece, Saved, _check, damage, joined, name_of, read_index, split
 from core.untrusted import Untrusted
-from tests.core.test_tensor_archive import assert_same
+from tests.support.archives import assert_same
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.distributed is disabled"),

@@ -13,6 +13,7 @@ import torch
 
 from core.tensor_archive import check_sums, load
 from core.untrusted import Untrusted
+from tests.support.archives import assert_same
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.uint16, torch.uint64)
@@ -35,24 +36,6 @@ def values() -> dict[str, Any]:
         "plain": {"a": [1, 2.5, None, True, "x", (1, 2), {3, 4}, Counter("aab"), 3 + 4j, b"\xff\0", bytearray(b"ab")]},
         "torch": [torch.device("cuda", 1), torch.Size([1, 2]), torch.bfloat16, torch.strided],
     }
-
-
-def assert_same(ours: Any, theirs: Any) -> None:
-    assert type(ours) is type(theirs)
-    if isinstance(theirs, torch.Tensor):
-        assert (ours.dtype, ours.shape, ours.stride()) == (theirs.dtype, theirs.shape, theirs.stride())
-        assert ours.requires_grad == theirs.requires_grad
-        assert ours.flatten().tolist() == theirs.flatten().tolist()
-    elif isinstance(theirs, dict):
-        assert list(ours) == list(theirs)
-        for key, value in theirs.items():
-            assert_same(ours[key], value)
-    elif isinstance(theirs, list):
-        assert len(ours) == len(theirs)
-        for mine, other in zip(ours, theirs, strict=True):
-            assert_same(mine, other)
-    else:
-        assert ours == theirs
 
 
 @pytest.mark.parametrize("how", ["from the file", "mapped", "from memory"])

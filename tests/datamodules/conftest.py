@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from datamodules.writer import write_corpus
-from tests.helpers_run import DESCRIPTION, SHARD, TinyData, documents
+from tests.support.runs import DESCRIPTION, SHARD, TinyData, documents
 
 
 @pytest.fixture(scope="session")

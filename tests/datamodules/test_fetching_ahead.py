@@ -18,9 +18,9 @@ from datamodules.remote import RemoteFolder
 from datamodules.shard_cache import NAMES, OWN, ShardCache, _size
 from datamodules.shard_corpus import ShardCorpus
 from datamodules.shards import Split, open_split
-from tests.datamodules.servers import Server, http_server
-from tests.datamodules.test_remote import wait_for
-from tests.helpers_run import ROOT, SHARD
+from tests.support.runs import ROOT, SHARD
+from tests.support.servers import Server, http_server
+from tests.support.waiting import wait_for
 
 BYTES = 128 + 2 * SHARD
 

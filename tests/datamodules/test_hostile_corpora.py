@@ -22,9 +22,9 @@ from datamodules.shard_cache import ShardCache
 from datamodules.shards import open_split
 from datamodules.storage import LocalFolder, load, read_index
 from datamodules.writer import write_corpus
-from tests.datamodules.servers import http_server
-from tests.forked import python
-from tests.helpers_run import DESCRIPTION, ROOT, documents, tiny_job, train
+from tests.support.forked import python
+from tests.support.runs import DESCRIPTION, ROOT, documents, tiny_job, train
+from tests.support.servers import http_server
 
 SHA = "0" * 64
 

@@ -12,7 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from datamodules.writer import LOCK, _own_scratch, remove_left_over, write_corpus
-from tests.helpers_run import DESCRIPTION, ROOT, documents
+from tests.support.runs import DESCRIPTION, ROOT, documents
 
 WRITE = """
 import sys, time

@@ -17,7 +17,7 @@ from core.errors import ConfigError
 from datamodules.mixture import BLOCK, Mixture, Pattern, shares
 from datamodules.stream import TokenStream
 from datamodules.writer import write_corpus
-from tests.helpers_run import run_on, scalars
+from tests.support.runs import run_on, scalars
 
 WEIGHTS = st.lists(st.floats(0.01, 1), min_size=1, max_size=5)
 

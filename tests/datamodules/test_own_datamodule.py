@@ -4,7 +4,7 @@ import json
 import math
 from pathlib import Path
 
-from tests.helpers_run import run_on, scalars, tiny_job, train
+from tests.support.runs import run_on, scalars, tiny_job, train
 
 FILE = """
 import numpy as np

@@ -1,7 +1,6 @@
 """Corpora that lie elsewhere: the same tokens as here, whatever the server does, or an error of where and why."""
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,9 @@ from datamodules.shard_corpus import ShardCorpus
 from datamodules.shards import Split, open_split
 from datamodules.storage import read_index
 from datamodules.stream import TokenStream
-from tests.datamodules.servers import Server, http_server, s3_server
-from tests.helpers_run import SHARD
+from tests.support.runs import SHARD
+from tests.support.servers import Server, http_server, s3_server
+from tests.support.waiting import wait_for
 
 SHARD_BYTES = 128 + 2 * SHARD
 FILE = "train-00003.npy"
@@ -138,13 +138,6 @@ def test_an_interrupted_fetch_goes_on_where_it_was(server: Server, corpus: Path,
         (tmp_path / OWN / f"{sha256}.{SHARD_BYTES}.part").write_bytes(beginning)
         assert read_shard(remote_split(server, tmp_path)) == read_shard(open_split(corpus, "train"))
         assert server.fetched[FILE] == fetched, "the rest; all, once the checksum has told that it is another file's"
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_a_block_and_the_next_one_are_fetched_ahead(server: Server, corpus: Path, tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from datamodules.remote import RemoteFolder
 from datamodules.shard_cache import OWN, ShardCache
 from datamodules.shards import Split, open_split
 from datamodules.storage import read_index
-from tests.datamodules.servers import Server, http_server
-from tests.helpers_run import SHARD
+from tests.support.runs import SHARD
+from tests.support.servers import Server, http_server
 
 FILE = "train-00003.npy"
 

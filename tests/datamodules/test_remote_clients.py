@@ -17,7 +17,7 @@ from datamodules.remote import RemoteFolder
 from datamodules.shard_cache import ShardCache
 from datamodules.shards import open_split
 from datamodules.storage import read_index
-from tests.datamodules.servers import BUCKET, REPOSITORY, Hanging, HubHandler, hanging_server, http_server
+from tests.support.servers import BUCKET, REPOSITORY, Hanging, HubHandler, hanging_server, http_server
 
 
 @pytest.fixture(autouse=True)

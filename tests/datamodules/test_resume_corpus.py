@@ -12,7 +12,7 @@ from datamodules.shards import open_split
 from datamodules.storage import LocalFolder, read_index
 from datamodules.synthetic import Synthetic
 from datamodules.writer import write_corpus
-from tests.helpers_run import DESCRIPTION, documents, load, tiny_job, train
+from tests.support.runs import DESCRIPTION, documents, load, tiny_job, train
 
 
 @pytest.fixture

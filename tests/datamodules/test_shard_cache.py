@@ -19,8 +19,8 @@ from datamodules.remote import RemoteFolder
 from datamodules.shard_cache import OWN, ShardCache
 from datamodules.shards import open_split
 from datamodules.writer import write_corpus
-from tests.datamodules.servers import Server, http_server
-from tests.helpers_run import DESCRIPTION, ROOT, documents
+from tests.support.runs import DESCRIPTION, ROOT, documents
+from tests.support.servers import Server, http_server
 
 SIZE = 100
 SHARD_BYTES = 128 + 2 * 4096

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from datamodules.index import CorpusError, parse_index
 from datamodules.shards import Split, open_split
 from datamodules.writer import write_corpus
-from tests.helpers_run import DESCRIPTION, SHARD, TEXT, documents
+from tests.support.runs import DESCRIPTION, SHARD, TEXT, documents
 
 TRAIN = [token for split, text, _ in documents() if split == "train" for token in [*text, 256]]
 

@@ -22,10 +22,10 @@ from datamodules.preparation import encoding
 from datamodules.samples import Numbers, Rows
 from datamodules.stream import Batch, StreamLoader, TokenStream
 from datamodules.tokenizers import ByteTokenizer
-from tests.distributed.faults import send_from_outside
-from tests.forked import python
-from tests.helpers_run import ROOT, TRAIN, assert_began, load, run, scalars, tiny_job
-from tests.tools.test_prepare import TEXTS, alive, wait_for
+from tests.support.forked import python
+from tests.support.preparing import TEXTS, alive, wait_for
+from tests.support.rank_faults import send_from_outside
+from tests.support.runs import ROOT, TRAIN, assert_began, load, run, scalars, tiny_job
 
 only_where_sender_known = pytest.mark.skipif(not SENDER_KNOWN, reason="helpers get the signals as before")
 
@@ -44,7 +44,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
 def test_a_run_saves_when_its_whole_group_is_stopped(
     signum: signal.Signals, tmp_path: Path, uninterrupted: dict[int, float]
 ) -> None:
-    fault = f"+callbacks.fault={{_target_: tests.distributed.faults.SignalGroup, signum: {int(signum)}, step: 2}}"
+    fault = f"+callbacks.fault={{_target_: tests.support.rank_faults.SignalGroup, signum: {int(signum)}, step: 2}}"
     finished = python(tmp_path, str(TRAIN), *tiny_job(*STEPS, fault, "run_dir=run"))
     assert finished.code == 128 + signum, finished.err
     assert f"Interrupted: {signum.name} after step 2. Saved; go on with" in finished.out

@@ -9,7 +9,7 @@ import pytest
 
 from core.errors import ConfigError
 from datamodules.synthetic import Copy, Induction, Ngram, Synthetic
-from tests.helpers_run import run_on, scalars
+from tests.support.runs import run_on, scalars
 
 
 def draw(task: Any, number: int) -> np.ndarray:

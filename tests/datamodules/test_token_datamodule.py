@@ -13,7 +13,7 @@ import pytest
 
 from core.errors import ConfigError
 from datamodules.stream import TokenStream
-from tests.helpers_run import TEXT, TinyData
+from tests.support.runs import TEXT, TinyData
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 
 from datamodules.index import CorpusError
 from datamodules.tokenizers import FileTokenizer, SpelledEnd
-from tests.datamodules.tokenizer_files import END, byte_level, llama_like, unigram, without_bytes
-from tests.helpers_run import TEXT
+from tests.support.runs import TEXT
+from tests.support.tokenizer_files import END, byte_level, llama_like, unigram, without_bytes
 from tools.exporting.tokenizer import to_hugging_face
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.datamodules.servers import http_server, s3_server
-from tests.datamodules.two_ranks import LR, NUM_SAMPLES, STEPS, Job, make_corpus, record, run
-from tests.distributed.processes import together
+from tests.support.processes import together
+from tests.support.servers import http_server, s3_server
+from tests.support.two_ranks import LR, NUM_SAMPLES, STEPS, Job, make_corpus, record, run
 
 # What a run is resumed from: whole at an epoch's end; and the two that a run left which died after 5 batches, half a
 # step: one saved before that step, and one amid it.

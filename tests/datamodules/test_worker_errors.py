@@ -14,8 +14,8 @@ from datamodules.shards import Split, open_split
 from datamodules.storage import LocalFolder
 from datamodules.stream import StreamLoader, TokenStream
 from datamodules.writer import write_corpus
-from tests.datamodules.servers import http_server
-from tests.helpers_run import DESCRIPTION, documents, tiny_job, train
+from tests.support.runs import DESCRIPTION, documents, tiny_job, train
+from tests.support.servers import http_server
 
 SHARD = "train-00000.npy"
 Run = Callable[[str], list[str]]

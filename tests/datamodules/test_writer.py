@@ -14,7 +14,7 @@ from datamodules.index import HEADER_BYTES, SPLITS
 from datamodules.shards import open_split
 from datamodules.storage import LocalFolder, read_index
 from datamodules.writer import CorpusWriter, GrowingArray, write_corpus
-from tests.helpers_run import DESCRIPTION, ROOT, documents
+from tests.support.runs import DESCRIPTION, ROOT, documents
 
 
 def stream(name: str) -> tuple[list[int], list[int], int]:

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.processes import command_line, together
-from tests.distributed.runs import Run, train
-from tests.helpers_run import tiny_job
+from tests.support.distributed_runs import Run, train
+from tests.support.processes import command_line, together
+from tests.support.runs import tiny_job
 
 SAVED_AT, STEPS = 8, 14
 SAVED = [
@@ -55,7 +55,7 @@ def test_it_goes_on_in_ddp_and_cut_another_way(tmp_path: Path) -> None:
 
 
 def test_those_who_cut_one_model_draw_the_same_numbers_after_two_shared_the_data(tmp_path: Path) -> None:
-    own, noted = (f"+callbacks.{n}._target_=tests.distributed.faults.{n}" for n in ("OwnNumbers", "NoteNumbers"))
+    own, noted = (f"+callbacks.{n}._target_=tests.support.rank_faults.{n}" for n in ("OwnNumbers", "NoteNumbers"))
     base = ["experiment=moe_spannorm", "model.moe.jitter=0.1", "trainer=fsdp", "run_dir=run", noted]
     together(2, tmp_path, command_line, [tiny_job(*base, own, "trainer.devices=2")])
     cut = ["trainer.devices=4", "trainer.strategy.tensor_parallel_size=2", "trainer.max_steps=4", "ckpt_path=last"]

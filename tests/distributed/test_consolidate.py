@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.processes import command_line, together
-from tests.helpers_run import assert_began, load, run, scalars, tiny_job
+from tests.support.processes import command_line, together
+from tests.support.runs import assert_began, load, run, scalars, tiny_job
 from tools.consolidate import consolidate
 
 JOB = ["experiment=moe_spannorm", "optim.schedule=constant"]

@@ -14,7 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from core.errors import ConfigError
 from lightning_modules.language_module import LanguageModule
-from tests.conftest import VOCAB_SIZE, make_module, tiny_values
+from tests.support.models import VOCAB_SIZE, make_module, tiny_values
 
 DATA, TENSOR = 2, 2
 ROWS, COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.processes import together
-from tests.distributed.runs import STEPS, Run, train
+from tests.support.distributed_runs import STEPS, Run, train
+from tests.support.processes import together
 
 PLACEMENTS = ("spannorm", "prenorm", "siamesenorm")
 CASES = [Run(strategy, "dense", placement, 2) for placement in PLACEMENTS for strategy in ("ddp", "fsdp")]

@@ -9,10 +9,10 @@ import pytest
 
 from core.checkpoint import load, load_beside_weights
 from core.sharded_checkpoint import damage
-from tests.damage import flip, flip_bit, truncate
-from tests.distributed.processes import command_line, together
-from tests.helpers_run import Finished, assert_began, tiny_job, train
-from tests.test_train import assert_equal
+from tests.support.comparing import assert_equal
+from tests.support.damage import flip, flip_bit, truncate
+from tests.support.processes import command_line, together
+from tests.support.runs import Finished, assert_began, tiny_job, train
 
 LAST, PREVIOUS = "checkpoints/last.ckpt", "checkpoints/previous.ckpt"
 PIECES = "rank-00001.safetensors"  # of the second process

@@ -3,17 +3,17 @@
 from pathlib import Path
 
 from core.cli import USER_ERROR
-from tests.distributed.processes import command_line, together
-from tests.helpers_run import tiny_job
+from tests.support.processes import command_line, together
+from tests.support.runs import tiny_job
 
 EVERY = ["trainer.max_steps=4", "callbacks.last_checkpoint.every_n_train_steps=1", "trainer.devices=2"]
 AT_THE_END = "callbacks.last_checkpoint.every_n_train_steps=200"
-NO_RENAME = "+callbacks.fault._target_=tests.distributed.faults.NoRename"
-FAIL_ALL = "+callbacks.fail={_target_: tests.distributed.faults.FailAll, step: 2}"
+NO_RENAME = "+callbacks.fault._target_=tests.support.rank_faults.NoRename"
+FAIL_ALL = "+callbacks.fail={_target_: tests.support.rank_faults.FailAll, step: 2}"
 
 
 def small_files(rank: int, num_bytes: int) -> str:
-    return f"+callbacks.fault={{_target_: tests.distributed.faults.SmallFiles, rank: {rank}, num_bytes: {num_bytes}}}"
+    return f"+callbacks.fault={{_target_: tests.support.rank_faults.SmallFiles, rank: {rank}, num_bytes: {num_bytes}}}"
 
 
 CASES = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from core.checkpoint import load
-from tests.helpers_run import run, scalars
+from tests.support.runs import run, scalars
 from tools.plan import compose_config, plan
 
 MODEL = ["model.num_layers=8", "model.dim=512", "model.num_heads=8", "model.ffn_dim=1376", "data=synthetic"]

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.processes import together, under_torchrun
-from tests.forked import python
-from tests.helpers_run import TRAIN, assert_began, run, scalars, tiny_job
+from tests.support.forked import python
+from tests.support.processes import together, under_torchrun
+from tests.support.runs import TRAIN, assert_began, run, scalars, tiny_job
 from tools.plan import compose_config
 
 STEPS = ["experiment=dense_spannorm", "optim.schedule=constant", "trainer.max_steps=4"]
@@ -17,7 +17,7 @@ TERMINATED = 128 + signal.SIGTERM
 
 
 def fault(name: str) -> str:
-    return f"+callbacks.fault={{_target_: tests.distributed.faults.{name}, signum: {int(signal.SIGTERM)}, step: 2}}"
+    return f"+callbacks.fault={{_target_: tests.support.rank_faults.{name}, signum: {int(signal.SIGTERM)}, step: 2}}"
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_without_a_launcher_all_save_when_their_group_is_terminated(tmp_path: Pa
 
 
 def test_a_ctrl_c_before_the_first_step_ends_all_at_once(tmp_path: Path) -> None:
-    early = "+callbacks.early._target_=tests.distributed.faults.InterruptEarly"
+    early = "+callbacks.early._target_=tests.support.rank_faults.InterruptEarly"
     finished = python(tmp_path, str(TRAIN), *tiny_job(*STEPS, *DDP, "trainer.devices=2", early))
     assert finished.code == 128 + signal.SIGINT, finished.err
     assert "Interrupted at once; there was nothing to save." in finished.out

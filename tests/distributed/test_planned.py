@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from lightning_modules.language_module import LanguageModule
 from lightning_modules.optim import make_optimizer
-from tests.conftest import VOCAB_SIZE, tiny_values
-from tests.distributed.processes import together
+from tests.support.models import VOCAB_SIZE, tiny_values
+from tests.support.processes import together
 from tools.plan import Plan, compose_config, plan
 
 BATCH, SEQ_LEN = 4, 32

@@ -6,11 +6,11 @@ from typing import Any
 
 import lightning as L
 
-from tests.distributed.processes import command_line, together
-from tests.helpers_run import tiny_job
+from tests.support.processes import command_line, together
+from tests.support.runs import tiny_job
 
 LAST = Path("run/checkpoints/last.ckpt")
-SLOW = "+callbacks.slow._target_=tests.distributed.faults.SlowRename"
+SLOW = "+callbacks.slow._target_=tests.support.rank_faults.SlowRename"
 
 
 class Look(L.Callback):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers_run import ROOT
+from tests.support.runs import ROOT
 from tools.plan import compose_config
 
 FILE = re.search(r"```text\n(#!/bin/bash\n.*?)```", (ROOT / "docs/scaling.md").read_text(), re.DOTALL)

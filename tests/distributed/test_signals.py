@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from core.checkpoint import load_beside_weights
-from tests.distributed.processes import command_line, together, under_slurm
-from tests.helpers_run import assert_began, run, scalars, tiny_job
+from tests.support.processes import command_line, together, under_slurm
+from tests.support.runs import assert_began, run, scalars, tiny_job
 
 STEPS = ["experiment=dense_spannorm", "optim.schedule=constant", "trainer.max_steps=4"]
 STEPS += ["trainer.accumulate_grad_batches=8"]
@@ -17,7 +17,7 @@ WORKERS = "data.num_workers=2"  # a step is more than what these have in stock
 def signals(*numbers: int) -> str:
     """To all, amid step 2; also to the processes of data loaders."""
     listed = ", ".join(str(int(number)) for number in numbers)
-    return f"+callbacks.signals={{_target_: tests.distributed.faults.SignalAll, signals: [{listed}], step: 2}}"
+    return f"+callbacks.signals={{_target_: tests.support.rank_faults.SignalAll, signals: [{listed}], step: 2}}"
 
 
 def job(run_dir: str, *arguments: str) -> list[str]:
@@ -43,7 +43,7 @@ def test_a_slurm_job_saves_is_requeued_and_goes_on(tmp_path: Path) -> None:
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(f'#!/bin/sh\nsleep 1\necho "$@" > {tmp_path}/requeued\n')
     scontrol.chmod(0o755)
-    slow = "+callbacks.slow._target_=tests.distributed.faults.SlowRename"
+    slow = "+callbacks.slow._target_=tests.support.rank_faults.SlowRename"
     stopped = job("run", "trainer=slurm", WORKERS, signals(signal.SIGUSR1), slow)
     going_on = job("run", "trainer=slurm", WORKERS, "ckpt_path=last")
     arguments = [[option for option in case if option != "trainer.devices=2"] for case in (stopped, going_on)]

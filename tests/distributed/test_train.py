@@ -10,15 +10,15 @@ from core.checkpoint import load, load_beside_weights
 from core.cli import DIVERGED, USER_ERROR
 from core.interruption import PEER_LOST
 from core.run_folder import folder_name
-from tests.callbacks.divergence.test_recovery import RECOVERING, done
-from tests.distributed.processes import command_line, together
-from tests.helpers_run import assert_began, run, scalars, tiny_job
-from tests.test_train import assert_equal
+from tests.support.comparing import assert_equal
+from tests.support.processes import command_line, together
+from tests.support.recovering import RECOVERING, done
+from tests.support.runs import assert_began, run, scalars, tiny_job
 
 TWO = ["trainer=fsdp", "trainer.devices=2"]
 JITTER = ["experiment=moe_spannorm", "model.moe.jitter=0.1", "trainer.max_steps=6", "trainer.val_check_interval=3"]
-JITTER += ["+callbacks.own._target_=tests.distributed.faults.OwnNumbers"]
-NAN = "+callbacks.nan={_target_: tests.callbacks.faults.NaNGradient, first: 2}"
+JITTER += ["+callbacks.own._target_=tests.support.rank_faults.OwnNumbers"]
+NAN = "+callbacks.nan={_target_: tests.support.sabotage.NaNGradient, first: 2}"
 
 
 def job(run_dir: str, *arguments: str) -> list[str]:
@@ -39,7 +39,7 @@ def assert_same(ours: Path, theirs: Path, at: int) -> None:
 
 
 def test_the_end_of_a_run_is_the_same_on_both(tmp_path: Path) -> None:
-    interrupt = f"{{_target_: tests.distributed.faults.SignalLast, signum: {int(signal.SIGUSR1)}, step: 4}}"
+    interrupt = f"{{_target_: tests.support.rank_faults.SignalLast, signum: {int(signal.SIGUSR1)}, step: 4}}"
     cases = [
         (0, job("whole", *JITTER)),
         (128 + signal.SIGUSR1, job("stopped", *JITTER, f"+callbacks.interrupt={interrupt}")),
@@ -103,7 +103,7 @@ def test_a_sharded_run_is_taken_back_as_one_process_is(tmp_path: Path) -> None:
 def test_when_one_is_killed_the_other_says_so_and_the_run_goes_on(tmp_path: Path, asynchronous: bool) -> None:
     options = ["experiment=dense_spannorm", "optim.schedule=constant", "trainer.max_steps=6"]
     options += ["callbacks.last_checkpoint.every_n_train_steps=2", f"trainer.strategy.asynchronous={asynchronous}"]
-    kill = "+callbacks.kill={_target_: tests.distributed.faults.KillLast, step: 6}"
+    kill = "+callbacks.kill={_target_: tests.support.rank_faults.KillLast, step: 6}"
     ((finished,), gone) = together(2, tmp_path, command_line, [job("run", *options, kill)])
     assert gone == []
     assert finished.code == PEER_LOST

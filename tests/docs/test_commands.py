@@ -1,4 +1,4 @@
-"""Every command that README.md, CONTRIBUTING.md and docs/ show is tried, as tests/docs/ways.py says."""
+"""Every command that README.md, CONTRIBUTING.md and docs/ show is tried, as tests/support/documented_ways.py says."""
 
 import shutil
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from core import cli
-from tests.docs.commands import PAGES, Command, commands
-from tests.docs.ways import RUN, prepare, way_of
+from tests.support.documented_commands import PAGES, Command, commands
+from tests.support.documented_ways import RUN, prepare, way_of
 
 COMMANDS = [command for page in PAGES for command in commands(page)]
 DIFFERENT = list({command.text: command for command in reversed(COMMANDS)}.values())[::-1]
@@ -25,7 +25,7 @@ def cwd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_works(command: Command, cwd: Path, tmp_path: Path) -> None:
     shutil.copytree(cwd, tmp_path, dirs_exist_ok=True)  # whatever the order, no command depends on another
     way = way_of(command)
-    assert way is not None, f"tests/docs/ways.py does not know how to try: {command.text}"
+    assert way is not None, f"tests/support/documented_ways.py does not know how to try: {command.text}"
     way(command, tmp_path)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers_run import ROOT, tiny_job
+from tests.support.runs import ROOT, tiny_job
 
 NOTEBOOK = ROOT / "examples/quickstart.ipynb"
 LEFT_OUT = {"data", "runs", "examples"}

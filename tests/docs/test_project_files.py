@@ -7,7 +7,7 @@ import tomllib
 import pytest
 import yaml
 
-from tests.helpers_run import ROOT
+from tests.support.runs import ROOT
 
 PINNED = re.compile(r"^([\w.-]+)==([\w.]+)", re.MULTILINE)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

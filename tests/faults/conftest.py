@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers_run import run
+from tests.support.runs import run
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,10 @@ from core.checkpoint import keep
 from core.errors import ConfigError
 from core.run_lock import held
 from core.status import LOCK, is_running
-from tests.damage import small_files
-from tests.faults.holder import holder
-from tests.faults.racing import racing
-from tests.helpers_run import load
+from tests.support.damage import small_files
+from tests.support.holder import holder
+from tests.support.racing import racing
+from tests.support.runs import load
 
 
 class Create:

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from spannorm import INITS, PLACEMENTS
-from tests.helpers_run import tiny_job, train
+from tests.support.runs import tiny_job, train
 
 WORDS = ["abc", "''", "null", "true", "[]", "[1,2]", "{}", "{a: 1}", "nan", "inf", "-inf", "1e400", "-0.0", "'1 2'"]
 COUNTS = ["-1", "0", "1", "2", "3", "7", "1.5", "1e3", *WORDS]

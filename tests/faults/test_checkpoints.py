@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.damage import flip, truncate
-from tests.helpers_run import assert_began, load, tiny_job, train
+from tests.support.damage import flip, truncate
+from tests.support.runs import assert_began, load, tiny_job, train
 
 JOB = ["trainer.max_steps=3", "callbacks.last_checkpoint.every_n_train_steps=1"]
 LAST, PREVIOUS = "run/checkpoints/last.ckpt", "run/checkpoints/previous.ckpt"

@@ -12,8 +12,8 @@ import lightning as L
 import pytest
 from omegaconf import OmegaConf
 
-from tests.faults.racing import racing
-from tests.helpers_run import TRAIN, load, run, tiny_job, train
+from tests.support.racing import racing
+from tests.support.runs import TRAIN, load, run, tiny_job, train
 
 IMPORTS = """
 from omegaconf import OmegaConf

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from core.run_folder import read_overrides, resume_command
-from tests.fuzz.sandbox import tree
-from tests.helpers_run import tiny_job, train
+from tests.support.fuzz.sandbox import tree
+from tests.support.runs import tiny_job, train
 
 JOB = ["trainer.max_steps=2", "callbacks.last_checkpoint.every_n_train_steps=1"]
 GOING_ON = [*tiny_job(*JOB), "run_dir=run", "trainer.max_steps=4"]

@@ -13,8 +13,8 @@ import pytest
 from core.atomic_write import damage
 from core.errors import ConfigError
 from core.run_lock import held
-from tests.faults.holder import holder
-from tests.helpers_run import load, tiny_job, train
+from tests.support.holder import holder
+from tests.support.runs import load, tiny_job, train
 
 JOB = ["trainer.max_steps=4", "callbacks.last_checkpoint.every_n_train_steps=1"]
 

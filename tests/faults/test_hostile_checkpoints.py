@@ -18,9 +18,9 @@ from core.errors import ConfigError, UserError
 from core.open_run import open_data, open_run
 from core.run_folder import read_overrides
 from core.saved_config import load_config
-from tests.faults.test_old_checkpoints import FIXTURES
-from tests.forked import started
-from tests.helpers_run import ROOT, corpus_root, train
+from tests.support.forked import started
+from tests.support.old_checkpoints import FIXTURES
+from tests.support.runs import ROOT, corpus_root, train
 
 EVIL = "__9_0.distcp"
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from core.status import is_done, read
-from tests.faults.killed import PLACES, Moments, Processes
-from tests.helpers_run import load, scalars, tiny_job
-from tests.test_train import assert_equal
+from tests.support.comparing import assert_equal
+from tests.support.killed import PLACES, Moments, Processes
+from tests.support.runs import load, scalars, tiny_job
 
 STEPS = 6
 JOB = tiny_job(

@@ -12,7 +12,7 @@ import pytest
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
 
-from tests.helpers_run import run, tiny_job, train
+from tests.support.runs import run, tiny_job, train
 
 SCALARS_BYTES = 3_000  # in TensorBoard's files, at most, of a step that is logged: two blocks, one of them a mixture
 HISTOGRAM_BYTES = 10_000  # of one histogram, of which there are as many as groups of parameters, and of their gradients

@@ -11,7 +11,7 @@ from core.errors import InvalidValue
 from datamodules.preparation.documents import find_inputs
 from datamodules.preparation.inspect import verify
 from datamodules.storage import LocalFolder, read_index
-from tests.helpers_run import ROOT
+from tests.support.runs import ROOT
 
 MEBIBYTE, GIBIBYTE = 1 << 20, 1 << 30
 MOST = 30 * MEBIBYTE  # resident, beyond that for 1 MiB; a shard is mapped to be summed up, so shards are short

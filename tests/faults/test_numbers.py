@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers_run import events, tiny_job, train
+from tests.support.runs import events, tiny_job, train
 
 EDGES = {
     "learning rate 0": ["optim.lr=0"],

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from core.checkpoint import load
-from tests.distributed.processes import command_line, together
-from tests.helpers_run import assert_began, scalars, train
+from tests.support.old_checkpoints import FIXTURES
+from tests.support.processes import command_line, together
+from tests.support.runs import assert_began, scalars, train
 
-FIXTURES = Path(__file__).parents[1] / "fixtures/checkpoints"
 CURVE = {int(step): loss for step, loss in json.loads((FIXTURES / "curve.json").read_text()).items()}
 JOB = [
     *("data=synthetic", "data.vocab_size=32", "data.seq_len=31", "data.batch_size=4", "data.val_batches=1"),

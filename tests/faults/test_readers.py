@@ -9,8 +9,8 @@ import pytest
 
 from studies.grid import Study
 from studies.report import load, write
-from tests.forked import started
-from tests.helpers_run import TRAIN, run, tiny_job
+from tests.support.forked import started
+from tests.support.runs import TRAIN, run, tiny_job
 from tools.compare import Run, make_table
 from tools.runs import find, look
 

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from core.errors import ConfigError, UserError
 from core.saved_config import KINDS, load_config
-from tests.helpers_run import run
+from tests.support.runs import run
 
 
 class Mine(L.Callback):

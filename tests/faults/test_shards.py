@@ -16,8 +16,8 @@ from datamodules.preparation.prepare import PrepareConfig, prepare
 from datamodules.shards import open_split
 from datamodules.storage import LocalFolder, read_index
 from datamodules.writer import write_corpus
-from tests.helpers_run import DESCRIPTION
-from tests.helpers_run import documents as tiny_documents
+from tests.support.runs import DESCRIPTION
+from tests.support.runs import documents as tiny_documents
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.forked import python
-from tests.helpers_run import TRAIN, Finished, tiny_job, train
+from tests.support.forked import python
+from tests.support.runs import TRAIN, Finished, tiny_job, train
 
 LARGE = ["data.seq_len=512", "data.batch_size=16", "data.num_workers=1"]  # 66 kB a batch
 SAID = "Error: data.num_workers=1 is not valid: expected 0, or more shared memory (/dev/shm) for data-loader processes"

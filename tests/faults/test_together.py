@@ -14,7 +14,7 @@ from datamodules.preparation.inspect import verify
 from datamodules.preparation.prepare import PrepareConfig, prepare
 from datamodules.storage import LocalFolder, read_index
 from datamodules.writer import CorpusWriter
-from tests.helpers_run import ROOT, TEXT
+from tests.support.runs import ROOT, TEXT
 
 TOLD = "a folder that no other process is preparing"
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuzz import seeds
-from tests.fuzz.sandbox import Sandbox
+from tests.support.fuzz import seeds
+from tests.support.fuzz.sandbox import Sandbox
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.fuzz.judge import faults
-from tests.fuzz.sandbox import Sandbox, tree
+from tests.support.fuzz.judge import faults
+from tests.support.fuzz.sandbox import Sandbox, tree
 
 LONG = "a" * 300
 CASES = [  # module, arguments, what the line must hold

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import SearchStrategy
 
-from tests.fuzz import command_lines
-from tests.fuzz.judge import faults, names_one_of
-from tests.fuzz.sandbox import Sandbox, tree
-from tests.helpers_run import tiny_job
+from tests.support.fuzz import command_lines
+from tests.support.fuzz.judge import faults, names_one_of
+from tests.support.fuzz.sandbox import Sandbox, tree
+from tests.support.runs import tiny_job
 
 TINY = tiny_job("trainer.max_steps=1")
 LITTLE = {"tools.propagation": ("model.dim=32", "model.num_layers=2", "model.num_heads=2", "data.seq_len=32")}

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuzz import seeds
-from tests.fuzz.judge import faults
-from tests.fuzz.mutations import Draw, any_bytes
-from tests.fuzz.sandbox import Outcome, Sandbox, World, tree
-from tests.fuzz.targets import ANSWERS, READ_ONLY, REMOTE, REPORT, RESUME, TARGETS, Target
-from tests.helpers_run import tiny_job
+from tests.support.fuzz import seeds
+from tests.support.fuzz.judge import faults
+from tests.support.fuzz.mutations import Draw, any_bytes
+from tests.support.fuzz.sandbox import Outcome, Sandbox, World, tree
+from tests.support.fuzz.targets import ANSWERS, READ_ONLY, REMOTE, REPORT, RESUME, TARGETS, Target
+from tests.support.runs import tiny_job
 
 QUICK = [target for target in TARGETS if target.readers[0] not in (RESUME, REPORT, REMOTE)]
 
@@ -36,7 +36,7 @@ def command(target: Target, reader: tuple[str, ...]) -> list[str]:
 
 def fetch(sandbox: Sandbox, world: World, folder: Path, name: str, answer: str | None) -> Outcome:
     """Train on what a server on this machine says that the folder holds."""
-    from tests.datamodules.servers import http_server  # which takes a while to import
+    from tests.support.servers import http_server  # which takes a while to import
 
     with http_server(folder) as server:
         kind = getattr(server, answer) if answer else set()

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from core.sharded_checkpoint import CHECKSUM, INDEX, META, VALUES, Piece, Saved, checksum_of, read_index, write_index
-from tests.fuzz import seeds
-from tests.fuzz.judge import faults
-from tests.fuzz.sandbox import Outcome, Sandbox, tree
-from tests.helpers_run import tiny_job
+from tests.support.fuzz import seeds
+from tests.support.fuzz.judge import faults
+from tests.support.fuzz.sandbox import Outcome, Sandbox, tree
+from tests.support.runs import tiny_job
 
 LAST, RANK = "checkpoints/last.ckpt", "rank-00000.safetensors"
 Edit = Callable[[dict[str, Any]], None]

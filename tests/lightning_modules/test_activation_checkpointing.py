@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_modules.initialization import initialize
 from lightning_modules.transformer import Transformer
 from spannorm import PLACEMENTS
-from tests.conftest import tiny_config
+from tests.support.models import tiny_config
 
 
 def loss_and_gradients(model: Transformer, tokens: Tensor) -> list[Tensor]:

@@ -6,7 +6,7 @@ import pytest
 
 from core.errors import ConfigError
 from lightning_modules.config import ModelConfig, MoEConfig, OptimConfig, parse, settings
-from tests.conftest import tiny_config
+from tests.support.models import tiny_config
 
 NAN = float("nan")
 

@@ -14,9 +14,9 @@ from torch import nn
 
 from lightning_modules.language_module import LanguageModule
 from spannorm import PLACEMENTS
-from tests.conftest import make_module, tokens
-from tests.lightning_modules.test_language_module import fit
-from tests.megablocks_cpu import megablocks_on_cpu
+from tests.support.fitting import fit
+from tests.support.megablocks_cpu import megablocks_on_cpu
+from tests.support.models import make_module, tokens
 
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {},

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_modules import cross_entropy, language_module
 from lightning_modules.cross_entropy import linear_cross_entropy
 from lightning_modules.source_loss import SourceLoss
-from tests.conftest import VOCAB_SIZE, make_module, tokens
+from tests.support.models import VOCAB_SIZE, make_module, tokens
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from lightning_modules.layers.document_mask import document_mask
 from lightning_modules.layers.rope import at_positions, rope_tables
 from lightning_modules.transformer import Transformer
 from spannorm import PLACEMENTS
-from tests.conftest import VOCAB_SIZE, make_module, tiny_config, tokens
+from tests.support.models import VOCAB_SIZE, make_module, tiny_config, tokens
 
 LENGTHS = [[5, 1, 9, 3], [18]]  # of the documents in two sequences
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers_run import corpus_root, train
+from tests.support.runs import corpus_root, train
 
 JOB = [
     *("experiment=dense_prenorm", "model.norm=dyt", "model.dim=64", "model.num_heads=2", "data.seq_len=64"),

@@ -20,7 +20,7 @@ from lightning_modules.optim import SCHEDULES, make_schedule
 from lightning_modules.transformer import Transformer
 from spannorm import INITS, NORMS, PLACEMENTS
 from spannorm.initialization import TARGETS
-from tests.conftest import VOCAB_SIZE, tiny_config, tokens
+from tests.support.models import VOCAB_SIZE, tiny_config, tokens
 
 Choice = dict[str, Any]
 TINY = {"dim": 12, "num_heads": 2, "ffn_dim": 8}

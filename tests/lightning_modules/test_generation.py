@@ -11,7 +11,7 @@ from lightning_modules.generation import choose, feed, generate, stream
 from lightning_modules.layers.kv_cache import KVCache
 from lightning_modules.transformer import Transformer
 from spannorm import PLACEMENTS
-from tests.conftest import VOCAB_SIZE, make_module, tiny_config, tokens
+from tests.support.models import VOCAB_SIZE, make_module, tiny_config, tokens
 
 LENGTH = 48
 SHARED = {"num_experts": 8, "num_shared_experts": 1, "first_dense_layers": 1, "balancing": "bias", "score": "sigmoid"}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from lightning_modules.transformer import Transformer
-from tests.conftest import VOCAB_SIZE, tiny_config, tokens
+from tests.support.models import VOCAB_SIZE, tiny_config, tokens
 
 COMMON: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,

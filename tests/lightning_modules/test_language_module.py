@@ -9,54 +9,17 @@ import lightning as L
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from lightning.pytorch.loggers.logger import Logger
 from omegaconf import OmegaConf
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torchmetrics.text import Perplexity
 
 from core.errors import ConfigError
 from lightning_modules.composing import register_schemas
 from lightning_modules.language_module import LanguageModule
-from tests.conftest import VOCAB_SIZE, make_module, tiny_values, tokens
+from tests.support.fitting import Recorder, fit, loader, make_trainer
+from tests.support.models import VOCAB_SIZE, make_module, tiny_values, tokens
 
 ROOT = Path(__file__).parents[2]
-Batch = dict[str, Tensor]
-
-
-class Recorder(Logger):
-    """Keeps what is logged, one dictionary a call."""
-
-    name, version = "recorder", 0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.records: list[dict[str, float]] = []
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self.records.append(metrics)
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def series(self, key: str) -> list[float]:
-        return [record[key] for record in self.records if key in record]
-
-
-def make_trainer(root: Path, **options: Any) -> L.Trainer:
-    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return L.Trainer(**{"accelerator": "cpu", "default_root_dir": root, "log_every_n_steps": 1, **quiet, **options})
-
-
-def fit(root: Path, module: LanguageModule, *batches: Tensor, **options: Any) -> L.Trainer:
-    """Train on the batches, in order, without validation."""
-    trainer = make_trainer(root, limit_val_batches=0, **options)
-    trainer.fit(module, loader(*batches), loader(batches[0]))
-    return trainer
-
-
-def loader(*batches: Tensor) -> DataLoader[Batch]:
-    return DataLoader([{"tokens": batch} for batch in batches], batch_size=None)  # type: ignore[arg-type]
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

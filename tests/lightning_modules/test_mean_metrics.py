@@ -13,7 +13,7 @@ from torchmetrics import Metric
 
 from lightning_modules.mean_metrics import WeightedMean
 from lightning_modules.source_loss import SourceLoss
-from tests.conftest import make_module, tokens
+from tests.support.models import make_module, tokens
 
 LOW = [torch.bfloat16, torch.float16]
 

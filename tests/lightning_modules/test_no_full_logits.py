@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from lightning_modules.cross_entropy import CHUNK, LARGE_VOCABULARY
 from lightning_modules.generation import generate
 from lightning_modules.language_module import LanguageModule
-from tests.conftest import tiny_values
+from tests.support.models import tiny_values
 from tools.evaluation.corpora import token_losses
 
 NUM_TOKENS = 2 * 640  # of a batch; not a multiple of a chunk

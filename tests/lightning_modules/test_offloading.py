@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_modules.transformer import Transformer
 from spannorm import PLACEMENTS
-from tests.conftest import VOCAB_SIZE, tiny_config, tokens
+from tests.support.models import VOCAB_SIZE, tiny_config, tokens
 
 SHARED = {"num_experts": 8, "num_shared_experts": 1, "first_dense_layers": 1, "balancing": "bias", "score": "sigmoid"}
 MODELS: dict[str, dict[str, Any]] = {

@@ -11,7 +11,7 @@ from core.errors import ConfigError
 from lightning_modules.config import OptimConfig
 from lightning_modules.optim import describe_decay, make_optimizer, make_schedule
 from lightning_modules.transformer import Transformer
-from tests.conftest import VOCAB_SIZE, tiny_config
+from tests.support.models import VOCAB_SIZE, tiny_config
 
 DECAYED = ("_proj.weight", "mlp.w1", "mlp.v1", "mlp.w2", "router.layer.weight", "head.weight")
 

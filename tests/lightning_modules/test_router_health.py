@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_modules import language_module
 from lightning_modules.layers.router import RouterStats
 from lightning_modules.router_health import router_health, tally
-from tests.conftest import make_module, tokens
-from tests.lightning_modules.test_language_module import Recorder, fit, loader, make_trainer
+from tests.support.fitting import Recorder, fit, loader, make_trainer
+from tests.support.models import make_module, tokens
 
 aten = torch.ops.aten
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lightning_modules.layers.rope import rope_tables
 from lightning_modules.transformer import Block, Transformer
-from tests.conftest import VOCAB_SIZE, tiny_config, tokens
-from tests.lightning_modules import reference
+from tests.support import reference
+from tests.support.models import VOCAB_SIZE, tiny_config, tokens
 
 HEADS, KV_HEADS, EPS, THETA = 4, 2, 1e-5, 10000.0
 

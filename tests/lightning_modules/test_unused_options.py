@@ -7,7 +7,7 @@ import pytest
 
 from lightning_modules.config import ModelConfig, OptimConfig, parse
 from lightning_modules.unused_options import describe_unused
-from tests.helpers_run import tiny_job, train
+from tests.support.runs import tiny_job, train
 
 SILENT: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {}),

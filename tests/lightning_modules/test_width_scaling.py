@@ -18,7 +18,7 @@ from lightning_modules.language_module import LanguageModule
 from lightning_modules.optim import make_optimizer
 from lightning_modules.transformer import Transformer
 from lightning_modules.width_scaling import width_scaling
-from tests.conftest import make_module
+from tests.support.models import make_module
 from tools.coordinate_check import STEPS, check, spread
 
 ROOT = Path(__file__).parents[2]

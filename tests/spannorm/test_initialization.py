@@ -8,7 +8,7 @@ import torch
 from core.errors import ConfigError
 from lightning_modules.initialization import initialize, resolve_init
 from lightning_modules.transformer import Transformer
-from tests.conftest import tiny_config
+from tests.support.models import tiny_config
 
 # dim 256: 1/sqrt(256) = 0.0625. FFN 1024: 1/sqrt(1024) = 0.03125. 4 blocks: 1/sqrt(4) = 0.5, 1/sqrt(8) = 0.35355.
 # Xavier: sqrt(2 / 512) = 0.0625, with the 128 of two key and value heads sqrt(2 / 384) = 0.072169, FFN sqrt(2 / 1280).

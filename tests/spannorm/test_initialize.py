@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_modules.initialization import initialize as initialize_ours
 from lightning_modules.transformer import Transformer
 from spannorm import EmbeddingScale, Init, InvalidArgument, Role, draw, initialize, plain_init, scale_init
-from tests.conftest import VOCAB_SIZE, tiny_config
+from tests.support.models import VOCAB_SIZE, tiny_config
 
 SUITE: dict[str, Role] = {
     "embedding.weight": "embedding",

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 
 import spannorm
 from spannorm.norms import NormFactory
-from tests.helpers_run import ROOT
+from tests.support.runs import ROOT
 
 EXAMPLE = ROOT / "examples/own_model.py"
 

@@ -11,7 +11,7 @@ from lightning_modules.initialization import initialize
 from lightning_modules.layers.norms import make_norm
 from lightning_modules.transformer import Transformer
 from spannorm import DyT, NormFactory
-from tests.conftest import VOCAB_SIZE, tiny_config, tokens
+from tests.support.models import VOCAB_SIZE, tiny_config, tokens
 
 EPS = 0.1  # large enough to show
 

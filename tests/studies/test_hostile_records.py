@@ -22,7 +22,7 @@ from studies.decay import Decay
 from studies.grid import Study
 from studies.record import FINISHED, Record
 from studies.report import load, write
-from tests.helpers_run import ROOT
+from tests.support.runs import ROOT
 
 SCRIPT = "<script>alert(1)</script>"
 LINK = "[x](javascript:alert(1))"

@@ -16,8 +16,8 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from studies.grid import Study
 from studies.record import Record
-from tests.forked import python
-from tests.helpers_run import ROOT, events, scalars, tiny_job
+from tests.support.forked import python
+from tests.support.runs import ROOT, events, scalars, tiny_job
 
 RECORDS, RUNS = Path("results/studies/mine/laptop"), Path("runs/studies/mine/laptop")
 

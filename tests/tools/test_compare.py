@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
 from core import cli
-from tests.helpers_run import run
+from tests.support.runs import run
 from tools.compare import Run, main
 
 

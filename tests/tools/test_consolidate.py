@@ -12,7 +12,7 @@ from torch import Tensor
 
 from core.errors import UserError
 from lightning_modules.language_module import LanguageModule
-from tests.conftest import make_module, tokens
+from tests.support.models import make_module, tokens
 from tools.consolidate import consolidate, main
 
 

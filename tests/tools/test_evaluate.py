@@ -11,8 +11,8 @@ import torch
 
 from core import cli
 from core.open_run import open_run
-from tests.helpers_run import TEXT, events, run_on, scalars
-from tests.tools.runs import SMALL, bpe_corpus, bpe_run, byte_run
+from tests.support.runs import TEXT, events, run_on, scalars
+from tests.support.tool_runs import SMALL, bpe_corpus, bpe_run, byte_run
 from tools import evaluate
 
 

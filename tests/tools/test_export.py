@@ -15,9 +15,9 @@ from torch import nn
 from core.open_run import open_run
 from datamodules.tokenizers import Tokenizer
 from spannorm import PLACEMENTS
-from tests.helpers_run import ROOT, run_on
-from tests.tools.exports import exported, loaded, remade, tokenizer_of
-from tests.tools.runs import SMALL, bpe_corpus, bpe_run, byte_run
+from tests.support.exports import exported, loaded, remade, tokenizer_of
+from tests.support.runs import ROOT, run_on
+from tests.support.tool_runs import SMALL, bpe_corpus, bpe_run, byte_run
 from tools import export
 
 TEXTS = ["def f(x):\n\treturn x", "", "é ß 漢字 🙂 \x00\x7f", "a<|endoftext|>b", "  two  spaces "]

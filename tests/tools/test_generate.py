@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from core.open_run import OpenRun, open_run
-from tests.helpers_run import ROOT, run_on
-from tests.tools.runs import SMALL, bpe_corpus, bpe_run, byte_run
+from tests.support.runs import ROOT, run_on
+from tests.support.tool_runs import SMALL, bpe_corpus, bpe_run, byte_run
 from tools import generate
 
 

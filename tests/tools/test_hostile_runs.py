@@ -20,8 +20,8 @@ from torch.utils.tensorboard import SummaryWriter
 from core.errors import UserError
 from core.status import is_locked, is_running, read, read_summary
 from core.untrusted import Untrusted
-from tests.forked import python
-from tests.helpers_run import Finished
+from tests.support.forked import python
+from tests.support.runs import Finished
 from tools.curves import read_curves
 from tools.runs import find, look
 

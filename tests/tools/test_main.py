@@ -15,7 +15,7 @@ import pytest
 
 from core.dataclass_cli import FIRST, field_docs
 from core.overrides import top_level
-from tests.helpers_run import ROOT
+from tests.support.runs import ROOT
 from tools.__main__ import main, programs, words
 
 PROGRAMS = programs()

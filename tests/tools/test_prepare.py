@@ -7,8 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +14,9 @@ import pytest
 
 from core import cli
 from datamodules.shards import open_split
-from tests.helpers_run import ROOT, TEXT, train
+from tests.support.preparing import TEXTS, alive, wait_for
+from tests.support.runs import ROOT, train
 from tools.prepare import main
-
-LINES = TEXT.decode().splitlines(keepends=True)
-TEXTS = ["".join(LINES[start : start + 10]) for start in range(0, len(LINES), 10)]  # some 260 documents
 
 
 def prepare(*arguments: str) -> None:
@@ -161,13 +157,6 @@ def test_killed_it_leaves_no_corpus_and_goes_on_to_the_same_bytes(tmp_path: Path
     assert not partial.exists()
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 100
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def test_worker_processes_start_fast() -> None:
     code = "import sys, tools.prepare; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
@@ -188,13 +177,6 @@ def test_an_unfinished_preparation_goes_on_only_with_its_own_settings(
     assert "expected the settings and input of the unfinished preparation in" in err
     prepare(*arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def alive(pid: str) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def message(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -24,8 +24,8 @@ from datamodules.preparation.bounds import Bounds
 from datamodules.preparation.inputs import find_names
 from datamodules.preparation.tables import texts_of_table
 from datamodules.shards import open_split
-from tests.datamodules.tokenizer_files import byte_level, llama_like, without_bytes
-from tests.helpers_run import TEXT
+from tests.support.runs import TEXT
+from tests.support.tokenizer_files import byte_level, llama_like, without_bytes
 from tools.prepare import main
 
 LINES = TEXT.decode().splitlines(keepends=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from spannorm import PLACEMENTS
-from tests.forked import python
+from tests.support.forked import python
 from tools import propagation
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from core.errors import UserError
-from tests.helpers_run import load, run
+from tests.support.runs import load, run
 from tools import replay
 
 STEPS = ["trainer.max_steps=50", "trainer.accumulate_grad_batches=2"]
@@ -41,7 +41,7 @@ class LeaveAfter(L.Callback):
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[str, str]:
     mine = [
         "tests.tools.test_replay.LeaveAfter",
-        *(f"tests.callbacks.faults.{name}" for name in ("BadBatch", "NaNGradient")),
+        *(f"tests.support.sabotage.{name}" for name in ("BadBatch", "NaNGradient")),
     ]
     monkeypatch.setattr("sys.argv", ["replay", *arguments, f"allow={','.join(mine)}"])
     monkeypatch.setenv("COLUMNS", "120")
@@ -52,7 +52,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *a
 
 
 def fault(name: str, first: int) -> str:
-    return f"+callbacks.{name}={{_target_: tests.callbacks.faults.{name}, first: {first}}}"
+    return f"+callbacks.{name}={{_target_: tests.support.sabotage.{name}, first: {first}}}"
 
 
 @pytest.mark.parametrize("model", [MIXTURE, BFLOAT16, APART], ids=["mixture", "bfloat16", "documents apart"])
@@ -111,7 +111,7 @@ def test_a_step_after_a_rollback_comes_out_again(
 ) -> None:
     """The checkpoint of step 27 lies between the snapshot of step 20 and the rollback of step 29."""
     options = "callbacks.divergence.policy_options={every: 10, margin: 5, patience: 2, lr_factor: 1.0}"
-    cause = "+callbacks.cause={_target_: tests.callbacks.faults.NaNGradient, first: 28, num_steps: 2}"
+    cause = "+callbacks.cause={_target_: tests.support.sabotage.NaNGradient, first: 28, num_steps: 2}"
     leave = "+callbacks.leave={_target_: tests.tools.test_replay.LeaveAfter, step: 49}"
     overrides = ["callbacks.divergence.policy=rollback", options, cause, fault("BadBatch", 49), leave]
     with pytest.raises(RuntimeError, match="left"):

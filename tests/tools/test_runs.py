@@ -11,8 +11,8 @@ import lightning as L
 import pytest
 
 from core import cli
-from tests.forked import started
-from tests.helpers_run import TRAIN, run, tiny_job, train
+from tests.support.forked import started
+from tests.support.runs import TRAIN, run, tiny_job, train
 from tools.runs import Row, age, find, look, main
 
 NAN = "+callbacks.break._target_=tests.tools.test_runs.Break"

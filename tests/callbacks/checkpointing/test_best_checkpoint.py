@@ -7,7 +7,7 @@ import lightning as L
 import pytest
 import torch
 
-from tests.helpers_run import load, run, scalars
+from tests.support.runs import load, run, scalars
 
 UP_AND_DOWN = ["trainer.max_steps=5", "trainer.val_check_interval=1", "optim.lr=0.3", "optim.schedule=constant"]
 UP_AND_DOWN += ["callbacks.divergence=null"]

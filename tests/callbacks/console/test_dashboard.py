@@ -6,9 +6,9 @@ import pytest
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from callbacks.console.dashboard import model_table
-from tests.callbacks.conftest import Job
-from tests.conftest import make_module
-from tests.helpers_run import EventAccumulator, events
+from tests.support.job import Job
+from tests.support.models import make_module
+from tests.support.runs import EventAccumulator, events
 
 
 @pytest.fixture(scope="module")

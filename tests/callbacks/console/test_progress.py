@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from callbacks.console.progress import StepProgress
-from tests.callbacks.conftest import ACCUMULATE, STEPS, Job
-from tests.callbacks.test_tensorboard import Recorder
-from tests.helpers_run import scalars, tiny_job, train
+from tests.support.job import ACCUMULATE, STEPS, Job
+from tests.support.recorder import Recorder
+from tests.support.runs import scalars, tiny_job, train
 
 
 def test_without_a_terminal_it_prints_plain_lines(job: Job) -> None:

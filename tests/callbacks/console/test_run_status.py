@@ -7,8 +7,8 @@ import lightning as L
 from callbacks.console.run_status import RunStatus
 from core.status import read
 from lightning_modules.language_module import LanguageModule
-from tests.conftest import tiny_values
-from tests.helpers_run import DESCRIPTION, TinyData
+from tests.support.models import tiny_values
+from tests.support.runs import DESCRIPTION, TinyData
 
 
 def test_a_validation_by_itself_says_nothing_of_the_run(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from datamodules.bigram import bigram_loss
 from datamodules.shards import open_split
 from lightning_modules.language_module import LanguageModule
-from tests.callbacks.conftest import ACCUMULATE, BATCH_SIZE, SEQ_LEN, STEPS, Job
-from tests.helpers_run import TEXT, corpus_root, load, run, scalars
+from tests.support.job import ACCUMULATE, BATCH_SIZE, SEQ_LEN, STEPS, Job
+from tests.support.runs import TEXT, corpus_root, load, run, scalars
 
 KEYS = ["train_loss", "val_loss", "val_perplexity", "val_bits_per_byte", "bigram_loss", "steps", "tokens"]
 KEYS += ["tokens_per_second", "seconds", "parameters", "active_parameters"]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers_run import events, tiny_job, train
+from tests.support.runs import events, tiny_job, train
 
 SAMPLE = "callbacks.text_sample={_target_: callbacks.console.text_sample.TextSample, num_tokens: 3, temperature: 0, "
 SAMPLE += "prompt: "

@@ -14,13 +14,13 @@ from lightning.pytorch.plugins import MixedPrecision
 from callbacks.divergence.divergence import Divergence
 from callbacks.divergence.flight_recorder import FlightRecorder
 from core.errors import ConfigError
-from tests.conftest import make_module, tokens
-from tests.helpers_run import Finished, corpus_root, events, load, run, scalars, tiny_job, train
-from tests.lightning_modules.test_language_module import fit
+from tests.support.fitting import fit
+from tests.support.models import make_module, tokens
+from tests.support.runs import Finished, corpus_root, events, load, run, scalars, tiny_job, train
 
 STEPS, ACCUMULATE, BATCH_SIZE, STRUCK = 8, 2, 4, 6
 JOB = [f"trainer.max_steps={STEPS}", f"trainer.accumulate_grad_batches={ACCUMULATE}", "experiment=dense_prenorm"]
-NAN = f"+callbacks.fault={{_target_: tests.callbacks.faults.NaNGradient, first: {STRUCK}}}"
+NAN = f"+callbacks.fault={{_target_: tests.support.sabotage.NaNGradient, first: {STRUCK}}}"
 SAMPLES = [(STRUCK - 1) * ACCUMULATE * BATCH_SIZE, STRUCK * ACCUMULATE * BATCH_SIZE - 1]
 
 
@@ -219,7 +219,7 @@ def test_a_run_with_a_scaled_loss_trains_without_those_it_is_refused_for(tmp_pat
 
 
 def test_a_bad_batch_names_the_group_that_it_hurt_most(tmp_path: Path) -> None:
-    bad = "+callbacks.fault={_target_: tests.callbacks.faults.BadBatch, first: 55}"
+    bad = "+callbacks.fault={_target_: tests.support.sabotage.BadBatch, first: 55}"
     long = ["trainer.max_steps=56", "trainer.val_check_interval=56", "optim.lr=1e-2"]
     folder = run(tmp_path, "run", "experiment=dense_prenorm", *long, bad, policy("skip"))
     (event,) = map(json.loads, (folder / "events.jsonl").read_text().splitlines())

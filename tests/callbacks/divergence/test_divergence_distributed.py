@@ -17,10 +17,10 @@ from torch import Tensor
 
 from callbacks.divergence.divergence import Divergence
 from lightning_modules.language_module import LanguageModule
-from tests.callbacks.faults import NaNGradient
-from tests.conftest import VOCAB_SIZE, tiny_values, tokens
-from tests.forked import in_processes
-from tests.lightning_modules.test_language_module import fit
+from tests.support.fitting import fit
+from tests.support.forked import in_processes
+from tests.support.models import VOCAB_SIZE, tiny_values, tokens
+from tests.support.sabotage import NaNGradient
 
 SPIKE, NAN_LOSS, NAN_GRADIENT, STEPS = 12, 13, 14, 15
 

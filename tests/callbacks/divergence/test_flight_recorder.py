@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from callbacks.divergence.flight_recorder import FlightRecorder
-from tests.conftest import make_module, tokens
-from tests.helpers_run import load, scalars, tiny_job, train
-from tests.lightning_modules.test_language_module import fit
+from tests.support.fitting import fit
+from tests.support.models import make_module, tokens
+from tests.support.runs import load, scalars, tiny_job, train
 
-NAN = "+callbacks.fault={_target_: tests.callbacks.faults.NaNGradient, first: 4}"
+NAN = "+callbacks.fault={_target_: tests.support.sabotage.NaNGradient, first: 4}"
 
 
 class FailAt(L.Callback):

@@ -1,6 +1,5 @@
 """Runs that would die and recover instead; on one process and on two, and across a stop in the middle."""
 
-import json
 import math
 import os
 import shlex
@@ -15,26 +14,19 @@ import lightning as L
 import pytest
 import torch
 
-from tests.helpers_run import ROOT, TRAIN, Finished, assert_began, load, run, scalars, tiny_job, train
-from tests.test_train import assert_equal
+from tests.support.comparing import assert_equal
+from tests.support.recovering import RECOVERING, ROLLBACK, done
+from tests.support.runs import ROOT, TRAIN, Finished, assert_began, load, run, scalars, tiny_job, train
 
 TAGS = ("train/loss", "optim/grad_norm", "optim/lr", "val/loss")
-ROLLBACK = "callbacks.divergence.policy=rollback"
-OPTIONS = "callbacks.divergence.policy_options={every: 10, margin: 5, patience: 2, cooldown: 12}"
 
 
 def nan_gradient(first: int, num_steps: int) -> str:
-    return f"+callbacks.nan={{_target_: tests.callbacks.faults.NaNGradient, first: {first}, num_steps: {num_steps}}}"
+    return f"+callbacks.nan={{_target_: tests.support.sabotage.NaNGradient, first: {first}, num_steps: {num_steps}}}"
 
 
 def bad_batch(first: int, num_steps: int) -> str:
-    return f"+callbacks.bad={{_target_: tests.callbacks.faults.BadBatch, first: {first}, num_steps: {num_steps}}}"
-
-
-def done(folder: Path) -> dict[int, str]:
-    """{step: what was done about its alarms}."""
-    found = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    return {event["step"]: event["done"] for event in found}
+    return f"+callbacks.bad={{_target_: tests.support.sabotage.BadBatch, first: {first}, num_steps: {num_steps}}}"
 
 
 class SameWeights(L.Callback):
@@ -72,10 +64,9 @@ def train_on_two(cwd: Path, *arguments: str, seconds: int = 150) -> Finished:
     return Finished(process.returncode, out, err)
 
 
-RECOVERING = ["experiment=dense_spannorm", "trainer.max_steps=40", "trainer.val_check_interval=20", ROLLBACK, OPTIONS]
 RECOVERING += ["model.num_layers=1"]
 BAD_WEIGHTS = [*RECOVERING, "model.placement=postnorm"]
-BAD_WEIGHTS += ["+callbacks.flip={_target_: tests.callbacks.faults.FlipBit, step: 18, parameter: head.weight}"]
+BAD_WEIGHTS += ["+callbacks.flip={_target_: tests.support.sabotage.FlipBit, step: 18, parameter: head.weight}"]
 RECOVERING += [nan_gradient(18, 2)]
 
 
@@ -109,7 +100,7 @@ def test_going_back_does_not_look_like_an_update(uninterrupted: Path) -> None:
 
 def stopped_and_resumed(cwd: Path, job: list[str], step: int) -> Path:
     """Interrupted after this step, then gone on with."""
-    interrupt = f"+callbacks.interrupt={{_target_: tests.test_train.SendSignal, signum: 2, step: {step}}}"
+    interrupt = f"+callbacks.interrupt={{_target_: tests.support.signals.SendSignal, signum: 2, step: {step}}}"
     interrupted = train(cwd, *tiny_job(*job), "run_dir=run", interrupt)
     assert interrupted.code == 130
     assert train(cwd, *shlex.split(interrupted.out.splitlines()[-1])[2:]).code == 0
@@ -151,7 +142,7 @@ def test_bad_weights_in_the_checkpoint_are_recovered_from(tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_bad_weights_in_the_checkpoint_are_recovered_from_on_two_processes(tmp_path: Path) -> None:
     assert train_on_two(tmp_path, *tiny_job(*BAD_WEIGHTS), "run_dir=whole").code == 0
-    interrupt = "+callbacks.interrupt={_target_: tests.test_train.SendSignal, signum: 2, step: 18}"
+    interrupt = "+callbacks.interrupt={_target_: tests.support.signals.SendSignal, signum: 2, step: 18}"
     train_on_two(tmp_path, *tiny_job(*BAD_WEIGHTS), "run_dir=run", interrupt)
     names = {path.name for path in (tmp_path / "run/checkpoints").glob("step_18/snapshots*")}
     assert names == {"snapshots-rank-0.pt", "snapshots-rank-1.pt"}
@@ -161,7 +152,7 @@ def test_bad_weights_in_the_checkpoint_are_recovered_from_on_two_processes(tmp_p
 
 
 def test_without_the_saved_snapshots_it_goes_back_to_the_checkpoint(tmp_path: Path) -> None:
-    interrupt = "+callbacks.interrupt={_target_: tests.test_train.SendSignal, signum: 2, step: 18}"
+    interrupt = "+callbacks.interrupt={_target_: tests.support.signals.SendSignal, signum: 2, step: 18}"
     interrupted = train(tmp_path, *tiny_job(*RECOVERING), "run_dir=run", interrupt)
     (tmp_path / "run/checkpoints/step_18/snapshots-rank-0.pt").unlink()
     assert train(tmp_path, *shlex.split(interrupted.out.splitlines()[-1])[2:]).code == 0
@@ -190,7 +181,7 @@ POSTNORM = [
 POSTNORM += ["model.ffn_dim=null", "optim.warmup_steps=100", "trainer.max_steps=300", "trainer.val_check_interval=300"]
 DEADLY, GENTLE = "optim.lr=3e-2", "callbacks.divergence.policy_options={lr_factor: 0.3, cooldown: 200}"
 FLIPPED = (
-    "+callbacks.flip={_target_: tests.callbacks.faults.FlipBit, step: 110, parameter: blocks.1.attn.o_proj.weight}"
+    "+callbacks.flip={_target_: tests.support.sabotage.FlipBit, step: 110, parameter: blocks.1.attn.o_proj.weight}"
 )
 FULL_SPEED = "callbacks.divergence.policy_options={lr_factor: 1.0}"
 POISON = [bad_batch(120, 4), nan_gradient(200, 3)]

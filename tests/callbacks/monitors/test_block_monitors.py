@@ -16,9 +16,9 @@ from callbacks.monitors.signal_propagation import SignalPropagation
 from core.errors import ConfigError
 from lightning_modules.layers.rope import rope_tables
 from lightning_modules.transformer import Block, Transformer
-from tests.callbacks.test_statistics import in_float64
-from tests.conftest import make_module, tokens
-from tests.lightning_modules.test_language_module import Recorder, fit
+from tests.support.fitting import Recorder, fit
+from tests.support.models import make_module, tokens
+from tests.support.norms import in_float64
 
 SEQUENCES, POSITIONS = 2, 7
 

@@ -13,8 +13,8 @@ from callbacks.monitors.curvature import Curvature, top_eigenvalue
 from core.errors import ConfigError
 from lightning_modules.language_module import LanguageModule
 from lightning_modules.transformer import Transformer
-from tests.conftest import tiny_values, tokens
-from tests.lightning_modules.test_language_module import Recorder, loader, make_trainer
+from tests.support.fitting import Recorder, loader, make_trainer
+from tests.support.models import tiny_values, tokens
 
 VOCAB_SIZE = 5
 

@@ -16,9 +16,9 @@ from callbacks.monitors.gradient_health import GradientHealth
 from callbacks.monitors.noise_scale import DECAY, NoiseScale
 from callbacks.scalars import written_blocks
 from core.errors import ConfigError
-from tests.callbacks.test_statistics import kind_of, norm_by_group
-from tests.conftest import make_module, tokens
-from tests.lightning_modules.test_language_module import Recorder, fit
+from tests.support.fitting import Recorder, fit
+from tests.support.models import make_module, tokens
+from tests.support.norms import kind_of, norm_by_group
 
 STEPS, EVERY = 6, 2
 

@@ -14,8 +14,8 @@ from callbacks.monitors.gradient_health import GradientHealth
 from callbacks.monitors.representation_collapse import RepresentationCollapse
 from callbacks.monitors.signal_propagation import SignalPropagation
 from callbacks.monitors.throughput import Throughput
-from tests.conftest import make_module, tokens
-from tests.lightning_modules.test_language_module import Recorder, fit
+from tests.support.fitting import Recorder, fit
+from tests.support.models import make_module, tokens
 
 STEPS = 4
 TO_THE_HOST = ("tolist", "item", "cpu", "numpy", "__float__", "__int__", "__bool__", "__index__", "__array__")

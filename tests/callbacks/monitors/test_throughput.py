@@ -12,9 +12,9 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from callbacks.monitors.throughput import DataWait, Throughput
 from core.errors import ConfigError
 from lightning_modules.transformer import Transformer
-from tests.callbacks.conftest import ACCUMULATE, STEPS, Job
-from tests.conftest import tiny_config
-from tests.helpers_run import scalars
+from tests.support.job import ACCUMULATE, STEPS, Job
+from tests.support.models import tiny_config
+from tests.support.runs import scalars
 
 FLOPS_PER_TOKEN = 1e6
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from lightning_modules.layers.attention import Attention
 from lightning_modules.layers.rope import rope_tables, rotate
 from spannorm import QKVNorm
-from tests.conftest import tiny_config
-from tests.lightning_modules import reference
+from tests.support import reference
+from tests.support.models import tiny_config
 
 CPU = torch.device("cpu")
 EPS, THETA = 1e-5, 300.0

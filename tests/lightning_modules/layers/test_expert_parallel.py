@@ -15,10 +15,10 @@ from core.errors import ConfigError
 from lightning_modules.language_module import LanguageModule
 from lightning_modules.sharding import shard_block, shard_rest
 from lightning_modules.transformer import Transformer
-from tests.conftest import VOCAB_SIZE, make_module, tiny_values, tokens
-from tests.forked import in_processes
-from tests.lightning_modules.test_language_module import fit
-from tests.megablocks_cpu import megablocks_on_cpu
+from tests.support.fitting import fit
+from tests.support.forked import in_processes
+from tests.support.megablocks_cpu import megablocks_on_cpu
+from tests.support.models import VOCAB_SIZE, make_module, tiny_values, tokens
 
 
 class Case(NamedTuple):

@@ -6,9 +6,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from lightning_modules.layers.expert_products import GROUPED, LOOP, Products
-
-COUNTS, FEW = torch.tensor([3.0, 0.0, 6.0, 1.0]), torch.tensor([2.0, 0.0, 1.0])
-EXPERT = torch.tensor([0, 0, 0, 2, 2, 2, 2, 2, 2, 3])
+from tests.support.expert_rows import COUNTS, EXPERT, FEW
 
 
 def operands() -> list[Tensor]:

@@ -12,8 +12,8 @@ from core.errors import ConfigError
 from lightning_modules.language_module import LanguageModule
 from lightning_modules.layers import megablocks, moe
 from lightning_modules.layers.experts import Backend, choose_backend
-from tests.conftest import VOCAB_SIZE, make_module, tiny_config, tiny_values, tokens
-from tests.lightning_modules.test_language_module import fit, make_trainer
+from tests.support.fitting import fit, make_trainer
+from tests.support.models import VOCAB_SIZE, make_module, tiny_config, tiny_values, tokens
 
 META = torch.device("meta")
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_modules.layers.moe import MoE
-from tests.conftest import make_module, tiny_config, tokens
-from tests.lightning_modules.test_language_module import Recorder, loader, make_trainer
-from tests.megablocks_cpu import megablocks_on_cpu
+from tests.support.fitting import Recorder, loader, make_trainer
+from tests.support.megablocks_cpu import megablocks_on_cpu
+from tests.support.models import make_module, tiny_config, tokens
 
 NUM_EXPERTS, HIDDEN, BALANCE_WEIGHT, Z_WEIGHT = 6, 24, 0.1, 0.01
 BACKENDS = ["loop", "grouped", "megablocks"]

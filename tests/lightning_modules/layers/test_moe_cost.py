@@ -7,7 +7,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lightning_modules.layers.cpu_kernels import use_cpu_kernels
 from lightning_modules.layers.moe import MoE
-from tests.lightning_modules.layers.test_moe import BACKENDS, inputs, make_moe, send_all_to
+from tests.support.moe import BACKENDS, inputs, make_moe, send_all_to
 
 
 def stored(layer: MoE, x: Tensor) -> list[Tensor]:

@@ -5,7 +5,7 @@ import torch
 
 from lightning_modules.layers import megablocks
 from lightning_modules.layers.moe import MoE
-from tests.conftest import tiny_config
+from tests.support.models import tiny_config
 
 pytestmark = pytest.mark.gpu
 

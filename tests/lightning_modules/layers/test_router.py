@@ -11,7 +11,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from core.errors import ConfigError
 from lightning_modules.layers.router import Router
-from tests.conftest import tiny_config
+from tests.support.models import tiny_config
 
 NUM_EXPERTS, NUM_TOKENS = 4, 20
 

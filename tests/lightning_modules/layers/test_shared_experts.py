@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests.lightning_modules import reference
-from tests.lightning_modules.layers.test_moe import inputs, make_moe
+from tests.support import reference
+from tests.support.moe import inputs, make_moe
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -11,7 +11,7 @@ from spannorm import PLACEMENTS, NormFactory
 from spannorm.matrices import Matrix, Role
 from spannorm.placements.base import Depth
 from spannorm.placements.postnorm import PostNorm
-from tests.conftest import VOCAB_SIZE, tiny_config, tokens
+from tests.support.models import VOCAB_SIZE, tiny_config, tokens
 
 # Square, so that Xavier and fan-in agree: both are 1/8.
 FAN, STD = 64, 0.125

@@ -13,9 +13,9 @@ from lightning_modules.initialization import initialize
 from lightning_modules.layers.rope import rope_tables
 from lightning_modules.transformer import Block, Transformer
 from spannorm import PLACEMENTS
-from tests.conftest import VOCAB_SIZE, tiny_config, tokens
-from tests.lightning_modules import reference
-from tests.spannorm.placements.schemes import (
+from tests.support import reference
+from tests.support.models import VOCAB_SIZE, tiny_config, tokens
+from tests.support.schemes import (
     SCHEMES,
     At,
     Scheme,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from tests.helpers_run import ROOT, tiny_job
+from tests.support.runs import ROOT, tiny_job
 
 REGISTRY = "spannorm/placements/registry.py"
 LEFT_OUT = {"data", "runs", "sweeps"}  # and what starts with a dot

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from spannorm import INITS, PLACEMENTS
-from tests.spannorm.placements.schemes import SCHEMES
+from tests.support.schemes import SCHEMES
 
 ROOT = Path(__file__).parents[3]
 

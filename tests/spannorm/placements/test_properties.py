@@ -11,7 +11,7 @@ from lightning_modules.initialization import initialize
 from lightning_modules.transformer import Transformer
 from spannorm import PLACEMENTS
 from spannorm.initialization import TARGETS
-from tests.conftest import VOCAB_SIZE, tiny_config
+from tests.support.models import VOCAB_SIZE, tiny_config
 
 OPTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "spannorm": {"first_norm": st.booleans()},

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from lm_eval.models.huggingface import HFLM
 
-from tests.tools.evaluation.test_adapter import PAIRS, TEXTS, WINDOW, make_adapter, request
+from tests.support.adapter import PAIRS, TEXTS, WINDOW, make_adapter, request
 from tools.exporting import llama
 from tools.exporting.tokenizer import to_hugging_face
 

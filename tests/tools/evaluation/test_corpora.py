@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from core.errors import ConfigError
 from datamodules.preparation.prepare import PrepareConfig, prepare
 from datamodules.shard_corpus import ShardCorpus
-from tests.tools.runs import bpe_corpus
+from tests.support.tool_runs import bpe_corpus
 from tools.evaluation import corpora
 
 

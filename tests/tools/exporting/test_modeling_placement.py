@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from core.open_run import open_run
-from tests.tools.exports import exported, loaded, remade, tokenizer_of
-from tests.tools.runs import byte_run
+from tests.support.exports import exported, loaded, remade, tokenizer_of
+from tests.support.tool_runs import byte_run
 
 pytestmark = pytest.mark.usefixtures("hub_modules")
 
@@ -357,7 +357,7 @@ def test_a_model_of_a_configuration_alone_has_weights(models: dict[str, Any]) ->
 def test_the_harness_reads_it_alike_at_any_batch_size(folders: dict[str, tuple[Path, Path]]) -> None:
     from lm_eval.models.huggingface import HFLM
 
-    from tests.tools.evaluation.test_adapter import request
+    from tests.support.adapter import request
 
     found = []
     for batch_size in (1, 4):

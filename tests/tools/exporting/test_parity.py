@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from lightning_modules.config import ModelConfig, MoEConfig
 from lightning_modules.transformer import Transformer
 from spannorm import NORMS, PLACEMENTS
-from tests.conftest import VOCAB_SIZE, tiny_config, tokens
+from tests.support.models import VOCAB_SIZE, tiny_config, tokens
 from tools.exporting import remote_code
 from tools.exporting.modeling_placement import PlacementConfig, PlacementForCausalLM
 
@@ -53,7 +53,7 @@ MIXTURES: list[dict[str, Any]] = [
     {"load_balancing_weight": 0.3, "z_loss_weight": 0.2},
     {"jitter": 0.3},
 ]
-OWN_NORM = "tests.tools.exports.OwnNorm"
+OWN_NORM = "tests.support.exports.OwnNorm"
 QUICK: list[dict[str, Any]] = [
     *({"placement": name, "num_kv_heads": 2} for name in PLACEMENTS),
     *({"placement": name, "ffn": "moe", "moe": {"num_shared_experts": 1}} for name in PLACEMENTS),

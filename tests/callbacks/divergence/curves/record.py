@@ -12,7 +12,7 @@ import math
 import tempfile
 from pathlib import Path
 
-from tests.helpers_run import scalars, train
+from tests.support.runs import scalars, train
 
 STEPS = 200
 Job = tuple[str, ...]
@@ -57,11 +57,11 @@ FREE = "trainer.gradient_clip_val=null"
 
 
 def bad_batch(step: int) -> str:
-    return f"+callbacks.fault={{_target_: tests.callbacks.faults.BadBatch, first: {step}}}"
+    return f"+callbacks.fault={{_target_: tests.support.sabotage.BadBatch, first: {step}}}"
 
 
 def flipped_bit(step: int, parameter: str, entry: int) -> str:
-    target = "_target_: tests.callbacks.faults.FlipBit"
+    target = "_target_: tests.support.sabotage.FlipBit"
     return f"+callbacks.fault={{{target}, step: {step}, parameter: {parameter}, entry: {entry}}}"
 
 

@@ -22,8 +22,8 @@ from callbacks.divergence.step_override import StepOverride
 from lightning_modules.language_module import LanguageModule
 from lightning_modules.sharding import shard_block, shard_rest
 from lightning_modules.transformer import Block
-from tests.conftest import make_module
-from tests.forked import in_processes
+from tests.support.forked import in_processes
+from tests.support.models import make_module
 
 SCALES = (1.0, 1.1, 1.0, 40.0, 1.0)  # of the gradient, step by step; the fourth is to be clipped
 POLICIES = {

@@ -4,7 +4,7 @@ import pytest
 
 from callbacks.divergence.policies.base import GiveUp
 from callbacks.divergence.policies.rollback import Rollback
-from tests.callbacks.divergence.policies.test_policies import DRIFT, SPIKE, Run, resumed
+from tests.support.policy_runs import DRIFT, SPIKE, Run, resumed
 
 
 def held(run: Run) -> list[int]:

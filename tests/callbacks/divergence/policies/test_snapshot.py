@@ -14,8 +14,8 @@ from callbacks.divergence.policies.snapshot import Snapshot
 from lightning_modules.language_module import LanguageModule
 from lightning_modules.sharding import shard_block, shard_rest
 from lightning_modules.transformer import Block
-from tests.conftest import make_module, tokens
-from tests.forked import in_processes
+from tests.support.forked import in_processes
+from tests.support.models import make_module, tokens
 
 
 def train(module: LanguageModule, optimizer: Optimizer, steps: int) -> None:

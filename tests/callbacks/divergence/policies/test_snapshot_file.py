@@ -12,7 +12,7 @@ from callbacks.checkpointing.last_checkpoint import LastCheckpoint
 from callbacks.divergence.detectors import Detectors
 from callbacks.divergence.policies.snapshot import Snapshot
 from callbacks.divergence.policies.snapshot_file import SnapshotFile
-from tests.conftest import make_module
+from tests.support.models import make_module
 
 
 def detectors(*losses: float) -> Detectors:

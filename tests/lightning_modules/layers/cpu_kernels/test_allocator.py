@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from lightning_modules.layers.cpu_kernels import allocator
-from tests.helpers_run import ROOT
+from tests.support.runs import ROOT
 
 NEW_PAGES = """
 import resource, sys

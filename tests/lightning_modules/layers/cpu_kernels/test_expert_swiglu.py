@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from lightning_modules.layers.cpu_kernels import expert_swiglu
 from lightning_modules.layers.cpu_kernels.expert_swiglu import FUSED_LOOP
 from lightning_modules.layers.expert_products import LOOP, Products
-from tests.lightning_modules.layers.test_expert_products import COUNTS, EXPERT, FEW
+from tests.support.expert_rows import COUNTS, EXPERT, FEW
 
 ALL = (0, 1, 2)
 

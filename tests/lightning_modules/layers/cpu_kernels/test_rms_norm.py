@@ -9,7 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_modules.layers.cpu_kernels.rms_norm import rms_norm
-from tests.lightning_modules import reference
+from tests.support import reference
 
 EPS = 1e-3
 SHAPE = (2, 2, 3, 8)

@@ -12,7 +12,7 @@ from lightning_modules import language_module
 from lightning_modules.config import ModelConfig, parse
 from lightning_modules.layers.cpu_kernels import KERNELS, linear, use_cpu_kernels
 from lightning_modules.transformer import Transformer
-from tests.conftest import make_module, tiny_config, tokens
+from tests.support.models import make_module, tiny_config, tokens
 
 
 def classes(model: nn.Module) -> set[type]:

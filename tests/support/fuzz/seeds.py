@@ -11,8 +11,8 @@ import torch
 
 from studies.grid import Study
 from studies.record import FINISHED, Record
-from tests.fuzz.sandbox import Sandbox
-from tests.helpers_run import ROOT, TEXT, tiny_job
+from tests.support.fuzz.sandbox import Sandbox
+from tests.support.runs import ROOT, TEXT, tiny_job
 
 SNAPSHOTS = (
     "callbacks.divergence.policy=rollback",

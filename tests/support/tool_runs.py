@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from datamodules.preparation.prepare import PrepareConfig, prepare
-from tests.helpers_run import TEXT, run, run_on
+from tests.support.runs import TEXT, run, run_on
 
 SMALL = ("trainer.max_steps=3", "data.seq_len=48")
 

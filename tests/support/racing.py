@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.helpers_run import ROOT
+from tests.support.runs import ROOT
 
 START = """
 import sys

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from tests.helpers_run import ROOT
+from tests.support.runs import ROOT
 
 CPU_SECONDS, SECONDS = 20.0, 120.0  # many times what a case takes; the second is for machines that do other things too
 MEMORY = 3 << 29  # address space beyond what an idle process with everything imported has
@@ -112,7 +112,7 @@ class Sandbox:
 
     def _start(self, environment: dict[str, str], said: IO[str]) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-m", "tests.fuzz.server"],
+            [sys.executable, "-m", "tests.support.fuzz.server"],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.PIPE,

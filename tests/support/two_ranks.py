@@ -15,7 +15,7 @@ from torch import Tensor
 from core.checkpoint import CheckpointIO
 from datamodules.shard_corpus import ShardCorpus
 from datamodules.writer import write_corpus
-from tests.distributed.processes import QUIET
+from tests.support.processes import QUIET
 
 SEQ_LEN, BATCH_SIZE, ACCUMULATE, STEPS, LR = 16, 4, 2, 6, 0.1
 NUM_SAMPLES = 3 * BATCH_SIZE * ACCUMULATE  # an epoch ends with step 3

@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 
-from tests.helpers_run import ROOT, Finished
+from tests.support.runs import ROOT, Finished
 
 SECONDS = 250
 PRELOADED = ["lightning", "tensorboard", "torch.utils.tensorboard", "s3fs", "core.build"]
-PRELOADED += ["lightning_modules.language_module", "tests.faults.killed", "tests.distributed.runs"]
+PRELOADED += ["lightning_modules.language_module", "tests.support.killed", "tests.support.distributed_runs"]
 PRELOADED += [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sorted(ROOT.glob("callbacks/*/*.py"))]
 
 

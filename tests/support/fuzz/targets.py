@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from tests.fuzz import mutations
+from tests.support.fuzz import mutations
 
 GENERATE = ("tools.generate", "{}", "num_tokens=1")
 GENERATE_NUMBERS = (*GENERATE, "prompt=3 1 4")
@@ -20,12 +20,12 @@ TRAIN = ("train.py", "data=shards", "data.path={}")
 REMOTE = ("train.py", "data=shards", "data.path={address}", "data.cache_dir={cache}")
 """From a server on this machine, which does to a file what one of ANSWERS says, or what has been done to the file."""
 ANSWERS = (*([None] * 4), "zipping", "shifted", "endless", "truncating", "failing", "elsewhere")
-"""Attributes of tests.datamodules.servers.Server; None: it does nothing to it."""
+"""Attributes of tests.support.servers.Server; None: it does nothing to it."""
 REPORT = ("studies.report", "{}")
 PREPARE = ("tools.prepare", "input={}", "output=new", "validation=0.4", "processes=1")
 TOKENIZE = (*("tools.prepare", "input=texts", "output=new", "validation=0.4"), "tokenizer={}/tokenizer.json")
-LOAD = ("tests.fuzz.load_export", "{}")
-READ_ONLY = ("tools.runs", "tools.generate", "tools.replay", "tests.fuzz.load_export")
+LOAD = ("tests.support.fuzz.load_export", "{}")
+READ_ONLY = ("tools.runs", "tools.generate", "tools.replay", "tests.support.fuzz.load_export")
 """What changes nothing in its working folder, however it ends."""
 
 

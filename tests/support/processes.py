@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from tests.forked import server
-from tests.helpers_run import Finished, train
+from tests.support.forked import server
+from tests.support.runs import Finished, train
 
 SECONDS = 200
 QUIET: dict[str, Any] = {

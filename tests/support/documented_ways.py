@@ -22,8 +22,8 @@ from hydra import compose, initialize_config_dir
 from core import cli
 from core.dataclass_cli import parse_fields
 from lightning_modules.composing import register_schemas
-from tests.docs.commands import Command
-from tests.helpers_run import ROOT, run, tiny_job, train
+from tests.support.documented_commands import Command
+from tests.support.runs import ROOT, run, tiny_job, train
 from tools.evaluate import EvaluateConfig
 from tools.plan import PlanConfig
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 
-from tests.fuzz.sandbox import GROWTH, Outcome, World, tree
+from tests.support.fuzz.sandbox import GROWTH, Outcome, World, tree
 
 ENDINGS = {0: "done", 2: "refused in one line", 3: "diverged"}
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from tests.helpers_run import TEXT
+from tests.support.runs import TEXT
 
 END = "<|endoftext|>"
 

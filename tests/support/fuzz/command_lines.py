@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from datamodules.preparation.prepare import PrepareConfig
 from lightning_modules.composing import register_schemas
-from tests.helpers_run import ROOT
+from tests.support.runs import ROOT
 from tools.evaluate import EvaluateConfig
 from tools.export import ExportConfig
 from tools.generate import GenerateConfig

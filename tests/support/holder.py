@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.helpers_run import ROOT
+from tests.support.runs import ROOT
 
 HOLD = """
 import os, sys

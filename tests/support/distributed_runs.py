@@ -12,9 +12,9 @@ from core.parallel import apply_micro_batching
 from datamodules.samples import Numbers, Rows, Samples
 from lightning_modules.language_module import LanguageModule
 from lightning_modules.strategy import ShardedStrategy
-from tests.conftest import tiny_values
-from tests.distributed.processes import QUIET
-from tests.helpers_run import TinyData
+from tests.support.models import tiny_values
+from tests.support.processes import QUIET
+from tests.support.runs import TinyData
 
 STEPS = 20
 

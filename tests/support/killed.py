@@ -14,8 +14,8 @@ from unittest import mock
 
 import torch
 
-from tests.forked import server
-from tests.helpers_run import documents, train
+from tests.support.forked import server
+from tests.support.runs import documents, train
 
 PLACES = {  # a moment is a call, of Python or of C, from within one of these
     "step": ("lightning/pytorch/loops/optimization/automatic.py", "run"),

@@ -1,0 +1,18 @@
+"""A run that diverges and recovers."""
+
+import json
+from pathlib import Path
+
+ROLLBACK = "callbacks.divergence.policy=rollback"
+
+
+OPTIONS = "callbacks.divergence.policy_options={every: 10, margin: 5, patience: 2, cooldown: 12}"
+
+
+def done(folder: Path) -> dict[int, str]:
+    """{step: what was done about its alarms}."""
+    found = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    return {event["step"]: event["done"] for event in found}
+
+
+RECOVERING = ["experiment=dense_spannorm", "trainer.max_steps=40", "trainer.val_check_interval=20", ROLLBACK, OPTIONS]
