@@ -191,10 +191,15 @@ def _call(command: Command, cwd: Path, arguments: list[str]) -> tuple[object, st
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(out),
     ):
+        started = f"tools.{arguments[0]}" if path.name == "__main__.py" and arguments else ""
+        imported = sys.modules.pop(started, None)  # by another test; runpy warns of it
         try:
             runpy.run_path(str(path), run_name="__main__")
         except SystemExit as leaving:
             return leaving.code, out.getvalue()
+        finally:
+            if imported is not None:
+                sys.modules[started] = imported
     return 0, out.getvalue()
 
 

@@ -11,8 +11,9 @@ from lightning_modules.layers.cpu_kernels import allocator
 from tests.support.runs import ROOT
 
 NEW_PAGES = """
-import resource, sys
-from lightning_modules.layers.cpu_kernels.allocator import keep_freed_memory
+import resource, runpy, sys
+
+keep_freed_memory = runpy.run_path(sys.argv[2])["keep_freed_memory"]  # without torch, which its package imports
 
 size = 1 << 26  # 64 MiB, and no constant, or it would be made only once
 
@@ -31,7 +32,7 @@ print(page_faults())
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_a_freed_block_comes_back_without_new_pages() -> None:
     def new_pages(how: str) -> int:
-        command = [sys.executable, "-c", NEW_PAGES, how]
+        command = [sys.executable, "-c", NEW_PAGES, how, allocator.__file__]
         return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
 
     assert new_pages("keep") < 100 < new_pages("leave")
