@@ -25,6 +25,7 @@ def main(config: DictConfig) -> float:
     from core.lightning_callbacks import check_callbacks, without_stand_ins
     from core.memory import check_memory
     from core.parallel import apply_micro_batching, check_parts
+    from core.paths import require_path
     from core.run_control import take_control
     from core.run_folder import check_resumable, entered, folder_name
     from core.steps import check_length
@@ -43,6 +44,14 @@ def main(config: DictConfig) -> float:
 
         datamodule = build(config, "data")
         module = build(config, "module", vocab_size=datamodule.vocab_size)
+        if config.init_from is not None and run.ckpt_path is None:  # a resumed run has its weights
+            require(
+                isinstance(config.init_from, str), "init_from", config.init_from, "the path of weights to start from"
+            )
+            require_path("init_from", config.init_from, "the path of weights to start from")
+            valid = "null: the LightningModule has no method start_from"
+            require(hasattr(module, "start_from"), "init_from", config.init_from, valid)
+            module.start_from(config.init_from)
         callbacks = build_all(config, "callbacks")
         trainer = build(
             config,

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -51,6 +52,7 @@ from lightning_modules.sharding import (
 from lightning_modules.source_loss import SourceLoss
 from lightning_modules.transformer import Transformer
 from lightning_modules.unused_options import describe_unused
+from lightning_modules.warm_start import WarmStart, warm_start
 from lightning_modules.width_scaling import width_scaling
 
 log = logging.getLogger(__name__)
@@ -97,6 +99,7 @@ class LanguageModule(L.LightningModule):
         self.num_parameters = weightless.num_parameters()
         make_schedule(self.optim_config, num_steps=1)
         self.model = None
+        self._warm_start: WarmStart | None = None
         self.train_loss, self.val_loss = WeightedMean(), WeightedMean()
         self.train_sources: SourceLoss | None = None
         self.val_sources: SourceLoss | None = None
@@ -182,6 +185,19 @@ class LanguageModule(L.LightningModule):
         if self._attached_trainer is not None and self.global_rank == 0:
             log.warning("model.moe.top_k=1 with normalize_weights=true: the router gets no gradient from the loss")
 
+    def start_from(self, source: str | Path) -> None:
+        """Start from weights that were trained before, in the place of the init's. To be called before the fit.
+
+        Args:
+            source: RUN, a checkpoint, a safetensors file or an exported folder: lightning_modules/warm_start.py.
+
+        Raises:
+            ConfigError: it is nothing of that, or its model has other sizes.
+        """
+        with torch.device("meta"):
+            weightless = Transformer(self.model_config, self.vocab_size)
+        self._warm_start = warm_start(source, weightless)
+
     def configure_model(self) -> None:
         """Build and initialize; Lightning calls this where the strategy wants the weights to come to life."""
         if self.model is not None:
@@ -199,6 +215,11 @@ class LanguageModule(L.LightningModule):
         if mesh is not None:
             shard_rest(self.model, mesh)
         initialize(self.model, self.width_scaling)
+        if self._warm_start is not None:
+            self._warm_start.load_into(self.model)
+            if self.global_rank == 0:
+                log.info("%s", self._warm_start)
+            self._warm_start = None  # its weights are no longer needed
         for mixture in list(self.model.mixtures().values())[:1]:
             if self.global_rank == 0:
                 log.info("MoE backend: %s (%s)", *mixture.backend)

@@ -297,6 +297,8 @@ def main(settings: ReplayConfig) -> None:
     require(type(seed) is int and 0 <= seed < 2**32, "seed", seed, "an integer in [0, 2**32)")
     records = [load_record(path) for path in steps[step]]
     checkpoint, at = checkpoint_before(run, step)
+    valid = "null, or a checkpoint before the step: the run began from weights that its folder does not hold"
+    require(checkpoint is not None or config.get("init_from") is None, "init_from", config.get("init_from"), valid)
     check_distance(config, step, at, records)
     samples = "samples {} to {}".format(*records[0]["samples"]) if records[0]["samples"] else "its batch"
     print(f"Step {step} of {printable(run)}, {samples}. It was recorded for this reason:")

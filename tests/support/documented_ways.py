@@ -231,6 +231,10 @@ WAYS: list[tuple[str, Way]] = [
     (r"python train\.py .*(trainer=(ddp|fsdp|slurm)|trainer\.devices=)", composes("tests/distributed runs several")),
     (r"python train\.py .*\w+://", composes("needs a network; tests/datamodules reads such a corpus")),
     (r"python train\.py .*my_file\.My", composes("the file is yours; tests/callbacks and docs/monitoring.md have one")),
+    (
+        r"python train\.py .*init_from=",
+        composes("tests/lightning_modules/test_warm_start.py trains from a run's weights"),
+    ),
     (r"python train\.py .*hydra/sweeper=optuna", listed("tests/test_sweeps.py runs it where Optuna is installed")),
     (r"python train\.py .*launcher\.n_jobs=2", trains(hydra__launcher__n_jobs="1")),  # tests/test_sweeps.py has two
     (r"python train\.py", trains()),
