@@ -33,10 +33,12 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         write: makes the file of the name that it is given.
 
     Raises:
-        NotWritten: a full disk, a folder that is gone or may not be written to.
+        NotWritten: a full disk, a folder that is gone or may not be written to, a pipe or a device of this name.
     """
     unfinished = unfinished_of(path)
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):  # the administrator could replace /dev/null
+            raise NotWritten(path, "it is no regular file")
         path.parent.mkdir(parents=True, exist_ok=True)
         with _alone(unfinished):
             try:

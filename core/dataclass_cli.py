@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from core.errors import ConfigError, UnknownField, UserError, require
 from core.options import describe
 from core.overrides import top_level
+from core.paths import require_path
 
 T = TypeVar("T")
 FIRST = {"given": "first"}
@@ -51,7 +52,9 @@ class _Schema:
 def parse_fields(schema: type[T], arguments: Iterable[str]) -> T:
     """Return the settings that a command line gives: FIELD=VALUE, and first what has no name.
 
-    Text is taken as it is, several values have commas between them, and `null` is None where a field may be None.
+    Text is taken as it is, several values have commas between them, and `null` is None where a field may be None. Of
+    several values `[]` is none: nothing at all, as of a shell variable that is not set, is refused, and so is an empty
+    path.
 
     Args:
         schema: a dataclass, whose defaults count.
@@ -76,6 +79,7 @@ def parse_fields(schema: type[T], arguments: Iterable[str]) -> T:
                 raise UnknownField(name, value, known.names())
             overrides.append(argument)
         elif known.first is not None and not named and (several or not first):
+            require_path(known.first.name.upper(), argument, "a path")
             first.append(Path(argument))
         else:
             require(bool(equals), "argument", argument, "FIELD=VALUE")
@@ -98,10 +102,13 @@ def _value(name: str, hint: Any, text: str) -> Any:
     kinds = _kinds(hint)
     if types.NoneType in kinds and text == "null":
         return None
+    if kinds[0] is Path:
+        require_path(name, text, _words(hint))
     try:
         return _converted(kinds[0], text)
     except (ValueError, KeyError):
-        raise ConfigError(name, text, _words(hint)) from None
+        none = "; [] is none" if typing.get_origin(kinds[0]) is tuple else ""
+        raise ConfigError(name, text, f"{_words(hint)}{none}") from None
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:
@@ -111,14 +118,15 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
 def _converted(kind: Any, text: str) -> Any:
     arguments = typing.get_args(kind)
     if typing.get_origin(kind) is tuple:
-        inside = text[1:-1] if re.fullmatch(r"\[.*\]", text, re.DOTALL) else text
-        return tuple(_converted(arguments[0], part.strip()) for part in inside.split(",") if part.strip())
+        inside = text[1:-1].strip() if re.fullmatch(r"\[.*\]", text, re.DOTALL) else text
+        parts = [] if text != inside == "" else [part.strip() for part in inside.split(",")]
+        if "" in parts:
+            raise ValueError
+        return tuple(_converted(arguments[0], part) for part in parts)
     if typing.get_origin(kind) is typing.Literal:
         return {argument: argument for argument in arguments}[text]
     if kind is bool:
         return {"true": True, "false": False}[text.lower()]
-    if kind is Path and not text:
-        raise ValueError
     return kind(text)
 
 
@@ -191,7 +199,7 @@ def _as_text(default: Any) -> str:
     if default is dataclasses.MISSING:
         return "..."
     if isinstance(default, tuple):
-        return ",".join(map(str, default))
+        return ",".join(map(str, default)) or "[]"
     return "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
 
 

@@ -19,11 +19,12 @@ from core import cli
 from core.atomic_write import write_whole
 from core.checkpoint import load
 from core.dataclass_cli import FIRST
-from core.errors import UserError, one_line
+from core.errors import UserError, one_line, require
 from core.printable import printable
 from core.untrusted import within
 
 PREFIX = "model."
+ENDING = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,17 @@ class ConsolidateConfig:
     Attributes:
         run: a run folder, such as runs/moe_spannorm/TIME.
         checkpoint: the one whose weights are written.
-        output: the file that is written; null: beside the checkpoint.
+        output: the file that is written, NAME.safetensors; null: beside the checkpoint.
     """
 
     run: Path = field(metadata=FIRST)
     checkpoint: Literal["last", "best"] = "last"
     output: Path | None = None
+
+    def __post_init__(self) -> None:
+        # What is there under the name is replaced: by another ending it could be the run's checkpoint.
+        fits = self.output is None or (self.output.suffix == ENDING and not self.output.is_dir())
+        require(fits, "output", str(self.output), f"the name of a file that ends in {ENDING}")
 
 
 def consolidate(checkpoint: Path, output: Path) -> int:
@@ -67,7 +73,7 @@ def consolidate(checkpoint: Path, output: Path) -> int:
 @cli.tool
 def main(config: ConsolidateConfig) -> None:
     checkpoint = config.run / "checkpoints" / f"{config.checkpoint}.ckpt"
-    beside = checkpoint.with_suffix(".safetensors")
+    beside = checkpoint.with_suffix(ENDING)
     output = config.output or within(config.run, beside, f"output={beside} writes there all the same")
     count = consolidate(checkpoint, output)
     print(f"{printable(output, limit=None)}: {count} tensors, {output.stat().st_size / 2**20:,.1f} MiB")

@@ -287,7 +287,7 @@ def main(settings: ReplayConfig) -> None:
     run = settings.run
     steps = recorded_steps(run)
     require(bool(steps), "RUN", str(run), f"a run with a step in {FOLDER}/")
-    step = settings.step or next(iter(steps))
+    step = next(iter(steps)) if settings.step is None else settings.step
     require(step in steps, "step", step, f"one of {', '.join(map(str, steps))}")
     config = load_config(run, settings.allow)
     for group in ("module.model", "data", "trainer", "callbacks"):

@@ -59,7 +59,7 @@ def test_values_have_the_types_of_their_fields() -> None:
     expected = Settings(runs, 4, 1e-3, "x=${y}, z", None, "large", tags, (3, 4), Path("x.png"), True)
     assert parse_fields(Settings, given) == expected
     empty = Settings((Path("a"),), 1, other="", counts=())
-    assert parse_fields(Settings, ["a", "size=1", "counts=", "other="]) == empty
+    assert parse_fields(Settings, ["a", "size=1", "counts=[ ]", "other="]) == empty
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,20 @@ def test_values_have_the_types_of_their_fields() -> None:
         (["a", "size=1", "kind=smal"], "kind='smal' is not valid: expected one of small, large$"),
         (["a", "size=1", "counts=1,x"], "counts='1,x' is not valid: expected an integer, or several with commas"),
         (["a", "size=1", "fast=2"], "fast='2' is not valid: expected true or false"),
-        (["a", "size=1", "output="], "output='' is not valid: expected a path or null"),
+        (
+            ["a", "size=1", "output="],
+            "output='' is not valid: expected a path or null: empty, as from a shell variable",
+        ),
+        (["a", "size=1", "output=a\0b"], "expected a path or null: there is a null character in it"),
+        (["a", "", "size=1"], "RUNS='' is not valid: expected a path: empty, as from a shell variable"),
+        (
+            ["a", "size=1", f"output={'b' * 256}"],
+            "output='b{256}' is not valid: .* a name in it has more than 255 bytes",
+        ),
+        (["a", "size=1", "tags="], "tags='' is not valid: expected text, or several with .* them; \\[\\] is none$"),
+        (["a", "size=1", "tags=b,,c"], "tags='b,,c' is not valid"),
+        (["a", "size=1", "tags=[b,]"], r"tags='\[b,\]' is not valid"),
+        (["a", "size=1", "counts=,"], "counts=',' is not valid"),
         (["a", "size=1", "runs=b"], "runs='b' is not valid: no such field"),
     ],
 )
@@ -130,7 +143,7 @@ def test_the_help_has_each_field_with_type_default_and_a_sentence(monkeypatch: p
         "name= texts (text)",
         "other=null texts (text or null)",
         "kind=small one of two (one of small, large)",
-        "tags= several (text, or several with commas between them)",
+        "tags=[] several (text, or several with commas between them)",
         "counts=1,2 several numbers (an integer, or several with commas between them)",
         "output=null where to (a path or null)",
         "fast=false a switch (true or false)",

@@ -94,6 +94,16 @@ def test_what_lies_in_the_place_of_the_unfinished_file_is_not_written_to(tmp_pat
     assert [part.name for part in path.parent.iterdir()] == ["status.json"]
 
 
+def test_a_pipe_or_a_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    """As of output=/dev/null: an administrator's program would take the device away from the whole machine."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with pytest.raises(NotWritten, match="it is no regular file"):
+        write_whole(path, lambda unfinished: unfinished.write_text("new"))
+    assert path.is_fifo()
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_two_processes_that_write_one_file_do_not_mix(tmp_path: Path) -> None:
     """As two calls of a tool for one run, which no lock of the run keeps apart."""
     imports = "from pathlib import Path; from core.atomic_write import write_whole"

@@ -10,7 +10,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch import Tensor
 
-from core.errors import UserError
+from core.errors import ConfigError, UserError
 from lightning_modules.language_module import LanguageModule
 from tests.support.models import make_module, tokens
 from tools.consolidate import consolidate, main
@@ -87,3 +87,14 @@ def test_a_link_in_the_run_does_not_lead_the_output_out_of_it(tmp_path: Path) ->
     assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["last.ckpt"]
     main([str(run), f"output={tmp_path}/out.safetensors"])
     assert (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("output", ["checkpoints/last.ckpt", "config.yaml", "folder.safetensors", "checkpoints"])
+def test_an_output_that_could_be_something_else_of_the_run_is_refused(tmp_path: Path, output: str) -> None:
+    save(tmp_path / "checkpoints/last.ckpt", False, torch.float32)
+    (tmp_path / "config.yaml").write_text("seed: 0")
+    (tmp_path / "folder.safetensors").mkdir()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=r"output='.*' is not valid: expected the name of a file that ends in .safet"):
+        main([str(tmp_path), f"output={tmp_path / output}"])
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

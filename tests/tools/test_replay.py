@@ -193,3 +193,5 @@ def test_a_run_without_a_record_or_that_step_is_refused(
     (tmp_path / "flight_recorder/step_7_rank_0.pt").touch()
     _, err = call(monkeypatch, capsys, str(tmp_path), "step=8")
     assert err == "Error: step=8 is not valid: expected one of 7\n"
+    _, err = call(monkeypatch, capsys, str(tmp_path), "step=0")  # not the first one, as without step
+    assert err == "Error: step=0 is not valid: expected one of 7\n"
