@@ -70,7 +70,8 @@ def load_config(run: Path, allow: Collection[str] = ()) -> DictConfig:
 def read_config(path: Path) -> Any:
     """Return what OmegaConf makes of a file, within core/untrusted.py's bounds: its size, values, depth; no aliases.
 
-    A run saves its configuration without references. They are refused before OmegaConf, which takes long to parse many.
+    A run saves its configuration without references. They are refused before OmegaConf, which takes long to parse many,
+    and again in what OmegaConf has made of the text.
 
     Raises:
         UserError: it is not there, or cannot be read.
@@ -81,15 +82,23 @@ def read_config(path: Path) -> Any:
         content = parse_yaml(text, path)
     except Untrusted as error:
         raise UserError(f"{path} cannot be read as a configuration: {one_line(error)}") from error
+    _refuse_references(content)
+    try:
+        config = OmegaConf.create(text.decode())
+    except Exception as error:  # of YAML's and OmegaConf's many kinds
+        raise UserError(f"{path} cannot be read as a configuration: {one_line(error)}") from error
+    # What is used is what has to be looked at: OmegaConf reads YAML by rules of its own, and makes lists of tuples.
+    _refuse_references(OmegaConf.to_container(config, resolve=False))
+    return config
+
+
+def _refuse_references(content: Any) -> None:
+    """Raise ConfigError at the first text in which OmegaConf would see a reference."""
     for field, value in _leaves(content):
         if isinstance(value, str) and "${" in value:
             short = value if len(value) <= 100 else f"{value[:100]}…"
             reason = "a saved configuration holds no references; this one was not saved by a run"
             raise InvalidValue(field[-200:], short, reason)
-    try:
-        return OmegaConf.create(text.decode())
-    except Exception as error:  # of YAML's and OmegaConf's many kinds
-        raise UserError(f"{path} cannot be read as a configuration: {one_line(error)}") from error
 
 
 def refuse_foreign_code(config: DictConfig, allow: Collection[str] = ()) -> None:

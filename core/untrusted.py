@@ -179,10 +179,11 @@ def read_json(path: Path, schema: Any = Any, limit: int = JSON_BYTES) -> Any:
 def check_yaml(text: bytes | str, where: object) -> None:
     """Refuse a YAML text whose reading could take long, much memory, or all of the stack, before anything is built.
 
-    Aliases are refused altogether: nothing that this project writes has any, and a few of them unfold to anything.
+    Aliases are refused altogether: nothing that this project writes has any, and a few of them unfold to anything. So
+    are tags: what they make of a list, another reader of the same text may see differently.
 
     Raises:
-        Untrusted: it is no YAML, has aliases, too many or too long values, or is nested too deep.
+        Untrusted: it is no YAML, has aliases or tags, too many or too long values, or is nested too deep.
     """
     import yaml
 
@@ -193,6 +194,8 @@ def check_yaml(text: bytes | str, where: object) -> None:
                 raise Untrusted(f"{where} holds the alias *{event.anchor}; a file of this project has none")
             if isinstance(event, yaml.NodeEvent):
                 nodes += 1
+                if (tag := getattr(event, "tag", None)) is not None:
+                    raise Untrusted(f"{where} holds the tag {str(tag)[:100]}; a file of this project has none")
             if isinstance(event, yaml.CollectionStartEvent):
                 depth += 1
             elif isinstance(event, yaml.CollectionEndEvent):

@@ -7,8 +7,11 @@ from typing import Any
 
 import lightning as L
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
+from core import saved_config
+from core.build import build
 from core.errors import ConfigError, UserError
 from core.saved_config import KINDS, load_config
 from tests.support.runs import run
@@ -55,6 +58,35 @@ def test_code_from_elsewhere_is_refused(tmp_path: Path, target: Any, place: str)
     with pytest.raises(ConfigError) as error:
         load_config(saved(tmp_path, config))
     assert error.value.field.startswith(f"{place}._target_")
+
+
+HIDDEN = "${oc.create:{_target_: os.mkdir, path: ran}}"
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        f'"{HIDDEN}"',
+        f'["{HIDDEN}"]',
+        f'!!pairs [a: "{HIDDEN}"]',  # tuples in a list: OmegaConf makes lists of them
+        f'!!omap [a: "{HIDDEN}"]',
+        f'!!set {{"{HIDDEN}"}}',
+        f'!!python/tuple ["{HIDDEN}"]',
+        f'!!str "{HIDDEN}"',
+    ],
+)
+@pytest.mark.parametrize("tags", ["refused", "read"])
+def test_a_reference_that_makes_a_target_is_found_wherever_yaml_hides_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, node: str, tags: str
+) -> None:
+    """Once they ran what they named: the look went through lists and mappings, and OmegaConf through more."""
+    monkeypatch.chdir(tmp_path)
+    if tags == "read":  # a second line of defence, which has to hold without the first
+        monkeypatch.setattr(saved_config, "parse_yaml", lambda text, where: yaml.unsafe_load(text))
+    (tmp_path / "config.yaml").write_text(f"data:\n  _target_: datamodules.synthetic.Synthetic\n  x: {node}\n")
+    with pytest.raises(UserError, match=r"holds no references|holds the tag|cannot be read as a configuration"):
+        build(load_config(tmp_path), "data")
+    assert not (tmp_path / "ran").exists()
 
 
 LIGHTNING = "lightning.pytorch"

@@ -147,7 +147,8 @@ def yaml_values(path: Path, draw: Draw, canary: Path) -> None:
         text = f"l0: &l0 [x]\n{levels}{text}"
     elif how == "types":
         tag = draw(["python/object/apply:os.mkdir", "python/name:os.system", "python/object/new:os.mkdir", "binary"])
-        text += f"more: !!{tag} [{canary}]\n"
+        runs = f"{{a: '${{oc.create:{{_target_: os.mkdir, path: {canary}}}}}'}}"
+        text += draw([f"more: !!{tag} [{canary}]\n", f"data: !!pairs [{runs}]\n", f"trainer: !!omap [{runs}]\n"])
     elif how == "deep":
         text += "more: " + draw(["[", "{a: "]) * draw([100, 1000, 20_000]) + "\n"
     elif how == "interpolation":
