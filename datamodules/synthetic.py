@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from core.errors import lookup, require
+from core.limits import require_at_most
+from datamodules.index import MAX_VOCABULARY
 from datamodules.samples import Numbers, Rows
 from datamodules.stream_datamodule import StreamDataModule
 
@@ -147,6 +149,7 @@ class Synthetic(StreamDataModule):
     ) -> None:
         super().__init__(seq_len, batch_size, val_batches, num_workers, seed)
         require(vocab_size >= 4, "data.vocab_size", vocab_size, "an integer >= 4")
+        require_at_most(MAX_VOCABULARY, "data.vocab_size", vocab_size)
         valid = "at most 128 for data.task=ngram: the table of the chain grows with its cube"
         require(task != "ngram" or vocab_size <= 128, "data.vocab_size", vocab_size, valid)
         self.task_name, self.task = task, lookup("data.task", task, TASKS)(seq_len, vocab_size)

@@ -29,8 +29,10 @@ from core import cli
 from core.build import build
 from core.dataclass_cli import OVERRIDES
 from core.errors import ConfigError, UserError, lookup, require
+from core.limits import require_at_most
 from core.options import check_arguments
 from core.parallel import num_models, num_passes
+from datamodules.index import MAX_VOCABULARY
 from lightning_modules.composing import compose_run
 from lightning_modules.config import ModelConfig
 from lightning_modules.cross_entropy import LARGE_VOCABULARY
@@ -64,6 +66,7 @@ class PlanConfig:
         require(0 < self.mfu <= 1, "mfu", self.mfu, "a number in (0, 1]")
         require(peak is None or 0 < peak < math.inf, "peak_flops", peak, "a number > 0")
         require(vocab_size is None or vocab_size >= 2, "assumed_vocab_size", vocab_size, "an integer >= 2")
+        require_at_most(MAX_VOCABULARY, "assumed_vocab_size", vocab_size)
 
 
 class Precision(NamedTuple):

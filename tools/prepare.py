@@ -20,6 +20,7 @@ from rich.table import Table
 
 from core import cli
 from core.errors import require
+from core.paths import require_path
 from core.printable import cell, printable
 from datamodules.index import SPLITS
 from datamodules.preparation.inspect import describe, describe_unknown, statistics, verify
@@ -85,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else list(arguments)
     if given[:1] == ["inspect"] and "--help" not in given:
         require(len(given) == 2, "argument", " ".join(given), "inspect PATH")
+        require_path("PATH", given[1])
         run_inspect(given[1])
     else:
         run_prepare(given)

@@ -14,6 +14,7 @@ from core.errors import ConfigError, UserError
 from core.limits import VARIABLE, require_at_most
 from core.memory import check_memory, explain_lack, memory_of_machine
 from core.parallel import num_passes
+from datamodules.synthetic import Synthetic
 from lightning_modules.config import ModelConfig
 from tests.support.runs import tiny_job, train
 
@@ -45,6 +46,13 @@ def test_the_environment_raises_a_bound(monkeypatch: pytest.MonkeyPatch) -> None
     assert ModelConfig(num_layers=4097).num_layers == 4097
     with pytest.raises(ConfigError, match="expected at most 40,960;"):
         ModelConfig(num_layers=40_961)
+
+
+@pytest.mark.parametrize("task", ["copy", "induction"])
+def test_a_vocabulary_of_any_size_is_not_drawn_from(task: str) -> None:
+    """The keys of a sequence are a permutation of half of it; a run from elsewhere may name any."""
+    with pytest.raises(ConfigError, match=r"data\.vocab_size=1000000000000 is not valid: expected at most 16,777,217;"):
+        Synthetic(task, vocab_size=10**12, seq_len=7 if task == "induction" else 8, batch_size=1)
 
 
 @pytest.mark.parametrize("factor", ["0", "-1", "nan", "inf", "x", "1e10", "0.5"])

@@ -18,6 +18,8 @@ CASES = [  # module, arguments, what the line must hold
     ("tools.export", [".", f"output={LONG}"], "output='aaa"),
     ("tools.plan", ["model.num_layers=1000000000"], "model.num_layers=1000000000 is not valid: expected at most 4,096"),
     ("tools.plan", ["data.batch_size=1000000000000"], "data.batch_size=1000000000000 is not valid: expected at most"),
+    ("tools.plan", ["assumed_vocab_size=99999999999999999999"], "assumed_vocab_size=99999999999999999999 is not valid"),
+    ("tools.prepare", ["inspect", ""], "PATH='' is not valid: expected the path of a folder: empty"),
     ("tools.plan", ["trainer.max_steps=abc"], "trainer.max_steps='abc' is not valid: expected an integer"),
     ("tools.plan", ["trainer.max_steps=null"], "trainer.max_steps=None is not valid: expected an integer"),
     ("tools.plan", ["trainer.accumulate_grad_batches=abc"], "trainer.accumulate_grad_batches='abc' is not valid"),
