@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from core.checkpoint import load
 from core.errors import ConfigError, one_line, require
 from core.printable import printable
-from core.untrusted import MIB, Untrusted, read_json
+from core.untrusted import MIB, Untrusted, open_regular, read_json
 
 FIELD = "init_from"
 VALID = (
@@ -130,6 +130,7 @@ def _files_of(index: Path) -> set[str]:
 def _read_files(paths: list[Path]) -> dict[str, Tensor]:
     weights = {}
     for path in paths:
+        open_regular(path).close()  # safe_open would wait for a pipe
         try:
             with safe_open(path, "pt") as file:
                 weights.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118

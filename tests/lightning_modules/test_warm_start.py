@@ -1,5 +1,6 @@
 """A model that starts from trained weights has them, all of them, and says what it has not."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -151,3 +152,18 @@ def test_a_mistake_leaves_no_folder(tmp_path: Path) -> None:
         assert done.code == 2, done.out
         assert "Error: init_from=" in done.err, done.err
         assert not (tmp_path / "new").exists()
+
+
+def test_a_pipe_that_an_index_names_is_not_waited_for(tmp_path: Path) -> None:
+    _, path = trained(tmp_path)
+    path.unlink()
+    os.mkfifo(tmp_path / "part.safetensors")
+    descriptor = os.open(tmp_path / "part.safetensors", os.O_RDWR)  # else who does wait would do so without end
+    try:
+        (tmp_path / "model.safetensors.index.json").write_text(
+            '{"weight_map": {"embedding.weight": "part.safetensors"}}'
+        )
+        with pytest.raises(ConfigError, match=r"init_from='.*' is not valid: .*part\.safetensors is no regular file"):
+            started(tmp_path)
+    finally:
+        os.close(descriptor)
