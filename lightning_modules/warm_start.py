@@ -85,6 +85,8 @@ def warm_start(source: str | Path, model: nn.Module) -> WarmStart:
     taken = {}
     for name in own:
         there, here = weights.get(name), own[name]
+        if there is not None and not there.is_floating_point():
+            raise ConfigError(FIELD, str(source), f"weights in floating point: {name} is {there.dtype} in the source")
         if there is not None and there.shape == here.shape:
             taken[name] = there
         elif not OF_PLACEMENT.match(name) and name not in tied:

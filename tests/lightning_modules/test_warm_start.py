@@ -100,6 +100,15 @@ def test_what_is_no_weights_is_one_line(content: bytes | None, tmp_path: Path) -
     assert "\n" not in str(caught.value)
 
 
+def test_numbers_of_another_kind_are_no_weights(tmp_path: Path) -> None:
+    module, path = trained(tmp_path)
+    tensors = {name: tensor.contiguous() for name, tensor in weights_of(module).items()}
+    for dtype in (torch.int32, torch.complex64):
+        save_file({**tensors, "embedding.weight": tensors["embedding.weight"].to(dtype)}, path)
+        with pytest.raises(ConfigError, match=rf"in floating point: embedding\.weight is {dtype}"):
+            started(path)
+
+
 def test_an_index_names_files_beside_it_and_no_others(tmp_path: Path) -> None:
     module, path = trained(tmp_path)
     path.rename(tmp_path / "part.safetensors")
