@@ -64,7 +64,7 @@ def ours(sizes: Sizes, compiled: bool, all_logits: bool = False, **overrides: An
         language_module.LARGE_VOCABULARY = sizes.vocab_size + 1
 
     def loss(tokens: Tensor) -> Tensor:
-        total, stats = module._loss({"tokens": tokens})
+        total, stats = module.compute_loss({"tokens": tokens})
         if stats:
             balance = torch.stack([s.load_balancing_loss for s in stats]).mean()
             total = total + moe.balance_weight * balance

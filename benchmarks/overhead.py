@@ -74,7 +74,7 @@ class _BareLoop(L.Callback):
         for _ in range(WINDOW):
             batch = {name: tensor.to(module.device) for name, tensor in next(batches).items()}
             with trainer.precision_plugin.forward_context():
-                loss, _ = module._loss(batch)
+                loss, _ = module.compute_loss(batch)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
             optimizer.step()

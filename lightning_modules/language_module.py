@@ -249,7 +249,9 @@ class LanguageModule(L.LightningModule):
         assert self.model is not None, "configure_model() comes first"
         return self.model(tokens, positions, targets=targets)
 
-    def _loss(self, batch: dict[str, Tensor], sources: SourceLoss | None = None) -> tuple[Tensor, list[RouterStats]]:
+    def compute_loss(
+        self, batch: dict[str, Tensor], sources: SourceLoss | None = None
+    ) -> tuple[Tensor, list[RouterStats]]:
         """Return the loss of one batch, and of each source in it, if there are several.
 
         Args:
@@ -275,7 +277,7 @@ class LanguageModule(L.LightningModule):
         return losses.mean(), router_stats
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss, router_stats = self._loss(batch, self.train_sources)
+        loss, router_stats = self.compute_loss(batch, self.train_sources)
         self.train_loss.update(loss.detach())
         if not router_stats:
             return loss
@@ -346,7 +348,7 @@ class LanguageModule(L.LightningModule):
             self.train_sources.reset()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        loss, _ = self._loss(batch, self.val_sources)
+        loss, _ = self.compute_loss(batch, self.val_sources)
         self.val_loss.update(loss, weight=batch["tokens"][:, 1:].numel())
 
     def on_validation_epoch_end(self) -> None:
