@@ -46,7 +46,7 @@ PACKAGES = ("torch", "litgpt", "transformers", "x-transformers", "torchtitan")
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """What `python -m benchmarks.compare` takes.
+    """Holds the fields that `python -m benchmarks.compare` takes.
 
     Attributes:
         device: the device that all compute on.

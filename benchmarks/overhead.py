@@ -1,4 +1,4 @@
-"""What surrounds a training step: Lightning's Trainer, and the time until the first one."""
+"""Measures what surrounds a training step: Lightning's Trainer, and the time until the first one."""
 
 import statistics
 import subprocess
@@ -22,7 +22,7 @@ FIRST_STEP = "first step after"
 
 
 class Job(NamedTuple):
-    """What is trained: a step should take about 200 ms."""
+    """Says what is trained: a step should take about 200 ms."""
 
     model: dict[str, int]
     seq_len: int

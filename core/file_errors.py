@@ -1,4 +1,4 @@
-"""What the file system refuses: a line about the name or the disk, with the argument that holds the name."""
+"""Turns what the file system refuses into a line about the name or the disk, with the argument that holds the name."""
 
 import errno
 import os

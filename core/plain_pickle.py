@@ -23,7 +23,7 @@ CALL_WEIGHT = 3
 
 
 class Maker:
-    """What a pickle may call under a name: a function of arguments that it has chosen, which has to check them."""
+    """Stands for what a pickle may call under a name: a function that has to check its arguments."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function

@@ -1,4 +1,4 @@
-"""Where a run lives: runs/EXPERIMENT/NAME with its config, checkpoints, logs and summary."""
+"""A run lives in runs/EXPERIMENT/NAME, with its config, checkpoints, logs and summary."""
 
 import itertools
 import os

@@ -1,4 +1,4 @@
-"""What a run's folder says of the run: callbacks.run_status and core.run_lock write it, tools.runs reads it without
+"""Keeps a run's status in its folder: callbacks.run_status and core.run_lock write it, tools.runs reads it without
 torch."""
 
 import fcntl

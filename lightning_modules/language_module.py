@@ -291,7 +291,7 @@ class LanguageModule(L.LightningModule):
 
     @property
     def _logs_this_step(self) -> bool:
-        """Whether the optimizer step in progress is one that the loggers will write."""
+        """Return whether the optimizer step in progress is one that the loggers will write."""
         return is_logged(self.trainer, self.trainer.global_step + 1)
 
     def _balance_routers(self) -> None:

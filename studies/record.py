@@ -1,4 +1,4 @@
-"""What a study keeps of a run: a few kilobytes that say how it went, and whether training failed."""
+"""Keeps what a study needs of a run: a few kilobytes that say how it went, and whether training failed."""
 
 import json
 import math

@@ -29,7 +29,7 @@ ENDING = ".safetensors"
 
 @dataclass(frozen=True)
 class ConsolidateConfig:
-    """What `python -m tools.consolidate` takes.
+    """Holds the fields that `python -m tools.consolidate` takes.
 
     Attributes:
         run: a run folder, such as runs/moe_spannorm/TIME.
