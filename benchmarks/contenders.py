@@ -52,8 +52,12 @@ def ours(sizes: Sizes, compiled: bool, all_logits: bool = False, **overrides: An
     from lightning_modules import language_module
 
     values: dict[str, Any] = {
-        **{"num_layers": sizes.num_layers, "dim": sizes.dim, "num_heads": sizes.num_heads, "ffn_dim": sizes.hidden},
-        **{"compile": compiled, "ffn": "moe" if sizes.num_experts else "dense"},
+        "num_layers": sizes.num_layers,
+        "dim": sizes.dim,
+        "num_heads": sizes.num_heads,
+        "ffn_dim": sizes.hidden,
+        "compile": compiled,
+        "ffn": "moe" if sizes.num_experts else "dense",
         "moe": {"num_experts": max(sizes.num_experts, 2), "top_k": sizes.top_k},
         **overrides,
     }

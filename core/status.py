@@ -19,8 +19,13 @@ RUNNING, DONE, STOPPED, DIVERGED, FAILED = "running", "done", "stopped", "diverg
 
 COUNTS = ("step", "max_steps", "steps", "tokens", "parameters", "active_parameters")
 FIGURES = (
-    *("train_loss", "val_loss", "val_perplexity", "val_bits_per_byte", "bigram_loss"),
-    *("tokens_per_second", "seconds"),
+    "train_loss",
+    "val_loss",
+    "val_perplexity",
+    "val_bits_per_byte",
+    "bigram_loss",
+    "tokens_per_second",
+    "seconds",
 )
 WORDS = ("status", "reason")
 
