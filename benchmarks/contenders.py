@@ -18,7 +18,7 @@ Loss = Callable[[Tensor], Tensor]
 """Tokens [batch, seq + 1] -> a scalar."""
 
 PLAIN = "ours, malloc as it is"
-"""The project's step without core/allocator.py."""
+"""The project's step without layers/cpu_kernels/allocator.py."""
 
 AS_OURS = ", malloc as ours"
 """Ends the name of a peer with it, which its user does not have."""
