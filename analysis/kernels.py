@@ -24,7 +24,7 @@ _LAPLACE = np.exp(np.linspace(-25.0, 20.0, 180))
 
 @dataclass(frozen=True)
 class Gains:
-    """What each matrix multiplies the variance by: fan-in times mean square entry. 1 under init=fan_in."""
+    """Says what each matrix multiplies the variance by: fan-in times mean square entry. 1 under init=fan_in."""
 
     query: float = 1.0
     key: float = 1.0

@@ -1,4 +1,4 @@
-"""What a training step holds, without holding it: shapes alone go through the model, as torch's fake tensors.
+"""Counts what a training step holds, without holding it: shapes alone go through the model, as torch's fake tensors.
 
 Counted is what autograd keeps between forward and backward, each storage once: inputs of products and norms, queries,
 keys, values and output of attention, and under autocast the cast weights. What lives shorter (an operator's workspace)

@@ -1,4 +1,4 @@
-"""What becomes of activations and gradients on their way through a freshly initialized model."""
+"""Measures what becomes of activations and gradients on their way through a freshly initialized model."""
 
 from dataclasses import dataclass
 

@@ -46,7 +46,7 @@ PACKAGES = ("torch", "litgpt", "transformers", "x-transformers", "torchtitan")
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """What `python -m benchmarks.compare` takes.
+    """Holds the fields that `python -m benchmarks.compare` takes.
 
     Attributes:
         device: the device that all compute on.
@@ -264,9 +264,9 @@ def main(config: CompareConfig) -> None:
         f"medians of {config.rounds} rounds in which all take turns.\n{machine(config.device)}; {versions}.\n"
     )
     say(
-        "Ours is the SpanNorm model, its process set up as train.py does it (core/allocator.py), which no peer does "
-        f"for its user: the row `{PLAIN}` is without it, rows that end in `{AS_OURS}` are peers that have it too, and "
-        "count for no goal. `benchmarks/compare.py` says how it is measured.\n"
+        "Ours is the SpanNorm model, its process set up as train.py does it (layers/cpu_kernels/allocator.py), which "
+        f"no peer does for its user: the row `{PLAIN}` is without it, rows that end in `{AS_OURS}` are peers that have "
+        "it too, and count for no goal. `benchmarks/compare.py` says how it is measured.\n"
     )
     say(f"![Tokens per second]({output.stem}.png)")
     measured: dict[str, list[Row]] = {}

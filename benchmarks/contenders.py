@@ -18,7 +18,7 @@ Loss = Callable[[Tensor], Tensor]
 """Tokens [batch, seq + 1] -> a scalar."""
 
 PLAIN = "ours, malloc as it is"
-"""The project's step without core/allocator.py."""
+"""The project's step without layers/cpu_kernels/allocator.py."""
 
 AS_OURS = ", malloc as ours"
 """Ends the name of a peer with it, which its user does not have."""
@@ -52,8 +52,12 @@ def ours(sizes: Sizes, compiled: bool, all_logits: bool = False, **overrides: An
     from lightning_modules import language_module
 
     values: dict[str, Any] = {
-        **{"num_layers": sizes.num_layers, "dim": sizes.dim, "num_heads": sizes.num_heads, "ffn_dim": sizes.hidden},
-        **{"compile": compiled, "ffn": "moe" if sizes.num_experts else "dense"},
+        "num_layers": sizes.num_layers,
+        "dim": sizes.dim,
+        "num_heads": sizes.num_heads,
+        "ffn_dim": sizes.hidden,
+        "compile": compiled,
+        "ffn": "moe" if sizes.num_experts else "dense",
         "moe": {"num_experts": max(sizes.num_experts, 2), "top_k": sizes.top_k},
         **overrides,
     }
@@ -64,7 +68,7 @@ def ours(sizes: Sizes, compiled: bool, all_logits: bool = False, **overrides: An
         language_module.LARGE_VOCABULARY = sizes.vocab_size + 1
 
     def loss(tokens: Tensor) -> Tensor:
-        total, stats = module._loss({"tokens": tokens})
+        total, stats = module.compute_loss({"tokens": tokens})
         if stats:
             balance = torch.stack([s.load_balancing_loss for s in stats]).mean()
             total = total + moe.balance_weight * balance

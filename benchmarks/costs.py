@@ -1,4 +1,4 @@
-"""What each thing costs a training step of the project, in ratios to the first row of its table.
+"""Measure what each thing costs a training step of the project, in ratios to the first row of its table.
 
     python -m benchmarks.costs                   CPU, fp32; writes results/benchmark-costs-cpu.md
     python -m benchmarks.costs device=cuda       bf16 under autocast; results/benchmark-costs-cuda.md
@@ -30,7 +30,7 @@ TWO_STREAMS = ("residual", "siamesenorm")
 
 @dataclass(frozen=True)
 class CostsConfig:
-    """What `python -m benchmarks.costs` takes.
+    """Holds the fields that `python -m benchmarks.costs` takes.
 
     Attributes:
         device: the device that all compute on.

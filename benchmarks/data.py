@@ -1,4 +1,4 @@
-"""What reading and preparing a corpus costs, against the plainest way to do either.
+"""Measure what reading and preparing a corpus costs, against the plainest way to do either.
 
     python -m benchmarks.data                     writes results/data-cpu.md
 
@@ -45,7 +45,7 @@ Batches = Iterator[Tensor]
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What `python -m benchmarks.data` takes.
+    """Holds the fields that `python -m benchmarks.data` takes.
 
     Attributes:
         overrides: overrides of the model whose speed reading is held against; none: experiment=moe_spannorm.

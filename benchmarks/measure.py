@@ -1,4 +1,4 @@
-"""What every benchmark shares: taking turns, ratios within a round, and the machine's name."""
+"""Holds what every benchmark shares: taking turns, ratios within a round, and the machine's name."""
 
 import os
 import platform

@@ -40,7 +40,7 @@ TOP_K, VOCAB_SIZE, BALANCE_WEIGHT = 2, 512, 0.01
 
 @dataclass(frozen=True)
 class MoEBenchmarkConfig:
-    """What `python -m benchmarks.moe` takes.
+    """Holds the fields that `python -m benchmarks.moe` takes.
 
     Attributes:
         device: the device that all compute on.
@@ -71,7 +71,7 @@ class MoEBenchmarkConfig:
 
 
 class Setting(NamedTuple):
-    """What the contenders compute: a layer's sizes, and whether the experts' popularity follows Zipf's law."""
+    """Says what the contenders compute: a layer's sizes, and whether the experts' popularity follows Zipf's law."""
 
     num_experts: int
     tokens: int
@@ -82,7 +82,7 @@ class Setting(NamedTuple):
 
     @property
     def flops(self) -> int:
-        """Of the experts' products, forward and backward."""
+        """Return the FLOPs of the experts' products, forward and backward."""
         return 6 * self.tokens * TOP_K * 3 * self.dim * self.hidden
 
 

@@ -1,4 +1,4 @@
-"""What the monitors cost a training step of the default model.
+"""Measure what the monitors cost a training step of the default model.
 
     python -m benchmarks.monitoring                     writes results/monitoring-cpu.md
 
@@ -45,7 +45,7 @@ HOOKS = (
 
 @dataclass(frozen=True)
 class MonitoringConfig:
-    """What `python -m benchmarks.monitoring` takes.
+    """Holds the fields that `python -m benchmarks.monitoring` takes.
 
     Attributes:
         overrides: overrides of the model that is trained, as for train.py; none: experiment=moe_spannorm.

@@ -1,4 +1,4 @@
-"""What surrounds a training step: Lightning's Trainer, and the time until the first one."""
+"""Measures what surrounds a training step: Lightning's Trainer, and the time until the first one."""
 
 import statistics
 import subprocess
@@ -22,7 +22,7 @@ FIRST_STEP = "first step after"
 
 
 class Job(NamedTuple):
-    """What is trained: a step should take about 200 ms."""
+    """Says what is trained: a step should take about 200 ms."""
 
     model: dict[str, int]
     seq_len: int
@@ -74,7 +74,7 @@ class _BareLoop(L.Callback):
         for _ in range(WINDOW):
             batch = {name: tensor.to(module.device) for name, tensor in next(batches).items()}
             with trainer.precision_plugin.forward_context():
-                loss, _ = module._loss(batch)
+                loss, _ = module.compute_loss(batch)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
             optimizer.step()

@@ -26,7 +26,7 @@ GENERATED = ("## Call CompiledFxGraph", "triton_")
 
 
 class Contender(NamedTuple):
-    """What a process runs.
+    """Says what a process runs.
 
     Attributes:
         name: ours..., a peer of contenders.PEERS, or RATE.
@@ -42,7 +42,7 @@ class Contender(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a contender is like.
+    """Says what a contender is like.
 
     Attributes:
         parameters: how many.

@@ -1,4 +1,4 @@
-"""What callbacks ask of each other: one finds another by what it can do, whatever its class is.
+"""Callbacks ask these things of each other: one finds another by what it can do, whatever its class is.
 
 A callback of your own takes part by having the method; it needs to derive from nothing here.
 core.run_control.SavesBeforeLeaving is the fifth: the run asks for it.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from core.compat import foreach_differences, foreach_norms
+from core.compat import foreach_differences, foreach_norms, total_batch
 from core.steps import is_logged
 
 
@@ -89,7 +89,7 @@ def gradient_statistics(trainer: L.Trainer, pl_module: L.LightningModule) -> Gra
     Args:
         pl_module: its `model` has `parameter_groups()`, as Transformer does.
     """
-    cache, batch = _CACHES.setdefault(pl_module, _Cache()), trainer.fit_loop.total_batch_idx
+    cache, batch = _CACHES.setdefault(pl_module, _Cache()), total_batch(trainer)
     labelled = [(group, p) for group, p in _labelled(trainer, pl_module) if p.grad is not None]
     gradient = labelled[0][1].grad
     # The number alone would do, were it not that a run may be taken back to an earlier step.

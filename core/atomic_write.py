@@ -4,7 +4,7 @@ import contextlib
 import fcntl
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,19 @@ def save(content: Any, path: Path) -> None:
             torch.save(content, file)
 
     write_whole(path, write)
+
+
+def save_tensors(tensors: Mapping[str, Any], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Save tensors as safetensors does, in a file that may be read by whoever may read the others beside it.
+
+    safetensors by itself makes it for its owner alone: nobody else could load an export, or resume from the pieces.
+    """
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata=metadata)
+    path.chmod(mode)
 
 
 def damage(path: Path) -> str | None:

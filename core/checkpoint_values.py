@@ -1,4 +1,4 @@
-"""What a checkpoint says of its run is typed and bounded here, before anybody counts with it or makes a path of it."""
+"""Types and bounds what a checkpoint says of its run, before anybody counts with it or makes a path of it."""
 
 import re
 from collections.abc import Iterable, Iterator

@@ -95,6 +95,29 @@ def is_restoring(error: BaseException) -> bool:
     return any(frame.name in RESTORING for frame in traceback.extract_tb(error.__traceback__))
 
 
+def total_batch(trainer: "L.Trainer") -> int:
+    """Return the number of the training batch in progress, counted from 0 over all epochs."""
+    return int(trainer.fit_loop.total_batch_idx)
+
+
+def batch_in_epoch(trainer: "L.Trainer") -> int:
+    """Return the number of the training batch in progress, counted from 0 in its epoch.
+
+    Hooks that are called with the backward pass do not get it.
+    """
+    return int(trainer.fit_loop.batch_idx)
+
+
+def prunes_when_an_epoch_ends(callback: "L.Callback") -> bool:
+    """Return whether a ModelPruning prunes at the end of a training epoch; it keeps what it was told to itself."""
+    return bool(getattr(callback, "_prune_on_train_epoch_end", False))
+
+
+def saves_in_pieces(trainer: "L.Trainer") -> bool:
+    """Return whether the strategy has each process save its part, as ModelParallelStrategy does by default."""
+    return bool(getattr(trainer.strategy, "_save_distributed_checkpoint", False))
+
+
 def load_full_weights(state_dict: dict[str, Any], model: nn.Module) -> None:
     """Load the whole weights, which the first process has read, into a model that is sharded over all."""
     from lightning.fabric.strategies.model_parallel import _load_raw_module_state

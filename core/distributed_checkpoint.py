@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -29,7 +28,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from core.atomic_write import sync
+from core.atomic_write import save_tensors, sync
 from core.sharded_checkpoint import META, VALUES, Path_, Piece, Pieces, Saved, checksum_of, key_of, name_of, write_index
 from core.untrusted import Untrusted
 
@@ -83,7 +82,7 @@ class PiecesWriter(StorageWriter, BlockingAsyncStager):
         if tensors:
             path = self.folder / str(plan.storage_data)
             with _system_errors():
-                save_file(tensors, path)
+                save_tensors(tensors, path)
             sync(path)
             file = path.name, path.stat().st_size, checksum_of(path)
         written: Future[list[WriteResult]] = Future()

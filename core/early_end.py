@@ -1,4 +1,4 @@
-"""Why a run ended before its last step without an error: its time is up, or a callback has stopped it."""
+"""Tells why a run ended before its last step without an error: its time is up, or a callback has stopped it."""
 
 from collections.abc import Mapping
 from datetime import timedelta

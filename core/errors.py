@@ -1,4 +1,4 @@
-"""What the user can mend: `train.py` prints these errors without a traceback and exits with 2."""
+"""Errors that the user can mend: `train.py` prints them without a traceback and exits with 2."""
 
 import difflib
 import re

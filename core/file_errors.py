@@ -1,4 +1,4 @@
-"""What the file system refuses: a line about the name or the disk, with the argument that holds the name."""
+"""Turns what the file system refuses into a line about the name or the disk, with the argument that holds the name."""
 
 import errno
 import os
@@ -7,11 +7,23 @@ import sys
 from core.errors import InvalidValue, UserError
 
 DISK = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOTDIR),
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EIO,
+    errno.ESTALE,
+    errno.ENOTDIR,
 }
 """The file system's answers that say that a folder can be written to no more."""
 NOT_OURS = DISK | {
-    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.EEXIST, errno.EPERM, errno.EILSEQ),
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.EPERM,
+    errno.EILSEQ,
 }
 """The file system's answers that are about a name that was given, or about the disk."""
 

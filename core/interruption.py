@@ -1,4 +1,4 @@
-"""What becomes of a run that somebody, Lightning, or the loss of a process stops early."""
+"""Decides what becomes of a run that somebody, Lightning, or the loss of a process stops early."""
 
 import os
 import signal

@@ -49,7 +49,7 @@ def check_callbacks(trainer: L.Trainer, config: DictConfig | None = None, passes
     Args:
         trainer: with its callbacks.
         config: the composed configuration, for the name of the field; None: a Trainer of one's own.
-        passes: into how many forward passes `core.parallel.accumulate` will split each one.
+        passes: into how many forward passes `core.parallel.apply_micro_batching` will split each one.
 
     Raises:
         ConfigError: names the callback, and what does the same here.

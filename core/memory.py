@@ -1,4 +1,4 @@
-"""What the machine's memory can hold: asked before a model's weights are made, and named where it was not enough."""
+"""Asks what the machine's memory can hold before a model's weights are made, and names it where it was not enough."""
 
 import os
 import re

@@ -12,15 +12,15 @@ LISTED = 4096
 
 def num_data_parts(trainer: L.Trainer) -> int:
     """Return in how many parts a batch goes to the processes; those that cut one model have the same part."""
-    return trainer.world_size // _cut(trainer)
+    return trainer.world_size // _processes_per_model(trainer)
 
 
 def data_part(trainer: L.Trainer) -> int:
     """Return the number of this process's part of a batch."""
-    return trainer.global_rank // _cut(trainer)
+    return trainer.global_rank // _processes_per_model(trainer)
 
 
-def _cut(trainer: L.Trainer) -> int:
+def _processes_per_model(trainer: L.Trainer) -> int:
     """Return how many processes share one copy of the model."""
     size: int = getattr(trainer.strategy, "tensor_parallel_size", 1)
     return size
@@ -40,7 +40,9 @@ def apply_micro_batching(trainer: L.Trainer, datamodule: Any, micro_batch_size: 
     Raises:
         ConfigError: see `num_passes`.
     """
-    passes = num_passes(trainer.world_size, _cut(trainer), getattr(datamodule, "batch_size", None), micro_batch_size)
+    passes = num_passes(
+        trainer.world_size, _processes_per_model(trainer), getattr(datamodule, "batch_size", None), micro_batch_size
+    )
     if passes == 1:
         return
     datamodule.val_batches = datamodule.num_val_batches * passes
@@ -52,7 +54,7 @@ def apply_micro_batching(trainer: L.Trainer, datamodule: Any, micro_batch_size: 
 
 
 def check_parts(trainer: L.Trainer, datamodule: Any, micro_batch_size: int | None) -> int:
-    """Refuse what `accumulate` would, before a corpus is written.
+    """Refuse what `apply_micro_batching` would, before a corpus is written.
 
     Returns:
         Into how many forward passes it will split each one.
@@ -60,7 +62,9 @@ def check_parts(trainer: L.Trainer, datamodule: Any, micro_batch_size: int | Non
     Raises:
         ConfigError: see `num_passes`.
     """
-    return num_passes(trainer.world_size, _cut(trainer), getattr(datamodule, "batch_size", None), micro_batch_size)
+    return num_passes(
+        trainer.world_size, _processes_per_model(trainer), getattr(datamodule, "batch_size", None), micro_batch_size
+    )
 
 
 def num_models(world: int, cut: int) -> int:

@@ -1,4 +1,4 @@
-"""What processes do together beside training: find that one is lost, fail, and leave."""
+"""Lets processes do together what is beside training: find that one is lost, fail, and leave."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress

@@ -1,4 +1,4 @@
-"""What every run does, whatever callbacks it has: stop when it is asked to, validate at its end, count its steps."""
+"""Does for every run, whatever callbacks it has: stop when it is asked to, validate at its end, count its steps."""
 
 import signal
 from types import FrameType

@@ -1,4 +1,4 @@
-"""Where a run lives: runs/EXPERIMENT/NAME with its config, checkpoints, logs and summary."""
+"""A run lives in runs/EXPERIMENT/NAME, with its config, checkpoints, logs and summary."""
 
 import itertools
 import os
@@ -40,9 +40,17 @@ BEGINNING = rf"(config|overrides)(-resumed-[\w-]+)?\.yaml|{re.escape(STATUS)}|te
 WRITTEN = rf"{BEGINNING}|checkpoints|wandb|(divergence|events|summary|status)\..*"
 """The names of all that a run writes into its folder, or removes there."""
 MAY_CHANGE = {  # in a resumed run: how it computes, and what follows from the step alone
-    *("model.compile", "model.cpu_kernels", "model.activation_checkpointing", "model.activation_checkpoint_every"),
-    *("model.moe.backend", "model.moe.expert_parallel"),
-    *("optim.schedule", "optim.warmup_steps", "optim.min_lr_ratio", "optim.decay_fraction", "optim.decay_shape"),
+    "model.compile",
+    "model.cpu_kernels",
+    "model.activation_checkpointing",
+    "model.activation_checkpoint_every",
+    "model.moe.backend",
+    "model.moe.expert_parallel",
+    "optim.schedule",
+    "optim.warmup_steps",
+    "optim.min_lr_ratio",
+    "optim.decay_fraction",
+    "optim.decay_shape",
 }
 ABSENT_IN_OLD_CHECKPOINTS = {"data.corpus", "data.task"}
 """Older checkpoints say nothing of these, and are resumed all the same."""

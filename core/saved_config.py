@@ -24,8 +24,11 @@ KINDS = {
     "trainer": (
         (L.Trainer, Strategy, CheckpointIO, Precision),
         (
-            *("lightning_modules", "core.checkpoint"),
-            *(f"{_LIGHTNING}.strategies", f"{_LIGHTNING}.plugins", "lightning.fabric.plugins"),
+            "lightning_modules",
+            "core.checkpoint",
+            f"{_LIGHTNING}.strategies",
+            f"{_LIGHTNING}.plugins",
+            "lightning.fabric.plugins",
         ),
     ),
     "callbacks": ((L.Callback,), ("callbacks", f"{_LIGHTNING}.callbacks")),

@@ -401,7 +401,8 @@ _TORCHS = "torch.distributed.checkpoint.metadata"
 _RECORDS = (
     *(f"{_TORCHS}.{name}" for name in ("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex")),
     *(f"{_TORCHS}.{name}" for name in ("StorageMeta", "TensorProperties", "TensorStorageMetadata")),
-    *(f"{_TORCHS}._MEM_FORMAT_ENCODING", "torch.distributed.checkpoint.filesystem._StorageInfo"),
+    f"{_TORCHS}._MEM_FORMAT_ENCODING",
+    "torch.distributed.checkpoint.filesystem._StorageInfo",
     "torch.serialization._get_layout",
     *(f"pathlib{part}.{name}" for part in ("", "._local") for name in ("Path", "PosixPath", "PurePosixPath")),
     *(f"pathlib{part}.WindowsPath" for part in ("", "._local")),

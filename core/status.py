@@ -1,4 +1,4 @@
-"""What a run's folder says of the run: callbacks.run_status and core.run_lock write it, tools.runs reads it without
+"""Keeps a run's status in its folder: callbacks.run_status and core.run_lock write it, tools.runs reads it without
 torch."""
 
 import fcntl
@@ -19,8 +19,13 @@ RUNNING, DONE, STOPPED, DIVERGED, FAILED = "running", "done", "stopped", "diverg
 
 COUNTS = ("step", "max_steps", "steps", "tokens", "parameters", "active_parameters")
 FIGURES = (
-    *("train_loss", "val_loss", "val_perplexity", "val_bits_per_byte", "bigram_loss"),
-    *("tokens_per_second", "seconds"),
+    "train_loss",
+    "val_loss",
+    "val_perplexity",
+    "val_bits_per_byte",
+    "bigram_loss",
+    "tokens_per_second",
+    "seconds",
 )
 WORDS = ("status", "reason")
 

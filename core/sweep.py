@@ -1,4 +1,4 @@
-"""What a sweep's processes tell each other: which overrides vary, and how each run ended.
+"""Passes on what a sweep's processes tell each other: which overrides vary, and how each run ended.
 
 A run that cannot work, or whose training fails, ends by itself and not the sweep. At the end the process that started
 the sweep says which runs failed, and why.

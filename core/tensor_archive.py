@@ -27,14 +27,26 @@ VIEWS = 4  # as much as all tensors may take, in sizes of the file: some share t
 DIRECTORY_BYTES = 16 << 20  # room for 200,000 parts, each of which takes half a kilobyte of memory
 CHUNK = 16 << 20
 _STORAGES = {
-    **{"Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16},
-    **{"Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8},
-    **{"Bool": torch.bool, "ComplexFloat": torch.complex64, "ComplexDouble": torch.complex128},
+    "Double": torch.float64,
+    "Float": torch.float32,
+    "Half": torch.float16,
+    "BFloat16": torch.bfloat16,
+    "Long": torch.int64,
+    "Int": torch.int32,
+    "Short": torch.int16,
+    "Char": torch.int8,
+    "Byte": torch.uint8,
+    "Bool": torch.bool,
+    "ComplexFloat": torch.complex64,
+    "ComplexDouble": torch.complex128,
 }
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
-        *(*_STORAGES.values(), torch.uint16, torch.uint32, torch.uint64),
+        *_STORAGES.values(),
+        torch.uint16,
+        torch.uint32,
+        torch.uint64,
         *(getattr(torch, name) for name in dir(torch) if name.startswith("float8_")),
     )
 }

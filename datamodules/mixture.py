@@ -20,7 +20,7 @@ BLOCK = 4096  # samples in which every source has its exact share
 
 
 class Pattern:
-    """Which source a sample comes from, and which of that source's samples it is: a function of its number and a seed.
+    """Tells which source a sample comes from, and which sample of it that is: a function of its number and a seed.
 
     In each block of BLOCK samples every source has the same number of places, in an order that is shuffled anew, and
     takes its own samples one after the other. So nothing is drawn and nothing has to be counted from the beginning.

@@ -1,4 +1,4 @@
-"""Which sample comes when: a pure function of the global sample number and the seed, so nothing has to be stored."""
+"""Orders samples by a pure function of the global sample number and the seed, so nothing has to be stored."""
 
 import numpy as np
 import numpy.typing as npt

@@ -1,4 +1,4 @@
-"""What a stream is made of: a function from global sample numbers 0, 1, 2, ... to rows of a batch."""
+"""A stream is made of a function from global sample numbers 0, 1, 2, ... to rows of a batch."""
 
 from typing import Any, Protocol
 
@@ -49,7 +49,7 @@ class ShuffledSplit:
         return {"tokens": tokens, "positions": positions(tokens[:, :-1], self.split.index.end_of_document)}
 
     def _announce(self, number: int) -> None:
-        """At the beginning of a block, have the storage fetch this one's shards, those of the next samples first, and
+        """Have the storage fetch, at the beginning of a block, this one's shards, those of the next samples first, and
         then the next one's."""
         size = min(self.block or self.num_samples, self.num_samples)
         epoch, position = divmod(number, self.num_samples)

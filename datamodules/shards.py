@@ -76,7 +76,7 @@ class Split:
 
     @property
     def tokens(self) -> Tokens:
-        """All of them [num_tokens], in memory: for small corpora."""
+        """Return all tokens [num_tokens], in memory: for small corpora."""
         return self.slice(0, self.num_tokens)
 
     def keep(self, ranges: list[tuple[int, int]]) -> None:

@@ -1,4 +1,4 @@
-"""Where the files of a prepared corpus come from: a folder of this machine, or (remote.py) anywhere else."""
+"""Gets the files of a prepared corpus: from a folder of this machine, or (remote.py) from anywhere else."""
 
 import stat
 from collections.abc import Iterable

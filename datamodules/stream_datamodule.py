@@ -67,7 +67,7 @@ class StreamDataModule(L.LightningDataModule):
     @property
     @abstractmethod
     def num_val_samples(self) -> int:
-        """How many there are to validate on."""
+        """Return how many samples there are to validate on."""
 
     @property
     @abstractmethod

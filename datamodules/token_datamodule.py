@@ -51,11 +51,11 @@ class TokenDataModule(StreamDataModule):
     @property
     @abstractmethod
     def folder(self) -> Path:
-        """Where the prepared corpus lies."""
+        """Return where the prepared corpus lies."""
 
     @property
     def storage(self) -> Storage:
-        """What the corpus is read through."""
+        """Return what the corpus is read through."""
         return LocalFolder(self.folder)
 
     @cached_property

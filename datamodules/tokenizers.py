@@ -18,7 +18,7 @@ Tokens = npt.NDArray[Any]
 
 
 class Tokenizer(Protocol):
-    """What corpora are made with, and what a text sample is printed with."""
+    """Makes the tokens of corpora, and prints those of a text sample."""
 
     name: str
     vocab_size: int
@@ -178,7 +178,7 @@ class FileTokenizer:
 
 
 class NumberTokenizer:
-    """For data that is no text: ids are printed as numbers."""
+    """Prints ids as numbers, for data that is no text."""
 
     name = "numbers"
 

@@ -31,7 +31,7 @@ OLD_SECONDS = 3600  # after which a folder without a lock is nobody's
 
 @dataclass(frozen=True)
 class SplitProgress:
-    """What of a split is safely on the disk; see SplitWriter."""
+    """Says what of a split is safely on the disk; see SplitWriter."""
 
     num_tokens: Count = 0
     num_documents: Count = 0

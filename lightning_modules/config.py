@@ -84,12 +84,12 @@ class MoEConfig:
 
     @property
     def normalizes_weights(self) -> bool:
-        """Whether a token's weights are divided by their sum. A single one would be the constant 1, so it is not."""
+        """Return whether a token's weights are divided by their sum; a single one is not, as it would be constant."""
         return self.top_k > 1 if self.normalize_weights is None else self.normalize_weights
 
     @property
     def balance_weight(self) -> float:
-        """What the load-balancing loss is multiplied by."""
+        """Return what the load-balancing loss is multiplied by."""
         return self.load_balancing_weight if self.balancing == "loss" else 0.0
 
     def is_mixture(self, layer: int) -> bool:

@@ -4,7 +4,7 @@ import inspect
 
 from core.errors import ConfigError, require
 from core.options import check_arguments
-from lightning_modules.argument_errors import as_config_errors
+from lightning_modules.argument_errors import as_config_errors, as_error_of_own
 from lightning_modules.config import ModelConfig
 from lightning_modules.transformer import Transformer
 from lightning_modules.width_scaling import UNSCALED, WidthScaling
@@ -47,7 +47,8 @@ def resolve_init(config: ModelConfig) -> Init:
         valid = "a function of num_layers that returns an Init, which gives a Matrix its standard deviation"
         require("num_layers" in inspect.signature(make).parameters, "model.init", name, valid)
         check_arguments("model.init_options", make, options, "num_layers")
-        init = make(num_layers=config.num_layers, **options)
+        with as_error_of_own("model.init", name):
+            init = make(num_layers=config.num_layers, **options)
     require(callable(init), "model.init", name, valid)
     return init
 
@@ -65,10 +66,11 @@ def initialize(model: Transformer, scaling: WidthScaling = UNSCALED) -> None:
     Raises:
         ConfigError: the init gives a matrix a standard deviation that is not positive.
     """
-    init, options = resolve_init(model.config), model.config.init_options
+    init, name, options = resolve_init(model.config), init_name(model.config), model.config.init_options
     for matrix in model.matrices():
         try:
-            std = standard_deviation(init, scaling.at_base(matrix)) * scaling.std_factor(matrix)
+            with as_error_of_own("model.init", name):
+                std = standard_deviation(init, scaling.at_base(matrix)) * scaling.std_factor(matrix)
         except InvalidArgument as error:
             raise ConfigError("model.init_options", options, "a finite standard deviation > 0") from error
         draw(matrix.weight, std, model.config.init_truncation)

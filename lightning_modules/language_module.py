@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, Call
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
-from core.compat import allow_graphs
+from core.compat import allow_graphs, batch_in_epoch, prunes_when_an_epoch_ends, saves_in_pieces
 from core.errors import ConfigError, InvalidValue, require
 from core.lightning_callbacks import check_callbacks
 from core.run_control import take_control
@@ -138,7 +138,7 @@ class LanguageModule(L.LightningModule):
                 valid = "no callback that freezes or prunes weights with trainer=fsdp, where they are in parts"
                 require(not sharded, "callbacks", type(callback).__name__, valid)
                 self.configure_model()
-            if getattr(callback, "_prune_on_train_epoch_end", False) and self.trainer.max_epochs == -1:
+            if prunes_when_an_epoch_ends(callback) and self.trainer.max_epochs == -1:
                 reason = (
                     "the run is a single epoch, which ends when all is saved; prune_on_train_epoch_end=false prunes "
                 )
@@ -249,7 +249,9 @@ class LanguageModule(L.LightningModule):
         assert self.model is not None, "configure_model() comes first"
         return self.model(tokens, positions, targets=targets)
 
-    def _loss(self, batch: dict[str, Tensor], sources: SourceLoss | None = None) -> tuple[Tensor, list[RouterStats]]:
+    def compute_loss(
+        self, batch: dict[str, Tensor], sources: SourceLoss | None = None
+    ) -> tuple[Tensor, list[RouterStats]]:
         """Return the loss of one batch, and of each source in it, if there are several.
 
         Args:
@@ -275,7 +277,7 @@ class LanguageModule(L.LightningModule):
         return losses.mean(), router_stats
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss, router_stats = self._loss(batch, self.train_sources)
+        loss, router_stats = self.compute_loss(batch, self.train_sources)
         self.train_loss.update(loss.detach())
         if not router_stats:
             return loss
@@ -289,7 +291,7 @@ class LanguageModule(L.LightningModule):
 
     @property
     def _logs_this_step(self) -> bool:
-        """Whether the optimizer step in progress is one that the loggers will write."""
+        """Return whether the optimizer step in progress is one that the loggers will write."""
         return is_logged(self.trainer, self.trainer.global_step + 1)
 
     def _balance_routers(self) -> None:
@@ -310,7 +312,7 @@ class LanguageModule(L.LightningModule):
 
     def on_after_backward(self) -> None:
         """Note the gradient's norm now: callbacks may clip it before the optimizer's own hook comes to it."""
-        if self._logs_this_step and completes_step(self.trainer, self.trainer.fit_loop.batch_idx):
+        if self._logs_this_step and completes_step(self.trainer, batch_in_epoch(self.trainer)):
             scaler = getattr(self.trainer.precision_plugin, "scaler", None)
             scale = scaler.get_scale() if scaler else 1.0
             self.log("optim/grad_norm", gradient_norm(self.parameters()) / scale)
@@ -346,7 +348,7 @@ class LanguageModule(L.LightningModule):
             self.train_sources.reset()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        loss, _ = self._loss(batch, self.val_sources)
+        loss, _ = self.compute_loss(batch, self.val_sources)
         self.val_loss.update(loss, weight=batch["tokens"][:, 1:].numel())
 
     def on_validation_epoch_end(self) -> None:
@@ -399,7 +401,7 @@ class LanguageModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[SCHEDULE_STEPS] = self._num_steps
         # Not where only the weights are saved; and what several processes save in pieces goes by names.
-        if "optimizer_states" in checkpoint and not getattr(self.trainer.strategy, "_save_distributed_checkpoint", 0):
+        if "optimizer_states" in checkpoint and not saves_in_pieces(self.trainer):
             checkpoint["optimizer_states"] = [
                 number_by_parameters(state, optimizer, self.parameters(), sharded=self.device_mesh is not None)
                 for state, optimizer in zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True)

@@ -1,4 +1,4 @@
-"""How the routers are doing, from the statistics that the MoE layers return.
+"""Reports how the routers are doing, from the statistics that the MoE layers return.
 
 | key | unit |
 |---|---|

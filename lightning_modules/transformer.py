@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from core.errors import lookup, require
 from core.options import check_arguments
-from lightning_modules.argument_errors import as_config_errors
+from lightning_modules.argument_errors import as_config_errors, as_error_of_own
 from lightning_modules.config import ModelConfig
 from lightning_modules.cross_entropy import linear_cross_entropy
 from lightning_modules.layers.attention import Attention
@@ -40,7 +40,8 @@ class Block(nn.Module):
         with as_config_errors("model.placement_options"):
             scheme = find_placement(config.placement)
             check_arguments("model.placement_options", scheme, config.placement_options, "depth", "norm")
-            self.placement = scheme(depth, norm, **config.placement_options)
+            with as_error_of_own("model.placement", config.placement):
+                self.placement = scheme(depth, norm, **config.placement_options)
         self.attn = Attention(config, self.placement.qkv_norm, self.placement.inner_norm)
         ffn = lookup("model.ffn", config.ffn, FFNS)
         if ffn is MoE and not config.moe.is_mixture(depth.index):

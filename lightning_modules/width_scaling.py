@@ -1,4 +1,4 @@
-"""How initialization, learning rates and the output scale with width, so that a rate tuned small serves large.
+"""Scales initialization, learning rates and the output with width, so that a rate tuned small serves large.
 
 With m = fan_in / (its value at the base width), against what the init and optim.lr give at the base width:
 
@@ -44,7 +44,7 @@ class WidthScaling:
 
     @property
     def output_multiplier(self) -> float:
-        """What the logits are multiplied by."""
+        """Return what the logits are multiplied by."""
         return 1 / self.dim if self.kind == "mup" else 1.0
 
     def ratio(self, matrix: Matrix) -> float:

@@ -1,4 +1,4 @@
-"""Where a transformer block normalizes, and how its matrices start, for models of your own.
+"""Places the norms of a transformer block, and starts its matrices, in models of your own.
 
     from spannorm import Depth, NormFactory, SpanNorm, initialize, scale_init
 

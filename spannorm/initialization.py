@@ -78,6 +78,16 @@ def _with(init: Init, stds: Mapping[str, float | None]) -> Init:
     return lambda matrix: own[matrix.role] if matrix.role in own else init(matrix)
 
 
+def _check_layers(num_layers: int) -> None:
+    if num_layers < 1:
+        raise InvalidArgument("num_layers", num_layers, "an integer >= 1")
+
+
+def _check_choice(name: str, value: str, *choices: str) -> None:
+    if value not in choices:
+        raise InvalidArgument(name, value, f"one of {', '.join(choices)}")
+
+
 def plain_init(num_layers: int, std: float = 0.02, embedding_std: float | None = None) -> Init:
     """Draw every matrix with the same standard deviation.
 
@@ -102,7 +112,12 @@ def megatron_init(num_layers: int, std: float | None = 0.02, head: Literal["std"
         std: the standard deviation of all other matrices; None takes sqrt(2 / (5 dim)), as HybridNorm has it
             (2503.04598).
         head: what an untied head is drawn with: `std`, or 1/sqrt(dim) (`fan_in`).
+
+    Raises:
+        InvalidArgument: fewer than one block, or another `head`.
     """
+    _check_layers(num_layers)
+    _check_choice("head", head, "std", "fan_in")
     base = _small if std is None else plain_init(num_layers, std)
     scaled = _scaled(base, (2 * num_layers) ** -0.5, OUTPUTS)
     return (lambda matrix: _fan_in(matrix) if matrix.role == "head" else scaled(matrix)) if head == "fan_in" else scaled
@@ -122,8 +137,10 @@ def scale_init(
         targets: which of attn_out, value, ffn_up and ffn_down to scale.
 
     Raises:
-        InvalidArgument: a target that is none of these.
+        InvalidArgument: fewer than one block, another `factor`, or a target that is none of these.
     """
+    _check_layers(num_layers)
+    _check_choice("factor", factor, "blocks", "sublayers")
     for target in targets:
         if target not in TARGETS:
             raise InvalidArgument("targets", list(targets), f"a list of {', '.join(TARGETS)}")
@@ -132,6 +149,7 @@ def scale_init(
 
 def deepnorm_init(num_layers: int) -> Init:
     """Draw as Xavier with the gain (8L)^(-1/4) on values, outputs and FFN (2203.00555, the decoder-only case)."""
+    _check_layers(num_layers)
     return _scaled(_xavier, (8 * num_layers) ** -0.25, TARGETS)
 
 
@@ -145,12 +163,18 @@ def b2t_init(num_layers: int, base: Literal["xavier", "fairseq"] = "xavier") -> 
         num_layers: number of blocks.
         base: xavier, or fairseq for what the authors' code starts from: Xavier / sqrt(2) on Q, K and V, Xavier on O,
             and 1/sqrt(3 fan_in) on U and D (their draws are uniform, ours normal with the same standard deviation).
+
+    Raises:
+        InvalidArgument: fewer than one block, or another `base`.
     """
+    _check_layers(num_layers)
+    _check_choice("base", base, "xavier", "fairseq")
     return _scaled(_fairseq if base == "fairseq" else _xavier, num_layers**-0.5, BLOCK)
 
 
 def subln_init(num_layers: int) -> Init:
     """Draw as Xavier with the gain sqrt(ln 2L) on values, outputs and FFN (2210.06423, the decoder-only case)."""
+    _check_layers(num_layers)
     return _scaled(_xavier, math.log(2 * num_layers) ** 0.5, TARGETS)
 
 
@@ -168,8 +192,9 @@ def deepscalelm_init(num_layers: int, correlation: float = 1.0) -> Init:
             is left after averaging over tokens. The paper computes it for each layer from the data.
 
     Raises:
-        InvalidArgument: the correlation is not in (0, 1].
+        InvalidArgument: fewer than one block, or a correlation that is not in (0, 1].
     """
+    _check_layers(num_layers)
     if not 0 < correlation <= 1:
         raise InvalidArgument("correlation", correlation, "a number in (0, 1]")
     attention = _scaled(_fan_in, correlation**-0.25, ("value", "attn_out"))

@@ -1,4 +1,4 @@
-"""What an initialization needs to know of a weight matrix: its role, its fan-in and fan-out, and the weight itself."""
+"""Tells an initialization what it needs of a weight matrix: its role, fan-in, fan-out, and the weight itself."""
 
 from typing import Literal, NamedTuple, get_args
 

@@ -176,6 +176,8 @@ class NormFactory:
         Raises:
             InvalidArgument: an unknown kind, an option outside its range, or too few features.
         """
+        if self.dim < 1:
+            raise InvalidArgument("dim", self.dim, "an integer >= 1")
         least = LEAST_FEATURES.get(self.kind, 1)
         if self.dim < least:
             valid = f"dyt, none, or {least} features and more: over {self.dim} nothing but a sign is left"

@@ -1,4 +1,4 @@
-"""What a study keeps of a run: a few kilobytes that say how it went, and whether training failed."""
+"""Keeps what a study needs of a run: a few kilobytes that say how it went, and whether training failed."""
 
 import json
 import math
@@ -26,9 +26,14 @@ FAILURES = {
 """When training has failed. A run that ends otherwise is finished."""
 RISE = 1.1
 BY_BLOCK = (
-    *("gradients/block_{}/all", "signal/block_{}/variance", "signal/block_{}/attn_ratio", "signal/block_{}/ffn_ratio"),
-    *("signal/block_{}/variance_theory", "representation/block_{}/token_cosine"),
-    *("representation/block_{}/effective_rank", "representation/block_{}/block_cosine"),
+    "gradients/block_{}/all",
+    "signal/block_{}/variance",
+    "signal/block_{}/attn_ratio",
+    "signal/block_{}/ffn_ratio",
+    "signal/block_{}/variance_theory",
+    "representation/block_{}/token_cosine",
+    "representation/block_{}/effective_rank",
+    "representation/block_{}/block_cosine",
 )
 MAX_BLOCKS, MAX_POINTS, MAX_TIMES = 1024, 60, 4
 MAX_BYTES = 4 * MIB
@@ -121,8 +126,11 @@ def collect(planned: Planned, folder: Path, broken: str | None = None) -> Record
         broken: what its process said when it ended before the last step; None: it did not.
     """
     identity: dict[str, Any] = {
-        **{"name": planned.name, "point": dict(planned.point), "seed": planned.seed},
-        **{"overrides": list(planned.overrides), "folder": str(folder)},
+        "name": planned.name,
+        "point": dict(planned.point),
+        "seed": planned.seed,
+        "overrides": list(planned.overrides),
+        "folder": str(folder),
     }
     if not has_curves(folder):
         return Record(**identity, status=BROKEN, reason=broken or "it wrote nothing")

@@ -55,7 +55,7 @@ NAMED = 20
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """What `python -m studies.report` takes.
+    """Holds the fields that `python -m studies.report` takes.
 
     Attributes:
         runs: folders of records or of runs, as results/studies/STUDY/SCALE.

@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """What `python -m studies.run` and `python -m studies.status` take.
+    """Holds the fields that `python -m studies.run` and `python -m studies.status` take.
 
     Attributes:
         overrides: study=NAME, and what else configs/study.yaml has: scale, seeds, threads, the folders, hydra/launcher.
@@ -49,7 +49,7 @@ class StudyConfig:
 
 
 class Plan(NamedTuple):
-    """What the overrides ask for.
+    """Holds the runs that the overrides ask for.
 
     Attributes:
         study: with the seeds that are asked for.

@@ -1,4 +1,4 @@
-"""How far a study is: what is done, what failed, what is under way, and how long the rest will take.
+"""Say how far a study is: what is done, what failed, what is under way, and how long the rest will take.
 
     python -m studies.status study=placement_by_init
     python -m studies.status study=depth scale=gpu 'seeds=[0]'

@@ -18,7 +18,7 @@ Point = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Cell:
-    """What is known of one point of the grid.
+    """Says what is known of one point of the grid.
 
     Attributes:
         records: of its seeds, as far as there are any.
@@ -35,7 +35,7 @@ class Cell:
 
     @property
     def mean(self) -> float | None:
-        """Of the finished runs; None where a run failed or none is there: a mean of survivors would hide it."""
+        """Return the finished runs' mean; None where a run failed or none is there: a mean of survivors hides it."""
         return statistics.fmean(self.losses.values()) if self.losses and not self.failed else None
 
     @property

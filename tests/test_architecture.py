@@ -16,6 +16,27 @@ PROJECT = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in SOURC
 GROUPS = ("monitors", "divergence", "checkpointing", "console")
 SHARED = ("statistics", "scalars", "charts", "protocols")
 
+OPEN_FRAGMENTS = {
+    "At",
+    "By",
+    "For",
+    "From",
+    "How",
+    "In",
+    "Of",
+    "On",
+    "That",
+    "What",
+    "When",
+    "Where",
+    "Whether",
+    "Which",
+    "Who",
+    "Whose",
+    "Why",
+    "With",
+}
+
 # Of the project, a module may import its own package and what stands here; the longest matching prefix counts.
 MAY_IMPORT = {
     "spannorm": set[str](),  # the library is installed without the rest
@@ -150,3 +171,25 @@ def test_no_test_imports_another() -> None:
             assert not any(part.startswith(("test_", "conftest")) for name in imported for part in name.split(".")), (
                 path
             )
+
+
+def _docstrings(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
+            yield text
+
+
+def test_docstrings_are_sentences() -> None:
+    """None opens with a word that makes a fragment of it, as in "Of the run" or "What it takes"."""
+    sources = [path for path in SOURCES if not module_name(path).startswith("tests.")]
+    opening = {(module_name(path), text.splitlines()[0]) for path in sources for text in _docstrings(path)}
+    assert len(opening) > 1000, "the search finds nothing any more"
+    assert not {(name, line) for name, line in opening if line.partition(" ")[0] in OPEN_FRAGMENTS}
+
+
+def test_nothing_is_unpacked_where_it_could_stand() -> None:
+    """As in `[*(1, 2), *(3, 4)]`, which saves lines and makes the reader count brackets."""
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            in_vain = isinstance(node, ast.Starred) and isinstance(node.value, ast.Tuple | ast.List)
+            assert not in_vain, f"{path}, line {node.lineno}"

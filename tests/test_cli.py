@@ -205,9 +205,24 @@ def test_help_explains_the_groups_and_the_usual_overrides(cwd: Path) -> None:
         assert f"\n{group}: {', '.join(names)}\n" in finished.stdout
     assert "\neval" not in finished.stdout, "nor what else lies in configs/, which train.py does not take"
     for field in (
-        *("model.placement", "model.init", "model.norm", "model.num_layers", "model.dim", "model.num_heads"),
-        *("model.num_kv_heads", "model.ffn", "model.moe.num_experts", "model.moe.top_k", "model.moe.backend"),
-        *("data.seq_len", "data.batch_size", "optim.lr", "trainer.max_steps", "seed", "ckpt_path", "run_dir"),
+        "model.placement",
+        "model.init",
+        "model.norm",
+        "model.num_layers",
+        "model.dim",
+        "model.num_heads",
+        "model.num_kv_heads",
+        "model.ffn",
+        "model.moe.num_experts",
+        "model.moe.top_k",
+        "model.moe.backend",
+        "data.seq_len",
+        "data.batch_size",
+        "optim.lr",
+        "trainer.max_steps",
+        "seed",
+        "ckpt_path",
+        "run_dir",
     ):
         assert field in finished.stdout
     assert "python train.py experiment=moe_spannorm" in finished.stdout

@@ -14,6 +14,7 @@ import torch
 from core.cli import run as command_line
 from core.errors import InvalidValue
 from core.open_run import open_run
+from lightning_modules.initialization import initialize
 from lightning_modules.transformer import Transformer
 from tests.support.models import tiny_config
 from tests.support.runs import ROOT, scalars, tiny_job, train
@@ -25,6 +26,19 @@ EXTRA = """
 
 def halving(config, num_steps):
     return lambda step: FACTOR ** step
+
+
+class Forgetful(HalfNorm):
+    def __init__(self, depth, norm):
+        super().__init__()
+
+
+def absent(dim):
+    return nn.Missing(dim)
+
+
+def slipped(num_layers):
+    return lambda matrix: 1 / matrix.fan
 """
 
 
@@ -126,6 +140,19 @@ def test_it_is_exported_with_its_files_and_loads_without_them(at_home: Path, tmp
     assert files == {"modeling_placement.py", "spannorm.py", "my_norms.py", "my_helper.py"}
 
 
+def test_what_own_code_raises_is_said_with_its_line(at_home: Path) -> None:
+    lines = (at_home / "my_norms.py").read_text().splitlines()
+    for fields, slip in (
+        ({"placement": "my_norms.Forgetful"}, "super().__init__()"),
+        ({"norm": "my_norms.absent"}, "return nn.Missing(dim)"),
+        ({"init": "my_norms.slipped"}, "return lambda matrix: 1 / matrix.fan"),
+    ):
+        number = max(n for n, line in enumerate(lines, start=1) if line.strip() == slip)
+        with pytest.raises(InvalidValue, match=rf"it raises \w+Error: .* \(my_norms.py, line {number}\)$") as caught:
+            initialize(Transformer(tiny_config(**fields), 50))
+        assert caught.value.field == f"model.{next(iter(fields))}"
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -137,6 +164,14 @@ def test_it_is_exported_with_its_files_and_loads_without_them(at_home: Path, tmp
         (
             "model.init=my_norms.HalfNorm",
             "model.init='my_norms.HalfNorm' is not valid: expected a function of num_layers",
+        ),
+        (
+            "model.placement=my_norms.Forgetful",
+            "model.placement='my_norms.Forgetful' is not valid: it raises TypeError:",
+        ),
+        (
+            "model.init=my_norms.slipped",
+            "model.init='my_norms.slipped' is not valid: it raises AttributeError: 'Matrix'",
         ),
         ("optim.schedule=my_norms.nothing", "optim.schedule='my_norms.nothing' is not valid: expected a class or"),
     ],

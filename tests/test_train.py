@@ -18,8 +18,13 @@ STEPS = 8
 LONG = [f"trainer.max_steps={STEPS}", "trainer.accumulate_grad_batches=2", "trainer.val_check_interval=4"]
 LONG += ["optim.schedule=constant", "callbacks.last_checkpoint.every_n_train_steps=3"]
 BY_THE_CLOCK = {
-    *("train/tokens_per_second", "train/mfu", "train/step_seconds_p50", "train/step_seconds_p95"),
-    *("train/data_wait_share", "train/memory_peak", "hp_metric"),
+    "train/tokens_per_second",
+    "train/mfu",
+    "train/step_seconds_p50",
+    "train/step_seconds_p95",
+    "train/data_wait_share",
+    "train/memory_peak",
+    "hp_metric",
 }
 MODELS = {"dense": ["experiment=dense_spannorm"], "moe": ["experiment=moe_spannorm", "model.moe.jitter=0.3"]}
 

@@ -31,7 +31,7 @@ LATE = 0.1
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """What `python -m tools.compare` takes.
+    """Holds the fields that `python -m tools.compare` takes.
 
     Attributes:
         runs: run folders, such as runs/moe_spannorm/TIME.
@@ -45,7 +45,7 @@ class CompareConfig:
 
 
 class Run:
-    """What a run folder says.
+    """Holds what a run folder says.
 
     Attributes:
         folder: the run's.

@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from core import cli
-from core.atomic_write import write_whole
+from core.atomic_write import save_tensors, write_whole
 from core.checkpoint import load
 from core.dataclass_cli import FIRST
 from core.errors import UserError, one_line, require
@@ -29,7 +28,7 @@ ENDING = ".safetensors"
 
 @dataclass(frozen=True)
 class ConsolidateConfig:
-    """What `python -m tools.consolidate` takes.
+    """Holds the fields that `python -m tools.consolidate` takes.
 
     Attributes:
         run: a run folder, such as runs/moe_spannorm/TIME.
@@ -66,7 +65,7 @@ def consolidate(checkpoint: Path, output: Path) -> int:
     kept = {n.removeprefix(PREFIX): tensor.contiguous() for n, tensor in weights.items() if n.startswith(PREFIX)}
     if tied:
         kept.pop("head.weight", None)  # is the embedding's
-    write_whole(output, lambda unfinished: save_file(kept, unfinished, metadata={"format": "pt", **metadata}))
+    write_whole(output, lambda unfinished: save_tensors(kept, unfinished, {"format": "pt", **metadata}))
     return len(kept)
 
 

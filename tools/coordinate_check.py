@@ -37,7 +37,7 @@ VOCAB_SIZE = 64
 
 @dataclass(frozen=True)
 class CoordinateCheckConfig:
-    """What `python -m tools.coordinate_check` takes.
+    """Holds the fields that `python -m tools.coordinate_check` takes.
 
     Attributes:
         ffn: the kind of FFN in the blocks.

@@ -1,4 +1,4 @@
-"""How good a trained model is: loss on corpora, and tasks of the lm-evaluation-harness.
+"""Measure how good a trained model is: loss on corpora, and tasks of the lm-evaluation-harness.
 
     python -m tools.evaluate RUN                                     its own validation data, once more
     python -m tools.evaluate RUN data=data/texts,data/code           the validation splits of prepared corpora
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """What `python -m tools.evaluate` takes.
+    """Holds the fields that `python -m tools.evaluate` takes.
 
     Attributes:
         run: a run folder, such as runs/moe_spannorm/TIME.

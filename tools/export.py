@@ -20,7 +20,7 @@ from core.errors import UserError, require, writing
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """What `python -m tools.export` takes.
+    """Holds the fields that `python -m tools.export` takes.
 
     Attributes:
         run: a run folder, such as runs/moe_spannorm/TIME.

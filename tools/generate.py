@@ -26,7 +26,7 @@ from core.errors import UserError, require
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """What `python -m tools.generate` takes.
+    """Holds the fields that `python -m tools.generate` takes.
 
     Attributes:
         run: a run folder, such as runs/moe_spannorm/TIME.

@@ -1,4 +1,4 @@
-"""Where a tool draws to: refused before anything is computed, and written whole."""
+"""Checks where a tool draws to before anything is computed, and writes the picture whole."""
 
 from pathlib import Path
 from typing import Any

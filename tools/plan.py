@@ -1,4 +1,4 @@
-"""What a run will take, before anything is allocated: parameters, memory of a process, FLOPs, hours.
+"""Count what a run will take, before anything is allocated: parameters, memory of a process, FLOPs, hours.
 
     python -m tools.plan experiment=dense_7b trainer=fsdp trainer.devices=8 trainer.num_nodes=2
     python -m tools.plan experiment=moe_spannorm_gpu mfu=0.35 peak_flops=312e12
@@ -47,7 +47,7 @@ CHECKED = ("max_steps", "accumulate_grad_batches", "precision")
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """What `python -m tools.plan` takes.
+    """Holds the fields that `python -m tools.plan` takes.
 
     Attributes:
         overrides: the overrides of the run, as for train.py.
@@ -70,7 +70,7 @@ class PlanConfig:
 
 
 class Precision(NamedTuple):
-    """What a value of trainer.precision means.
+    """Says what a value of trainer.precision means.
 
     Attributes:
         weights: dtype of weights, gradients and the optimizer's state.
@@ -96,7 +96,7 @@ SHORT = {"64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed
 
 
 class Mesh(NamedTuple):
-    """How processes share a model.
+    """Says how processes share a model.
 
     Attributes:
         data, tensor: numbers of data- and tensor-parallel processes.

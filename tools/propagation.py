@@ -52,7 +52,7 @@ PREDICTED = ("variance", "attn_ratio", "ffn_ratio", "hidden_gradient", "cosine")
 
 @dataclass(frozen=True)
 class PropagationConfig:
-    """What `python -m tools.propagation` takes.
+    """Holds the fields that `python -m tools.propagation` takes.
 
     Attributes:
         overrides: overrides as for train.py, of which model, optim and seed count.
@@ -68,7 +68,7 @@ class PropagationConfig:
 
 
 class Report(NamedTuple):
-    """What was measured of one model, and what was predicted; None: no theory."""
+    """Holds what was measured of one model, and what was predicted; None: no theory."""
 
     config: ModelConfig
     init: str

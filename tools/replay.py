@@ -67,7 +67,7 @@ EVENT_BYTES = 64 * MIB
 
 @dataclass(frozen=True)
 class ReplayConfig:
-    """What `python -m tools.replay` takes.
+    """Holds the fields that `python -m tools.replay` takes.
 
     Attributes:
         run: a run folder, such as runs/moe_spannorm/TIME.
@@ -82,7 +82,7 @@ class ReplayConfig:
 
 @dataclass(frozen=True)
 class Event:
-    """What is used of a line of events.jsonl (callbacks/divergence/divergence.py)."""
+    """Holds what is used of a line of events.jsonl (callbacks/divergence/divergence.py)."""
 
     __pydantic_config__ = ConfigDict(extra="ignore")
 

@@ -37,7 +37,7 @@ MOST = 100_000
 
 @dataclass(frozen=True)
 class RunsConfig:
-    """What `python -m tools.runs` takes.
+    """Holds the fields that `python -m tools.runs` takes.
 
     Attributes:
         folder: the folder to look in.

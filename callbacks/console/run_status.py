@@ -1,4 +1,4 @@
-"""What a run is doing, for whoever looks at its folder: `python -m tools.runs`."""
+"""Keeps what a run is doing in its folder, for whoever looks there: `python -m tools.runs`."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What a run came to, as a table on the console and as summary.json."""
+"""Sums up what a run came to, as a table on the console and as summary.json."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What a run that was stopped leaves behind for a person to read."""
+"""Writes what a run that was stopped leaves behind for a person to read."""
 
 import math
 import shlex

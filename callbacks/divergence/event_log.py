@@ -1,4 +1,4 @@
-"""Where an event is noted: RUN/events.jsonl, TensorBoard and the console."""
+"""Notes events in RUN/events.jsonl, in TensorBoard and on the console."""
 
 import json
 import math

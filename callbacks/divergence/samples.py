@@ -1,4 +1,4 @@
-"""Which data a step sees, as global sample numbers: with the seed they name the tokens (datamodules/order.py)."""
+"""Tells which data a step sees, as global sample numbers: with the seed they name the tokens (datamodules/order.py)."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Which block and kind of parameter an alarm is about."""
+"""Finds the block and kind of parameter that an alarm is about."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""How sharply the loss bends: the edge of stability (2103.00065)."""
+"""Measures how sharply the loss bends: the edge of stability (2103.00065)."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext

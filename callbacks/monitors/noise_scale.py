@@ -1,4 +1,4 @@
-"""How large a batch is worth its tokens: the gradient noise scale (1812.06162)."""
+"""Measures how large a batch is worth its tokens: the gradient noise scale (1812.06162)."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Whether tokens, or blocks, become alike."""
+"""Measures whether tokens, or blocks, become alike."""
 
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""What becomes of the hidden state on its way through the blocks, while they train."""
+"""Measures what becomes of the hidden state on its way through the blocks, while they train."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""How many tokens a second the training step gets through, and what of the machine it uses."""
+"""Measures how many tokens a second the training step gets through, and what of the machine it uses."""
 
 import logging
 import resource

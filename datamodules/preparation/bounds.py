@@ -1,4 +1,4 @@
-"""How much a file that is prepared may ask for; each bound is a field of PrepareConfig, which raises it."""
+"""Bounds how much a file that is prepared may ask for; each bound is a field of PrepareConfig, which raises it."""
 
 from dataclasses import dataclass
 

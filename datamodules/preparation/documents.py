@@ -80,7 +80,7 @@ class Inputs:
 
     @property
     def num_bytes(self) -> int | None:
-        """Of text; None where only reading tells."""
+        """Return the number of bytes of text; None where only reading tells."""
         suffixes = {suffix.lower() for name in self.names for suffix in Path(name).suffixes[-2:]}
         return None if suffixes & {*COMPRESSIONS, *TABLE_SUFFIXES} else num_bytes(self.names)
 

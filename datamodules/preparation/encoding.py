@@ -29,7 +29,7 @@ class SplitPiece(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """What SplitWriter.append takes, and which characters were lost, with how often."""
+    """Carries what SplitWriter.append takes, and which characters were lost, with how often."""
 
     tokens: npt.NDArray[Any]
     ends: npt.NDArray[np.int64]

@@ -212,7 +212,7 @@ class _Counted(io.RawIOBase):
 
 
 class _Content(io.RawIOBase):
-    """What a file holds, decompressed, held against the bounds, and refused where it is no text.
+    """Reads what a file holds, decompressed, held against the bounds, and refused where it is no text.
 
     Args:
         path: its name, for the messages.

@@ -20,7 +20,7 @@ CHUNK = 1 << 22  # tokens counted at a time
 
 @dataclass(frozen=True)
 class SplitStatistics:
-    """What a split holds; document lengths in tokens.
+    """Counts what a split holds; document lengths in tokens.
 
     Attributes:
         num_bytes: of the text, without what is not in the tokens.

@@ -1,4 +1,4 @@
-"""From text to a prepared corpus: resumable, and the same bytes however many processes work on it."""
+"""Makes a prepared corpus of text: resumable, and the same bytes however many processes work on it."""
 
 import fcntl
 import json
@@ -45,7 +45,7 @@ ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "f": "\f", "v": "\v", "0": "\0", "\\
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    r"""What `python -m tools.prepare` takes.
+    r"""Holds the fields that `python -m tools.prepare` takes.
 
     Attributes:
         input: files, folders, globs, hf:DATASET[:SUBSET] or python_stdlib; several are separated by commas.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Slots(NamedTuple):
-    """What one attention layer keeps, and where the tokens at hand belong in it.
+    """Holds what one attention layer keeps, and says where the tokens at hand belong in it.
 
     Attributes:
         kept: keys and values, each [batch, kv_heads, length, head_dim], keys rotated; empty before the first tokens.

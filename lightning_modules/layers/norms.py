@@ -7,7 +7,7 @@ from torch import nn
 
 from core.errors import require
 from core.options import check_arguments
-from lightning_modules.argument_errors import as_config_errors
+from lightning_modules.argument_errors import as_config_errors, as_error_of_own
 from lightning_modules.config import ModelConfig
 from spannorm import NormFactory
 from spannorm.norms import FILLED_IN
@@ -27,7 +27,7 @@ class ConfiguredNorms(NormFactory):
         dim = next(iter(inspect.signature(make).parameters), "")
         require(bool(dim), "model.norm", self.kind, "a class or function that takes the number of features")
         check_arguments("model.norm_options", make, self.options, dim, *FILLED_IN)
-        with as_config_errors("model.norm_options"):
+        with as_config_errors("model.norm_options"), as_error_of_own("model.norm", self.kind):
             return super().__call__(before_attention)
 
     def embedding_scale(self) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Which experts a token goes to, with what weights, and what there is to say about it."""
+"""The router says which experts a token goes to, with what weights, and reports on its choices."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from lightning_modules.config import ModelConfig
 
 
 class RouterStats(NamedTuple):
-    """What one MoE layer reports beside its output; carried by return value, never by a global.
+    """Carries what one MoE layer reports beside its output; by return value, never by a global.
 
     p_te: token t's scores over the experts e, divided by their sum. T tokens; k experts a token, of E. Only the two
     losses carry a gradient. All are of this process' tokens, but for the counts in load_balancing_loss.

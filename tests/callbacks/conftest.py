@@ -11,12 +11,12 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     """5 steps of 2 batches each, every one logged; validated after step 2, 4 and 5; clipped hard."""
     cwd = tmp_path_factory.mktemp("job")
     overrides = [
-        *(
-            f"trainer.max_steps={STEPS}",
-            f"trainer.accumulate_grad_batches={ACCUMULATE}",
-            "trainer.val_check_interval=4",
-        ),
-        *("trainer.gradient_clip_val=0.01", "model.moe.load_balancing_weight=0", "model.moe.z_loss_weight=0"),
+        f"trainer.max_steps={STEPS}",
+        f"trainer.accumulate_grad_batches={ACCUMULATE}",
+        "trainer.val_check_interval=4",
+        "trainer.gradient_clip_val=0.01",
+        "model.moe.load_balancing_weight=0",
+        "model.moe.z_loss_weight=0",
         "callbacks.text_sample={_target_: callbacks.console.text_sample.TextSample, prompt: 'def ', num_tokens: 16}",
         "callbacks.progress.line_seconds=0",
         "+callbacks.recorder._target_=tests.support.recorder.Recorder",

@@ -11,9 +11,21 @@ from tests.support.runs import ROOT, scalars, tiny_job, train
 
 GROUPS = ("monitors", "divergence", "checkpointing", "console")
 DEFAULT = [
-    *("progress", "throughput", "gradient_health", "signal_propagation", "representation_collapse", "dashboard"),
-    *("hyperparameters", "random_state", "text_sample", "run_summary", "run_status", "best_checkpoint"),
-    *("last_checkpoint", "flight_recorder", "divergence"),
+    "progress",
+    "throughput",
+    "gradient_health",
+    "signal_propagation",
+    "representation_collapse",
+    "dashboard",
+    "hyperparameters",
+    "random_state",
+    "text_sample",
+    "run_summary",
+    "run_status",
+    "best_checkpoint",
+    "last_checkpoint",
+    "flight_recorder",
+    "divergence",
 ]
 
 

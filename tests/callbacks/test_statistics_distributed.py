@@ -113,7 +113,7 @@ def test_the_noise_scale_sees_the_gradient_of_a_part(ranks: Any, accumulate: int
     assert module.model is not None
     squares = []
     for part in batches(accumulate)[0].split(2):
-        loss, _ = module._loss({"tokens": part})
+        loss, _ = module.compute_loss({"tokens": part})
         gradients = torch.autograd.grad(loss, list(module.model.parameters()))
         squares.append(sum(gradient.double().square().sum().item() for gradient in gradients))
     for rank in (0, 1):

@@ -11,8 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 from core import compat
@@ -20,10 +22,13 @@ from core.sharded_checkpoint import META
 from tests.support.sources import ROOT, SOURCES, module_name
 
 OF_NAMEDTUPLES = {"_replace", "_asdict", "_fields", "_make"}
+OF_LIGHTNINGS_LOOPS = {"fit_loop", "epoch_loop", "batch_progress"}
+BY_NAME = {"getattr", "setattr", "hasattr", "delattr"}
 ALLOWED = {
     ("core.signals", "os._exit"),  # documented
-    # Hugging Face's own hook for initializing, and a file that is exported without core beside it.
+    # Hugging Face's own hooks for initializing, and a file that is exported without core beside it.
     ("tools.exporting.modeling_placement", "_non_persistent_buffers_set"),
+    ("tools.exporting.modeling_placement", "getattr(weight, '_is_hf_initialized', False)"),
 }
 
 
@@ -44,7 +49,7 @@ def defined_names() -> set[str]:
 
 
 def private_uses(path: Path, own: set[str]) -> Iterator[str]:
-    """What a module takes of others that begins with an underscore."""
+    """What a module takes of others that begins with an underscore, and of Lightning's loops; also by `getattr`."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [alias.name for alias in node.names]
@@ -56,10 +61,15 @@ def private_uses(path: Path, own: set[str]) -> Iterator[str]:
                     yield name
         elif isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.endswith("__"):
             owner = ast.unparse(node.value)
-            if owner in ("self", "cls", "super()") or node.attr in OF_NAMEDTUPLES:
-                continue
-            if node.attr not in own or owner.split(".")[0] == "torch":
+            ours = node.attr in own and owner.split(".")[0] != "torch"
+            if not ours and node.attr not in OF_NAMEDTUPLES:
                 yield f"{owner}.{node.attr}"
+        elif isinstance(node, ast.Attribute) and node.attr in OF_LIGHTNINGS_LOOPS:
+            yield ast.unparse(node)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in BY_NAME and len(node.args) > 1:
+            name = node.args[1].value if isinstance(node.args[1], ast.Constant) else ""
+            if str(name).startswith("_") and not str(name).endswith("__") and name not in own:
+                yield ast.unparse(node)
 
 
 def test_no_other_module_uses_what_is_not_public() -> None:
@@ -92,6 +102,7 @@ class Watch(L.Callback):
 
     def __init__(self) -> None:
         self.resuming: list[bool] = []
+        self.batches: list[tuple[int, int]] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.resuming.append(compat.is_resuming(trainer))
@@ -103,6 +114,9 @@ class Watch(L.Callback):
         trainer.fit_loop.epoch_loop._batches_that_stepped = -7  # as wrong as can be
         compat.set_logged_step(trainer)
 
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.batches.append((compat.batch_in_epoch(trainer), compat.total_batch(trainer)))
+
 
 def fit(folder: Path, steps: int, ckpt: Path | None = None) -> tuple[L.Trainer, Watch]:
     watch = Watch()
@@ -113,6 +127,7 @@ def fit(folder: Path, steps: int, ckpt: Path | None = None) -> tuple[L.Trainer, 
         log_every_n_steps=1,
         callbacks=[watch],
         accelerator="cpu",
+        limit_train_batches=4,
         limit_val_batches=0,
         **quiet,
     )
@@ -132,6 +147,7 @@ def test_the_loops_counters_are_lightnings(tmp_path: Path) -> None:
     torch.save(saved, tmp_path / "a.ckpt")
     second, resumed = fit(tmp_path / "second", 5, tmp_path / "a.ckpt")
     assert (new.resuming, resumed.resuming) == ([False], [True])
+    assert (new.batches, resumed.batches) == ([(0, 0), (1, 1), (2, 2)], [(3, 3), (0, 4)])
     total = second.fit_loop.epoch_loop.batch_progress.total
     assert (total.ready, total.processed) == (5, 5)
     compat.set_processed_batches(second, 11)
@@ -154,6 +170,17 @@ def test_lightnings_functions_that_restore_are_there() -> None:
         with pytest.raises(KeyError) as caught:
             function()
         assert compat.is_restoring(caught.value) is expected
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_what_lightning_keeps_to_itself_of_what_it_was_told(given: bool) -> None:
+    pruning = ModelPruning("l1_unstructured", parameter_names=["weight"], prune_on_train_epoch_end=given)
+    assert compat.prunes_when_an_epoch_ends(pruning) is given
+    assert not compat.prunes_when_an_epoch_ends(L.Callback())
+    trainer = L.Trainer(
+        strategy=ModelParallelStrategy(save_distributed_checkpoint=given), logger=False, accelerator="cpu"
+    )
+    assert compat.saves_in_pieces(trainer) is given
 
 
 def test_a_folders_name_of_what_is_no_tensor_is_lightnings() -> None:

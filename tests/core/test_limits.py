@@ -19,11 +19,18 @@ from lightning_modules.config import ModelConfig
 from tests.support.runs import tiny_job, train
 
 BEYOND = [
-    *("model.num_layers=10000000", "model.dim=1000000000", "model.ffn_dim=1000000000000000000"),
-    *("model.moe.num_experts=10000000", "model.moe.num_shared_experts=10000000", "model.moe.expert_dim=1000000000"),
-    *("data.seq_len=1000000000", "data.batch_size=1000000000", "data.num_workers=1000000"),
+    "model.num_layers=10000000",
+    "model.dim=1000000000",
+    "model.ffn_dim=1000000000000000000",
+    "model.moe.num_experts=10000000",
+    "model.moe.num_shared_experts=10000000",
+    "model.moe.expert_dim=1000000000",
+    "data.seq_len=1000000000",
+    "data.batch_size=1000000000",
+    "data.num_workers=1000000",
     "data.batch_size=1048576",  # of 256 positions it would be the most
-    *("trainer.max_steps=1000000000000000000000", "trainer.accumulate_grad_batches=1000000000000"),
+    "trainer.max_steps=1000000000000000000000",
+    "trainer.accumulate_grad_batches=1000000000000",
 ]
 
 

@@ -86,7 +86,8 @@ def test_the_handlers_that_were_there_come_back() -> None:
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     before, control = [signal.getsignal(number) for number in numbers], RunControl()
     control.on_train_start(Trainer(), NOTHING)  # type: ignore[arg-type]
-    assert all(signal.getsignal(number) == control._note for number in numbers)
+    signal.raise_signal(signal.SIGUSR1)  # would end this process, were it not taken note of
+    assert control.received == signal.SIGUSR1
     control.on_exception(NOTHING, NOTHING, KeyboardInterrupt())
     assert [signal.getsignal(number) for number in numbers] == before
 

@@ -88,6 +88,8 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
 
 
 def test_its_files_are_those_that_anybody_can_read(folder: Path) -> None:
+    (folder.parent / "any").touch()
+    assert {path.stat().st_mode for path in folder.iterdir()} == {(folder.parent / "any").stat().st_mode}
     names = {path.name for path in folder.iterdir()}
     assert names == {"index.json", "index.crc32", "meta.pt", "values.pt", "rank-00000.safetensors"}
     with safe_open(folder / "rank-00000.safetensors", "pt") as file:

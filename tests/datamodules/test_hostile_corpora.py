@@ -50,7 +50,9 @@ def change(folder: Path, **fields: Any) -> None:
 
 def split_of(num_tokens: int, pages: int, shards: list[int]) -> dict[str, Any]:
     return {
-        **{"num_tokens": num_tokens, "num_documents": 1, "num_bytes": 1},
+        "num_tokens": num_tokens,
+        "num_documents": 1,
+        "num_bytes": 1,
         "shards": [{"file": f"{i}.npy", "length": length, "sha256": SHA} for i, length in enumerate(shards)],
         "documents": {"file": "d.npy", "length": 1, "sha256": SHA},
         "checksums": {"file": "c.npy", "length": pages, "sha256": SHA},

@@ -68,7 +68,7 @@ def take(folder: Path, case: Case) -> Taken:
     module.configure_model()
     optimizer = make_optimizer(module.model, module.optim_config)
     batch = {"tokens": torch.randint(VOCAB_SIZE, (BATCH // data, SEQ_LEN + 1))}
-    module._loss(batch)[0].backward()
+    module.compute_loss(batch)[0].backward()
     optimizer.step()
     parameters = list(module.model.parameters())
     held = [
@@ -80,7 +80,7 @@ def take(folder: Path, case: Case) -> Taken:
     tracker = MemTracker()
     tracker.track_external(module.model, optimizer)
     with tracker:
-        loss = module._loss(batch)[0]
+        loss = module.compute_loss(batch)[0]
         (forward,) = tracker.get_tracker_snapshot("current").values()
         loss.backward()
         (peak,) = tracker.get_tracker_snapshot("peak").values()

@@ -14,9 +14,15 @@ from tests.support.runs import load, scalars, tiny_job
 
 STEPS = 6
 JOB = tiny_job(
-    *("experiment=moe_spannorm", "run_dir=run", "data.root=data", "model.moe.jitter=0.3"),
-    *(f"trainer.max_steps={STEPS}", "trainer.accumulate_grad_batches=2", "trainer.val_check_interval=4"),
-    *("callbacks.last_checkpoint.every_n_train_steps=1", "callbacks.divergence.policy=rollback"),
+    "experiment=moe_spannorm",
+    "run_dir=run",
+    "data.root=data",
+    "model.moe.jitter=0.3",
+    f"trainer.max_steps={STEPS}",
+    "trainer.accumulate_grad_batches=2",
+    "trainer.val_check_interval=4",
+    "callbacks.last_checkpoint.every_n_train_steps=1",
+    "callbacks.divergence.policy=rollback",
     "callbacks.divergence.policy_options={every: 2, margin: 1}",
 )
 CURVES = ("train/loss", "optim/grad_norm", "train/tokens", "val/loss")

@@ -16,7 +16,9 @@ EDGES = {
     "one block": ["model.num_layers=1"],
     "one expert": ["model.moe.num_experts=1", "model.moe.top_k=1"],
     "accumulation with a remainder": [
-        *("trainer.accumulate_grad_batches=3", "trainer.val_check_interval=6", "trainer.max_steps=3")
+        "trainer.accumulate_grad_batches=3",
+        "trainer.val_check_interval=6",
+        "trainer.max_steps=3",
     ],
 }
 

@@ -13,10 +13,24 @@ from tests.support.runs import assert_began, scalars, train
 
 CURVE = {int(step): loss for step, loss in json.loads((FIXTURES / "curve.json").read_text()).items()}
 JOB = [
-    *("data=synthetic", "data.vocab_size=32", "data.seq_len=31", "data.batch_size=4", "data.val_batches=1"),
-    *("model.dim=16", "model.num_layers=1", "model.num_heads=2", "model.ffn_dim=24", "trainer.accelerator=cpu"),
-    *("trainer.log_every_n_steps=1", "optim.warmup_steps=2", "optim.schedule=constant", "callbacks.text_sample=null"),
-    *("callbacks.best_checkpoint=null", "trainer.max_steps=8", "run_dir=run", "ckpt_path=last"),
+    "data=synthetic",
+    "data.vocab_size=32",
+    "data.seq_len=31",
+    "data.batch_size=4",
+    "data.val_batches=1",
+    "model.dim=16",
+    "model.num_layers=1",
+    "model.num_heads=2",
+    "model.ffn_dim=24",
+    "trainer.accelerator=cpu",
+    "trainer.log_every_n_steps=1",
+    "optim.warmup_steps=2",
+    "optim.schedule=constant",
+    "callbacks.text_sample=null",
+    "callbacks.best_checkpoint=null",
+    "trainer.max_steps=8",
+    "run_dir=run",
+    "ckpt_path=last",
 ]
 TWO = ["trainer.devices=2"]
 

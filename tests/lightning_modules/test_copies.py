@@ -75,7 +75,8 @@ def test_what_has_been_trained_is_copied_without_its_trainer_and_trains_on(ffn: 
     module, batches = make_module(ffn=ffn), [tokens(2, 9) for _ in range(3)]
     fit(tmp_path, module, *batches, max_steps=2)
     other = COPIES[way](module)
-    assert other._trainer is None
+    with pytest.raises(RuntimeError, match="not attached to a `Trainer`"):
+        _ = other.trainer
     for one in (module, other):
         torch.manual_seed(1)
         fit(tmp_path, one, *batches, max_steps=3)

@@ -9,8 +9,15 @@ import pytest
 from tests.support.runs import corpus_root, train
 
 JOB = [
-    *("experiment=dense_prenorm", "model.norm=dyt", "model.dim=64", "model.num_heads=2", "data.seq_len=64"),
-    *("trainer.accelerator=cpu", "callbacks.text_sample=null", "logger=csv", "trainer.max_steps=600"),
+    "experiment=dense_prenorm",
+    "model.norm=dyt",
+    "model.dim=64",
+    "model.num_heads=2",
+    "data.seq_len=64",
+    "trainer.accelerator=cpu",
+    "callbacks.text_sample=null",
+    "logger=csv",
+    "trainer.max_steps=600",
 ]
 FORMER = [f"model.norm_options.{value}" for value in ("alpha=0.5", "alpha_attention=0.5", "embedding_scale=null")]
 

@@ -54,17 +54,29 @@ def of_moe(**values: Any) -> Choice:
 
 
 STRUCTURES = [
-    *({"tie_embeddings": True}, {"num_layers": 1}, {"num_kv_heads": 1}, {"activation_checkpointing": True}),
-    *({"ffn_dim": 1}, {"dim": 4}, {"dim": 2, "num_heads": 1}, {"init_truncation": 0.5}, {"norm_eps": 10.0}),
+    {"tie_embeddings": True},
+    {"num_layers": 1},
+    {"num_kv_heads": 1},
+    {"activation_checkpointing": True},
+    {"ffn_dim": 1},
+    {"dim": 4},
+    {"dim": 2, "num_heads": 1},
+    {"init_truncation": 0.5},
+    {"norm_eps": 10.0},
     *({"placement_options": {"final_norm": value}} for value in (True, False)),
 ]
 MIXTURES = [
     *(of_moe(top_k=k) for k in (1, 2, 4)),
-    *(of_moe(num_experts=1, top_k=1), of_moe(score="sigmoid"), of_moe(expert_dim=1), of_moe(jitter=0.5)),
+    of_moe(num_experts=1, top_k=1),
+    of_moe(score="sigmoid"),
+    of_moe(expert_dim=1),
+    of_moe(jitter=0.5),
     *(of_moe(normalize_weights=value) for value in (True, False)),
     *(of_moe(balancing=kind) for kind in ("loss", "bias", "none")),
-    *(of_moe(num_shared_experts=1), of_moe(num_shared_experts=1, shared_expert_weighted_sum=True)),
-    *(of_moe(first_dense_layers=1), of_moe(layer_interval=2)),
+    of_moe(num_shared_experts=1),
+    of_moe(num_shared_experts=1, shared_expert_weighted_sum=True),
+    of_moe(first_dense_layers=1),
+    of_moe(layer_interval=2),
 ]
 CHOICES: dict[str, list[Choice]] = {
     "placement": with_options("placement", PLACEMENTS, OF_PLACEMENTS),
@@ -75,7 +87,9 @@ CHOICES: dict[str, list[Choice]] = {
 }
 
 REFUSED = {
-    *("model.init_options", "model.init_options.correlation", "model.moe.layer_interval"),
+    "model.init_options",
+    "model.init_options.correlation",
+    "model.moe.layer_interval",
     *(f"model.norm_options.{name}" for name in ("alpha", "alpha_attention", "embedding_scale")),
 }
 """The fields that are refused for some value or pair, most of them as they would leave a constant."""

@@ -8,7 +8,18 @@ import torch
 from core.errors import ConfigError
 from lightning_modules.initialization import initialize, resolve_init
 from lightning_modules.transformer import Transformer
+from spannorm import (
+    InvalidArgument,
+    b2t_init,
+    deepnorm_init,
+    deepscalelm_init,
+    megatron_init,
+    scale_init,
+    subln_init,
+)
 from tests.support.models import tiny_config
+
+OF_DEPTH = [megatron_init, scale_init, deepnorm_init, b2t_init, subln_init, deepscalelm_init]
 
 # dim 256: 1/sqrt(256) = 0.0625. FFN 1024: 1/sqrt(1024) = 0.03125. 4 blocks: 1/sqrt(4) = 0.5, 1/sqrt(8) = 0.35355.
 # Xavier: sqrt(2 / 512) = 0.0625, with the 128 of two key and value heads sqrt(2 / 384) = 0.072169, FFN sqrt(2 / 1280).
@@ -197,6 +208,25 @@ def test_what_does_not_exist_is_refused_with_the_choices(overrides: dict[str, An
         resolve_init(tiny_config(**overrides))
     assert error.value.field == field
     assert valid in error.value.valid
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "valid"),
+    [
+        *((make, {"num_layers": 0}, "num_layers=0 is not valid: expected an integer >= 1") for make in OF_DEPTH),
+        (
+            scale_init,
+            {"num_layers": 4, "factor": "layers"},
+            "factor='layers' is not valid: expected one of blocks, sub",
+        ),
+        (megatron_init, {"num_layers": 4, "head": "xavier"}, "head='xavier' is not valid: expected one of std, fan_in"),
+        (b2t_init, {"num_layers": 4, "base": "torch"}, "base='torch' is not valid: expected one of xavier, fairseq"),
+    ],
+)
+def test_the_library_alone_refuses_it_too(make: Any, arguments: dict[str, Any], valid: str) -> None:
+    """A model of one's own has no configuration that would do so before."""
+    with pytest.raises(InvalidArgument, match=f"^{valid}"):
+        make(**arguments)
 
 
 @pytest.mark.parametrize("std", [-1.0, 0.0, float("inf"), float("nan")])

@@ -100,8 +100,25 @@ class Tags(HTMLParser):
 
 
 KNOWN = {
-    *("html", "meta", "title", "style", "h1", "h2", "p", "a", "code", "strong", "ul", "li", "img"),
-    *("table", "thead", "tbody", "tr", "th", "td"),
+    "html",
+    "meta",
+    "title",
+    "style",
+    "h1",
+    "h2",
+    "p",
+    "a",
+    "code",
+    "strong",
+    "ul",
+    "li",
+    "img",
+    "table",
+    "thead",
+    "tbody",
+    "tr",
+    "th",
+    "td",
 }
 
 
@@ -156,8 +173,13 @@ def test_a_report_shows_and_overwrites_only_what_is_in_its_folder(tmp_path: Path
 
 def odd(**changes: Any) -> dict[str, Any]:
     return {
-        **{"name": "spannorm_x_seed0", "point": {"model.placement": "spannorm", "seed": "x"}, "seed": 0},
-        **{"overrides": ["a=1"], "status": "finished", "folder": "x", **changes},
+        "name": "spannorm_x_seed0",
+        "point": {"model.placement": "spannorm", "seed": "x"},
+        "seed": 0,
+        "overrides": ["a=1"],
+        "status": "finished",
+        "folder": "x",
+        **changes,
     }
 
 

@@ -19,17 +19,15 @@ STUDY = Study(
     "rates", "laptop", "Which?", "little", {"model.placement": PLACEMENTS, "optim.lr": RATES}, "prenorm", (0, 1, 2), ()
 )
 LOSSES = {
-    **{
-        ("prenorm", "1e-3"): (2.10, 2.13, 2.08),
-        ("prenorm", "3e-3"): (2.01, 2.06, 1.99),
-        ("prenorm", "1e-2"): (2.2, 2.3, 2.25),
-    },
-    **{
-        ("spannorm", "1e-3"): (2.00, 2.02, 1.97),
-        ("spannorm", "3e-3"): (1.94, 1.98, 1.95),
-        ("spannorm", "1e-2"): (1.90, None, 1.91),
-    },
-    **{("postnorm", "1e-3"): (None, None, None), ("postnorm", "3e-3"): (2.4, 2.5), ("postnorm", "1e-2"): ()},
+    ("prenorm", "1e-3"): (2.10, 2.13, 2.08),
+    ("prenorm", "3e-3"): (2.01, 2.06, 1.99),
+    ("prenorm", "1e-2"): (2.2, 2.3, 2.25),
+    ("spannorm", "1e-3"): (2.00, 2.02, 1.97),
+    ("spannorm", "3e-3"): (1.94, 1.98, 1.95),
+    ("spannorm", "1e-2"): (1.90, None, 1.91),
+    ("postnorm", "1e-3"): (None, None, None),
+    ("postnorm", "3e-3"): (2.4, 2.5),
+    ("postnorm", "1e-2"): (),
 }
 """By seed; None: diverged; a missing entry: no record."""
 

@@ -16,7 +16,10 @@ from tests.support.runs import Finished, train
 
 SECONDS = 200
 QUIET: dict[str, Any] = {
-    **{"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False},
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
     "use_distributed_sampler": False,
 }
 """Of a Trainer in one of them."""

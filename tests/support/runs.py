@@ -75,11 +75,20 @@ def tiny_job(*overrides: str) -> list[str]:
     """Overrides that make any experiment free: two blocks of dim 32, 2 steps of 4 sequences of 32 bytes."""
     return [
         f"data.root={corpus_root()}",
-        *("data.seq_len=32", "data.batch_size=4", "data.val_batches=1"),
-        *("model.dim=32", "model.num_layers=2", "model.num_heads=2", "model.ffn_dim=48"),
-        *("model.moe.num_experts=4", "model.moe.expert_dim=24"),
-        *("trainer.max_steps=2", "trainer.accelerator=cpu", "trainer.log_every_n_steps=1"),
-        *("optim.warmup_steps=2", "callbacks.text_sample=null"),
+        "data.seq_len=32",
+        "data.batch_size=4",
+        "data.val_batches=1",
+        "model.dim=32",
+        "model.num_layers=2",
+        "model.num_heads=2",
+        "model.ffn_dim=48",
+        "model.moe.num_experts=4",
+        "model.moe.expert_dim=24",
+        "trainer.max_steps=2",
+        "trainer.accelerator=cpu",
+        "trainer.log_every_n_steps=1",
+        "optim.warmup_steps=2",
+        "callbacks.text_sample=null",
         *overrides,
     ]
 

@@ -38,6 +38,8 @@ def test_the_file_gives_the_model_back(tmp_path: Path, name: str, folder: bool, 
     checkpoints = tmp_path / "checkpoints"
     trained = save(checkpoints / f"{name}.ckpt", folder, dtype, ffn="moe", tie_embeddings=True)
     main([str(tmp_path), f"checkpoint={name}"])
+    (tmp_path / "any").touch()
+    assert (checkpoints / f"{name}.safetensors").stat().st_mode == (tmp_path / "any").stat().st_mode
     with safe_open(checkpoints / f"{name}.safetensors", framework="pt") as file:
         assert file.metadata()["step"] == "7"
         module = LanguageModule(**json.loads(file.metadata()["hyper_parameters"]))

@@ -95,7 +95,9 @@ def test_tasks_are_reported_as_the_harness_does(run: Path, capsys: pytest.Captur
     assert found["offline_text"]["bits_per_byte,none"] < 9
     tags = {tag for tag in events(run).Tags()["scalars"] if tag.startswith("eval/offline")}
     assert tags == {
-        *("eval/offline_choice/acc", "eval/offline_choice/acc_norm", "eval/offline_continue/exact_match"),
+        "eval/offline_choice/acc",
+        "eval/offline_choice/acc_norm",
+        "eval/offline_continue/exact_match",
         *(f"eval/offline_text/{name}" for name in ("bits_per_byte", "byte_perplexity", "word_perplexity")),
     }
     assert scalars(run, "eval/offline_text/bits_per_byte")[3] == pytest.approx(

@@ -44,6 +44,16 @@ def assert_same_logits(folder: Path, output: Path, trusted: bool) -> Any:
     return theirs
 
 
+@pytest.mark.parametrize("placement", ["prenorm", "spannorm"])
+def test_whoever_may_read_one_of_its_files_may_read_all(placement: str, first: Path, tmp_path: Path) -> None:
+    """safetensors would make the weights for their owner alone."""
+    exported(remade(first, tmp_path / "run", placement=placement), tmp_path / "out")
+    (tmp_path / "any").touch()
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert "model.safetensors" in modes
+    assert set(modes.values()) == {(tmp_path / "any").stat().st_mode}
+
+
 @pytest.mark.parametrize(
     ("model", "name"),
     [

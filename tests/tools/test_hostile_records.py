@@ -23,7 +23,12 @@ class Canary:
 
 STEP = {"step": 3, "samples": [0, 7], "losses": [1.0], "grad_norm": 1.0, "norms": [1.0], "nonfinite": [0.0]}
 RECORD: dict[str, Any] = {
-    **{"reason": "x", "step": 3, "samples": [0, 7], "world_size": 1, "groups": [[1, "attn"]], "steps": [STEP]},
+    "reason": "x",
+    "step": 3,
+    "samples": [0, 7],
+    "world_size": 1,
+    "groups": [[1, "attn"]],
+    "steps": [STEP],
     "batches": [{"tokens": torch.zeros(2, 5, dtype=torch.int64)}],
 }
 

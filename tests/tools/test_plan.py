@@ -89,7 +89,7 @@ def test_memory_and_flops_are_those_of_a_real_step(name: str) -> None:
 
     def loss() -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=name == "bf16-mixed"):
-            return module._loss(batch)[0]
+            return module.compute_loss(batch)[0]
 
     # The counter knows no attention kernel of a CPU; products it counts.
     with FlopCounterMode(display=False, custom_mapping=FORMULAS) as flops, sdpa_kernel(SDPBackend.MATH):

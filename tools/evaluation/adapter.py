@@ -25,16 +25,39 @@ AT_ONCE = 256
 
 
 USED = {
-    *("until", "do_sample", "temperature", "top_k", "top_p"),
-    *("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"),
-    *("early_stopping", "use_cache"),  # the first is about beams, the second about speed: nothing to do here
+    "until",
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "max_gen_toks",
+    "max_new_tokens",
+    "max_tokens",
+    "max_completion_tokens",
+    "early_stopping",  # of beams: nothing to do here
+    "use_cache",  # about speed: nothing to do here
 }
 """What `generation_kwargs` of a task may ask for."""
 NEUTRAL = {
-    **{"num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "n": 1, "best_of": 1},
-    **{"repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "length_penalty": 1.0, "diversity_penalty": 0.0},
-    **{"presence_penalty": 0.0, "frequency_penalty": 0.0, "no_repeat_ngram_size": 0, "min_p": 0.0, "typical_p": 1.0},
-    **{"epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "min_new_tokens": 0, "min_length": 0, "penalty_alpha": 0.0},
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "num_return_sequences": 1,
+    "n": 1,
+    "best_of": 1,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "diversity_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "no_repeat_ngram_size": 0,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "min_new_tokens": 0,
+    "min_length": 0,
+    "penalty_alpha": 0.0,
 }
 """What it may say besides, as it changes nothing."""
 

@@ -62,13 +62,18 @@ def losses_of(run: OpenRun, paths: list[str], batches: int | None) -> list[Loss]
     require(differ, "data", ",".join(paths), f"corpora whose folders' names differ, not {', '.join(names)}")
     found = []
     for path, name in zip(paths, names, strict=True):
-        corpus = _prepared(run, path)
+        corpus = open_corpus(run, path)
         every = -(-corpus.num_val_samples // corpus.batch_size)
         found += measure(run.module, corpus, name, min(every, batches or every))
     return found
 
 
-def _prepared(run: OpenRun, path: str) -> ShardCorpus:
+def open_corpus(run: OpenRun, path: str) -> ShardCorpus:
+    """Open a prepared corpus for a run's model.
+
+    Raises:
+        ConfigError: another tokenizer made it, its documents end otherwise, or it is too short for one sequence.
+    """
     data = run.config.data
     corpus = ShardCorpus(path, data.seq_len, data.batch_size, document_mask=data.get("document_mask", False))
     ours, theirs = run.datamodule.tokenizer, corpus.tokenizer

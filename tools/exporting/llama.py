@@ -1,6 +1,7 @@
 """PreNorm as Hugging Face has it: Llama where it is dense, Mixtral where it is a mixture of experts."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,8 @@ def save(converted: Any, folder: Path) -> None:
     """Write what `to_hugging_face` made; rope_theta where transformers 5 reads it, and where 4 does."""
     converted.save_pretrained(folder)
     path = folder / "config.json"
+    for weights in folder.glob("*.safetensors"):  # which safetensors makes for their owner alone
+        shutil.copymode(path, weights)
     written = json.loads(path.read_text())
     written["rope_theta"] = written["rope_parameters"]["rope_theta"]
     path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")

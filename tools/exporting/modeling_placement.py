@@ -28,7 +28,7 @@ GROWING = "a cache that grows with the text, as DynamicCache does (cache_impleme
 
 
 class PlacementConfig(PretrainedConfig):
-    """What the model is made of, under transformers' names where it has one.
+    """Says what the model is made of, under transformers' names where it has one.
 
     Args:
         vocab_size: number of tokens.

@@ -8,9 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
+from core.atomic_write import save_tensors
 from lightning_modules.config import ModelConfig
 from lightning_modules.transformer import Transformer
 from spannorm import PLACEMENTS
@@ -53,7 +53,7 @@ def write(model: Transformer, folder: Path, max_length: int, end_of_document: in
     }
     (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
     (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
-    save_file(weights(model), folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(weights(model), folder / "model.safetensors", {"format": "pt"})
     for name, text in code.items():
         (folder / f"{name}.py").write_text(text, "utf-8")
 

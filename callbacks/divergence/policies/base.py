@@ -1,4 +1,4 @@
-"""What a policy is: it sees each optimizer step before the weights move, and may change it."""
+"""The base class of policies: one sees each optimizer step before the weights move, and may change it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""How long and how deep the learning rate is cut after a rollback."""
+"""Cuts the learning rate after a rollback, so deep and for so long."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What a run can be taken back to, kept in memory; snapshot_file.py keeps it over a stop."""
+"""A snapshot is what a run can be taken back to, kept in memory; snapshot_file.py keeps it over a stop."""
 
 from typing import Any
 

@@ -21,8 +21,12 @@ def test_each_chart_has_one_line_a_block_of_one_quantity(written: EventAccumulat
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
     groups = {category.title: [chart.title for chart in category.chart] for category in layout.category}
     assert set(groups) == {
-        *("gradient norm", "update over parameter norm", "parameter norm"),
-        *("signal", "representation", "router"),
+        "gradient norm",
+        "update over parameter norm",
+        "parameter norm",
+        "signal",
+        "representation",
+        "router",
     }
     assert groups["gradient norm"] == ["all", "norm", "attn_in", "attn_out", "router", "experts"]
     tags = written.Tags()["scalars"]

@@ -3,8 +3,10 @@
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from callbacks.console.progress import StepProgress
 from tests.support.job import ACCUMULATE, STEPS, Job
@@ -38,12 +40,22 @@ def test_on_a_terminal_it_is_a_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert finished.out.count("\x1b[?25l") == finished.out.count("\x1b[?25h") == 1, "the cursor comes back"
 
 
-def test_time_left_follows_the_steps_of_this_process(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = StepProgress()
-    progress._first_step, progress._first_time = 20, 1000.0
-    progress._num_steps = 60
-    trainer = SimpleNamespace(global_step=30)
-    assert progress._time_left(trainer, 1025.0) == "1:15"  # type: ignore[arg-type]
+def test_time_left_follows_the_steps_of_this_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run of 60 steps that was resumed at 20: ten steps have taken 25 seconds."""
+    progress, nothing = StepProgress(line_seconds=20), SimpleNamespace()
+    trainer: Any = SimpleNamespace(
+        global_step=20, max_steps=60, max_epochs=-1, accumulate_grad_batches=1, is_last_batch=False, callback_metrics={}
+    )
+    for step, now in ((20, 1000.0), (30, 1025.0)):
+        trainer.global_step = step
+        monkeypatch.setattr("callbacks.console.progress.time.monotonic", lambda now=now: now)
+        if step == 20:
+            progress.on_train_start(trainer, nothing)  # type: ignore[arg-type]
+        else:
+            progress.on_train_batch_end(trainer, nothing, {"loss": torch.tensor(2.5)}, None, 0)  # type: ignore[arg-type]
+    assert capsys.readouterr().out == "step 30/60  loss 2.500  1:15 left\n"
 
 
 def test_it_can_be_switched_off(tmp_path: Path) -> None:

@@ -154,7 +154,10 @@ class Sandbox:
             "inside": [os.path.realpath(path) for path in (world.work, world.cache, world.root / "tmp", caches)],
             "port": port,
             "environment": {"HOME": str(world.root / "home"), "TMPDIR": str(world.root / "tmp"), "COLUMNS": "200"},
-            **{"memory": MEMORY, "file_size": FILE_SIZE, "cpu_seconds": CPU_SECONDS, "seconds": SECONDS},
+            "memory": MEMORY,
+            "file_size": FILE_SIZE,
+            "cpu_seconds": CPU_SECONDS,
+            "seconds": SECONDS,
         }
         assert self._server.stdin is not None
         self._server.stdin.write(json.dumps(case) + "\n")

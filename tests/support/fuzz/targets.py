@@ -23,7 +23,7 @@ ANSWERS = (*([None] * 4), "zipping", "shifted", "endless", "truncating", "failin
 """Attributes of tests.support.servers.Server; None: it does nothing to it."""
 REPORT = ("studies.report", "{}")
 PREPARE = ("tools.prepare", "input={}", "output=new", "validation=0.4", "processes=1")
-TOKENIZE = (*("tools.prepare", "input=texts", "output=new", "validation=0.4"), "tokenizer={}/tokenizer.json")
+TOKENIZE = ("tools.prepare", "input=texts", "output=new", "validation=0.4", "tokenizer={}/tokenizer.json")
 LOAD = ("tests.support.fuzz.load_export", "{}")
 READ_ONLY = ("tools.runs", "tools.generate", "tools.replay", "tests.support.fuzz.load_export")
 """What changes nothing in its working folder, however it ends."""

@@ -34,6 +34,6 @@ def test_a_corpus_whose_documents_end_otherwise_is_refused(tmp_path: Path) -> No
     tokenizer = ShardCorpus(str(own), 8, 2).tokenizer
     data = OmegaConf.create({"seq_len": 8, "batch_size": 2})
     run: Any = SimpleNamespace(config=SimpleNamespace(data=data), datamodule=SimpleNamespace(tokenizer=tokenizer))
-    assert corpora._prepared(run, str(own)).tokenizer.end_of_document == tokenizer.end_of_document
+    assert corpora.open_corpus(run, str(own)).tokenizer.end_of_document == tokenizer.end_of_document
     with pytest.raises(ConfigError, match=rf"whose documents token {tokenizer.end_of_document} closes, as in the run"):
-        corpora._prepared(run, str(tmp_path / "other"))
+        corpora.open_corpus(run, str(tmp_path / "other"))

@@ -99,9 +99,18 @@ def test_an_import_that_has_no_relative_form_is_refused(home: Path, source: str,
 @pytest.mark.parametrize(
     ("module", "comes"),
     [
-        *(("own_single", True), ("own_pkg.deep.helpers", True), ("core.errors", True), ("spannorm.norms", True)),
-        *(("torch", False), ("torch.nn", False), ("json", False), ("sys", False), ("own_pkg.nothing", False)),
-        *(("megablocks.layers", False), ("nowhere.at.all", False), ("own_single.four", False)),
+        ("own_single", True),
+        ("own_pkg.deep.helpers", True),
+        ("core.errors", True),
+        ("spannorm.norms", True),
+        ("torch", False),
+        ("torch.nn", False),
+        ("json", False),
+        ("sys", False),
+        ("own_pkg.nothing", False),
+        ("megablocks.layers", False),
+        ("nowhere.at.all", False),
+        ("own_single.four", False),
     ],
 )
 def test_what_comes_along_is_the_projects_and_the_users(module: str, comes: bool) -> None:

@@ -68,9 +68,17 @@ ALL_OPTIONS = [
     *({"ffn": "moe", "moe": options} for options in MIXTURES),
 ]
 LEFT_OUT = {
-    *("init", "init_options", "init_truncation"),  # the weights are there
-    *("compile", "activation_checkpointing", "activation_checkpoint_every"),  # how it is run
-    *("cpu_kernels", "backend", "expert_parallel"),  # likewise
+    # How the weights began: they are there.
+    "init",
+    "init_options",
+    "init_truncation",
+    # How it is run.
+    "compile",
+    "activation_checkpointing",
+    "activation_checkpoint_every",
+    "cpu_kernels",
+    "backend",
+    "expert_parallel",
     "bias_update_rate",  # the bias stays as it is
 }
 
