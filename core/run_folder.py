@@ -324,6 +324,9 @@ def _checkpoint(config: DictConfig, path: Path) -> Path | None:
     if config.ckpt_path == "last":
         if _resumable(path):
             return newest_whole(path)
+        others = sorted((path / LAST.parent).glob("*.ckpt"))  # as callbacks.last_checkpoint=null leaves them
+        valid = f"the path of a checkpoint: the run has no last one, and {', '.join(map(str, others))} would be lost"
+        require(not others, "ckpt_path", "last", valid)
         if is_main_process():
             print(f"The run in {printable(path)} has saved nothing yet: it begins again.")
         return None

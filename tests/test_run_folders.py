@@ -174,3 +174,19 @@ def test_looking_at_an_older_run_does_not_make_it_the_newest(tmp_path: Path) -> 
     (tmp_path / "runs/dense_prenorm/older/evaluation").mkdir()
     resumed = train(tmp_path, *tiny_job("experiment=dense_prenorm", "ckpt_path=last", "trainer.max_steps=3"))
     assert resumed.out.startswith("Run folder: runs/dense_prenorm/newer\n")
+
+
+def test_a_run_with_the_best_checkpoint_alone_does_not_begin_again(tmp_path: Path) -> None:
+    job = tiny_job(
+        "callbacks.last_checkpoint=null", "trainer.max_steps=2", "trainer.val_check_interval=2", "run_dir=run"
+    )
+    assert train(tmp_path, *job).code == 0
+    best = tmp_path / "run/checkpoints/best.ckpt"
+    before = best.read_bytes()
+    again = train(tmp_path, *job, "ckpt_path=last")
+    assert again.code == 2, again.out
+    assert (
+        "Error: ckpt_path='last' is not valid: expected the path of a checkpoint: the run has no last one" in again.err
+    )
+    assert "best.ckpt would be lost" in again.err
+    assert best.read_bytes() == before
