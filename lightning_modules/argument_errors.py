@@ -6,7 +6,10 @@ from contextlib import contextmanager
 from core.errors import ConfigError
 from spannorm import InvalidArgument
 
-FIELDS = {"placement": "model.placement", "norm": "model.norm", "init": "model.init", "schedule": "optim.schedule"}
+FIELDS = {
+    **{"placement": "model.placement", "norm": "model.norm", "init": "model.init"},
+    **{"schedule": "optim.schedule", "optimizer": "optim.optimizer"},
+}
 """The arguments that name what takes the options, and the field of each."""
 
 

@@ -15,7 +15,7 @@ from lightning_modules.composing import register_schemas
 from lightning_modules.config import ModelConfig, MoEConfig, OptimConfig
 from lightning_modules.initialization import initialize
 from lightning_modules.language_module import LanguageModule
-from lightning_modules.optim import make_optimizer
+from lightning_modules.optimizers import make_optimizer
 from lightning_modules.transformer import Transformer
 from lightning_modules.width_scaling import width_scaling
 from tests.support.models import make_module

@@ -14,7 +14,7 @@ from core.errors import ConfigError
 from lightning_modules.cross_entropy import LARGE_VOCABULARY
 from lightning_modules.language_module import LanguageModule
 from lightning_modules.layers import expert_products
-from lightning_modules.optim import make_optimizer
+from lightning_modules.optimizers import make_optimizer
 from tests.support.models import make_module, tiny_values, tokens
 from tools.plan import PRECISIONS, Plan, compose_config, main, plan
 
