@@ -8,6 +8,8 @@ from tests.support.distributed_runs import Run, train
 from tests.support.processes import together
 
 STEPS, SAVED_AT = 6, 3
+TOLERANCES = {"train/loss": 1e-6, "optim/grad_norm": 1e-9}
+"""The loss is averaged in fp32."""
 MUON = (("optimizer", "muon"), ("groups", {"embedding": {"lr_factor": 0.5, "weight_decay": 0.1}}))
 LION = (("optimizer", "lion"), ("lr", 1e-3))
 SGD = (("optimizer", "torch.optim.SGD"), ("optimizer_options", {"momentum": 0.9}))
@@ -21,8 +23,8 @@ def case(strategy: str, ffn: str, optim: tuple[tuple[str, object], ...], **more:
 CASES = [
     *(case(strategy, "dense", MUON) for strategy in ("ddp", "fsdp", "tp")),
     *(case(strategy, "moe", MUON) for strategy in ("fsdp", "tp", "ep")),
-    # A third of three experts each, so that those of two processes begin amid one.
-    case("fsdp", "moe", MUON, options=(("num_kv_heads", 2), ("ffn_dim", 36))),
+    # Of three experts one is in two processes.
+    case("fsdp", "moe", MUON, options=(("moe", {"num_experts": 3}),)),
     *(case("fsdp", "dense", optim) for optim in (LION, SGD)),
     case("tp", "dense", LION),
 ]
@@ -40,10 +42,10 @@ def test_steps_are_those_of_one_process(tmp_path: Path, cases: list[Run]) -> Non
     assert all(other == first for other in others), "to the bit, on all ranks"
     expected = {str(run): train(tmp_path, run) for run in map(alone, cases)}
     for run, curve in zip(cases, first, strict=True):
-        for name in ("train/loss", "optim/grad_norm"):
+        for name, tolerance in TOLERANCES.items():
             wanted = [step[name] for step in expected[str(alone(run))]]
             assert len(wanted) == STEPS
-            assert [step[name] for step in curve] == pytest.approx(wanted, rel=1e-9), f"{run}: {name}"
+            assert [step[name] for step in curve] == pytest.approx(wanted, rel=tolerance), f"{run}: {name}"
 
 
 def test_a_checkpoint_of_two_goes_on_in_one_and_another_way(tmp_path: Path) -> None:
@@ -60,7 +62,8 @@ def test_a_checkpoint_of_two_goes_on_in_one_and_another_way(tmp_path: Path) -> N
     ]
     found, _ = together(2, tmp_path, train, others)
     for run, curve in zip(others, found, strict=True):
-        wanted = [step["train/loss"] for step in train(tmp_path, alone(run))][SAVED_AT:]
-        in_one = train(tmp_path, alone(run)._replace(load=run.load))
-        for losses in ([step["train/loss"] for step in steps] for steps in (curve, in_one)):
-            assert losses == pytest.approx(wanted, rel=1e-9), run
+        whole = train(tmp_path, alone(run))[SAVED_AT:]
+        for resumed in (curve, train(tmp_path, alone(run)._replace(load=run.load))):
+            for name, tolerance in TOLERANCES.items():
+                wanted = [step[name] for step in whole]
+                assert [step[name] for step in resumed] == pytest.approx(wanted, rel=tolerance), f"{run}: {name}"

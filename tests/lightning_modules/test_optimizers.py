@@ -196,3 +196,26 @@ def test_a_moment_of_another_shape_is_refused(optimizer: str) -> None:
     state[name] = state[name][:3].clone()
     with pytest.raises(ConfigError, match=rf"x\.ckpt.*\[32, 32\] in {name}, where this one has the shape \[3, 32\]"):
         check_state(made, 1, "x.ckpt")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "lion"])
+def test_a_scaled_loss_gives_the_same_step_and_none_where_it_overflows(optimizer: str) -> None:
+    """As trainer.precision=16-mixed scales it."""
+    torch.manual_seed(0)
+    scaled, plain = (Transformer(tiny_config(), VOCAB_SIZE) for _ in range(2))
+    plain.load_state_dict(scaled.state_dict())
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    ours, theirs = (make_optimizer(model, OptimConfig(optimizer=optimizer)) for model in (scaled, plain))
+    x = torch.randint(VOCAB_SIZE, (2, 8))
+    for factor in (1.0, float("inf")):
+        before = {name: p.detach().clone() for name, p in scaled.named_parameters()}
+        scaler.scale(scaled(x)[0].square().mean() * factor).backward()
+        scaler.unscale_(ours)
+        scaler.step(ours)
+        scaler.update()
+        ours.zero_grad()
+        plain(x)[0].square().mean().backward()
+        theirs.step()
+        for name, parameter in scaled.named_parameters():
+            expected = plain.get_parameter(name) if factor == 1.0 else before[name]
+            torch.testing.assert_close(parameter, expected, msg=lambda text, name=name: f"{name}: {text}")

@@ -57,8 +57,9 @@ class Run(NamedTuple):
 
     def make_module(self) -> LanguageModule:
         shares = {"ep": self.num_processes, "mesh": self.num_processes // 2}
-        moe = {"expert_parallel": shares.get(self.strategy, 1)}
-        values = tiny_values(ffn=self.ffn, placement=self.placement, moe=moe, **dict(self.options))
+        options = dict(self.options)
+        moe = {"expert_parallel": shares.get(self.strategy, 1), **options.pop("moe", {})}
+        values = tiny_values(ffn=self.ffn, placement=self.placement, moe=moe, **options)
         optim = {"warmup_steps": 2, "schedule": "constant", "lr": 1e-2, **dict(self.optim)}
         return LanguageModule(values, optim, vocab_size=257)
 

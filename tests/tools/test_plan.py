@@ -116,6 +116,28 @@ def test_memory_and_flops_are_those_of_a_real_step(name: str) -> None:
     del value
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "lion", "torch.optim.SGD"])
+def test_what_another_optimizer_keeps_is_counted(optimizer: str) -> None:
+    sizes = [
+        "model.dim=64",
+        "model.num_layers=2",
+        "data=synthetic",
+        "data.task=copy",
+        "data.vocab_size=50",
+        "data.seq_len=32",
+    ]
+    config = compose_config([*sizes, "trainer.precision=32-true", f"optim.optimizer={optimizer}"])
+    module = LanguageModule(dict(config.model), {**config.optim}, 50)
+    module.configure_model()
+    model: Any = module.model
+    made = make_optimizer(model, module.optim_config)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    made.step()
+    moments = [x for kept in made.state.values() for name, x in kept.items() if x is not None and name != "step"]
+    assert plan(config).optimizer == sum(moment.nbytes for moment in moments)
+
+
 def test_a_7b_run_is_planned_without_its_weights() -> None:
     eight = ["experiment=dense_7b", "trainer.devices=8"]
     whole, sharded = (plan(compose_config([*eight, f"trainer={name}"]), 257) for name in ("ddp", "fsdp"))
