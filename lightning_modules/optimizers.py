@@ -36,7 +36,7 @@ NORM = "norm"
 """The role of what is no matrix: norm gains, biases, gates."""
 GROUP_FIELDS = ("lr_factor", "weight_decay")
 NOT_ORTHOGONALIZED = ("embedding", "head", "router")
-"""Matrices that Muon leaves to AdamW: their rows are tokens or experts, which are seen apart from each other."""
+"""Matrices that Muon leaves to AdamW: their rows are tokens or experts, some of them rare (docs/optimizers.md)."""
 NS_DTYPES = ("bfloat16", "float32", "float64")
 
 

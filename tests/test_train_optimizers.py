@@ -10,28 +10,9 @@ from omegaconf import OmegaConf
 from core.errors import InvalidValue
 from core.open_run import open_run
 from tests.support.comparing import assert_equal
-from tests.support.runs import load, run, scalars, tiny_job, train
+from tests.support.runs import ROOT, load, run, scalars, tiny_job, train
 
 STEPS, STOPPED_AT = 4, 2
-OWN = """
-import torch
-
-class Signs(torch.optim.Optimizer):
-    def __init__(self, params, lr, weight_decay=0.0, momentum=0.5):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        with torch.enable_grad():
-            loss = closure() if closure is not None else None
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    kept = self.state[p].setdefault("mean", torch.zeros_like(p))
-                    kept.mul_(group["momentum"]).add_(p.grad)
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * kept.sign())
-        return loss
-"""
 GROUPS = "optim.groups={embedding: {lr_factor: 0.5, weight_decay: 0.1}, router: {lr_factor: 0.1}}"
 CHOICES = {
     "muon": ["experiment=moe_spannorm", "optim=muon", "optim.optimizer_options={scale: original}", GROUPS],
@@ -46,7 +27,8 @@ MONITORED = ["+callbacks=curvature", "callbacks.divergence.policy=zclip", "optim
 def test_resumed_is_uninterrupted_and_monitors_hold(
     choice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "my_signs.py").write_text(OWN)
+    source = (ROOT / "docs/optimizers.md").read_text().split("```python\n")[1].split("```")[0]
+    (tmp_path / "my_signs.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
     job = [*CHOICES[choice], *MONITORED]
