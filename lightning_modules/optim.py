@@ -262,7 +262,7 @@ def _moments(optimizer: torch.optim.Optimizer, group: dict[str, Any], state: dic
     """Return what it keeps of each parameter of a group; of torch's other classes, what it says that it keeps."""
     if isinstance(optimizer, Lion):
         return ("exp_avg",)
-    if isinstance(optimizer, Muon) and group["matrix_rows"]:
+    if isinstance(optimizer, Muon) and group.get("matrix_rows"):
         return ("momentum_buffer",)
     if isinstance(optimizer, Muon | torch.optim.AdamW):
         return ("exp_avg", "exp_avg_sq", "step")

@@ -128,7 +128,8 @@ def test_the_sizes_of_updates_are_those_of_adamw() -> None:
     """0.2 to 0.4 in AdamW's runs (2502.16982, section 2.2)."""
     torch.manual_seed(0)
     for ffn in ("dense", "moe"):
-        model = Transformer(tiny_config(ffn=ffn, dim=64, ffn_dim=192, moe={"expert_dim": 96}), VOCAB_SIZE)
+        model = make_module(ffn=ffn, dim=64, ffn_dim=192, moe={"expert_dim": 96}).model
+        assert model is not None
         optimizer = make_optimizer(model, OptimConfig(optimizer="muon", lr=1.0, weight_decay=0.0))
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         for parameter in model.parameters():

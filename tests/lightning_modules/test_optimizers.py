@@ -1,5 +1,6 @@
 """Lion beside a written-out one, rates and decay by role, optimizers by import path, and what is refused of them."""
 
+import copy
 import importlib
 import re
 from pathlib import Path
@@ -8,15 +9,17 @@ from typing import Any
 import pytest
 import torch
 
+from callbacks.divergence.step_override import StepOverride
 from core.errors import ConfigError
 from lightning_modules.config import ModelConfig, OptimConfig, parse
 from lightning_modules.language_module import LanguageModule
 from lightning_modules.lion import Lion
-from lightning_modules.optim import check_state
+from lightning_modules.optim import check_settings, check_state, group_settings
 from lightning_modules.optimizers import make_optimizer, state_sizes
 from lightning_modules.transformer import Transformer
 from lightning_modules.unused_options import describe_unused
-from tests.support.models import VOCAB_SIZE, tiny_config, tiny_values
+from tests.support.comparing import assert_equal
+from tests.support.models import VOCAB_SIZE, make_module, tiny_config, tiny_values
 
 HIDDEN = ("_proj.weight", "w1", "v1", "w2")
 
@@ -219,3 +222,57 @@ def test_a_scaled_loss_gives_the_same_step_and_none_where_it_overflows(optimizer
         for name, parameter in scaled.named_parameters():
             expected = plain.get_parameter(name) if factor == 1.0 else before[name]
             torch.testing.assert_close(parameter, expected, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("matrix_rows", 8), ("matrix_rows", None), ("update_factor", -1.0), ("ns_dtype", "float64")),
+        *(("ns_steps", 99), ("ns_coefficients", [1.0, 2.0, 3.0]), ("momentum", 0.0), ("nesterov", False)),
+        ("maximize", True),
+    ],
+)
+def test_settings_of_muon_from_elsewhere_are_refused(name: str, value: Any) -> None:
+    """torch takes a checkpoint's settings for its own."""
+    config = OptimConfig(optimizer="muon")
+    optimizer = make_optimizer(Transformer(tiny_config(), VOCAB_SIZE), config)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    expected = group_settings(optimizer, config)
+    optimizer.load_state_dict(optimizer.state_dict())
+    check_settings(scheduler, expected, 0, "x.ckpt")
+    optimizer.param_groups[1][name] = value
+    with pytest.raises(ConfigError, match=rf"x\.ckpt.* a checkpoint whose {name} is "):
+        check_settings(scheduler, expected, 0, "x.ckpt")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "lion", "torch.optim.SGD"])
+def test_a_step_can_be_skipped_or_made_smaller(optimizer: str) -> None:
+    """As the policies against divergence do: neither weights nor moments know of the skipped one."""
+    model = make_module(ffn="moe").model
+    assert model is not None
+    made = make_optimizer(model, OptimConfig(optimizer=optimizer, weight_decay=0.0))
+    override = StepOverride(made)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    made.step()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    state = copy.deepcopy(made.state_dict())
+    override.skip()
+    made.step()
+    assert_equal({name: p.detach() for name, p in model.named_parameters()}, before, "weights")
+    assert_equal(made.state_dict(), state, "state")
+    twin = copy.deepcopy(model)
+    again = make_optimizer(twin, OptimConfig(optimizer=optimizer, weight_decay=0.0))
+    again.load_state_dict(state)
+    for own, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert own.grad is not None
+        other.grad = own.grad.clone()
+    override.scale_lr(0.25)
+    made.step()
+    again.step()
+    for name, parameter in model.named_parameters():
+        moved, whole = parameter - before[name], twin.get_parameter(name) - before[name]
+        torch.testing.assert_close(
+            moved, 0.25 * whole, atol=1e-6, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    assert made.param_groups[0]["lr"] == again.param_groups[0]["lr"]
