@@ -32,7 +32,7 @@ from lightning_modules.config import ModelConfig, OptimConfig, parse
 from lightning_modules.initialization import initialize
 from lightning_modules.layers.cpu_kernels.allocator import keep_freed_memory
 from lightning_modules.layers.moe import MoE
-from lightning_modules.optim import make_optimizer
+from lightning_modules.optimizers import make_optimizer
 from lightning_modules.transformer import Transformer
 
 TOP_K, VOCAB_SIZE, BALANCE_WEIGHT = 2, 512, 0.01

@@ -13,8 +13,9 @@ GIB = 2**30
 def check_memory(trainer: Any, module: Any) -> None:
     """Refuse to train a model in the memory of a machine that cannot hold it, which Linux would kill for it.
 
-    Counted are weights, gradients and AdamW's two moments of a process that holds the whole model; what else a run
-    takes comes on top (python -m tools.plan). A GPU's memory needs no such check: its allocator says what it lacks.
+    Counted are weights, gradients and what the optimizer keeps, two moments where the module does not say, of a process
+    that holds the whole model; what else a run takes comes on top (python -m tools.plan). A GPU's memory needs no such
+    check: its allocator says what it lacks.
 
     Args:
         trainer: the Trainer, not yet fitting.
@@ -30,11 +31,13 @@ def check_memory(trainer: Any, module: Any) -> None:
     if parameters is None or shared or trainer.strategy.root_device.type != "cpu":
         return
     size = 2 if str(trainer.precision).endswith("-true") and "16" in str(trainer.precision) else 4
-    needed, held = 4 * size * int(parameters[0]), memory_of_machine()
+    kept = getattr(module, "num_optimizer_values", None)
+    values = 2 * int(parameters[0]) + (kept() if kept is not None else 2 * int(parameters[0]))
+    needed, held = size * values, memory_of_machine()
     if held is not None and needed > held:
         reason = (
-            f"{parameters[0]:,} parameters with their gradients and AdamW's moments take {needed / GIB:,.1f} GiB, and "
-            f"this machine has {held / GIB:,.1f}; a smaller model.dim, model.num_layers or model.ffn_dim takes less"
+            f"{parameters[0]:,} parameters with gradients and optimizer state take {needed / GIB:,.1f} GiB, "
+            f"and this machine has {held / GIB:,.1f}; a smaller model.dim, model.num_layers or model.ffn_dim takes less"
         )
         raise InvalidValue("model.dim", module.model_config.dim, reason)
 

@@ -44,7 +44,7 @@ ADDRESS = "://"
 """This makes an address elsewhere of a corpus' path (datamodules/remote.py)."""
 
 
-IMPORTABLE = ("placement", "norm", "init", "schedule")
+IMPORTABLE = ("placement", "norm", "init", "schedule", "optimizer")
 """Fields that hold a name of this project's, or the import path of a class or function of the user's own."""
 
 

@@ -9,7 +9,10 @@ from core.errors import ConfigError, InvalidValue, UserError, one_line
 from spannorm import InvalidArgument
 from spannorm.import_path import is_import_path
 
-FIELDS = {"placement": "model.placement", "norm": "model.norm", "init": "model.init", "schedule": "optim.schedule"}
+FIELDS = {
+    **{"placement": "model.placement", "norm": "model.norm", "init": "model.init"},
+    **{"schedule": "optim.schedule", "optimizer": "optim.optimizer"},
+}
 """The arguments that name what takes the options, and the field of each."""
 
 

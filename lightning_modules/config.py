@@ -189,12 +189,15 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW (1711.05101) with linear warm-up, then cosine decay or warm-up-stable-decay (2404.06395)."""
+    """An optimizer with linear warm-up, then cosine decay or warm-up-stable-decay (2404.06395)."""
 
+    optimizer: str = "adamw"  # adamw, muon or lion: lightning_modules/optimizers.py; or the import path of a class
+    optimizer_options: dict[str, Any] = field(default_factory=dict)  # arguments of that optimizer
+    groups: dict[str, Any] = field(default_factory=dict)  # by role: {embedding: {lr_factor: 0.3, weight_decay: 0.0}}
     lr: float = 3e-3  # peak learning rate
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1  # not on norms, biases and embeddings
+    betas: tuple[float, float] = (0.9, 0.95)  # of adamw, of lion, and of the part of muon that is adamw's
+    eps: float = 1e-8  # likewise, but for lion, which has none
+    weight_decay: float = 0.1  # not on norms, biases and embeddings, unless optim.groups says so
     schedule: str = "cosine"  # cosine, wsd or constant, or the import path of a function
     warmup_steps: int = 100
     min_lr_ratio: float = 0.1  # where the schedule ends, as a fraction of lr

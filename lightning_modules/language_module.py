@@ -34,11 +34,11 @@ from lightning_modules.optim import (
     describe_decay,
     describe_warmup,
     group_settings,
-    make_optimizer,
     make_schedule,
     number_by_parameters,
     number_names,
 )
+from lightning_modules.optimizers import make_optimizer, state_sizes
 from lightning_modules.resumed_schedule import describe_change
 from lightning_modules.router_health import router_health, tally, tokens_per_expert
 from lightning_modules.sharding import (
@@ -80,7 +80,7 @@ class LanguageModule(L.LightningModule):
     | train/loss/NAME, val/loss/NAME | the same, of a mixture's sources: data=mixture |
     | val/perplexity | exp(val/loss) |
     | moe/... | the routers' health: lightning_modules/router_health.py |
-    | optim/lr | learning rate of the step just taken |
+    | optim/lr | learning rate of the step just taken, without the factors of optim.groups and of width scaling |
     | optim/grad_norm | l2 norm over all parameters, accumulated, before clipping |
     """
 
@@ -97,6 +97,7 @@ class LanguageModule(L.LightningModule):
             weightless = Transformer(self.model_config, vocab_size)
         initialize(weightless, self.width_scaling)
         self.num_parameters = weightless.num_parameters()
+        make_optimizer(weightless, self.optim_config)
         make_schedule(self.optim_config, num_steps=1)
         self.model = None
         self._warm_start: WarmStart | None = None
@@ -107,6 +108,15 @@ class LanguageModule(L.LightningModule):
         self._num_steps: float = math.nan  # that the learning-rate schedule goes by
         self._group_settings: list[dict[str, Any]] | None = None  # of the optimizer, as configure_optimizers made it
         self._num_steps_before: float | None = None  # likewise, in the run that is resumed; None: it did not say
+
+    def num_optimizer_values(self) -> int:
+        """Return how many numbers the optimizer keeps of the whole model; 0 where that of the user does not say."""
+        with torch.device("meta"):
+            weightless = Transformer(self.model_config, self.vocab_size)
+        try:
+            return sum(state_sizes(weightless, self.optim_config).values())
+        except ConfigError:
+            return 0
 
     @staticmethod
     def settings_in_effect(hyper_parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -373,7 +383,7 @@ class LanguageModule(L.LightningModule):
         optimizer, self._num_steps = make_optimizer(self.model, self.optim_config), num_steps(self.trainer)
         length = int(self._num_steps) if math.isfinite(self._num_steps) else 1  # to the constant one it is the same
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, make_schedule(self.optim_config, length))
-        self._group_settings = group_settings(optimizer)
+        self._group_settings = group_settings(optimizer, self.optim_config)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:

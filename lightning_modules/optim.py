@@ -1,45 +1,21 @@
-"""AdamW's parameter groups and the learning-rate schedules."""
+"""The learning-rate schedules, and what an optimizer keeps, where it comes from a checkpoint."""
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from core.compat import unscale_before_clipping
 from core.errors import require
 from lightning_modules.argument_errors import as_config_errors
 from lightning_modules.config import OptimConfig
-from lightning_modules.transformer import Transformer
-from lightning_modules.width_scaling import width_scaling
+from lightning_modules.lion import Lion
+from lightning_modules.muon import Muon
 from spannorm.import_path import find
 
 Schedule = Callable[[int], float]
 """Optimizer step (0-based) -> factor on the peak learning rate."""
-
-
-def make_optimizer(model: Transformer, config: OptimConfig) -> torch.optim.AdamW:
-    """Make AdamW with weight decay on matrices only: not on embeddings, norms and biases. Fused where torch has it.
-
-    One parameter group for everything that keeps optim.lr undecayed, which comes first, and one for each learning-rate
-    factor of the width scaling.
-    """
-    scaling = width_scaling(model.config, config)
-    matrices: dict[float, list[Tensor]] = defaultdict(list)
-    for matrix in model.matrices():
-        if matrix.role != "embedding":
-            matrices[scaling.lr_factor(matrix)].append(matrix.weight)
-    ids = {id(weight) for weights in matrices.values() for weight in weights}
-    rest = [parameter for parameter in model.parameters() if id(parameter) not in ids]
-    groups: list[dict[str, Any]] = [{"params": rest, "weight_decay": 0.0}]
-    for factor, weights in matrices.items():
-        groups.append({"params": weights, "lr": config.lr * factor, "weight_decay": config.weight_decay / factor})
-    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in model.parameters())
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
-    unscale_before_clipping(optimizer)
-    return optimizer
 
 
 def number_by_parameters(
@@ -194,13 +170,17 @@ def make_schedule(config: OptimConfig, num_steps: int) -> Schedule:
     return factor
 
 
-SETTINGS = ("initial_lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
+SETTINGS = (
+    *("initial_lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay"),
+    *("momentum", "nesterov", "matrix_rows", "update_factor", "ns_steps", "ns_coefficients", "ns_eps", "ns_dtype"),
+)
 """Of a group of parameters, what this run's configuration decides, and a checkpoint repeats."""
 
 
-def group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Return each group's SETTINGS, as `check_settings` compares them."""
-    return [{name: group[name] for name in SETTINGS if name in group} for group in optimizer.param_groups]
+def group_settings(optimizer: torch.optim.Optimizer, config: OptimConfig) -> list[dict[str, Any]]:
+    """Return each group's SETTINGS and options of the configuration, as `check_settings` compares them."""
+    names = dict.fromkeys((*SETTINGS, *config.optimizer_options))
+    return [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
 
 
 def check_settings(
@@ -219,7 +199,7 @@ def check_settings(
     Raises:
         ConfigError: a setting is another one, or the schedule stands at another step.
     """
-    groups = group_settings(scheduler.optimizer)
+    groups = scheduler.optimizer.param_groups
     peaks = [own["initial_lr"] for own in expected]
     pairs = [(scheduler.base_lrs, peaks, "peak learning rates"), (scheduler.last_epoch, step, "step of the schedule")]
     for group, own in zip(groups, expected, strict=True):
@@ -237,13 +217,16 @@ def _numbers(value: Any) -> list[Any]:
 def _is_close(found: Any, value: Any) -> bool:
     if isinstance(value, bool) or isinstance(found, bool):
         return found is value
+    if not isinstance(value, int | float):  # a name, or nothing
+        return type(found) is type(value) and bool(found == value)
     return isinstance(found, int | float) and math.isclose(found, value, rel_tol=1e-6)
 
 
 def check_state(optimizer: torch.optim.Optimizer, step: int, path: object) -> None:
-    """Hold what AdamW keeps of each parameter against the parameter, where it may come from a checkpoint.
+    """Hold what an optimizer keeps of each parameter against the parameter, where it may come from a checkpoint.
 
-    torch takes any shape, and its fused kernels write beyond the end of a tensor that is too small.
+    torch takes any shape, and its fused kernels write beyond the end of a tensor that is too small. What an optimizer
+    of the user's own keeps is unknown, and not looked at.
 
     Args:
         step: optimizer steps done.
@@ -253,15 +236,35 @@ def check_state(optimizer: torch.optim.Optimizer, step: int, path: object) -> No
         ConfigError: one of them is missing, is no tensor or of another shape than its parameter, or counts more steps
             than the run has done.
     """
-    if not isinstance(optimizer, torch.optim.AdamW):
-        return
-    for parameter, state in optimizer.state.items():
-        for name, shape in (("exp_avg", parameter.shape), ("exp_avg_sq", parameter.shape), ("step", torch.Size())):
-            kept = state.get(name)
-            found = f"the shape {list(kept.shape)}" if isinstance(kept, Tensor) else f"a {type(kept).__name__}"
-            valid = f"a checkpoint whose optimizer has the shape {list(shape)} in {name}, where this one has {found}"
-            fits = isinstance(kept, Tensor) and (kept.numel() == 1 if name == "step" else kept.shape == shape)
-            require(fits, "ckpt_path", str(path), valid)
-        count = float(state["step"])
-        valid = f"a checkpoint whose optimizer has stepped 0 to {step} times; it says {count:g}"
-        require(0 <= count <= step, "ckpt_path", str(path), valid)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter in optimizer.state:
+                _check_kept(optimizer, group, parameter, step, path)
+
+
+def _check_kept(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor, step: int, path: object
+) -> None:
+    state = optimizer.state[parameter]
+    for name in _moments(optimizer, group, state):
+        kept, shape = state.get(name), torch.Size() if name == "step" else parameter.shape
+        found = f"the shape {list(kept.shape)}" if isinstance(kept, Tensor) else f"a {type(kept).__name__}"
+        valid = f"a checkpoint whose optimizer has the shape {list(shape)} in {name}, where this one has {found}"
+        fits = isinstance(kept, Tensor) and (kept.numel() == 1 if name == "step" else kept.shape == shape)
+        require(fits, "ckpt_path", str(path), valid)
+        if name == "step":
+            count = float(kept)
+            valid = f"a checkpoint whose optimizer has stepped 0 to {step} times; it says {count:g}"
+            require(0 <= count <= step, "ckpt_path", str(path), valid)
+
+
+def _moments(optimizer: torch.optim.Optimizer, group: dict[str, Any], state: dict[str, Any]) -> Iterable[str]:
+    """Return what it keeps of each parameter of a group; of torch's other classes, what it says that it keeps."""
+    if isinstance(optimizer, Lion):
+        return ("exp_avg",)
+    if isinstance(optimizer, Muon) and group.get("matrix_rows"):
+        return ("momentum_buffer",)
+    if isinstance(optimizer, Muon | torch.optim.AdamW):
+        return ("exp_avg", "exp_avg_sq", "step")
+    known = type(optimizer).__module__.startswith("torch.optim.") and not isinstance(optimizer, torch.optim.Adafactor)
+    return [name for name, kept in state.items() if isinstance(kept, Tensor) and kept.numel() > 1] if known else ()

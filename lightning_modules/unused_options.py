@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lightning_modules.config import ModelConfig, MoEConfig, OptimConfig
+from lightning_modules.width_scaling import KNOWN
 
 Unused = tuple[str, Any, str]
 """(name of the field, its value, why it has no effect)."""
@@ -61,6 +62,12 @@ def _of_mixture(moe: MoEConfig) -> Iterator[Unused]:
 
 
 def _of_optim(optim: OptimConfig) -> Iterator[Unused]:
+    if _is_set(optim, "eps") and optim.optimizer == "lion":
+        yield "optim.eps", optim.eps, "optim.optimizer=lion divides by nothing"
+    for name in ("betas", "eps"):
+        if _is_set(optim, name) and optim.optimizer not in KNOWN:
+            reason = f"optim.optimizer={optim.optimizer} gets its arguments by optim.optimizer_options"
+            yield f"optim.{name}", getattr(optim, name), reason
     for name in ("decay_fraction", "decay_shape"):
         if _is_set(optim, name) and optim.schedule != "wsd":
             yield f"optim.{name}", getattr(optim, name), f"optim.schedule={optim.schedule} has no decay phase"

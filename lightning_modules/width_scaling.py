@@ -9,6 +9,11 @@ With m = fan_in / (its value at the base width), against what the init and optim
                router                  1/m            1/m                       an output, without a multiplier
     standard   hidden, head, router    1/sqrt(m)      1/m             1         2407.05872, table 1, full alignment
 
+These are AdamW's rules, and Lion's, whose steps too are of one size in every entry. Muon's updates of hidden matrices
+have a spectral norm that its scale gives, so their rate's factor is another one (lightning_modules/muon.py,
+width_factor): 1 with scale=original and 1/sqrt(m) with match_rms_adamw, where all widths grow alike; what it leaves to
+AdamW has AdamW's. Of any other optimizer no rule is known here.
+
 Embedding, norm gains and biases keep both. Weight decay is multiplied by the inverse of the learning-rate factor: AdamW
 shrinks weights by lr x weight_decay a step, and that product should not depend on width (2407.05872, section 3).
 Hidden matrices are those of attention, dense FFN and experts, each with its own fan-in. That of a down matrix is a
@@ -81,6 +86,9 @@ class WidthScaling:
         return 1.0 if self.kind == "mup" and matrix.role == "head" else 1 / self.ratio(matrix)
 
 
+KNOWN = ("adamw", "lion", "muon")
+"""The optimizers that there are rules for."""
+
 UNSCALED = WidthScaling("none", 1.0, 1.0, 1.0)
 
 
@@ -88,8 +96,12 @@ def width_scaling(model: ModelConfig, optim: OptimConfig) -> WidthScaling:
     """Return the scaling that a configuration asks for.
 
     Raises:
-        ConfigError: standard scaling with tied embeddings, or one base_ffn_width for several hidden widths.
+        ConfigError: an optimizer of the user's own, standard scaling with tied embeddings, or one base_ffn_width for
+            several hidden widths.
     """
+    known = optim.width_scaling == "none" or optim.optimizer in KNOWN
+    valid = f"none with optim.optimizer={optim.optimizer}: the rules are those of {', '.join(KNOWN)}"
+    require(known, "optim.width_scaling", optim.width_scaling, valid)
     require(
         not (optim.width_scaling == "standard" and model.tie_embeddings),
         "model.tie_embeddings",

@@ -19,6 +19,8 @@ def grow_old(folder: Path, **moe: Any) -> None:
     checkpoint = load(folder / "checkpoints/last.ckpt")
     for values in (config, config.module, checkpoint["hyper_parameters"]):
         del values["model"]["norm_options"], values["model"]["init_truncation"], values["optim"]["decay_shape"]
+        for name in ("optimizer", "optimizer_options", "groups"):
+            del values["optim"][name]
         values["model"]["moe"].update({"normalize_weights": True, **moe})
     OmegaConf.save(config, folder / "config.yaml")
     torch.save(checkpoint, folder / "checkpoints/last.ckpt")

@@ -24,7 +24,7 @@ from core import cli
 from core.errors import require
 from lightning_modules.config import ModelConfig, MoEConfig, OptimConfig
 from lightning_modules.initialization import initialize
-from lightning_modules.optim import make_optimizer
+from lightning_modules.optimizers import make_optimizer
 from lightning_modules.transformer import Transformer
 from lightning_modules.width_scaling import width_scaling
 from tools.picture import check_picture, save_picture

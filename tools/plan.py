@@ -11,7 +11,7 @@ buffers, and the allocator's fragments. docs/scaling.md says how close it came t
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from analysis.memory import saved_activations
 from core import cli
@@ -37,6 +37,7 @@ from lightning_modules.composing import compose_run
 from lightning_modules.config import ModelConfig
 from lightning_modules.cross_entropy import LARGE_VOCABULARY
 from lightning_modules.layers.moe import MoE
+from lightning_modules.optimizers import state_sizes
 from lightning_modules.sharding import check_mesh, check_unsharded
 from lightning_modules.strategy import ShardedStrategy
 from lightning_modules.transformer import Block, Transformer
@@ -191,7 +192,7 @@ def plan(config: DictConfig, vocab_size: int | None = None) -> Plan:
         weights=held,
         gradients=held,
         buckets=held if mesh.reduced else 0,
-        optimizer=2 * held,  # AdamW's two moments
+        optimizer=num_kept(weightless, state_sizes(weightless, module.optim_config), mesh) * size,
         activations=saved.total(model.activation_checkpoint_every if model.activation_checkpointing else None),
         gathered=num_gathered(weightless, mesh) * size,
         flops_per_token=weightless.flops_per_token(datamodule.seq_len),
@@ -236,6 +237,14 @@ def num_held(model: Transformer, mesh: Mesh) -> int:
     return (whole + cut // mesh.tensor) // (mesh.data if mesh.sharded else 1)
 
 
+def num_kept(model: Transformer, sizes: Mapping[Tensor, int], mesh: Mesh) -> int:
+    """Return how many numbers the optimizer of a weightless model keeps in a process, of `state_sizes` in all."""
+    cut = sum(
+        sizes.get(weight, 0) for block in model.blocks if isinstance(block, Block) for weight in cut_weights(block)
+    )
+    return (sum(sizes.values()) - cut + cut // mesh.tensor) // (mesh.data if mesh.sharded else 1)
+
+
 def num_gathered(model: Transformer, mesh: Mesh) -> int:
     """Return how many parameters, and gradients of some, a process has beyond those for a time."""
     if not mesh.sharded or mesh.data == 1:
@@ -257,9 +266,14 @@ def num_of_block(block: Block, model: Transformer, mesh: Mesh) -> int:
 
 def num_cut(block: Block) -> int:
     """Return how many parameters tensor parallelism would cut."""
+    return sum(weight.numel() for weight in cut_weights(block))
+
+
+def cut_weights(block: Block) -> Iterator[Tensor]:
+    """Yield the weights that tensor parallelism would cut."""
     dense = block.ffn.shared_expert if isinstance(block.ffn, MoE) else block.ffn
     parts: list[Any] = [block.attn, *([dense] if dense is not None else [])]
-    return sum(matrix.weight.numel() for part in parts for matrix in part.matrices())
+    yield from (matrix.weight for part in parts for matrix in part.matrices())
 
 
 def compose_config(overrides: Sequence[str]) -> DictConfig:

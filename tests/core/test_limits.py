@@ -89,7 +89,7 @@ def test_a_model_that_the_machine_cannot_hold_is_refused(tmp_path: Path, monkeyp
     finished = train(tmp_path, *tiny_job())
     assert finished.code == 2
     assert finished.err.startswith("Error: model.dim=32 is not valid: ")
-    assert "parameters with their gradients and AdamW's moments take" in finished.err
+    assert "parameters with gradients and optimizer state take" in finished.err
     assert list(tmp_path.iterdir()) == []
 
 

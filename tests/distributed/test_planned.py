@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from lightning_modules.language_module import LanguageModule
-from lightning_modules.optim import make_optimizer
+from lightning_modules.optimizers import make_optimizer
 from tests.support.models import VOCAB_SIZE, tiny_values
 from tests.support.processes import together
 from tools.plan import Plan, compose_config, plan

@@ -9,7 +9,8 @@ import torch
 
 from core.errors import ConfigError
 from lightning_modules.config import OptimConfig
-from lightning_modules.optim import describe_decay, make_optimizer, make_schedule
+from lightning_modules.optim import describe_decay, make_schedule
+from lightning_modules.optimizers import make_optimizer
 from lightning_modules.transformer import Transformer
 from tests.support.models import VOCAB_SIZE, tiny_config
 

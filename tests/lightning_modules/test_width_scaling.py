@@ -15,11 +15,11 @@ from lightning_modules.composing import register_schemas
 from lightning_modules.config import ModelConfig, MoEConfig, OptimConfig
 from lightning_modules.initialization import initialize
 from lightning_modules.language_module import LanguageModule
-from lightning_modules.optim import make_optimizer
+from lightning_modules.optimizers import make_optimizer
 from lightning_modules.transformer import Transformer
 from lightning_modules.width_scaling import width_scaling
 from tests.support.models import make_module
-from tools.coordinate_check import STEPS, check, spread
+from tools.coordinate_check import STEPS, check, sizes_at, spread
 
 ROOT = Path(__file__).parents[2]
 
@@ -239,3 +239,26 @@ def test_the_best_learning_rate_at_a_small_width_is_the_best_at_a_large_one_and_
     losses = [final_loss(256, lr, "none") for lr in smaller]
     print("none", 256, smaller, [round(loss, 4) for loss in losses])
     assert losses.index(min(losses)) < len(smaller) - 1
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options", "lr"),
+    [("lion", {}, 1e-3), ("muon", {}, 3e-3), ("muon", {"scale": "original"}, 2e-2)],
+    ids=["lion", "muon", "muon, original"],
+)
+def test_updates_of_other_optimizers_do_not_depend_on_the_width_with_mup(
+    optimizer: str, options: dict[str, str], lr: float
+) -> None:
+    """Four times as wide; without it, the logits' change is more than twice as large."""
+    groups = {role: {"lr_factor": 0.1} for role in ("embedding", "head", "norm")} if options else {}
+    largest = {}
+    for kind in ("none", "mup"):
+        sizes = []
+        for width in (64, 128, 256):
+            model = ModelConfig(placement="prenorm", init="megatron", num_layers=2, dim=width, num_heads=width // 32)
+            common = {"lr": lr, "groups": groups, "optimizer": optimizer, "optimizer_options": options}
+            sizes += sizes_at(model, OptimConfig(width_scaling=kind, base_width=64, **common))  # type: ignore[arg-type]
+        largest[kind] = {name: spread(sizes, kind, 5, name, "update") for name in ("hidden", "logits")}
+    assert largest["none"]["logits"] > 2
+    assert largest["mup"]["logits"] < 1.3
+    assert largest["mup"]["hidden"] < 1.2

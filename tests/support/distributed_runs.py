@@ -30,6 +30,7 @@ class Run(NamedTuple):
         save: likewise; it is written after step `save_at`, while the run goes on.
         double: in fp64.
         sources: every other sequence is of another source.
+        optim: more fields of OptimConfig.
     """
 
     strategy: str = "one"
@@ -45,6 +46,7 @@ class Run(NamedTuple):
     options: tuple[tuple[str, Any], ...] = ()  # more fields of ModelConfig
     double: bool = False
     sources: bool = False
+    optim: tuple[tuple[str, Any], ...] = ()
 
     def make_strategy(self) -> Any:
         if self.strategy == "one":
@@ -55,9 +57,11 @@ class Run(NamedTuple):
 
     def make_module(self) -> LanguageModule:
         shares = {"ep": self.num_processes, "mesh": self.num_processes // 2}
-        moe = {"expert_parallel": shares.get(self.strategy, 1)}
-        values = tiny_values(ffn=self.ffn, placement=self.placement, moe=moe, **dict(self.options))
-        return LanguageModule(values, {"warmup_steps": 2, "schedule": "constant", "lr": 1e-2}, vocab_size=257)
+        options = dict(self.options)
+        moe = {"expert_parallel": shares.get(self.strategy, 1), **options.pop("moe", {})}
+        values = tiny_values(ffn=self.ffn, placement=self.placement, moe=moe, **options)
+        optim = {"warmup_steps": 2, "schedule": "constant", "lr": 1e-2, **dict(self.optim)}
+        return LanguageModule(values, optim, vocab_size=257)
 
 
 class Sources:

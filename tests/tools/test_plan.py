@@ -14,7 +14,7 @@ from core.errors import ConfigError
 from lightning_modules.cross_entropy import LARGE_VOCABULARY
 from lightning_modules.language_module import LanguageModule
 from lightning_modules.layers import expert_products
-from lightning_modules.optim import make_optimizer
+from lightning_modules.optimizers import make_optimizer
 from tests.support.models import make_module, tiny_values, tokens
 from tools.plan import PRECISIONS, Plan, compose_config, main, plan
 
@@ -114,6 +114,28 @@ def test_memory_and_flops_are_those_of_a_real_step(name: str) -> None:
     held = now["Total"] - expected.weights - expected.optimizer
     assert expected.activations == pytest.approx(held, rel=0.05)
     del value
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "lion", "torch.optim.SGD"])
+def test_what_another_optimizer_keeps_is_counted(optimizer: str) -> None:
+    sizes = [
+        "model.dim=64",
+        "model.num_layers=2",
+        "data=synthetic",
+        "data.task=copy",
+        "data.vocab_size=50",
+        "data.seq_len=32",
+    ]
+    config = compose_config([*sizes, "trainer.precision=32-true", f"optim.optimizer={optimizer}"])
+    module = LanguageModule(dict(config.model), {**config.optim}, 50)
+    module.configure_model()
+    model: Any = module.model
+    made = make_optimizer(model, module.optim_config)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    made.step()
+    moments = [x for kept in made.state.values() for name, x in kept.items() if x is not None and name != "step"]
+    assert plan(config).optimizer == sum(moment.nbytes for moment in moments)
 
 
 def test_a_7b_run_is_planned_without_its_weights() -> None:
