@@ -36,9 +36,9 @@ META = "meta.pt"
 OLD_INDEX, OLD_CHECKSUM = ".metadata", "metadata.crc32"
 FORMAT, VERSION = "checkpoint in pieces", 1
 MAX_INDEX = 32 << 20  # bytes; room for a million pieces
-MAX_DIMENSIONS = 16
+MAX_DIMENSIONS, MAX_DEPTH = 8, 16  # of a tensor, and of the state that it is in
 MAX_ENTRIES = 1 << 48  # of a tensor
-MAX_CUTS = 2 * MAX_DIMENSIONS  # one within the other, until the pieces of a tensor lie apart
+MAX_CUTS = MAX_DIMENSIONS  # one within the other, until the pieces of a tensor lie apart
 CHUNK = 16 << 20
 
 Path_ = tuple[str | int, ...]
@@ -365,7 +365,7 @@ def _lengths(values: Any) -> tuple[int, ...]:
 
 
 def _path(keys: Any, name: str | None = None) -> Path_:
-    if not isinstance(keys, list | tuple) or not 1 <= len(keys) <= MAX_DIMENSIONS:
+    if not isinstance(keys, list | tuple) or not 1 <= len(keys) <= MAX_DEPTH:
         raise Untrusted("a path in its index is none")
     if any(type(key) not in (str, int) for key in keys) or name not in (None, name_of(tuple(keys))):
         raise Untrusted("a path in its index is none")
