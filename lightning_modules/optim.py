@@ -171,10 +171,23 @@ def make_schedule(config: OptimConfig, num_steps: int) -> Schedule:
 
 
 SETTINGS = (
-    *("initial_lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay"),
-    *("momentum", "nesterov", "matrix_rows", "update_factor", "ns_steps", "ns_coefficients", "ns_eps", "ns_dtype"),
+    "initial_lr",
+    "betas",
+    "eps",
+    "weight_decay",
+    "amsgrad",
+    "maximize",
+    "decoupled_weight_decay",
+    "momentum",
+    "nesterov",
+    "matrix_rows",
+    "update_factor",
+    "ns_steps",
+    "ns_coefficients",
+    "ns_eps",
+    "ns_dtype",
 )
-"""Of a group of parameters, what this run's configuration decides, and a checkpoint repeats."""
+"""The settings of a group of parameters that the run's configuration decides, and that a checkpoint repeats."""
 
 
 def group_settings(optimizer: torch.optim.Optimizer, config: OptimConfig) -> list[dict[str, Any]]:
