@@ -227,8 +227,14 @@ def test_a_scaled_loss_gives_the_same_step_and_none_where_it_overflows(optimizer
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("matrix_rows", 8), ("matrix_rows", None), ("update_factor", -1.0), ("ns_dtype", "float64")),
-        *(("ns_steps", 99), ("ns_coefficients", [1.0, 2.0, 3.0]), ("momentum", 0.0), ("nesterov", False)),
+        ("matrix_rows", 8),
+        ("matrix_rows", None),
+        ("update_factor", -1.0),
+        ("ns_dtype", "float64"),
+        ("ns_steps", 99),
+        ("ns_coefficients", [1.0, 2.0, 3.0]),
+        ("momentum", 0.0),
+        ("nesterov", False),
         ("maximize", True),
     ],
 )
