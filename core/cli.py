@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from core import overrides, sweep
 from core.dataclass_cli import describe_fields, parse_fields
@@ -183,6 +183,10 @@ def explain(error: BaseException) -> str:
     while chain is not None:
         if isinstance(chain, UserError):
             return str(chain)
+        if isinstance(chain, InterpolationResolutionError) and (
+            wrong := overrides.broken_reference(str(chain.full_key), str(chain.msg).splitlines()[0], sys.argv[1:])
+        ):
+            return str(wrong)
         if isinstance(chain, OmegaConfBaseException) and chain.full_key:
             return str(explain_omegaconf(chain, value=_given(chain)))
         chain = chain.__cause__

@@ -1,5 +1,6 @@
 """Command lines in Hydra's grammar: which of their overrides is at fault, and what it set a field to."""
 
+import re
 import sys
 from collections.abc import Iterable
 from functools import cache
@@ -11,7 +12,7 @@ from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from core.errors import ConfigError, require, suggest
+from core.errors import ConfigError, InvalidValue, require, suggest
 from core.moved import rename_fields
 
 GRAMMAR = "FIELD=VALUE, +FIELD=VALUE for a new field, or ~FIELD to leave one out"
@@ -121,6 +122,24 @@ def not_a_choice(arguments: Iterable[str]) -> ConfigError | None:
         if wrong and names:
             without = f"; ~{group} leaves it out" if override.value() is None else ""
             return ConfigError(group, text, f"{suggest(text, names)}, or a list of such names{without}")
+    return None
+
+
+def broken_reference(field: str, message: str, arguments: Iterable[str]) -> ConfigError | None:
+    """Return the error of the override that made a reference fail; None where none did, or the field's own did.
+
+    Args:
+        field: the field in which the reference was resolved; it may only lead to the one that was overridden.
+        message: what OmegaConf says of it, with the name or variable that is not there in quotes.
+        arguments: of the command line.
+    """
+    missing = re.findall(r"'([\w.:-]+)'", message)
+    for override in parse(arguments):
+        name, text = str(override.key_or_group), str(override.input_line).partition("=")[2]
+        if override.is_delete() and name in missing:
+            return InvalidValue("argument", override.input_line, f"{field} refers to it, and has to be set besides")
+        if name != field and "${" in text and any(part in text for part in missing):
+            return InvalidValue(name, text, message)
     return None
 
 
