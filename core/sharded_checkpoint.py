@@ -134,10 +134,9 @@ class Pieces:
         return joined(self.plain_values(), {saved.path: self.whole(name) for name, saved in self.tensors.items()})
 
     def _open(self, name: str) -> Any:
-        """Return a file of safetensors, which that library opens after holding all sizes in its header against it."""
+        """Return one of the folder's files, which stays open."""
         if name not in self._opened:
-            open_regular(self.folder / name).close()
-            self._opened[name] = safe_open(self.folder / name, framework="pt")
+            self._opened[name] = open_safetensors(self.folder / name)
         return self._opened[name]
 
     def _archive(self, piece: Piece) -> bytes:
@@ -145,6 +144,12 @@ class Pieces:
         with open_regular(self.folder / piece.file) as file:
             file.seek(piece.start)
             return file.read(piece.length)
+
+
+def open_safetensors(path: Path) -> Any:
+    """Return a file of safetensors, which that library opens after holding all sizes in its header against it."""
+    open_regular(path).close()  # safe_open would wait for a pipe
+    return safe_open(path, framework="pt")
 
 
 def is_there(folder: Path) -> bool:

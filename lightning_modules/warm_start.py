@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from core.checkpoint import load
 from core.errors import ConfigError, one_line, require
 from core.printable import printable
-from core.untrusted import MIB, Untrusted, open_regular, read_json
+from core.sharded_checkpoint import open_safetensors
+from core.untrusted import MIB, Untrusted, read_json
 
 FIELD = "init_from"
 VALID = (
@@ -132,9 +133,8 @@ def _files_of(index: Path) -> set[str]:
 def _read_files(paths: list[Path]) -> dict[str, Tensor]:
     weights = {}
     for path in paths:
-        open_regular(path).close()  # safe_open would wait for a pipe
         try:
-            with safe_open(path, "pt") as file:
+            with open_safetensors(path) as file:
                 weights.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
         except SafetensorError as error:
             raise Untrusted(f"{path.name}: {one_line(error)}") from error

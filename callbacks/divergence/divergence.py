@@ -72,7 +72,7 @@ class Divergence(L.Callback):
         self.run_dir, self.policy_name, self.policy = run_dir, policy, scheme(**options)
         self.detectors = Detectors(loss_threshold, gradient_threshold, climb_threshold)
         self.groups, self.events = GroupHistory(), EventLog(run_dir)
-        self._one_step: StepOverride | None = None
+        self._step_override: StepOverride | None = None
         self._last_batch = False
         self._loss: Tensor | None = None
 
@@ -81,7 +81,7 @@ class Divergence(L.Callback):
         self.policy.check_run(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._one_step = StepOverride(trainer.optimizers[0])
+        self._step_override = StepOverride(trainer.optimizers[0])
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -98,7 +98,7 @@ class Divergence(L.Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        assert self._one_step is not None
+        assert self._step_override is not None
         statistics = gradient_statistics(trainer, pl_module)
         # The norm too, although all should have the same: a single process in trouble must not decide alone.
         loss, norm = _reduce(trainer, [*statistics.carried[CARRIED], statistics.total_norm], "mean")
@@ -111,7 +111,7 @@ class Divergence(L.Callback):
         step = Step(
             trainer=trainer,
             pl_module=pl_module,
-            step_override=self._one_step,
+            step_override=self._step_override,
             number=trainer.global_step + 1,
             loss=loss,
             statistics=statistics._replace(total_norm=norm),
