@@ -24,6 +24,7 @@ FIGURES = (
     "val_perplexity",
     "val_bits_per_byte",
     "bigram_loss",
+    "unigram_loss",
     "tokens_per_second",
     "seconds",
 )

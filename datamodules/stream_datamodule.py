@@ -146,3 +146,7 @@ class StreamDataModule(L.LightningDataModule):
     def baseline_loss(self) -> float | None:
         """Return a bigram model's validation loss in nats per token; None where there is none."""
         return None
+
+    def unigram_loss(self) -> float | None:
+        """Return the validation loss, in nats per token, of the tokens' frequencies; None: not counted."""
+        return None

@@ -1,6 +1,7 @@
 """The DataModule of one prepared corpus: shuffled training stream, fixed validation sample."""
 
 from abc import abstractmethod
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from core.errors import require
-from datamodules.bigram import MAX_VOCABULARY, bigram_loss
+from datamodules.counting import MAX_VOCABULARY, bigram_loss, unigram_loss
 from datamodules.index import Index
 from datamodules.samples import ShuffledSplit
 from datamodules.shards import Split
@@ -110,8 +111,12 @@ class TokenDataModule(StreamDataModule):
 
     def baseline_loss(self) -> float | None:
         """Return a bigram model's validation loss in nats per token; None where the vocabulary is too large for one."""
-        if self.vocab_size > MAX_VOCABULARY:
-            return None
+        return self._counting_loss(bigram_loss) if self.vocab_size <= MAX_VOCABULARY else None
+
+    def unigram_loss(self) -> float | None:
+        return self._counting_loss(unigram_loss)
+
+    def _counting_loss(self, measure: Callable[..., float]) -> float:
         stream = TokenStream(self.samples("val"), self.batch_size)
         samples: npt.NDArray[np.int64] = np.concatenate([stream.read(n)["tokens"] for n in range(self.num_val_batches)])
-        return bigram_loss(self.split("train").head(BASELINE_TOKENS), samples, self.vocab_size)
+        return measure(self.split("train").head(BASELINE_TOKENS), samples, self.vocab_size)

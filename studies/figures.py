@@ -9,9 +9,9 @@ from typing import Any
 
 from core.atomic_write import write_whole
 from core.printable import printable
-from studies.grid import Study
+from studies.grid import LEARNING_RATE, Point, Study
 from studies.record import Record
-from studies.tables import Cell, Point
+from studies.tables import Cell, Grids, tuned
 
 Profile = tuple[list[float], list[float]]
 """Depth as a share of the blocks, and the value there."""
@@ -116,6 +116,52 @@ def draw_trend(study: Study, grid: Mapping[Point, Cell], output: Path) -> None:
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
+    _save(figure, output)
+
+
+def draw_rates(study: Study, known: Grids, output: Path) -> None:
+    """Draw final validation loss against the learning rate, a panel for each point of the other axes.
+
+    Bands span the seeds, a star marks each scheme's best rate, crosses on top the rates at which a run failed.
+    """
+    plt = pyplot()
+    at = list(study.axes).index(LEARNING_RATE)
+    first = 0 if at else 1
+    rows = list(list(study.axes.values())[first]) if len(study.axes) > 1 else [""]
+    others = [list(labels) for i, labels in enumerate(study.axes.values()) if i not in (at, first)]
+    panels = list(itertools.product(*others))
+    across = min(3, len(panels))
+    down = -(-len(panels) // across)
+    figure, all_axes = plt.subplots(
+        down, across, figsize=_size(2 + 4.5 * across, 4 * down), sharey=True, squeeze=False, layout="constrained"
+    )
+    grid = known.selection
+    best = tuned(study, grid)
+    means = [cell.mean for cell in grid.values() if cell.mean is not None]
+    top = max(means, default=1.0) + 0.1
+    rates = list(study.axes[LEARNING_RATE])
+    for panel, axes in zip(panels, all_axes.flat, strict=False):
+        for i, row in enumerate(rows):
+            point = [row, *panel] if len(study.axes) > 1 else [*panel]
+            cells = [grid[(*point[:at], rate, *point[at:])] for rate in rates]
+            known_at = [(j, c) for j, c in enumerate(cells) if c.mean is not None]
+            label, color = drawn_label(row), f"C{i}"
+            if known_at:
+                where = [j for j, _ in known_at]
+                axes.plot(where, [c.mean for _, c in known_at], color=color, marker="o", label=label)
+                low, high = zip(*((min(c.losses.values()), max(c.losses.values())) for _, c in known_at), strict=True)
+                axes.fill_between(where, low, high, color=color, alpha=0.2)
+            failed = [j + 0.05 * i for j, c in enumerate(cells) if c.failed]
+            axes.plot(failed, [top] * len(failed), "x", color=color, label=None if known_at else label)
+            chosen = best.get(tuple(point))
+            if chosen is not None:
+                axes.plot(rates.index(chosen[at]), grid[chosen].mean, "*", color=color, markersize=14)
+        axes.set_xticks(range(len(rates)), [drawn_label(rate) for rate in rates])
+        axes.set(title=drawn_label(" ".join(panel)), xlabel="learning rate")
+        axes.grid(alpha=0.3)
+    all_axes[0, 0].set_ylabel("final validation loss (crosses on top: failed)")
+    handles, labels = all_axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper")
     _save(figure, output)
 
 

@@ -9,27 +9,42 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, ConfigDict, Field
 
+from analysis.stability import clipped_share, extreme_gradient_norm, spikes_per_10000
 from core.atomic_write import write_whole
-from core.untrusted import MIB, Untrusted, read_json
+from core.untrusted import MIB, Untrusted, read_json, read_yaml
 from studies.decay import Decay
 from studies.grid import Label, Override, Planned, Seed
 from tools.compare import LATE, Run
 from tools.curves import has_curves
 
-FINISHED, NO_NUMBER, ROSE, UNLEARNED, BROKEN = "finished", "no number", "rose", "unlearned", "broken"
+FINISHED, SPIKING, SLOW = "finished", "spiking", "slow"
+COLLAPSED, DIVERGED, BROKEN = "collapsed", "diverged", "broken"
 FAILURES = {
-    NO_NUMBER: "the loss is no finite number at the end",
-    ROSE: "the training loss of the last tenth is more than 10 % above that of the best tenth before it",
-    UNLEARNED: "the final validation loss is not below that of counted byte pairs",
+    DIVERGED: "the loss is no finite number at the end, or the training loss of the last tenth is more than 10 % above "
+    "that of the best tenth before it",
+    COLLAPSED: "the final validation loss is nearer to that of counted tokens than to that of counted pairs: the model "
+    "uses hardly anything of the context",
     BROKEN: "the process ended before the last step",
 }
-"""When training has failed. A run that ends otherwise is finished."""
+"""When training has failed, in the order in which it is looked at."""
+BLEMISHES = {
+    SLOW: "the final validation loss is not below that of counted pairs, and nearer to it than to that of counted "
+    "tokens: the model learns, and has not learned much in so few steps",
+    SPIKING: "more than one in a hundred steps is a spike (analysis/stability.py)",
+}
+"""What is said of a run that has ended with a loss like any other."""
+STATUSES = (FINISHED, *FAILURES, *BLEMISHES)
+FORMER_STATUSES = {"no number": DIVERGED, "rose": DIVERGED, "unlearned": SLOW}
+"""Of records that were written before the two were told apart."""
 RISE = 1.1
+MANY_SPIKES = 100
+"""In 10,000 steps."""
 BY_BLOCK = (
     "gradients/block_{}/all",
     "signal/block_{}/variance",
     "signal/block_{}/attn_ratio",
     "signal/block_{}/ffn_ratio",
+    "signal/block_{}/max",
     "signal/block_{}/variance_theory",
     "representation/block_{}/token_cosine",
     "representation/block_{}/effective_rank",
@@ -41,8 +56,9 @@ MAX_BYTES = 4 * MIB
 
 
 def _known(status: str) -> str:
-    if status != FINISHED and status not in FAILURES:
-        raise ValueError(f"expected one of {', '.join((FINISHED, *FAILURES))}")
+    status = FORMER_STATUSES.get(status, status)
+    if status not in STATUSES:
+        raise ValueError(f"expected one of {', '.join(STATUSES)}")
     return status
 
 
@@ -60,17 +76,22 @@ class Record:
 
     Attributes:
         name, point, seed, overrides: as planned.
-        status: finished, or why training failed: FAILURES.
+        status: finished, or what else it came to: FAILURES, BLEMISHES.
         reason: of a broken run, the last line it said.
         folder: the run's.
         val_loss: at the end, nats per token; None where it is no number.
-        bigram_loss: of the corpus; None where it is not known.
+        bigram_loss, unigram_loss: of the corpus; None where they are not known.
         parameters: of the model.
         seconds: of training, in the last process.
         tokens_per_second: likewise.
         train_loss: (steps, losses), each the mean since the one before; at most MAX_POINTS.
         by_block: {tag with {} for the block: {step: {block: value}}}, at MAX_TIMES of each monitor's steps.
         decay: of the gradient at initialization; None: not measured.
+        first_loss: of the first step's training batch, nats per token.
+        spikes: per 10,000 steps; None of a run too short to say, or not logged at every step.
+        grad_norm_p999: 99.9th percentile of the gradient norm before clipping.
+        clipped: share of the steps whose gradient was clipped; None without clipping.
+        largest_activation: magnitude in any block's hidden state, at the steps when it was looked at.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -94,10 +115,24 @@ class Record:
         default_factory=dict
     )
     decay: Decay | None = None
+    unigram_loss: Loss | None = None
+    first_loss: Loss | None = None
+    spikes: Annotated[float, Field(ge=0, le=10_000)] | None = None
+    grad_norm_p999: float | None = None
+    clipped: Annotated[float, Field(ge=0, le=1)] | None = None
+    largest_activation: float | None = None
 
     @property
-    def finished(self) -> bool:
-        return self.status == FINISHED
+    def start(self) -> float:
+        """Loss at the start: the first step's, or the first of the thinned curve in records of before; NaN: neither."""
+        if self.first_loss is not None:
+            return self.first_loss
+        return self.train_loss[1][0] if self.train_loss[1] else math.nan
+
+    @property
+    def failed(self) -> bool:
+        """Whether its loss is no result: a mean over seeds that left it out would hide the failure."""
+        return self.status in FAILURES
 
     def save(self, path: Path) -> None:
         """Write the record as JSON; whole or not at all."""
@@ -139,35 +174,70 @@ def collect(planned: Planned, folder: Path, broken: str | None = None) -> Record
     _, validation = run.curve("val/loss")
     summary = run.summary
     val_loss = validation[-1] if validation and math.isfinite(validation[-1]) else None
+    every_step = steps == list(range(steps[0], steps[0] + len(steps))) if steps else False
+    spikes = spikes_per_10000(losses) if every_step else None
+    baselines = (summary.get("bigram_loss"), summary.get("unigram_loss"))
+    _, norms = run.curve("optim/grad_norm")
+    limit = _clip_limit(folder)
     return Record(
         **identity,
-        status=BROKEN if broken is not None else judge(losses, val_loss, summary.get("bigram_loss")),
+        status=BROKEN if broken is not None else judge(losses, val_loss, *baselines, spikes),
         reason=broken or "",
         val_loss=_rounded(val_loss),
-        bigram_loss=_rounded(summary.get("bigram_loss")),
+        bigram_loss=_rounded(baselines[0]),
+        unigram_loss=_rounded(baselines[1]),
         parameters=summary.get("parameters"),
         seconds=_rounded(summary.get("seconds")),
         tokens_per_second=_rounded(summary.get("tokens_per_second")),
         train_loss=_thinned(steps, losses),
         by_block=_by_block(run),
+        first_loss=_finite(losses[0]) if losses else None,
+        spikes=_rounded(spikes),
+        grad_norm_p999=_rounded(extreme_gradient_norm(norms)),
+        clipped=_rounded(clipped_share(norms, limit)) if limit else None,
+        largest_activation=_largest_activation(run),
     )
 
 
-def judge(train_loss: list[float], val_loss: float | None, bigram_loss: float | None) -> str:
-    """Return finished, or why training failed, of a run that came to its last step.
+def _clip_limit(folder: Path) -> float | None:
+    """Return trainer.gradient_clip_val of the run's configuration, read as data; None: nothing was clipped."""
+    config = read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else None
+    trainer = config.get("trainer") if isinstance(config, dict) else None
+    limit = trainer.get("gradient_clip_val") if isinstance(trainer, dict) else None
+    return float(limit) if isinstance(limit, int | float) and 0 < limit < math.inf else None
+
+
+def _largest_activation(run: Run) -> float | None:
+    curves = (run.curve(f"signal/block_{block}/max")[1] for block in range(1, MAX_BLOCKS))
+    return _finite(max((value for values in curves for value in values), default=math.nan))
+
+
+def judge(
+    train_loss: list[float],
+    val_loss: float | None,
+    bigram_loss: float | None,
+    unigram_loss: float | None,
+    spikes: float | None = None,
+) -> str:
+    """Return what a run has come to that reached its last step: one of STATUSES.
 
     Args:
         train_loss: at each logged step.
         val_loss: at the end; None: no finite number.
-        bigram_loss: None: not known.
+        bigram_loss, unigram_loss: validation loss of counted pairs and of counted tokens; None: not known.
+        spikes: per 10,000 steps; None: not known.
     """
     if val_loss is None or not train_loss or not math.isfinite(train_loss[-1]):
-        return NO_NUMBER
+        return DIVERGED
     size = max(1, round(LATE * len(train_loss)))
     tenths = [statistics.fmean(train_loss[end - size : end]) for end in range(size, len(train_loss) + 1)]
     if tenths[-1] > RISE * min(mean for mean in tenths if math.isfinite(mean)):
-        return ROSE
-    return UNLEARNED if bigram_loss is not None and val_loss >= bigram_loss else FINISHED
+        return DIVERGED
+    if bigram_loss is not None and unigram_loss is not None and val_loss >= (bigram_loss + unigram_loss) / 2:
+        return COLLAPSED
+    if bigram_loss is not None and val_loss >= bigram_loss:
+        return SLOW
+    return SPIKING if spikes is not None and spikes > MANY_SPIKES else FINISHED
 
 
 def _by_block(run: Run) -> dict[str, dict[str, dict[str, float]]]:
@@ -186,6 +256,10 @@ def _thinned(steps: list[int], losses: list[float]) -> tuple[list[int], list[flo
     starts = range(0, len(steps) - every + 1, every)
     means = [_rounded(statistics.fmean(losses[i : i + every])) for i in starts]
     return [steps[i + every - 1] for i in starts], means
+
+
+def _finite(value: float) -> float | None:
+    return _rounded(value) if math.isfinite(value) else None
 
 
 def _rounded(value: Any) -> Any:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from analysis.stability import learning_rate_sensitivity
 from core import cli
 from core.atomic_write import write_whole
 from core.dataclass_cli import FIRST
@@ -40,15 +41,22 @@ from studies.document import (
     html,
     markdown,
 )
-from studies.grid import Planned, Study
-from studies.record import FAILURES, Record, collect
-from studies.tables import LEARNING_RATE, Cell, Point, cells, compare, tuned
+from studies.grid import LEARNING_RATE, Planned, Point, Study
+from studies.record import BLEMISHES, FAILURES, Record, collect
+from studies.tables import Cell, Comparison, Grids, compare, corrected, grids, judging_runs, tuned
 
 SURE = 0.05
 MAX_DEPTH_PICTURES = 12
 """Pictures over depth, one for each point of the other axes; further ones are left out, which the report says."""
 MAX_DRAWN = 1000
 """Points of a grid that is drawn; the tables have all of a larger one."""
+STABILITY = (
+    ("spikes", "spikes"),
+    ("grad_norm_p999", "gradient norm, p99.9"),
+    ("clipped", "clipped"),
+    ("largest_activation", "largest activation"),
+)
+"""Fields of a record, and what their columns are called."""
 NAMED = 20
 """Of the runs that are left out."""
 
@@ -79,8 +87,16 @@ def load(folder: Path) -> tuple[Study, list[Record], dict[str, str]]:
     if not path.exists():
         valid = "the folder of a study's records or runs, as results/studies/STUDY/SCALE: it holds a study.yaml"
         raise ConfigError("RUNS", str(folder), valid)
-    study, records, unfinished = Study.load(path), [], {}
-    for run in study.runs():
+    study = Study.load(path)
+    records: list[Record] = []
+    unfinished: dict[str, str] = {}
+    _collect(study.runs(), folder, records, unfinished)
+    _collect(judging_runs(study, records), folder, records, unfinished)
+    return study, records, unfinished
+
+
+def _collect(runs: Sequence[Planned], folder: Path, records: list[Record], unfinished: dict[str, str]) -> None:
+    for run in runs:
         path = folder / f"{run.name}.json"
         try:
             if path.exists():
@@ -91,7 +107,6 @@ def load(folder: Path) -> tuple[Study, list[Record], dict[str, str]]:
                 unfinished[run.name] = "it has not ended"
         except (UserError, OSError) as error:  # cut off, of another make, or something else
             unfinished[run.name] = str(error)
-    return study, records, unfinished
 
 
 def _checked(record: Record, run: Planned, path: Path) -> Record:
@@ -114,17 +129,16 @@ def write(folder: Path, output: Path | None = None) -> Path:
     study, records, unfinished = load(folder)
     for name, reason in list(unfinished.items())[:NAMED]:
         print(f"Left out: {printable(name)}: {printable(reason)}", file=sys.stderr)
-    blocks = compile_report(study, cells(study, records), list(unfinished), folder, output)
+    blocks = compile_report(study, grids(study, records), list(unfinished), folder, output)
     report = output / "report.md"
     write_whole(report, lambda unfinished: unfinished.write_text(markdown(blocks)))
     write_whole(output / "report.html", lambda unfinished: unfinished.write_text(html(blocks, output)))
     return report
 
 
-def compile_report(
-    study: Study, grid: dict[Point, Cell], unfinished: Sequence[str], folder: Path, output: Path
-) -> list[Block]:
+def compile_report(study: Study, known: Grids, unfinished: Sequence[str], folder: Path, output: Path) -> list[Block]:
     """Return what the report says; its pictures are drawn into `output`."""
+    grid = known.every
     small = len(grid) <= MAX_DRAWN
 
     def draw(name: str, title: str, drawing: figures.Draw) -> Block:
@@ -138,16 +152,18 @@ def compile_report(
         Paragraph(study.question),
         _extent(study, grid, unfinished),
         Heading("Final validation loss"),
-        Paragraph("Nats per token: mean ± standard deviation over seeds (how many)."),
-        _loss_table(study, grid),
-        draw("map", "What each point came to", partial(figures.draw_map, study, grid)),
+        Paragraph(f"Nats per token: mean ± standard deviation over seeds (how many){_which_seeds(study)}."),
+        _loss_table(study, known.selection),
+        draw("map", "What each point came to", partial(figures.draw_map, study, known.selection)),
     ]
     if len(study.axes) > 1:
-        blocks.append(draw("trend", "Across the second axis", partial(figures.draw_trend, study, grid)))
+        blocks.append(draw("trend", "Across the second axis", partial(figures.draw_trend, study, known.selection)))
     if LEARNING_RATE in study.axes:
-        blocks += [Heading("Each at its own best learning rate"), _tuned_table(study, grid)]
+        blocks += [Heading("Each at its own best learning rate"), *_tuned_table(study, known)]
+        blocks.append(draw("rates", "Loss against learning rate", partial(figures.draw_rates, study, known)))
     if study.baseline is not None:
-        blocks += [Heading(f"Against {study.baseline}"), *_comparisons(study, grid)]
+        blocks += [Heading(f"Against {study.baseline}"), *_comparisons(study, known)]
+    blocks += [Heading("Stability"), *_stability(grid)]
     blocks += [Heading("Training failure"), *_failures(grid)]
     blocks += [Heading("Curves"), draw("curves", "Training loss", partial(figures.draw_curves, study, grid))]
     blocks.append(Heading("Over depth"))
@@ -172,8 +188,11 @@ def _extent(study: Study, grid: dict[Point, Cell], unfinished: Sequence[str]) ->
     found = sum(len(cell.records) for cell in grid.values())
     planned = sum(cell.planned for cell in grid.values())
     failed = sum(len(cell.failed) for cell in grid.values())
+    seeds = f"{len(study.select_seeds or study.seeds)} seeds"
+    if study.select_seeds:
+        seeds += f", and each best learning rate x {len(study.seeds)} other seeds"
     words: list[Inline] = [
-        f"{planned} runs are planned ({' x '.join(study.axes)} x {len(study.seeds)} seeds); {found} have ended, of "
+        f"{planned} runs are planned ({' x '.join(study.axes)} x {seeds}); {found} have ended, of "
         f"which training failed in {failed}."
     ]
     if found < planned:
@@ -195,8 +214,12 @@ def _linked(cell: Cell) -> Words:
     return Link(str(cell), "#runs") if cell.records else str(cell)
 
 
-def _tuned_table(study: Study, grid: dict[Point, Cell]) -> Table:
-    best = tuned(study, grid)
+def _which_seeds(study: Study) -> str:
+    return ", of the seeds that select the learning rate" if study.select_seeds else ""
+
+
+def _tuned_table(study: Study, known: Grids) -> list[Block]:
+    grid, best = known.selection, tuned(study, known.selection)
     at = list(study.axes).index(LEARNING_RATE)
     others = [axis for axis in study.axes if axis != LEARNING_RATE]
     rates = list(study.axes[LEARNING_RATE])
@@ -206,41 +229,104 @@ def _tuned_table(study: Study, grid: dict[Point, Cell]) -> Table:
         lasting = [rate for rate, cell in zip(rates, every, strict=True) if cell.mean is not None]
         if point not in best:
             words = "none without a failure" if any(cell.records for cell in every) else "no run yet"
-            rows.append([" ".join(point), "-", words, "-"])
+            rows.append([" ".join(point), "-", words, "-", _sensitivity(every)])
             continue
         rate = best[point][at]
         edge = " (at the edge of the grid)" if rate in (rates[0], rates[-1]) else ""
-        rows.append([" ".join(point), f"{rate}{edge}", str(grid[best[point]]), ", ".join(lasting)])
-    return Table([" / ".join(others), "best learning rate", "loss there", "rates without a failure"], rows)
+        loss = str(known.judged[best[point]]) or "no run yet"
+        rows.append([" ".join(point), f"{rate}{edge}", loss, ", ".join(lasting), _sensitivity(every)])
+    header = [" / ".join(others), "best learning rate", "loss there", "rates without a failure", "sensitivity"]
+    words = (
+        "Sensitivity (2309.14322): mean over the rates of the final loss less the best one's, in nats per token; a run "
+        "that ends above the loss at the start counts as one that stayed there. It depends on the rates that were "
+        "tried, and is small too where all are bad."
+    )
+    if study.select_seeds:
+        selecting, judging = _listed(study.select_seeds), _listed(study.seeds)
+        words = f"The rate is selected with seeds {selecting}, the loss is that of seeds {judging}. {words}"
+    else:
+        words = f"The rate is selected by the seeds that judge it, which flatters each a little. {words}"
+    return [Paragraph(words), Table(header, rows)]
 
 
-def _comparisons(study: Study, grid: dict[Point, Cell]) -> list[Block]:
-    """Point by point, or, where learning rates are tuned, best against best."""
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _sensitivity(cells: Sequence[Cell]) -> str:
+    """Return the mean over seeds of one scheme's sensitivity; cells are its learning rates'."""
+    by_seed: dict[int, list[Record]] = {}
+    for record in (record for cell in cells for record in cell.records):
+        by_seed.setdefault(record.seed, []).append(record)
+    whole = [records for records in by_seed.values() if len(records) == len(cells)]
+    if not whole or len(cells) < 2:
+        return "-"
+    starts = [[record.start for record in records] for records in whole]
+    found = [
+        learning_rate_sensitivity([record.val_loss for record in records], max(start))
+        for records, start in zip(whole, starts, strict=True)
+    ]
+    return f"{statistics.fmean(found):.3f}"
+
+
+def _comparisons(study: Study, known: Grids) -> list[Block]:
+    """Compare point by point, or, where learning rates are tuned, best against best."""
     assert study.baseline is not None
     tuning = LEARNING_RATE in study.axes
-    best = tuned(study, grid) if tuning else {}
-    chosen = {rest: best.get(rest) for rest in best} if tuning else {point: point for point in grid}
-    rows: list[list[Words]] = []
+    grid = known.judged
+    chosen = tuned(study, known.selection) if tuning else {point: point for point in grid}
+    compared: list[tuple[Point, Comparison | None]] = []
     for point, ours in chosen.items():
-        theirs = chosen.get((study.baseline, *point[1:]))
-        if point[0] == study.baseline or ours is None:
-            continue
-        found = compare(grid[ours], grid[theirs]) if theirs is not None else None
-        if found is None:
-            rows.append([*point, "-", "-", "failed in one of the two, or no seed in common"])
-            continue
-        p = "-" if found.p is None else f"{found.p:.3f}"
-        sure = found.p is not None and found.p < SURE
-        verdict = ("better" if found.difference < 0 else "worse") if sure else "not told apart"
-        rows.append([*point, f"{found.difference:+.3f} ({found.seeds})", p, verdict])
+        if point[0] != study.baseline:
+            theirs = chosen.get((study.baseline, *point[1:]))
+            compared.append((point, compare(grid[ours], grid[theirs]) if theirs is not None else None))
+    claims = [point for point, _ in compared if point[0] in study.family or not study.family]
+    adjusted = dict(zip(claims, corrected([found for point, found in compared if point in claims]), strict=True))
+    rows = [[*point, *_compared(found, point in adjusted, adjusted.get(point))] for point, found in compared]
     axes = [axis for axis in study.axes if not (tuning and axis == LEARNING_RATE)]
+    family = f"those of {', '.join(study.family)}" if study.family else "all rows"
     words = (
-        "Difference of the final validation loss, paired by seed (how many), and the two-sided p of the paired t-test; "
-        f"below {SURE} it counts, without a correction for the number of rows. With two or three seeds only large, "
-        "even differences can be told apart."
+        "Difference of the final validation loss, paired by seed (how many), with its 95 % interval, and the "
+        f"two-sided p of the paired t-test, corrected by Holm over {family}; below {SURE} it counts. Detectable is the "
+        "true difference that this many seeds would find in four cases of five, by the deviation that was seen."
     )
     words += " Each at its own best learning rate." if tuning else ""
-    return [Paragraph(words), Table([*axes, "difference", "p", "verdict"], rows)]
+    header = [*axes, "difference", "95 % interval", "p", "p, Holm", "detectable", "verdict"]
+    return [Paragraph(words), Table(header, rows)]
+
+
+def _compared(found: Comparison | None, claimed: bool, adjusted: float | None) -> list[str]:
+    if found is None:
+        return ["-", "-", "-", "-", "-", "failed in one of the two, or no seed in common"]
+    difference = f"{found.difference:+.3f} ({found.seeds})"
+    if found.interval is None or found.p is None or found.detectable is None:
+        return [difference, "-", "-", "-", "-", "not told apart"]
+    low, high = found.interval
+    figures = [difference, f"{low:+.3f} to {high:+.3f}", f"{found.p:.3f}"]
+    if not claimed or adjusted is None:
+        return [*figures, "-", f"{found.detectable:.3f}", "no claim of this study"]
+    better = "better" if found.difference < 0 else "worse"
+    return [*figures, f"{adjusted:.3f}", f"{found.detectable:.3f}", better if adjusted < SURE else "not told apart"]
+
+
+def _stability(grid: dict[Point, Cell]) -> list[Block]:
+    words = (
+        "Means over the runs of a point: spikes of the training loss in 10,000 steps, 99.9th percentile of the "
+        "gradient norm before clipping, share of the steps that were clipped, largest activation in any block. A dash: "
+        "older records have none of these, and a run of less than 201 steps has no spikes."
+    )
+    rows: list[list[Words]] = []
+    for point, cell in grid.items():
+        columns = [[getattr(record, name) for record in cell.records] for name, _ in STABILITY]
+        if any(value is not None for values in columns for value in values):
+            rows.append([" ".join(point), *(_mean(values) for values in columns)])
+    header = ["", *(title for _, title in STABILITY)]
+    return [Paragraph(words), Table(header, rows)] if rows else [Paragraph("These records have none of its figures.")]
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    found = [value for value in values if value is not None]
+    return f"{statistics.fmean(found):.3g}" if found else "-"
 
 
 def _failures(grid: dict[Point, Cell]) -> list[Block]:
@@ -248,7 +334,19 @@ def _failures(grid: dict[Point, Cell]) -> list[Block]:
     failed = [record for cell in grid.values() for record in cell.failed]
     rows = [[record.name, record.status, record.reason] for record in failed]
     found = Table(["run", "failure", "what it said"], rows) if rows else Paragraph("None of these runs failed.")
-    return [Paragraph(["Training has failed (", Code("studies/record.py"), ") where"]), definition, found]
+    blemished = [record for cell in grid.values() for record in cell.records if record.status in BLEMISHES]
+    blocks: list[Block] = [
+        Paragraph(["Training has failed (", Code("studies/record.py"), ") where"]),
+        definition,
+        found,
+    ]
+    if blemished:
+        blocks += [
+            Paragraph("These have not failed, and are marked:"),
+            Bullets([[Strong(name), f": {words}."] for name, words in BLEMISHES.items()]),
+            Table(["run", "mark"], [[record.name, record.status] for record in blemished]),
+        ]
+    return blocks
 
 
 def _decays(grid: dict[Point, Cell]) -> dict[str, Decay]:

@@ -33,6 +33,7 @@ from core.run_folder import LAST
 from studies.decay import LARGEST_BUILT, measure
 from studies.grid import Planned, Study, read
 from studies.record import BROKEN, Record, collect
+from studies.tables import judging_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -63,6 +64,10 @@ class Plan(NamedTuple):
     results: Path
     runs: Path
 
+    def record_of(self, run: Planned) -> Path:
+        """Return the path of a run's record."""
+        return self.results / f"{run.name}.json"
+
 
 def plan_of(config: DictConfig) -> Plan:
     """Return the plan of a composed configs/study.yaml."""
@@ -92,11 +97,11 @@ def planned(overrides: list[str]) -> Plan:
 def run_one(config: DictConfig) -> None:
     """Train the run named `run`, as a job of the sweep."""
     plan = plan_of(config)
-    runs = {run.name: run for run in plan.study.runs()}
+    runs = {run.name: run for run in known_runs(plan)}
     if config.run not in runs:
         raise ConfigError("run", config.run, suggest(str(config.run), runs))
     run = runs[config.run]
-    folder, path = plan.runs / run.name, plan.results / f"{run.name}.json"
+    folder, path = plan.runs / run.name, plan.record_of(run)
     with held(folder):
         if not is_done(path, run):
             record = train(run, folder, config.threads)
@@ -122,6 +127,15 @@ def with_decay(record: Record) -> Record:
             f"{record.name}: no gradient at initialization: {printable(one_line(error))}", file=sys.stderr, flush=True
         )
         return record
+
+
+def known_runs(plan: Plan) -> list[Planned]:
+    """Return the runs of the grid, and those that its selection has led to so far."""
+    grid = plan.study.runs()
+    if not plan.study.select_seeds:
+        return grid
+    ended = [run for run in grid if is_done(plan.record_of(run), run)]
+    return [*grid, *judging_runs(plan.study, [Record.load(plan.record_of(run)) for run in ended])]
 
 
 def is_done(path: Path, run: Planned) -> bool:
@@ -172,15 +186,18 @@ def train(run: Planned, folder: Path, threads: int) -> Record | None:
 @cli.tool
 def main(config: StudyConfig) -> None:
     overrides = list(config.overrides)
-    study, whole, results, runs = planned(overrides)
-    for folder in (results, runs):  # whichever seeds are asked for now: a report is to say what is missing
-        whole.save(folder / "study.yaml")
-    todo = [run.name for run in study.runs() if not is_done(results / f"{run.name}.json", run)]
-    total = len(study.runs())
-    print(f"{study.name}, {study.scale}: {total - len(todo)} of {total} runs are done", flush=True)
-    if todo:
-        sys.argv[1:] = ["--multirun", *overrides, f"run={','.join(todo)}"]
-        run_one()
+    plan = planned(overrides)
+    for folder in (plan.results, plan.runs):  # whichever seeds are asked for now: a report is to say what is missing
+        plan.whole.save(folder / "study.yaml")
+    for _ in ("the grid", "what its selection leads to") if plan.study.select_seeds else ("the grid",):
+        runs = known_runs(plan)
+        todo = [run.name for run in runs if not is_done(plan.record_of(run), run)]
+        print(
+            f"{plan.study.name}, {plan.study.scale}: {len(runs) - len(todo)} of {len(runs)} runs are done", flush=True
+        )
+        if todo:
+            sys.argv[1:] = ["--multirun", *overrides, f"run={','.join(todo)}"]
+            run_one()
 
 
 if __name__ == "__main__":

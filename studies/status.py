@@ -8,7 +8,6 @@ Takes the overrides of studies.run.
 
 import statistics
 import time
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -16,17 +15,17 @@ from rich.table import Table
 from core import cli
 from core.printable import cell
 from core.status import is_locked
-from studies.grid import Study
-from studies.record import FINISHED, Record
-from studies.run import StudyConfig, is_done, lock_of, planned
+from studies.record import Record
+from studies.run import Plan, StudyConfig, is_done, known_runs, lock_of, planned
 
 
-def show(study: Study, results: Path, runs: Path) -> None:
+def show(plan: Plan) -> None:
     """Print it."""
+    study = plan.study
     done, waiting = [], []
     table = Table("run", "state", "validation loss", "seconds", title=cell(f"{study.name}, {study.scale}"))
-    for run in study.runs():
-        path, folder = results / f"{run.name}.json", runs / run.name
+    for run in known_runs(plan):
+        path, folder = plan.record_of(run), plan.runs / run.name
         if is_done(path, run):
             record = Record.load(path)
             done.append(record)
@@ -45,7 +44,7 @@ def show(study: Study, results: Path, runs: Path) -> None:
             table.add_row(cell(run.name), "broken off: resumes" if folder.exists() else "to do")
     console = Console(width=None if Console().is_terminal else 120)
     console.print(table)
-    failed = sum(record.status != FINISHED for record in done)
+    failed = sum(record.failed for record in done)
     print(f"{len(done)} of {len(done) + len(waiting)} runs have ended; training failed in {failed}.")
     known = [record.seconds for record in done if record.seconds is not None]
     if waiting and known:
@@ -55,8 +54,7 @@ def show(study: Study, results: Path, runs: Path) -> None:
 
 @cli.tool
 def main(config: StudyConfig) -> None:
-    plan = planned(list(config.overrides))
-    show(plan.study, plan.results, plan.runs)
+    show(planned(list(config.overrides)))
 
 
 if __name__ == "__main__":

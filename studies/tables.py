@@ -2,18 +2,19 @@
 
 import itertools
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestPower
 
-from studies.grid import Study
-from studies.record import Record
+from studies.grid import LEARNING_RATE, Planned, Point, Study
+from studies.record import BLEMISHES, Record
 
-LEARNING_RATE = "optim.lr"
-Point = tuple[str, ...]
-"""Labels on a study's axes, in their order."""
+CONFIDENCE = 0.95
+POWER = 0.8
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,12 @@ class Cell:
 
     @property
     def losses(self) -> dict[int, float]:
-        """{seed: final validation loss} of the finished runs; a failed run has none."""
-        return {r.seed: r.val_loss for r in self.records if r.finished and r.val_loss is not None}
+        """{seed: final validation loss} of the runs that have not failed."""
+        return {r.seed: r.val_loss for r in self.records if not r.failed and r.val_loss is not None}
 
     @property
     def mean(self) -> float | None:
-        """Return the finished runs' mean; None where a run failed or none is there: a mean of survivors hides it."""
+        """Return their mean; None where a run failed or none is there: a mean of survivors hides it."""
         return statistics.fmean(self.losses.values()) if self.losses and not self.failed else None
 
     @property
@@ -45,7 +46,7 @@ class Cell:
 
     @property
     def failed(self) -> list[Record]:
-        return [record for record in self.records if not record.finished]
+        return [record for record in self.records if record.failed]
 
     @property
     def missing(self) -> int:
@@ -56,25 +57,78 @@ class Cell:
         parts = []
         if self.mean is not None:
             spread = "" if self.deviation is None else f" ± {self.deviation:.3f}"
-            parts.append(f"{self.mean:.3f}{spread} ({len(self.losses)})")
+            blemished = [record.status for record in self.records if record.status in BLEMISHES]
+            beside = f", {_counted(blemished)}" if blemished else ""
+            parts.append(f"{self.mean:.3f}{spread} ({len(self.losses)}{beside})")
         if self.failed:
-            kinds = [record.status for record in self.failed]
-            counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
-            rest = f", {len(self.losses)} finished" if self.losses else ""
-            parts.append(f"failed: {counts}{rest}")
+            rest = f", {len(self.losses)} not" if self.losses else ""
+            parts.append(f"failed: {_counted([record.status for record in self.failed])}{rest}")
         if self.missing:
             parts.append(f"{self.missing} missing")
         return "; ".join(parts)
 
 
-def cells(study: Study, records: Iterable[Record]) -> dict[Point, Cell]:
-    """Return every point of the grid, also those without a record. Records of other points are left out."""
+def _counted(kinds: Sequence[str]) -> str:
+    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+
+
+@dataclass(frozen=True)
+class Grids:
+    """Holds a study's records by point, each grid with every point, also those without a record.
+
+    Attributes:
+        selection: with the seeds that select the learning rate.
+        judged: with those that judge; without seeds of its own for selection, the same grid.
+    """
+
+    selection: dict[Point, Cell]
+    judged: dict[Point, Cell]
+
+    @property
+    def every(self) -> dict[Point, Cell]:
+        """Both together."""
+        if self.judged is self.selection:
+            return self.selection
+        return {point: _joined(cell, self.judged[point]) for point, cell in self.selection.items()}
+
+
+def _joined(one: Cell, other: Cell) -> Cell:
+    return Cell((*one.records, *other.records), one.planned + other.planned)
+
+
+def grids(study: Study, records: Iterable[Record]) -> Grids:
+    """Return the records by point. Those of other points and seeds are left out."""
+    records = list(records)
+    selection = cells(study, records, study.select_seeds or study.seeds)
+    if not study.select_seeds:
+        return Grids(selection, selection)
+    chosen = set(selected(study, selection).values())
+    judged = cells(study, records, study.seeds)
+    return Grids(selection, {point: cell if point in chosen else Cell((), 0) for point, cell in judged.items()})
+
+
+def cells(study: Study, records: Iterable[Record], seeds: Sequence[int]) -> dict[Point, Cell]:
+    """Return every point of the grid with the records of some seeds."""
     found: dict[Point, list[Record]] = {point: [] for point in itertools.product(*study.axes.values())}
     for record in sorted(records, key=lambda record: record.seed):
         point = tuple(record.point.get(axis, "") for axis in study.axes)
-        if point in found and record.seed in study.seeds:
+        if point in found and record.seed in seeds:
             found[point].append(record)
-    return {point: Cell(tuple(these), len(study.seeds)) for point, these in found.items()}
+    return {point: Cell(tuple(these), len(seeds)) for point, these in found.items()}
+
+
+def selected(study: Study, grid: Mapping[Point, Cell]) -> dict[Point, Point]:
+    """Return what `tuned` does, but of points only all of whose learning rates have ended with all seeds."""
+    at = list(study.axes).index(LEARNING_RATE)
+    waiting = {point[:at] + point[at + 1 :] for point, cell in grid.items() if cell.missing}
+    return {others: point for others, point in tuned(study, grid).items() if others not in waiting}
+
+
+def judging_runs(study: Study, records: Iterable[Record]) -> list[Planned]:
+    """Return the runs that follow on a selection, as far as it has ended; none in a study without one."""
+    if not study.select_seeds:
+        return []
+    return study.runs_at(selected(study, cells(study, records, study.select_seeds)).values())
 
 
 def tuned(study: Study, grid: Mapping[Point, Cell]) -> dict[Point, Point]:
@@ -96,12 +150,17 @@ class Comparison(NamedTuple):
 
     Attributes:
         difference: mean over the shared seeds of the final validation loss less the baseline's.
-        p: two-sided, of the paired t-test over them; None with fewer than two, or where all differences are equal.
+        interval: of 95 %, by Student's t over them; None with fewer than two, or where all differences are equal.
+        p: two-sided, of the paired t-test over them; None likewise.
+        detectable: the true difference that such a test would find in four cases of five at p < 0.05, with the
+            deviation that was seen; None likewise.
         seeds: how many they share.
     """
 
     difference: float
+    interval: tuple[float, float] | None
     p: float | None
+    detectable: float | None
     seeds: int
 
 
@@ -112,7 +171,18 @@ def compare(ours: Cell, baseline: Cell) -> Comparison | None:
     if not shared or ours.failed or baseline.failed:
         return None
     differences = [mine[seed] - theirs[seed] for seed in shared]
-    p = None
-    if len(shared) > 1 and len(set(differences)) > 1:
-        p = float(stats.ttest_rel([mine[seed] for seed in shared], [theirs[seed] for seed in shared]).pvalue)
-    return Comparison(statistics.fmean(differences), p, len(shared))
+    mean = statistics.fmean(differences)
+    if len(set(differences)) < 2:
+        return Comparison(mean, None, None, None, len(shared))
+    test = stats.ttest_1samp(differences, 0.0)
+    interval = test.confidence_interval(CONFIDENCE)
+    power = TTestPower().solve_power(nobs=len(shared), alpha=1 - CONFIDENCE, power=POWER)
+    detectable = float(power) * statistics.stdev(differences)
+    return Comparison(mean, (float(interval.low), float(interval.high)), float(test.pvalue), detectable, len(shared))
+
+
+def corrected(comparisons: Sequence[Comparison | None]) -> list[float | None]:
+    """Return the p of each by Holm's step-down over all that have one: the chance that any is found by luck alone."""
+    known = [found.p for found in comparisons if found is not None and found.p is not None]
+    adjusted = iter(multipletests(known, method="holm")[1] if known else [])
+    return [None if found is None or found.p is None else float(next(adjusted)) for found in comparisons]

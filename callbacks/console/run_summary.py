@@ -31,6 +31,7 @@ class RunSummary(L.Callback):
     | val_perplexity | exp(val_loss) |
     | val_bits_per_byte | bits per byte of the validation text |
     | bigram_loss | nats per token on the same validation sequences; null for large vocabularies |
+    | unigram_loss | likewise, of the tokens' frequencies alone: a model above it has learned nothing of context |
     | steps, tokens | since step 0 |
     | tokens_per_second | mean of the process that trained last |
     | seconds | wall clock of that process' training, validation included |
@@ -113,6 +114,7 @@ class RunSummary(L.Callback):
             "val_perplexity": measured.get("val_perplexity"),
             "val_bits_per_byte": datamodule.bits_per_byte(val_loss) if is_ours and val_loss is not None else None,
             "bigram_loss": datamodule.baseline_loss() if is_ours else None,
+            "unigram_loss": datamodule.unigram_loss() if is_ours else None,
             "steps": trainer.global_step,
             "tokens": measured.get("tokens"),
             "tokens_per_second": measured.get("tokens_per_second"),

@@ -14,10 +14,8 @@ import pytest
 import yaml
 from markdown import markdown as render
 
-from core.atomic_write import write_whole
 from core.errors import UserError
 from core.untrusted import Untrusted
-from studies import figures
 from studies.decay import Decay
 from studies.grid import Study
 from studies.record import FINISHED, Record
@@ -36,16 +34,6 @@ def study(**changes: Any) -> Study:
     axes = {"model.placement": {"spannorm": ["a=1"], "prenorm": ["a=2"]}, "seed": {"x": [], "y": []}}
     content = {"name": "n", "scale": "s", "question": "Which?", "needs": "little", "axes": axes, "baseline": "prenorm"}
     return Study(**{**content, "seeds": (0, 1), "overrides": (), **changes})
-
-
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures of a moment: what is drawn is not looked at."""
-    monkeypatch.setattr(figures, "_save", lambda figure, output: figures.pyplot().close(figure) or write_dot(output))
-
-
-def write_dot(output: Path) -> None:
-    write_whole(output, lambda unfinished: unfinished.write_bytes(b"\x89PNG"))
 
 
 def fill(root: Path, plan: Study, **changes: Any) -> None:

@@ -10,13 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from datamodules.bigram import bigram_loss
+from datamodules.counting import bigram_loss, unigram_loss
 from datamodules.shards import open_split
 from lightning_modules.language_module import LanguageModule
 from tests.support.job import ACCUMULATE, BATCH_SIZE, SEQ_LEN, STEPS, Job
 from tests.support.runs import TEXT, corpus_root, load, run, scalars
 
-KEYS = ["train_loss", "val_loss", "val_perplexity", "val_bits_per_byte", "bigram_loss", "steps", "tokens"]
+KEYS = ["train_loss", "val_loss", "val_perplexity", "val_bits_per_byte", "bigram_loss", "unigram_loss"]
+KEYS += ["steps", "tokens"]
 KEYS += ["tokens_per_second", "seconds", "parameters", "active_parameters"]
 KEYS += ["best_checkpoint", "last_checkpoint", "tensorboard", "resume"]
 
@@ -65,6 +66,7 @@ def test_the_validation_loss_is_that_of_the_saved_weights(
 def test_the_baseline_sees_what_the_model_sees(summary: dict[str, Any], windows: np.ndarray) -> None:
     (folder,) = corpus_root().iterdir()
     assert summary["bigram_loss"] == pytest.approx(bigram_loss(open_split(folder, "train").tokens, windows, 257))
+    assert summary["unigram_loss"] == pytest.approx(unigram_loss(open_split(folder, "train").tokens, windows, 257))
 
 
 def test_parameters_are_those_of_the_checkpoint(summary: dict[str, Any], job: Job) -> None:

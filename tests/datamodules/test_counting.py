@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from datamodules.bigram import bigram_loss
+from datamodules.counting import bigram_loss, unigram_loss
 
 
 def test_against_a_plain_double_loop() -> None:
@@ -18,6 +18,13 @@ def test_against_a_plain_double_loop() -> None:
             pairs = [pair for pair in pairwise(train) if pair[0] == before]
             total -= math.log((sum(pair[1] == after for pair in pairs) + 1) / (len(pairs) + vocab_size))
     assert bigram_loss(train, samples, vocab_size) == pytest.approx(total / 40, rel=1e-12)
+
+
+def test_frequencies_against_a_plain_loop() -> None:
+    rng = np.random.default_rng(0)
+    train, samples = rng.integers(0, 7, 200).astype(np.uint16), rng.integers(0, 7, (5, 9))
+    total = -sum(math.log((sum(t == token for t in train) + 1) / (200 + 7)) for row in samples for token in row[1:])
+    assert unigram_loss(train, samples, vocab_size=7) == pytest.approx(total / 40, rel=1e-12)
 
 
 def test_a_token_never_seen_costs_no_more_than_a_guess() -> None:
