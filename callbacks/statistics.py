@@ -21,7 +21,7 @@ class Group(NamedTuple):
 
     Attributes:
         block: counted from 1; 0 outside of the blocks.
-        kind: attn_in, attn_out, ffn_up, ffn_down, norm, embedding, head, router or experts.
+        kind: attn_in, attn_out, ffn_up, ffn_down, norm, residual, embedding, head, router or experts.
     """
 
     block: int

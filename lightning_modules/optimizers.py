@@ -35,16 +35,17 @@ Extra = Callable[[Matrix], tuple[float, Group]]
 NORM = "norm"
 """The role of what is no matrix: norm gains, biases, gates."""
 GROUP_FIELDS = ("lr_factor", "weight_decay")
-NOT_ORTHOGONALIZED = ("embedding", "head", "router")
-"""Matrices that Muon leaves to AdamW: their rows are tokens or experts, some of them rare (docs/optimizers.md)."""
+NOT_ORTHOGONALIZED = ("embedding", "head", "router", "residual")
+"""Matrices that Muon leaves to AdamW: their rows are tokens or experts, some of them rare, or a placement's few
+coefficients (docs/optimizers.md)."""
 NS_DTYPES = ("bfloat16", "float32", "float64")
 
 
 def make_groups(model: Transformer, config: OptimConfig, extra: Extra | None = None) -> list[Group]:
     """Return the parameters in groups of one rate and decay, each parameter once.
 
-    Matrices decay; embeddings, norms and biases do not, unless `optim.groups` says so. First comes a group that has
-    optim.lr itself, where there is one: it is the one that is logged.
+    Matrices decay, those of placements too; embeddings, norms, biases and scalars do not, unless `optim.groups` says
+    so. First comes a group that has optim.lr itself, where there is one: it is the one that is logged.
 
     Args:
         model: whose parameters they are.

@@ -4,8 +4,9 @@
     o, down              by inputs: the sum over the processes is the output
 
 Around the two the stream is whole and the same in all these processes, so norms, routers, experts, embedding and head
-compute what one process would, and a placement's forward never knows. Norms inside the two see a part of their input:
-those over a single head have their gradients added up, and those over all of it get it together.
+compute what one process would, and a placement's forward never knows: its norms and matrices are whole in every
+process. Norms inside the two see a part of their input: those over a single head have their gradients added up, and
+those over all of it get it together.
 """
 
 from inspect import signature

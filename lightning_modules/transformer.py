@@ -74,6 +74,12 @@ class Block(nn.Module):
             state = self.placement.leave(state)
         return state, stats
 
+    def matrices(self) -> Iterator[Matrix]:
+        """Yield every weight matrix of attention, FFN and placement, with its role."""
+        yield from self.attn.matrices()
+        yield from self.ffn.matrices()
+        yield from self.placement.matrices()
+
 
 class Transformer(nn.Module):
     """Embedding, blocks, language-model head.
@@ -176,25 +182,24 @@ class Transformer(nn.Module):
             yield Matrix("head", self.head.weight, dim, vocab_size)
         for block in self.blocks:
             assert isinstance(block, Block)
-            yield from block.attn.matrices()
-            yield from block.ffn.matrices()
+            yield from block.matrices()
 
     def parameter_groups(self) -> Iterator[tuple[int, str, Tensor]]:
         """Yield (block, kind, parameter) for each parameter, once. Blocks count from 1; 0 is outside of them.
 
-        Kinds: embedding, head; attn_in, attn_out, ffn_up, ffn_down, router, experts (the routed ones' matrices), and
-        norm for what is left of a block: gains, biases and gates.
+        Kinds: embedding, head; attn_in, attn_out, ffn_up, ffn_down, router, experts (the routed ones' matrices),
+        residual (those of placements and norms), and norm for what is left of a block: gains, biases and gates.
         """
         yield 0, "embedding", self.embedding.weight
         if not self.config.tie_embeddings:
             yield 0, "head", self.head.weight
         for number, block in enumerate(self.blocks, start=1):
             assert isinstance(block, Block)
-            roles = {m.weight: m.role for m in (*block.attn.matrices(), *block.ffn.matrices())}
+            roles = {matrix.weight: matrix.role for matrix in block.matrices()}
             kinds = {weight: KINDS.get(role, role) for weight, role in roles.items()}
             if isinstance(block.ffn, MoE):
                 experts = set(block.ffn.experts.parameters())
-                kinds.update((weight, "experts") for weight in roles if weight in experts)
+                kinds.update((w, "experts") for w, role in roles.items() if w in experts and role != "residual")
             for parameter in block.parameters():
                 yield number, kinds.get(parameter, "norm"), parameter
 

@@ -8,6 +8,7 @@ With m = fan_in / (its value at the base width), against what the init and optim
                head                    1              1
                router                  1/m            1/m                       an output, without a multiplier
     standard   hidden, head, router    1/sqrt(m)      1/m             1         2407.05872, table 1, full alignment
+    both       residual                1              1/m                       where the placement says the std
 
 These are AdamW's rules, and Lion's, whose steps too are of one size in every entry. Muon's updates of hidden matrices
 have a spectral norm that its scale gives, so their rate's factor is another one (lightning_modules/muon.py,
@@ -20,6 +21,9 @@ Hidden matrices are those of attention, dense FFN and experts, each with its own
 hidden width. Where it is derived from model.dim, it grows in proportion, and m is that of model.dim. Where it is given
 (model.ffn_dim, model.moe.expert_dim, model.moe.shared_expert_dim), it does not grow, and m is 1, unless
 optim.base_ffn_width says what it was at the base width.
+
+A placement's own matrices (residual) read as many features as its streams have, or fewer that grow in proportion; where
+they read a number that the configuration gives, m is 1. The std that a placement says of one is for any width.
 
 Widen a model by adding heads, not by widening them: the attention logits' scale is then untouched.
 """
@@ -56,6 +60,8 @@ class WidthScaling:
         """Return m, the matrix' fan-in over that at the base width."""
         if self.kind == "none" or matrix.role == "embedding":
             return 1.0  # a lookup sums one row at any width
+        if matrix.role == "residual":
+            return 1.0 if matrix.width_is_explicit else self.dim
         return self._hidden(matrix) if matrix.role == "ffn_down" else self.dim
 
     def _hidden(self, matrix: Matrix) -> float:
@@ -67,14 +73,16 @@ class WidthScaling:
             return matrix
         tied = matrix.role == "embedding" and matrix.fan_in > 1  # scaled as the head that it also is
         fan_in = matrix.fan_in / (self.dim if tied else self.ratio(matrix))
-        if matrix.role in ("head", "router"):  # their outputs, tokens and experts, do not grow with the width
+        if matrix.role in ("head", "router", "residual"):  # their outputs (tokens, experts, coefficients) do not grow
             return matrix._replace(fan_in=fan_in)
         return matrix._replace(
             fan_in=fan_in, fan_out=matrix.fan_out / (self._hidden(matrix) if matrix.role == "ffn_up" else self.dim)
         )
 
     def std_factor(self, matrix: Matrix) -> float:
-        """Return the factor on the standard deviation that the init gives at the base width."""
+        """Return the factor on the standard deviation that the init gives at the base width, or the matrix itself."""
+        if matrix.std is not None:
+            return 1.0
         if self.kind == "mup" and matrix.role == "router":
             return 1 / self.ratio(matrix)
         if self.kind == "mup" and matrix.role == "head":

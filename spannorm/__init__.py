@@ -28,7 +28,7 @@ from spannorm.initialization import (
     start_at_unit_variance,
     subln_init,
 )
-from spannorm.matrices import ROLES, Matrix, Role
+from spannorm.matrices import ROLES, Matrix, OwnsMatrices, Role, owned_matrices
 from spannorm.norms import NORMS, DyT, EmbeddingScale, NormFactory, RMSNorm, find_norm
 from spannorm.placements.b2t import B2T
 from spannorm.placements.base import Depth, Placement, QKVNorm, Streams, Sublayer, TwoStreams
@@ -70,6 +70,7 @@ __all__ = [
     "MixLN",
     "NormFactory",
     "OutputNorm",
+    "OwnsMatrices",
     "PeriNorm",
     "Placement",
     "PostNorm",
@@ -96,6 +97,7 @@ __all__ = [
     "find_placement",
     "initialize",
     "megatron_init",
+    "owned_matrices",
     "plain_init",
     "scale_init",
     "standard_deviation",

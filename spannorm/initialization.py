@@ -16,7 +16,8 @@
 
 All draws are normal with mean 0; a truncation draws anew what is further out than so many standard deviations. An
 embedding lookup has fan-in 1. The router is always drawn with 0.02, so that the experts start nearly balanced whatever
-the init. Norm gains start at 1 and biases at 0.
+the init. Matrices of placements and norms (residual) start as these say whatever the init, some at zero; one of which
+they say nothing is drawn as a matrix outside of the blocks is. Norm gains start at 1 and biases at 0.
 """
 
 import fnmatch
@@ -31,6 +32,7 @@ from spannorm.errors import InvalidArgument
 from spannorm.import_path import find
 from spannorm.matrices import ROLES, Matrix, Role
 from spannorm.norms import EmbeddingScale
+from spannorm.placements.base import Placement
 
 Init = Callable[[Matrix], float]
 """Returns the standard deviation that a matrix is drawn with."""
@@ -228,9 +230,10 @@ def initialize(
 ) -> dict[str, Matrix]:
     """Draw every weight matrix of any model anew, from torch's global generator.
 
-    Norm gains, biases and other vectors keep their values. A matrix has the layout of torch's linear layers and
-    embeddings, [outputs, inputs] or [tokens, dim]; of a stack of them the last two dimensions count. A parameter that
-    is both embedding and head (tied) may stand in `roles` under either name, or under both.
+    Norm gains, biases and other vectors keep their values. What placements own needs no role, and starts as they say.
+    A matrix has the layout of torch's linear layers and embeddings, [outputs, inputs] or [tokens, dim]; of a stack of
+    them the last two dimensions count. A parameter that is both embedding and head (tied) may stand in `roles` under
+    either name, or under both.
 
         initialize(model, scale_init(num_layers=12), {
             "embedding.weight": "embedding", "head.weight": "head",
@@ -273,11 +276,16 @@ def _matrices(model: nn.Module, roles: Mapping[str, Role]) -> Iterator[tuple[str
     names: dict[Tensor, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
+    placements = [module for module in model.modules() if isinstance(module, Placement)]
+    of_placements = {parameter for placement in placements for parameter in placement.parameters()}
+    owned = {matrix.weight: matrix for placement in placements for matrix in placement.matrices()}
     matched: set[str] = set()
     for weight, aliases in names.items():
         found = {pattern: role for pattern, role in roles.items() if any(_matches(name, pattern) for name in aliases)}
         matched |= found.keys()
-        if weight.dim() < 2:
+        if weight in owned:
+            yield aliases[0], owned[weight]
+        if weight.dim() < 2 or weight in of_placements:
             continue
         if not found:
             raise InvalidArgument("roles", list(roles), f"a role for every matrix: {aliases[0]} has none")
@@ -298,11 +306,14 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def standard_deviation(init: Init, matrix: Matrix) -> float:
-    """Return what a matrix is drawn with: the init's standard deviation, or of a router always ROUTER_STD.
+    """Return what a matrix is drawn with: its own standard deviation, of a router ROUTER_STD, or else the init's.
 
     Raises:
-        InvalidArgument: it is not a finite number > 0; of 0, no gradient would reach what comes before the matrix.
+        InvalidArgument: the init's is not a finite number > 0; of 0, no gradient would reach what comes before the
+            matrix.
     """
+    if matrix.std is not None:
+        return matrix.std
     std = ROUTER_STD if matrix.role == "router" else init(matrix)
     if not isinstance(std, int | float) or not 0 < std < math.inf:
         raise InvalidArgument("init", std, f"a finite standard deviation > 0 for {matrix.role}")
@@ -318,9 +329,12 @@ def draw(weight: Tensor, std: float, truncation: float | None = None) -> None:
 
     Args:
         weight: filled in place.
-        std: the standard deviation.
+        std: the standard deviation; 0 takes no random numbers.
         truncation: draw anew what is further out than so many standard deviations; None draws nothing anew.
     """
+    if std == 0:
+        weight.zero_()
+        return
     if not torch.distributed.is_available():
         _fill(weight, std, truncation)
         return

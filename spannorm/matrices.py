@@ -1,12 +1,14 @@
 """Tells an initialization what it needs of a weight matrix: its role, fan-in, fan-out, and the weight itself."""
 
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Iterator
+from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 
-Role = Literal["embedding", "head", "query", "key", "value", "attn_out", "ffn_up", "ffn_down", "router"]
+Role = Literal["embedding", "head", "query", "key", "value", "attn_out", "ffn_up", "ffn_down", "router", "residual"]
 """What a matrix does in a transformer. `ffn_up` covers the gate and up projections, dense or expert; `attn_out` and
-`ffn_down` end a residual branch; `router` gives the logits that choose a token's experts."""
+`ffn_down` end a residual branch; `router` gives the logits that choose a token's experts; `residual` is any matrix of a
+placement or a norm: it mixes, weighs or gates streams."""
 
 ROLES: tuple[Role, ...] = get_args(Role)
 
@@ -19,8 +21,10 @@ class Matrix(NamedTuple):
         weight: the parameter, [outputs, inputs]; experts' may be stacked, [num_experts x hidden, dim].
         fan_in: number of inputs summed into one output (a fraction where width scaling refers to another width).
         fan_out: number of outputs, likewise.
-        width_is_explicit: whether its hidden width (ffn_up's outputs, ffn_down's inputs) is given by the user rather
-            than derived from the model's width, which matters to rules that scale with width.
+        width_is_explicit: whether its hidden width (ffn_up's outputs, ffn_down's and residual's inputs) is given by the
+            user rather than derived from the model's width, which matters to rules that scale with width.
+        std: the standard deviation that it starts with whatever the init and the width; 0: it starts at zero; None: the
+            init decides.
     """
 
     role: Role
@@ -28,3 +32,18 @@ class Matrix(NamedTuple):
     fan_in: float
     fan_out: float
     width_is_explicit: bool = False
+    std: float | None = None
+
+
+@runtime_checkable
+class OwnsMatrices(Protocol):
+    """A part of a placement, such as a norm, that has matrices: it needs to derive from nothing here."""
+
+    def matrices(self) -> Iterator[Matrix]:
+        """Yield each matrix once, with the role `residual`."""
+
+
+def owned_matrices(module: nn.Module) -> Iterator[Matrix]:
+    """Yield the matrices of a module's parts, at any depth, that say by a method `matrices` which they have."""
+    for part in module.children():
+        yield from part.matrices() if isinstance(part, OwnsMatrices) else owned_matrices(part)

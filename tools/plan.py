@@ -273,7 +273,7 @@ def cut_weights(block: Block) -> Iterator[Tensor]:
     """Yield the weights that tensor parallelism would cut."""
     dense = block.ffn.shared_expert if isinstance(block.ffn, MoE) else block.ffn
     parts: list[Any] = [block.attn, *([dense] if dense is not None else [])]
-    yield from (matrix.weight for part in parts for matrix in part.matrices())
+    yield from (matrix.weight for part in parts for matrix in part.matrices() if matrix.role != "residual")
 
 
 def compose_config(overrides: Sequence[str]) -> DictConfig:

@@ -44,9 +44,10 @@ class GradientHealth(L.Callback):
     | gradients/first_over_last_trend | change of its natural logarithm in 100 steps, over the last 20 logged ones |
     | gradients/noise_scale | sequences (1812.06162); under accumulation, or DDP of several processes |
 
-    Kinds: attn_in, attn_out, ffn_up, ffn_down, norm, router, experts. Outside of the blocks: gradients/embedding, ...,
-    gradients/head, .... Blocks count from 1; of more than 16 a choice is written. An update is that of the optimizer
-    step before the logged one, so that all is known at one time; a run's first step has none before it.
+    Kinds: attn_in, attn_out, ffn_up, ffn_down, norm, residual, router, experts. Outside of the blocks:
+    gradients/embedding, ..., gradients/head, .... Blocks count from 1; of more than 16 a choice is written. An update
+    is that of the optimizer step before the logged one, so that all is known at one time; a run's first step has none
+    before it.
 
     Prints a line when the first block's gradient falls below a thousandth of the last one's, or rises above a
     thousandfold.

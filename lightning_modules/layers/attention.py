@@ -10,7 +10,7 @@ from lightning_modules.layers.document_mask import Mask, attend
 from lightning_modules.layers.kv_cache import Slots
 from lightning_modules.layers.norms import make_norm
 from lightning_modules.layers.rope import Rope, rotate
-from spannorm import Matrix, QKVNorm
+from spannorm import Matrix, QKVNorm, owned_matrices
 
 
 class Attention(nn.Module):
@@ -79,3 +79,4 @@ class Attention(nn.Module):
         yield Matrix("key", self.k_proj.weight, self.k_proj.in_features, self.k_proj.out_features)
         yield Matrix("value", self.v_proj.weight, self.v_proj.in_features, self.v_proj.out_features)
         yield Matrix("attn_out", self.o_proj.weight, self.o_proj.in_features, self.o_proj.out_features)
+        yield from owned_matrices(self)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lightning_modules.config import ModelConfig
 from lightning_modules.layers.norms import make_norm
-from spannorm import Matrix
+from spannorm import Matrix, owned_matrices
 
 
 class FeedForward(nn.Module):
@@ -35,3 +35,4 @@ class FeedForward(nn.Module):
         yield Matrix("ffn_up", self.gate_proj.weight, dim, hidden, self.width_is_explicit)
         yield Matrix("ffn_up", self.up_proj.weight, dim, hidden, self.width_is_explicit)
         yield Matrix("ffn_down", self.down_proj.weight, hidden, dim, self.width_is_explicit)
+        yield from owned_matrices(self)

@@ -10,7 +10,7 @@ from lightning_modules.config import ModelConfig
 from lightning_modules.layers.experts import choose_backend, make_experts
 from lightning_modules.layers.ffn import FeedForward
 from lightning_modules.layers.router import Router, RouterStats
-from spannorm import Matrix
+from spannorm import Matrix, owned_matrices
 
 
 class MoE(nn.Module):
@@ -64,9 +64,11 @@ class MoE(nn.Module):
         yield Matrix("ffn_up", mlp.w1, dim, hidden, explicit)
         yield Matrix("ffn_up", mlp.v1, dim, hidden, explicit)
         yield Matrix("ffn_down", mlp.w2, hidden, dim, explicit)
+        yield from owned_matrices(self.experts)
         if self.shared_expert is not None:
             explicit = explicit or moe.shared_expert_dim is not None
-            yield from (matrix._replace(width_is_explicit=explicit) for matrix in self.shared_expert.matrices())
+            for matrix in self.shared_expert.matrices():
+                yield matrix if matrix.role == "residual" else matrix._replace(width_is_explicit=explicit)
 
     def num_idle_parameters(self) -> int:
         """Return those of the experts that a token does not go to."""

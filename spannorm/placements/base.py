@@ -1,12 +1,13 @@
 """The base class of placements: the equation of one transformer block, blind to what its sublayers are."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
 from spannorm.errors import InvalidArgument
 from spannorm.import_path import is_import_path
+from spannorm.matrices import Matrix, owned_matrices
 from spannorm.norms import NORMS, NormFactory
 
 Sublayer = Callable[[Tensor], Tensor]
@@ -51,7 +52,10 @@ class Depth:
 
 
 class Placement(nn.Module):
-    """The residual topology of one block. It owns the block's norms (and scalar gates), never a matrix.
+    """The residual topology of one block.
+
+    It owns the block's norms, scalar gates, and the small matrices that it mixes, weighs or gates streams with; never a
+    matrix of a sublayer.
 
     A model calls `enter` before its first block, each block as `state = block(state, attn, ffn)`, and `leave` after its
     last one. A scheme overrides `forward`, and the class attributes where it differs from their defaults. A scheme
@@ -109,6 +113,15 @@ class Placement(nn.Module):
     def leave(self, state: Any) -> Tensor:
         """Turn the state after the last block into what the head reads, [batch, seq, dim]."""
         return self.final_norm(state)
+
+    def matrices(self) -> Iterator[Matrix]:
+        """Yield each matrix that the placement owns, once, with the role `residual`.
+
+        They are those of its parts that have a method `matrices` themselves, norms among them. A scheme with parameters
+        of its own of two dimensions or more overrides this and yields those that are matrices. What is not yielded
+        (biases, scalars, gains) is not drawn, and does not decay.
+        """
+        return owned_matrices(self)
 
 
 class TwoStreams(Placement):
