@@ -1,4 +1,4 @@
-"""How stably a run has trained, from its curves alone: spikes, large gradients, tolerance of the learning rate."""
+"""Says how stably a run has trained, from its curves alone: spikes, large gradients, tolerance of the learning rate."""
 
 import math
 from collections.abc import Sequence

@@ -195,11 +195,14 @@ class LanguageModule(L.LightningModule):
         if self._attached_trainer is not None and self.global_rank == 0:
             log.warning("model.moe.top_k=1 with normalize_weights=true: the router gets no gradient from the loss")
 
-    def start_from(self, source: str | Path) -> None:
+    def start_from(self, source: str | Path) -> WarmStart:
         """Start from weights that were trained before, in the place of the init's. To be called before the fit.
 
         Args:
             source: RUN, a checkpoint, a safetensors file or an exported folder: lightning_modules/warm_start.py.
+
+        Returns:
+            What is taken, what starts anew and what is left out.
 
         Raises:
             ConfigError: it is nothing of that, or its model has other sizes.
@@ -207,6 +210,7 @@ class LanguageModule(L.LightningModule):
         with torch.device("meta"):
             weightless = Transformer(self.model_config, self.vocab_size)
         self._warm_start = warm_start(source, weightless)
+        return self._warm_start
 
     def configure_model(self) -> None:
         """Build and initialize; Lightning calls this where the strategy wants the weights to come to life."""

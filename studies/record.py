@@ -131,7 +131,7 @@ class Record:
 
     @property
     def failed(self) -> bool:
-        """Whether its loss is no result: a mean over seeds that left it out would hide the failure."""
+        """Return whether its loss is no result: a mean over seeds that left it out would hide the failure."""
         return self.status in FAILURES
 
     def save(self, path: Path) -> None:

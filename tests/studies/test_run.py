@@ -53,7 +53,15 @@ def test_a_study_from_beginning_to_report(tmp_path: Path) -> None:
     broken, good = (Record.load(tmp_path / RECORDS / f"spannorm_{norm}_seed0.json") for norm in ("nosuch", "rmsnorm"))
     assert broken.status == "broken"
     assert broken.reason.startswith("Error: model.norm='nosuch' is not valid")
-    assert good.status in ("finished", "unlearned"), "two steps teach nothing"
+    assert good.status == "collapsed", "two steps teach nothing"
+    assert good.first_loss == pytest.approx(good.train_loss[1][0], rel=1e-4)
+    norms = list(scalars(tmp_path / RUNS / good.name, "optim/grad_norm").values())
+    assert good.grad_norm_p999 == pytest.approx(max(norms), rel=0.01)
+    assert good.clipped == sum(norm > 1.0 for norm in norms) / len(norms)
+    largest = [scalars(tmp_path / RUNS / good.name, f"signal/block_{block}/max") for block in (1, 2)]
+    assert good.largest_activation == pytest.approx(
+        max(value for curve in largest for value in curve.values()), rel=1e-4
+    )
     validation = scalars(tmp_path / RUNS / good.name, "val/loss")
     assert good.val_loss == pytest.approx(list(validation.values())[-1], rel=1e-4)
     assert good.train_loss[1] == pytest.approx(
@@ -81,6 +89,22 @@ def test_a_study_from_beginning_to_report(tmp_path: Path) -> None:
     content = events(tmp_path / RUNS / good.name).SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     settings = HParamsPluginData.FromString(content).session_start_info.hparams
     assert settings["model/placement"].string_value == "spannorm"
+
+
+@pytest.mark.slow
+def test_the_best_rate_of_some_seeds_is_run_with_others(tmp_path: Path) -> None:
+    long = ("trainer.max_steps=120", "trainer.val_check_interval=120")  # or all of them collapse
+    write_study(tmp_path, {"model.placement": ["spannorm"], "optim.lr": ["1e-9", "1e-2"]}, [1, 2], *long)
+    path = tmp_path / "study/mine.yaml"
+    path.write_text(path.read_text() + "select_seeds: [0]\n")
+    out = call(tmp_path, "run", "hydra/launcher=basic")
+    assert "0 of 2 runs are done" in out
+    assert "2 of 4 runs are done" in out
+    assert set(table(tmp_path)) == {
+        f"spannorm_{name}" for name in ("1e-09_seed0", "0.01_seed0", "0.01_seed1", "0.01_seed2")
+    }
+    assert "4 of 4 runs have ended" in call(tmp_path, "status")
+    assert "4 of 4 runs are done" in call(tmp_path, "run", "hydra/launcher=basic")
 
 
 def table(folder: Path) -> dict[str, tuple[str, float | None, list[float]]]:
