@@ -3,14 +3,15 @@
     python -m studies.surgery runs/mine
     python -m studies.surgery runs/mine placements=sandwich,rezero,prenorm:gpas=true steps=200 output=results/surgery
 
-Every placement takes over the matrices and what norms it has in common with the run's; the rest starts as its init says.
-One that has been tried already, and has its record in the output's folder, is not tried again. table.md has a row each.
+Every placement takes over the matrices, and the norms that it has in common with the run's; the rest starts as its init
+says. One that has its record in the output's folder already is not tried again. table.md has a row for each.
 """
 
 import json
 import math
 import re
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,8 +158,8 @@ def write_table(output: Path) -> Path:
         "|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {printable(taken.placement)} | {taken.right_after:.3f} | {taken.recovered:.3f} | {taken.steps}, {taken.lr:g} "
-        f"| {taken.new} | {taken.unused} |"
+        f"| {printable(taken.placement)} | {taken.right_after:.3f} | {taken.recovered:.3f} | {taken.steps}, "
+        f"{taken.lr:g} | {taken.new} | {taken.unused} |"
         for taken in records
     ]
     befores = sorted({f"{taken.before:.3f}" for taken in records})
@@ -190,9 +191,7 @@ def main(config: SurgeryConfig) -> None:
                 raise
             print(f"{placement}: left out ({one_line(error)})", flush=True)
             continue
-        write_whole(
-            path, lambda unfinished, taken=taken: unfinished.write_text(json.dumps(asdict(taken), indent=2) + "\n")
-        )
+        write_whole(path, partial(Path.write_text, data=json.dumps(asdict(taken), indent=2) + "\n"))
         print(f"{printable(placement)}: {before:.3f} -> {taken.right_after:.3f} -> {taken.recovered:.3f}", flush=True)
     print(f"Table: {printable(write_table(config.output), limit=None)}")
 

@@ -93,15 +93,15 @@ def test_a_study_from_beginning_to_report(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_best_rate_of_some_seeds_is_run_with_others(tmp_path: Path) -> None:
-    long = ("trainer.max_steps=120", "trainer.val_check_interval=120")  # or all of them collapse
-    write_study(tmp_path, {"model.placement": ["spannorm"], "optim.lr": ["1e-9", "1e-2"]}, [1, 2], *long)
+    long = ("trainer.max_steps=400", "trainer.val_check_interval=400")  # or all of them collapse
+    write_study(tmp_path, {"model.placement": ["spannorm"], "optim.lr": ["1e-9", "3e-3"]}, [1, 2], *long)
     path = tmp_path / "study/mine.yaml"
     path.write_text(path.read_text() + "select_seeds: [0]\n")
     out = call(tmp_path, "run", "hydra/launcher=basic")
     assert "0 of 2 runs are done" in out
     assert "2 of 4 runs are done" in out
     assert set(table(tmp_path)) == {
-        f"spannorm_{name}" for name in ("1e-09_seed0", "0.01_seed0", "0.01_seed1", "0.01_seed2")
+        f"spannorm_{name}" for name in ("1e-09_seed0", "0.003_seed0", "0.003_seed1", "0.003_seed2")
     }
     assert "4 of 4 runs have ended" in call(tmp_path, "status")
     assert "4 of 4 runs are done" in call(tmp_path, "run", "hydra/launcher=basic")
