@@ -11,9 +11,10 @@ from typing import Any, BinaryIO, NamedTuple
 
 from core.errors import ConfigError, InvalidValue, one_line
 from core.untrusted import Untrusted, check_json
+from datamodules.package_documents import package_documents
 from datamodules.preparation.bounds import Bounds
 from datamodules.preparation.formats import BYTE_ORDER_MARK, COMPRESSIONS, TABLE_SUFFIXES, open_input, suffix_of
-from datamodules.preparation.inputs import HUB, STDLIB, find_names, num_bytes
+from datamodules.preparation.inputs import HUB, PACKAGES, STDLIB, find_names, num_bytes
 from datamodules.preparation.optional import import_optional
 from datamodules.preparation.tables import texts_of_table
 from datamodules.stdlib_documents import library_documents
@@ -30,11 +31,13 @@ class Piece(NamedTuple):
         text: at most about PIECE_BYTES.
         ends: whether the document ends here.
         key: what decides on the document's split, if it is not the text.
+        split: the one that its source puts it into, where nothing is left to decide.
     """
 
     text: bytes
     ends: bool
     key: bytes | None = None
+    split: str | None = None
 
 
 @dataclass
@@ -63,7 +66,7 @@ class Inputs:
     """The inputs that are read, and how.
 
     Args:
-        names: paths of files, in order; or `hf:NAME`, or `python_stdlib`.
+        names: paths of files, in order; or `hf:NAME`, `python_stdlib` or `python_packages`.
         text_field: field of a JSON line, column of a table, that holds the text.
         separator: in text files, what stands between two documents; None: a file is a document.
         format: one of formats.FORMATS.
@@ -99,6 +102,10 @@ class Inputs:
             if name == STDLIB:
                 yield from (
                     piece._replace(key=path.encode()) for path, text in library_documents() for piece in cut(text)
+                )
+            elif name == PACKAGES:
+                yield from (
+                    piece._replace(split=split) for split, _, text in package_documents() for piece in cut(text)
                 )
             elif name.startswith(HUB):
                 yield from self._cut_all(self._from_hub(name.removeprefix(HUB)), tally)

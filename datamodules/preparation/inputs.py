@@ -1,4 +1,4 @@
-"""Finds what an input names: files, folders, globs, datasets, the standard library."""
+"""Finds what an input names: files, folders, globs, datasets, the standard library, installed packages."""
 
 import glob
 import itertools
@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import InvalidValue, require
+from datamodules.package_documents import package_versions
 from datamodules.stdlib_documents import SOURCE
 
-STDLIB = "python_stdlib"
+STDLIB, PACKAGES = "python_stdlib", "python_packages"
 HUB = "hf:"
 
 
@@ -54,7 +55,8 @@ def _check_apart(names: Collection[str]) -> None:
 def fingerprint(names: Iterable[str]) -> list[list[Any]]:
     """Return [name, bytes, time of the last change in ns] of each; a preparation that goes on must find the same.
 
-    Of the standard library its version; of a dataset in a folder its files; of one elsewhere nothing can be told.
+    Of the standard library and of packages their versions; of a dataset in a folder its files; of one elsewhere nothing
+    can be told.
     """
     return [entry for name in names for entry in _fingerprint(name)]
 
@@ -71,14 +73,14 @@ def num_bytes(names: Iterable[str]) -> int | None:
 
 
 def _is_special(name: str) -> bool:
-    return name == STDLIB or name.startswith(HUB)
+    return name in (STDLIB, PACKAGES) or name.startswith(HUB)
 
 
 def _identity(name: str) -> Any:
     """Return what two names of one file or dataset have in common: a configuration is `default` where none is named."""
     if name.startswith(HUB):
         return HUB, _place(name), name.removeprefix(HUB).partition(":")[2] or "default"
-    if name == STDLIB:
+    if name in (STDLIB, PACKAGES):
         return name
     status = os.stat(name)
     return status.st_dev, status.st_ino
@@ -96,13 +98,16 @@ def _files(pattern: str) -> list[str]:
         Path(path).rglob("*") if Path(path).is_dir() else [Path(path)] for path in found
     )
     files = sorted(str(path) for path in below if _is_meant(path, pattern) and not _hidden(path, found))
-    require(bool(files), "input", pattern, f"a file, a folder with files, a glob, {HUB}NAME or {STDLIB}")
+    valid = f"a file, a folder with files, a glob, {HUB}NAME, {STDLIB} or {PACKAGES}"
+    require(bool(files), "input", pattern, valid)
     return files
 
 
 def _fingerprint(name: str) -> list[list[Any]]:
     if name == STDLIB:
         return [[name, SOURCE, None]]
+    if name == PACKAGES:
+        return [[name, line, None] for line in package_versions()]
     path = Path(name.removeprefix(HUB))
     if name.startswith(HUB) and path.is_dir():
         files = sorted(below for below in path.rglob("*") if below.is_file())

@@ -23,12 +23,13 @@ from core.errors import ConfigError, InvalidValue, require, writing
 from core.untrusted import Untrusted, read_json
 from datamodules.expression import MAX_LOSS, SAID_LOSS, describe_loss
 from datamodules.index import SPLITS, Index
+from datamodules.package_documents import package_versions
 from datamodules.preparation.bounds import Bounds
 from datamodules.preparation.bpe import find_tokenizer, make_tokenizer, train_bpe, wanted_size
 from datamodules.preparation.documents import Inputs, Tally, find_inputs
 from datamodules.preparation.encoding import SplitPiece, WorkerDied, encode_all, units
 from datamodules.preparation.formats import FORMATS
-from datamodules.preparation.inputs import HUB, fingerprint, legacy_fingerprint
+from datamodules.preparation.inputs import HUB, PACKAGES, STDLIB, fingerprint, legacy_fingerprint
 from datamodules.preparation.inspect import measured_loss
 from datamodules.stdlib_documents import SOURCE, split_of
 from datamodules.storage import LocalFolder, read_index
@@ -48,7 +49,7 @@ class PrepareConfig:
     r"""Holds the fields that `python -m tools.prepare` takes.
 
     Attributes:
-        input: files, folders, globs, hf:DATASET[:SUBSET] or python_stdlib; several are separated by commas.
+        input: files, folders, globs, hf:DATASET[:SUBSET], python_stdlib or python_packages; commas separate several.
         output: the folder of the corpus, which is made.
         tokenizer: byte, bpe:SIZE (trained here), hf:NAME, or the path of a tokenizer.json.
         text_field: the field that holds the text, in JSON lines, parquet files and datasets.
@@ -321,9 +322,15 @@ def _describe(
         "tokenizer": tokenizer.name,
         "tokenizer_file": TOKENIZER if content is not None else None,
         "tokenizer_sha256": sha256(content).hexdigest() if content is not None else None,
-        "source": SOURCE if config.input == "python_stdlib" else config.input,
+        "source": _source(config.input),
         "made": {**made, "python": platform.python_version(), "numpy": np.__version__},
     }
+
+
+def _source(given: str) -> str:
+    if given == PACKAGES:
+        return f"Python packages: {', '.join(package_versions())}"
+    return SOURCE if given == STDLIB else given
 
 
 def _split_pieces(inputs: Inputs, validation: float, tally: Tally | None = None) -> Iterator[SplitPiece]:
@@ -331,7 +338,7 @@ def _split_pieces(inputs: Inputs, validation: float, tally: Tally | None = None)
     split = None
     for piece in inputs.pieces(tally):
         begins = split is None
-        split = split or split_of(piece.text if piece.key is None else piece.key, validation)
+        split = split or piece.split or split_of(piece.text if piece.key is None else piece.key, validation)
         yield SplitPiece(split, piece.text, piece.ends, begins)
         if piece.ends:
             split = None

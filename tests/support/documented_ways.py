@@ -254,6 +254,7 @@ WAYS: list[tuple[str, Way]] = [
     (r"python -m tools\.", parses(LONG)),
     (r"python -m studies\.(run|status)", plans("tests/studies runs a study")),
     (r"python -m studies\.report", parses("tests/studies/test_report.py reports on records")),
+    (r"python -m studies\.surgery", parses("tests/studies/test_surgery.py tries some placements")),
     (r"python -m benchmarks\.", parses(LONG)),
     (r"python -m pytest", listed("we are in it")),
     (r"python -c ", listed("asks whether a package that is built for CUDA is there")),
