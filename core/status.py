@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from core.provenance import FIELDS
 from core.untrusted import MIB, Untrusted, read_json
 
 FILE = "status.json"
@@ -29,6 +30,9 @@ FIGURES = (
     "seconds",
 )
 WORDS = ("status", "reason")
+PROVENANCE = "provenance"
+MAX_WORD = 1000
+"""Characters of a text among what a summary says of where it comes from."""
 
 
 def read(run_dir: Path) -> dict[str, Any]:
@@ -70,7 +74,13 @@ def _typed(content: Any) -> dict[str, Any]:
             found[field] = float(value)
         elif field in WORDS and isinstance(value, str):
             found[field] = value
+        elif field == PROVENANCE and isinstance(value, dict):
+            found[field] = {name: value[name] for name in FIELDS if _is_short(value.get(name))}
     return found
+
+
+def _is_short(value: Any) -> bool:
+    return (isinstance(value, bool | int) and abs(value) < 2**63) or (isinstance(value, str) and len(value) <= MAX_WORD)
 
 
 def is_done(run_dir: Path, step: int) -> bool:

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, ConfigDict, Field
 
 from analysis.stability import clipped_share, extreme_gradient_norm, spikes_per_10000
 from core.atomic_write import write_whole
+from core.status import MAX_WORD, PROVENANCE
 from core.untrusted import MIB, Untrusted, read_json, read_yaml
 from studies.decay import Decay
 from studies.grid import Label, Override, Planned, Seed
@@ -92,6 +93,7 @@ class Record:
         grad_norm_p999: 99.9th percentile of the gradient norm before clipping.
         clipped: share of the steps whose gradient was clipped; None without clipping.
         largest_activation: magnitude in any block's hidden state, at the steps when it was looked at.
+        provenance: commit, versions, machine and corpus, as core/provenance.py has them; empty in older records.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -121,6 +123,9 @@ class Record:
     grad_norm_p999: float | None = None
     clipped: Annotated[float, Field(ge=0, le=1)] | None = None
     largest_activation: float | None = None
+    provenance: Annotated[
+        dict[Label, Annotated[str, Field(max_length=MAX_WORD)] | int | bool], Field(max_length=32)
+    ] = field(default_factory=dict)
 
     @property
     def start(self) -> float:
@@ -196,6 +201,7 @@ def collect(planned: Planned, folder: Path, broken: str | None = None) -> Record
         grad_norm_p999=_rounded(extreme_gradient_norm(norms)),
         clipped=_rounded(clipped_share(norms, limit)) if limit else None,
         largest_activation=_largest_activation(run),
+        provenance=summary.get(PROVENANCE, {}),
     )
 
 

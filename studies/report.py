@@ -12,6 +12,7 @@ import os
 import re
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +24,7 @@ from core.atomic_write import write_whole
 from core.dataclass_cli import FIRST
 from core.errors import ConfigError, UserError
 from core.printable import printable
+from core.provenance import FIELDS
 from core.untrusted import is_within
 from studies import figures
 from studies.decay import Decay
@@ -181,7 +183,7 @@ def compile_report(study: Study, known: Grids, unfinished: Sequence[str], folder
     seconds = _seconds(grid)
     if seconds:
         blocks += [Heading("Cost"), draw("cost", "Time of a run", partial(figures.draw_cost, seconds))]
-    return [*blocks, Heading("Runs"), *_runs_table(grid, folder, output)]
+    return [*blocks, Heading("Runs"), *_origins(grid), *_runs_table(grid, folder, output)]
 
 
 def _extent(study: Study, grid: dict[Point, Cell], unfinished: Sequence[str]) -> Paragraph:
@@ -373,6 +375,17 @@ def _seconds(grid: dict[Point, Cell]) -> dict[str, float]:
         " ".join(point): [r.seconds for r in cell.records if r.seconds is not None] for point, cell in grid.items()
     }
     return {label: statistics.median(seconds) for label, seconds in found.items() if seconds}
+
+
+def _origins(grid: dict[Point, Cell]) -> list[Block]:
+    """Say on which code, versions, machines and corpora the runs were made, with how many on each."""
+    records = [record for cell in grid.values() for record in cell.records]
+    rows: list[list[Words]] = []
+    for name in FIELDS:
+        values = Counter(str(record.provenance[name]) for record in records if name in record.provenance)
+        if values:
+            rows.append([name, ", ".join(f"{value} ({count})" for value, count in values.most_common(NAMED))])
+    return [Table(["made with", "runs"], rows)] if rows else [Paragraph("These records do not say what made them.")]
 
 
 def _runs_table(grid: dict[Point, Cell], folder: Path, output: Path) -> list[Block]:

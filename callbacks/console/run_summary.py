@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from callbacks.protocols import CountsTokens
 from core.atomic_write import write_whole
 from core.printable import cell
+from core.provenance import provenance
 from core.run_folder import resume_command
+from core.status import PROVENANCE
 
 MEASURED = "run_summary"  # in a checkpoint
 
@@ -38,6 +41,8 @@ class RunSummary(L.Callback):
     | parameters, active_parameters | count |
     | tensorboard, resume | command lines; null where another logger keeps the curves, and where there is no last |
     | | checkpoint to resume from, or no command line that began the run |
+    | provenance | commit of this project, whether it was changed since, versions, processor, threads, device, |
+    | | hash of the corpus |
 
     Args:
         run_dir: the run's folder.
@@ -73,6 +78,8 @@ class RunSummary(L.Callback):
         write_whole(self.run_dir / "summary.json", lambda unfinished: unfinished.write_text(text))
         table = Table(title="Run summary", show_header=False)
         for key, value in summary.items():
+            if key == PROVENANCE:  # for files and tools; the terminal has enough to say
+                continue
             table.add_row(
                 key.replace("_", " "), f"{value:,.4f}" if isinstance(value, float) else cell(_plain(value), None)
             )
@@ -125,7 +132,14 @@ class RunSummary(L.Callback):
             "last_checkpoint": str(last) if last.exists() else None,
             "tensorboard": shlex.join(["tensorboard", "--logdir", str(self.run_dir)]) if curves.exists() else None,
             "resume": self._resume_command(trainer) if last.exists() else None,
+            PROVENANCE: provenance(_device(trainer), getattr(datamodule, "stream_identity", {}).get("corpus")),
         }
+
+
+def _device(trainer: L.Trainer) -> str:
+    device = trainer.strategy.root_device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{trainer.world_size} x {name}"
 
 
 def _plain(value: Any) -> str:

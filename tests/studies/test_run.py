@@ -68,6 +68,7 @@ def test_a_study_from_beginning_to_report(tmp_path: Path) -> None:
         list(scalars(tmp_path / RUNS / good.name, "train/loss").values()), rel=1e-4
     )
     assert set(good.by_block["gradients/block_{}/all"]) == {"0", "1"}
+    assert good.provenance["threads"] == 1
     assert broken.decay is None
     assert good.decay is not None
     assert good.decay.measured[-1] == 1.0

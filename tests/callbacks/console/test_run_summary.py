@@ -2,6 +2,7 @@
 
 import json
 import math
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from core.status import read_summary
 from datamodules.counting import bigram_loss, unigram_loss
 from datamodules.shards import open_split
+from datamodules.storage import LocalFolder, read_index
 from lightning_modules.language_module import LanguageModule
 from tests.support.job import ACCUMULATE, BATCH_SIZE, SEQ_LEN, STEPS, Job
 from tests.support.runs import TEXT, corpus_root, load, run, scalars
@@ -19,7 +22,7 @@ from tests.support.runs import TEXT, corpus_root, load, run, scalars
 KEYS = ["train_loss", "val_loss", "val_perplexity", "val_bits_per_byte", "bigram_loss", "unigram_loss"]
 KEYS += ["steps", "tokens"]
 KEYS += ["tokens_per_second", "seconds", "parameters", "active_parameters"]
-KEYS += ["best_checkpoint", "last_checkpoint", "tensorboard", "resume"]
+KEYS += ["best_checkpoint", "last_checkpoint", "tensorboard", "resume", "provenance"]
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +70,18 @@ def test_the_baseline_sees_what_the_model_sees(summary: dict[str, Any], windows:
     (folder,) = corpus_root().iterdir()
     assert summary["bigram_loss"] == pytest.approx(bigram_loss(open_split(folder, "train").tokens, windows, 257))
     assert summary["unigram_loss"] == pytest.approx(unigram_loss(open_split(folder, "train").tokens, windows, 257))
+
+
+def test_it_says_what_made_it(summary: dict[str, Any], job: Job) -> None:
+    found, (folder,) = summary["provenance"], corpus_root().iterdir()
+    assert found["corpus"] == read_index(LocalFolder(folder)).digest
+    assert (found["torch"], found["device"], found["python"]) == (
+        torch.__version__,
+        "1 x cpu",
+        platform.python_version(),
+    )
+    assert read_summary(job.folder)["provenance"] == {name: value for name, value in found.items() if value is not None}
+    assert str(found["commit"]) not in job.finished.out
 
 
 def test_parameters_are_those_of_the_checkpoint(summary: dict[str, Any], job: Job) -> None:
