@@ -31,6 +31,7 @@ def main(config: DictConfig) -> float:
     from core.steps import check_length
     from core.sweep import swept_overrides
     from core.validation_loss import final_loss
+    from datamodules.stream_datamodule import StreamDataModule
 
     OmegaConf.to_container(config, resolve=True)  # a reference to nothing is said before anything is written
     hydra_config = HydraConfig.get()
@@ -43,6 +44,8 @@ def main(config: DictConfig) -> float:
         L.seed_everything(config.seed, workers=True, verbose=False)
 
         datamodule = build(config, "data")
+        valid = f"a subclass of {StreamDataModule.__module__}.StreamDataModule, at whose position a run is resumed"
+        require(isinstance(datamodule, StreamDataModule), "data._target_", config.data["_target_"], valid)
         module = build(config, "module", vocab_size=datamodule.vocab_size)
         if config.init_from is not None and run.ckpt_path is None:  # a resumed run has its weights
             require(

@@ -112,7 +112,7 @@ def _say_moved(field: str, name: object) -> None:
     One process of several says it.
     """
     new = current_name(str(name))
-    if new != name and not getattr(rank_zero_only, "rank", 0):
+    if new != str(name) and not getattr(rank_zero_only, "rank", 0):
         print(f"{field}._target_={name} is now {new}", file=sys.stderr, flush=True)
 
 

@@ -132,6 +132,17 @@ def key_optimizer_state_by_name(state_dict: Mapping[str, Any], model: nn.Module)
     return _rekey_optimizer_state_if_needed(dict(state_dict), model)
 
 
+if TYPE_CHECKING:
+    restricted_classmethod = classmethod
+else:
+
+    def restricted_classmethod(method: Any) -> Any:
+        """Return a class method that raises TypeError where it is called on an instance, as Lightning's loaders do."""
+        from lightning.pytorch.utilities.model_helpers import _restricted_classmethod_impl
+
+        return _restricted_classmethod_impl(method)
+
+
 # torch: operators and switches.
 
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from core.errors import InvalidValue, UserError, one_line, require
 from core.moved import with_current_names
-from core.untrusted import NAMED, YAML_BYTES, Untrusted, parse_yaml, read_bytes
+from core.untrusted import YAML_BYTES, Untrusted, parse_yaml, read_bytes
 
 PACKAGES = ("callbacks", "core", "datamodules", "lightning_modules", "lightning")
 _LIGHTNING = "lightning.pytorch"
@@ -44,6 +44,8 @@ ADDRESS = "://"
 """This makes an address elsewhere of a corpus' path (datamodules/remote.py)."""
 
 
+OFFERED = 12
+"""At most so many names of foreign code are offered to be allowed: more than a run has pieces of one's own."""
 IMPORTABLE = ("placement", "norm", "init", "schedule", "optimizer")
 """Fields that hold a name of this project's, or the import path of a class or function of the user's own."""
 
@@ -104,6 +106,16 @@ def _refuse_references(content: Any) -> None:
             raise InvalidValue(field[-200:], short, reason)
 
 
+def refuse_foreign_values(values: dict[str, Any], allow: Collection[str] = ()) -> None:
+    """Hold the hyperparameters of a checkpoint, as plain values, as those of a saved configuration are held.
+
+    Raises:
+        ConfigError: one is a reference, or names code that is not allowed.
+    """
+    _refuse_references(values)
+    _refuse_foreign_code(values, allow)
+
+
 def refuse_foreign_code(config: DictConfig, allow: Collection[str] = ()) -> None:
     """Hold every class and function that a saved configuration names against what may be made of it, and make none.
 
@@ -111,13 +123,17 @@ def refuse_foreign_code(config: DictConfig, allow: Collection[str] = ()) -> None
         ConfigError: names the field of the first that is neither one of KINDS, nor allowed, and how to allow all that
             are not.
     """
+    _refuse_foreign_code(OmegaConf.to_container(config, resolve=False), allow)
+
+
+def _refuse_foreign_code(content: Any, allow: Collection[str]) -> None:
     foreign: dict[str, Any] = {}
-    for field, value in _leaves(OmegaConf.to_container(config, resolve=False)):
+    for field, value in _leaves(content):
         if value not in allow and _names_foreign_code(field, value):
             foreign[field] = value
     if not foreign:
         return
-    names = list(dict.fromkeys(str(value) for value in foreign.values()))[:NAMED]
+    names = list(dict.fromkeys(str(value) for value in foreign.values()))[:OFFERED]
     reason = f"the saved configuration names code that is not this project's; allow={','.join(names)} runs it"
     raise InvalidValue(next(iter(foreign)), next(iter(foreign.values())), reason)
 

@@ -119,6 +119,14 @@ class StreamDataModule(L.LightningDataModule):
     def val_dataloader(self) -> StreamLoader:
         return self._loader("val", num_batches=self.num_val_batches)
 
+    def test_dataloader(self) -> StreamLoader:
+        """Return the batches of validation: a corpus has no third split. One of your own may override this."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> StreamLoader:
+        """Return the batches of `test_dataloader`."""
+        return self.test_dataloader()
+
     @property
     def stream_identity(self) -> dict[str, Any]:
         """The settings without which a position in the stream means nothing: a run is resumed under the same."""

@@ -2,11 +2,11 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import lightning as L
 import torch
@@ -15,7 +15,13 @@ from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, Call
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
-from core.compat import allow_graphs, batch_in_epoch, prunes_when_an_epoch_ends, saves_in_pieces
+from core.compat import (
+    allow_graphs,
+    batch_in_epoch,
+    prunes_when_an_epoch_ends,
+    restricted_classmethod,
+    saves_in_pieces,
+)
 from core.errors import ConfigError, InvalidValue, require
 from core.lightning_callbacks import check_callbacks
 from core.run_control import take_control
@@ -26,6 +32,7 @@ from lightning_modules.generation import generate
 from lightning_modules.initialization import initialize
 from lightning_modules.layers.cpu_kernels.allocator import keep_freed_memory
 from lightning_modules.layers.router import RouterStats
+from lightning_modules.loading import load_module
 from lightning_modules.mean_metrics import WeightedMean
 from lightning_modules.optim import (
     check_schedule,
@@ -33,12 +40,13 @@ from lightning_modules.optim import (
     check_state,
     describe_decay,
     describe_warmup,
+    find_schedule,
     group_settings,
     make_schedule,
     number_by_parameters,
     number_names,
 )
-from lightning_modules.optimizers import make_optimizer, state_sizes
+from lightning_modules.optimizers import check_kept, make_optimizer, state_sizes
 from lightning_modules.resumed_schedule import describe_change
 from lightning_modules.router_health import router_health, tally, tokens_per_expert
 from lightning_modules.sharding import (
@@ -79,6 +87,7 @@ class LanguageModule(L.LightningModule):
     | train/loss, val/loss | nats per token, without auxiliary losses; train: mean over the accumulated batches |
     | train/loss/NAME, val/loss/NAME | the same, of a mixture's sources: data=mixture |
     | val/perplexity | exp(val/loss) |
+    | test/loss, test/loss/NAME, test/perplexity | by trainer.test, what val/... are by validation |
     | moe/... | the routers' health: lightning_modules/router_health.py |
     | optim/lr | learning rate of the step just taken, without the factors of optim.groups and of width scaling |
     | optim/grad_norm | l2 norm over all parameters, accumulated, before clipping |
@@ -98,16 +107,47 @@ class LanguageModule(L.LightningModule):
         initialize(weightless, self.width_scaling)
         self.num_parameters = weightless.num_parameters()
         make_optimizer(weightless, self.optim_config)
-        make_schedule(self.optim_config, num_steps=1)
+        find_schedule(self.optim_config)
         self.model = None
         self._warm_start: WarmStart | None = None
-        self.train_loss, self.val_loss = WeightedMean(), WeightedMean()
+        self.train_loss, self.held_out_loss = WeightedMean(), WeightedMean()
         self.train_sources: SourceLoss | None = None
-        self.val_sources: SourceLoss | None = None
+        self.held_out_sources: SourceLoss | None = None  # of validation, or of a test
         self._router_tally: Tensor | None = None
         self._num_steps: float = math.nan  # that the learning-rate schedule goes by
         self._group_settings: list[dict[str, Any]] | None = None  # of the optimizer, as configure_optimizers made it
         self._num_steps_before: float | None = None  # likewise, in the run that is resumed; None: it did not say
+
+    @restricted_classmethod
+    def load_from_checkpoint(  # type: ignore[override]  # no addresses, and no files that are open already
+        cls,  # noqa: N805
+        checkpoint_path: str | Path,
+        map_location: torch.device | str | None = None,
+        hparams_file: None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        allow: Collection[str] = (),
+        **hyper_parameters: Any,
+    ) -> Self:
+        """Return a module with the weights of a checkpoint, which is read as data, whatever it holds.
+
+        Args:
+            checkpoint_path: a checkpoint of one file, or in pieces, of any number of processes; a run's folder, whose
+                last one is taken; or a file of tools.consolidate.
+            map_location: the device of the module; None: the host, wherever the weights were saved.
+            hparams_file: Lightning's; nothing but None, as a checkpoint has its hyperparameters.
+            strict: whether all weights have to correspond; None: as `strict_loading` says, which is True.
+            weights_only: Lightning's; False would run code of the file's, and is refused.
+            allow: import paths of code of the user's own (a placement, a schedule) that the checkpoint may name.
+            hyper_parameters: arguments of this class, each in the place of the whole saved one.
+
+        Raises:
+            ConfigError: it is nothing of that, names code that is not allowed, or has other weights than its
+                hyperparameters say.
+        """
+        require(hparams_file is None, "hparams_file", hparams_file, "None: the checkpoint has its hyperparameters")
+        require(weights_only is not False, "weights_only", False, "True or None: a checkpoint is read as data")
+        return load_module(cls, checkpoint_path, map_location, strict, allow, hyper_parameters)
 
     def num_optimizer_values(self) -> int:
         """Return how many numbers the optimizer keeps of the whole model; 0 where that of the user does not say."""
@@ -160,7 +200,8 @@ class LanguageModule(L.LightningModule):
             take_control(self.trainer)  # under train.py and any other Trainer alike
         names = getattr(getattr(self.trainer, "datamodule", None), "source_names", ())
         if names:
-            self.train_sources, self.val_sources = SourceLoss(names, "train/loss"), SourceLoss(names, "val/loss")
+            held_out = "test/loss" if stage == "test" else "val/loss"
+            self.train_sources, self.held_out_sources = SourceLoss(names, "train/loss"), SourceLoss(names, held_out)
 
     def check_run(self, trainer: L.Trainer, resumed: bool) -> None:
         """Refuse, before anything is written, a run that would train but not do what its configuration says.
@@ -170,10 +211,13 @@ class LanguageModule(L.LightningModule):
             resumed: whether it goes on from a checkpoint.
 
         Raises:
-            ConfigError: a learning-rate schedule that the run's length does not fit, or a router that cannot learn or
-                never gets balanced.
+            ConfigError: a learning-rate schedule that the run's length does not fit, an optimizer whose checkpoints
+                could not be read, or a router that cannot learn or never gets balanced.
         """
         self._check_schedule(trainer)
+        with torch.device("meta"):
+            weightless = Transformer(self.model_config, self.vocab_size)
+        check_kept(weightless, self.optim_config)
         self._check_router(resumed)
 
     def _check_schedule(self, trainer: L.Trainer) -> None:
@@ -305,18 +349,22 @@ class LanguageModule(L.LightningModule):
 
     @property
     def _logs_this_step(self) -> bool:
-        """Return whether the optimizer step in progress is one that the loggers will write."""
-        return is_logged(self.trainer, self.trainer.global_step + 1)
+        """Return whether the loggers will write the optimizer step in progress; a loop of one's own has none."""
+        trainer = self._attached_trainer
+        return trainer is not None and is_logged(trainer, trainer.global_step + 1)
 
     def _balance_routers(self) -> None:
         """Move the routers' biases by what all batches and processes of the step have routed, in one reduction."""
         if self._router_tally is None:
             return
         assert self.model is not None
-        self._router_tally = self.trainer.strategy.reduce(self._router_tally, reduce_op="sum")
+        if (trainer := self._attached_trainer) is not None:
+            self._router_tally = trainer.strategy.reduce(self._router_tally, reduce_op="sum")
         load_by_layer = tokens_per_expert(self._router_tally)
         for mixture, load in zip(self.model.mixtures().values(), load_by_layer, strict=True):
             mixture.router.update_bias(load)
+        if trainer is None:  # in a loop of one's own nobody reports it
+            self._router_tally = None
 
     def _report_routers(self) -> None:
         """Log what the whole step has routed, in one transfer: loggers would fetch each scalar by itself."""
@@ -362,17 +410,39 @@ class LanguageModule(L.LightningModule):
             self.train_sources.reset()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        loss, _ = self.compute_loss(batch, self.val_sources)
-        self.val_loss.update(loss, weight=batch["tokens"][:, 1:].numel())
+        loss, _ = self.compute_loss(batch, self.held_out_sources)
+        self.held_out_loss.update(loss, weight=batch["tokens"][:, 1:].numel())
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Return the log-probability of each next token, in nats, fp32 [batch, seq].
+
+        Args:
+            batch: "tokens" [batch, seq + 1] and what else `compute_loss` takes; entry [i, j] of the result is of
+                tokens[i, j + 1], after those up to j.
+        """
+        inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
+        losses, _ = self(inputs, batch.get("positions"), targets)
+        by_token: Tensor = losses.by_token
+        return -by_token.view_as(targets)
 
     def on_validation_epoch_end(self) -> None:
-        loss = self.val_loss.compute()
-        self.val_loss.reset()
+        self._report_held_out("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._report_held_out("test")
+
+    def _report_held_out(self, name: str) -> None:
+        loss = self.held_out_loss.compute()
+        self.held_out_loss.reset()
         # The same in all processes already; without sync_dist Lightning warns.
-        self.log_dict({"val/loss": loss, "val/perplexity": math.exp(min(float(loss), 700.0))}, sync_dist=True)
-        if self.val_sources is not None:
-            self.log_dict(self.val_sources.compute())
-            self.val_sources.reset()
+        perplexity = math.exp(min(float(loss), 700.0))
+        self.log_dict({f"{name}/loss": loss, f"{name}/perplexity": perplexity}, sync_dist=True)
+        if self.held_out_sources is not None:
+            self.log_dict(self.held_out_sources.compute())
+            self.held_out_sources.reset()
 
     def generate(self, prompt: list[int], num_tokens: int, temperature: float, seed: int, window: int) -> list[int]:
         """Return the prompt's token ids and `num_tokens` more; see lightning_modules/generation.py."""

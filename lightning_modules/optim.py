@@ -1,6 +1,8 @@
 """The learning-rate schedules, and what an optimizer keeps, where it comes from a checkpoint."""
 
+import itertools
 import math
+import numbers
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -8,7 +10,7 @@ import torch
 from torch import Tensor
 
 from core.errors import require
-from lightning_modules.argument_errors import as_config_errors
+from lightning_modules.argument_errors import as_config_errors, as_error_of_own
 from lightning_modules.config import OptimConfig
 from lightning_modules.lion import Lion
 from lightning_modules.muon import Muon
@@ -86,7 +88,8 @@ def decay_length(config: OptimConfig, num_steps: int) -> int:
 def wsd(config: OptimConfig, num_steps: int) -> Schedule:
     """Return 1 until the last decay_fraction of the run, then what leads down to min_lr_ratio.
 
-    By decay_shape: linear, or exponential, by the same factor at each step, as 2404.06395 has it.
+    By decay_shape: linear, or exponential, by the same factor at each step. 2404.06395 gives the latter by a half-life
+    of H steps, as 0.5^(n / H) after n of them: over N steps of decay that is min_lr_ratio = 0.5^(N / H).
     """
     length = decay_length(config, num_steps)
 
@@ -106,6 +109,8 @@ def constant(config: OptimConfig, num_steps: int) -> Schedule:
 
 SCHEDULES: dict[str, Callable[[OptimConfig, int], Schedule]] = {"cosine": cosine, "wsd": wsd, "constant": constant}
 """The schedules by name. One of your own is a function of the same arguments: `optim.schedule=my_file.my_schedule`."""
+TRIED = 100_000
+"""At so many steps, those of a longer run evenly apart, a schedule of the user's own is tried before training."""
 
 
 def check_schedule(config: OptimConfig, num_steps: float) -> None:
@@ -117,12 +122,16 @@ def check_schedule(config: OptimConfig, num_steps: float) -> None:
 
     Raises:
         ConfigError: the run has no length, which the schedule goes by; or wsd would decay before it is warmed up, and
-            jump where the warm-up ends.
+            jump where the warm-up ends; or one of the user's own gives at some step what is no rate.
     """
     if config.schedule == "constant":
         return
     valid = f"an integer >= 1: optim.schedule={config.schedule} goes by the run's length; constant does not"
     require(math.isfinite(num_steps), "trainer.max_steps", -1, valid)
+    if config.schedule not in SCHEDULES:
+        steps, schedule = int(num_steps), make_schedule(config, int(num_steps))
+        for step in itertools.chain(range(0, steps, -(-steps // TRIED) or 1), [steps - 1]):
+            schedule(step)
     if config.schedule == "wsd":
         steps, length = int(num_steps), decay_length(config, int(num_steps))
         valid = f"at most {steps - length}: of {steps} steps wsd decays over the last {length} (optim.decay_fraction)"
@@ -156,16 +165,39 @@ def describe_decay(config: OptimConfig, num_steps: float) -> str | None:
     return f"{part}: the rate stays at optim.lr={config.lr:g}, and never decays"
 
 
-def make_schedule(config: OptimConfig, num_steps: int) -> Schedule:
-    """Return the configured schedule behind a linear warm-up that reaches the peak after warmup_steps."""
+def find_schedule(config: OptimConfig) -> Callable[[OptimConfig, int], Schedule]:
+    """Return what makes the schedule of `optim.schedule`.
+
+    Raises:
+        ConfigError: there is no such schedule, or none that can be imported.
+    """
     with as_config_errors("optim"):
-        make = find("schedule", config.schedule, SCHEDULES)
-    after = make(config, num_steps)
+        return find("schedule", config.schedule, SCHEDULES)
+
+
+def make_schedule(config: OptimConfig, num_steps: int) -> Schedule:
+    """Return the configured schedule behind a linear warm-up that reaches the peak after warmup_steps.
+
+    Raises:
+        ConfigError: there is no such schedule. So does the schedule itself, if it is one of the user's own, at a step
+            where it fails, or gives what is no finite number >= 0.
+    """
+    name = config.schedule
+    make = find_schedule(config)
+    with as_error_of_own("optim.schedule", name):
+        after = make(config, num_steps)
     valid = "a function of an OptimConfig and the number of steps that returns a Schedule"
-    require(callable(after), "optim.schedule", config.schedule, valid)
+    require(callable(after), "optim.schedule", name, valid)
 
     def factor(step: int) -> float:
-        return (step + 1) / config.warmup_steps if step < config.warmup_steps else after(step)
+        if step < config.warmup_steps:
+            return (step + 1) / config.warmup_steps
+        with as_error_of_own("optim.schedule", name):
+            found = after(step)
+        valid = f"one that gives finite numbers >= 0, factors on optim.lr; at step {step} it gives {str(found)[:40]}"
+        number = isinstance(found, numbers.Real) and not isinstance(found, bool)
+        require(number and 0 <= found < math.inf, "optim.schedule", name, valid)
+        return float(found)
 
     return factor
 

@@ -9,7 +9,7 @@ my.Class     all, by torch's interface of an optimizer                   its own
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -38,6 +38,8 @@ GROUP_FIELDS = ("lr_factor", "weight_decay")
 NOT_ORTHOGONALIZED = ("embedding", "head", "router", "residual")
 """Matrices that Muon leaves to AdamW: their rows are tokens or experts, some of them rare, or a placement's few
 coefficients (docs/optimizers.md)."""
+PLAIN = (Tensor, torch.nn.Parameter, bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+"""What a checkpoint may hold of an optimizer, in dictionaries, lists and tuples: core/tensor_archive.py reads these."""
 NS_DTYPES = ("bfloat16", "float32", "float64")
 
 
@@ -223,6 +225,46 @@ def state_sizes(model: Transformer, config: OptimConfig) -> dict[Tensor, int]:
     Raises:
         ConfigError: it cannot be made, or cannot step where there are no weights.
     """
+    return {
+        parameter: sum(kept.numel() for name, kept in state.items() if isinstance(kept, Tensor) and name != "step")
+        for parameter, state in _stepped(model, config).state.items()
+    }
+
+
+def check_kept(model: Transformer, config: OptimConfig) -> None:
+    """Refuse an optimizer of the user's own whose checkpoints could not be read: they are read as plain data.
+
+    Args:
+        model: without weights, on the meta device. An optimizer that cannot step there is not looked at.
+        config: names the optimizer.
+
+    Raises:
+        ConfigError: it keeps something that is neither a plain tensor nor a plain value.
+    """
+    if config.optimizer in OPTIMIZERS:
+        return
+    try:
+        state = _stepped(model, config).state
+    except ConfigError:
+        return
+    for kept in state.values():
+        for value in _leaves(kept):
+            valid = f"one that keeps plain tensors and numbers, as checkpoints hold, and no {type(value).__name__}"
+            require(type(value) in PLAIN, "optim.optimizer", config.optimizer, valid)
+
+
+def _leaves(node: Any) -> Iterator[Any]:
+    if isinstance(node, dict):
+        node = list(node.values())
+    if isinstance(node, list | tuple):
+        for value in node:
+            yield from _leaves(value)
+    else:
+        yield node
+
+
+def _stepped(model: Transformer, config: OptimConfig) -> torch.optim.Optimizer:
+    """Return the optimizer after a step on gradients that are nothing."""
     optimizer = make_optimizer(model, config)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
@@ -234,7 +276,4 @@ def state_sizes(model: Transformer, config: OptimConfig) -> dict[Tensor, int]:
     finally:
         for parameter in model.parameters():
             parameter.grad = None
-    return {
-        parameter: sum(kept.numel() for name, kept in state.items() if isinstance(kept, Tensor) and name != "step")
-        for parameter, state in optimizer.state.items()
-    }
+    return optimizer

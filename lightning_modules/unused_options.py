@@ -82,4 +82,7 @@ def _of_optim(optim: OptimConfig) -> Iterator[Unused]:
 
 
 def _is_set(config: ModelConfig | MoEConfig | OptimConfig, name: str) -> bool:
-    return bool(getattr(config, name) != getattr(type(config)(), name))
+    value, default = getattr(config, name), getattr(type(config)(), name)
+    if isinstance(default, tuple):  # a configuration has a list for it
+        value = tuple(value)
+    return bool(value != default)

@@ -1,6 +1,6 @@
 """A placement, norm, init and schedule of the user's own, by import path: trained, resumed, opened, exported, loaded.
 
-The file is the one that docs/library.md shows, with a helper beside it.
+The file has what docs/own_pieces.md shows in several, and a helper beside it.
 """
 
 import json
@@ -17,7 +17,8 @@ from core.open_run import open_run
 from lightning_modules.initialization import initialize
 from lightning_modules.transformer import Transformer
 from tests.support.models import tiny_config
-from tests.support.runs import ROOT, scalars, tiny_job, train
+from tests.support.own_pieces import pieces
+from tests.support.runs import scalars, tiny_job, train
 from tools import evaluate, export, generate, propagation
 
 OWN = ("model.placement=my_norms.HalfNorm", "model.norm=my_norms.ScaleOnly", "model.norm_options={start: 0.5}")
@@ -46,8 +47,8 @@ def slipped(num_layers):
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that the user starts from, with a run of 4 steps, and one of 2 that was resumed to 4."""
     folder = tmp_path_factory.mktemp("home")
-    source = (ROOT / "docs/library.md").read_text().split("```python\n")[-1].split("```")[0]
-    source = source.replace("my_file.", "my_norms.")
+    source = "\n".join(pieces()[f"my_{piece}.py"] for piece in ("placement", "norm", "init"))
+    source = source.replace("my_init.", "my_norms.")
     source = source.replace(
         "from spannorm import Init", "from my_helper import (\n    FACTOR,\n)\nfrom spannorm import Init"
     )

@@ -1,6 +1,7 @@
 """LanguageModule under a Trainer of one's own: the schedule follows its length, however given, and the data go on."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,23 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     StochasticWeightAveraging,
 )
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from callbacks.checkpointing.last_checkpoint import LastCheckpoint
+from callbacks.console.dashboard import Dashboard
+from callbacks.console.hyperparameters import Hyperparameters
 from callbacks.console.progress import StepProgress
 from callbacks.console.run_status import RunStatus
 from callbacks.console.run_summary import RunSummary
+from callbacks.console.text_sample import TextSample
+from callbacks.divergence.divergence import Divergence
+from callbacks.divergence.flight_recorder import FlightRecorder
+from callbacks.monitors.gradient_health import GradientHealth
+from callbacks.monitors.representation_collapse import RepresentationCollapse
+from callbacks.monitors.signal_propagation import SignalPropagation
+from callbacks.monitors.throughput import Throughput
 from core.errors import ConfigError
 from core.status import read
 from lightning_modules.language_module import LanguageModule
@@ -188,3 +200,49 @@ def test_epochs_of_ones_own_may_be_averaged_and_accumulated(tmp_path: Path) -> N
     averaging, scheduling = StochasticWeightAveraging(1e-3, 1), GradientAccumulationScheduler({0: 1, 1: 2})
     trainer, _ = fit(tmp_path, averaging, scheduling, max_epochs=3, limit_train_batches=2)
     assert trainer.global_step == 4
+
+
+class Plain(L.LightningDataModule):
+    """One of anybody's: a DataLoader with a length, and no position."""
+
+    def __init__(self, batch_size: int = 2) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.tokens = tokens(8, 9)
+
+    def train_dataloader(self) -> Any:
+        return DataLoader([{"tokens": row} for row in self.tokens], batch_size=self.batch_size)  # type: ignore[arg-type]
+
+    val_dataloader = test_dataloader = train_dataloader
+
+
+@pytest.mark.parametrize("loaders", [False, True])
+def test_our_callbacks_take_any_data(loaders: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those that ask a DataModule of ours for its position, tokenizer or fields do without."""
+    monitors = [Throughput(), GradientHealth(), SignalPropagation(1), RepresentationCollapse(1)]
+    console = [
+        Dashboard(),
+        Hyperparameters(),
+        TextSample("def ", 4),
+        RunSummary(str(tmp_path)),
+        RunStatus(str(tmp_path)),
+    ]
+    recovery = [
+        LastCheckpoint(str(tmp_path / "checkpoints"), 2),
+        FlightRecorder(str(tmp_path)),
+        Divergence(str(tmp_path)),
+    ]
+    logger = TensorBoardLogger(tmp_path)
+    trainer = make_trainer(
+        tmp_path, callbacks=[*monitors, *console, *recovery], logger=logger, max_epochs=2, enable_checkpointing=True
+    )
+    data, module = Plain(), make_module()
+    given = {"train_dataloaders": data.train_dataloader(), "val_dataloaders": data.val_dataloader()}
+    trainer.fit(module, **(given if loaders else {"datamodule": data}))
+    assert trainer.global_step == 8
+    assert "No text sample: callbacks.text_sample.prompt='def ' is not valid: expected data with a tok" in (
+        capsys.readouterr().out
+    )
+    assert json.loads((tmp_path / "summary.json").read_text())["tokens"] == 2 * 8 * 8
+    (metrics,) = trainer.test(module, **({"dataloaders": data.test_dataloader()} if loaders else {"datamodule": data}))
+    assert metrics["test/loss"] == pytest.approx(math.log(metrics["test/perplexity"]), rel=1e-5)

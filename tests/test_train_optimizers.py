@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 from core.errors import InvalidValue
 from core.open_run import open_run
 from tests.support.comparing import assert_equal
-from tests.support.runs import ROOT, load, run, scalars, tiny_job, train
+from tests.support.own_pieces import pieces
+from tests.support.runs import load, run, scalars, tiny_job, train
 
 STEPS, STOPPED_AT = 4, 2
 GROUPS = "optim.groups={embedding: {lr_factor: 0.5, weight_decay: 0.1}, router: {lr_factor: 0.1}}"
@@ -27,8 +28,7 @@ MONITORED = ["+callbacks=curvature", "callbacks.divergence.policy=zclip", "optim
 def test_resumed_is_uninterrupted_and_monitors_hold(
     choice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = (ROOT / "docs/optimizers.md").read_text().split("```python\n")[1].split("```")[0]
-    (tmp_path / "my_signs.py").write_text(source)
+    (tmp_path / "my_signs.py").write_text(pieces()["my_optimizer.py"])
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
     job = [*CHOICES[choice], *MONITORED]

@@ -22,8 +22,9 @@ class Hyperparameters(L.Callback):
         self.metric = metric
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        settings = flatten({**pl_module.hparams, "data": dict(datamodule.hparams)}, "/")
+        # A Trainer of one's own may have DataLoaders instead.
+        of_data: Any = getattr(trainer.datamodule, "hparams", {})  # type: ignore[attr-defined]
+        settings = flatten({**pl_module.hparams, "data": dict(of_data)}, "/")
         plain = {key: v if isinstance(v, bool | int | float | str) else str(v) for key, v in settings.items()}
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:

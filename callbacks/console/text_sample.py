@@ -34,9 +34,8 @@ class TextSample(L.Callback):
         datamodule: Any = getattr(trainer, "datamodule", None)
         module: Any = pl_module
         try:
-            require(
-                hasattr(datamodule, "tokenizer"), "callbacks.text_sample.prompt", self.prompt, "data with a tokenizer"
-            )
+            knows = hasattr(datamodule, "tokenizer") and hasattr(datamodule, "seq_len")
+            require(knows, "callbacks.text_sample.prompt", self.prompt, "data with a tokenizer and a seq_len")
             prompt = tokens_of(self.prompt, datamodule.tokenizer, "callbacks.text_sample.prompt")
         except ConfigError as error:  # all is trained: this is no reason to end with an error
             if trainer.is_global_zero:

@@ -8,7 +8,7 @@ import lightning as L
 def samples_of_step(trainer: L.Trainer) -> list[int] | None:
     """Return [first, last] of the step in progress, over all processes; None where the data does not count them."""
     datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-    if not hasattr(datamodule, "batch_size"):
+    if not hasattr(datamodule, "stream_identity"):
         return None
     first: int = datamodule.state_dict()["samples"]
     return [first, first + datamodule.batch_size * trainer.accumulate_grad_batches - 1]

@@ -35,8 +35,8 @@ class Curvature(L.Callback):
         iterations: products with the Hessian per estimate; close eigenvalues want more.
 
     Raises:
-        ConfigError: one of them is less than 1, parameters are sharded, activations checkpointed, or experts
-            megablocks'.
+        ConfigError: one of them is less than 1, parameters are sharded, activations checkpointed, experts megablocks',
+            or the Trainer has no DataModule.
     """
 
     def __init__(self, every_n_steps: int = 500, sequences: int = 2, iterations: int = 20) -> None:
@@ -57,6 +57,8 @@ class Curvature(L.Callback):
                 "callbacks.curvature", name, "it cannot differentiate model.moe.backend=megablocks twice"
             )
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if datamodule is None:
+            raise InvalidValue("callbacks.curvature", name, "it takes its batch from a DataModule, and there is none")
         batch = next(iter(datamodule.val_dataloader()))
         self._tokens = batch["tokens"][: self.sequences].to(pl_module.device)
 

@@ -1,6 +1,5 @@
-"""docs/monitoring.md's callback, from a file outside of the repository: it reads what the monitors have computed."""
+"""docs/own_pieces.md's callback, from a file outside of the repository: it reads what the monitors have computed."""
 
-import re
 import sys
 from pathlib import Path
 
@@ -8,12 +7,12 @@ import pytest
 import torch
 
 from callbacks import statistics
-from tests.support.runs import ROOT, scalars, tiny_job, train
+from tests.support.own_pieces import pieces
+from tests.support.runs import scalars, tiny_job, train
 
 
 def test_the_documented_callback_reads_the_shared_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/monitoring.md").read_text(), re.DOTALL)
-    (tmp_path / "loudest.py").write_text(example)
+    (tmp_path / "loudest.py").write_text(pieces()["my_monitor.py"])
     monkeypatch.delitem(sys.modules, "loudest", raising=False)  # another test's, in the same process
     computed, compute = [], statistics._compute
     monkeypatch.setattr(statistics, "_compute", lambda *a: computed.append(a[2]) or compute(*a))

@@ -199,6 +199,17 @@ def test_whole_weights_and_numbered_states_are_loaded() -> None:
     assert compat.key_optimizer_state_by_name(named, model) == named
 
 
+def test_a_loader_is_called_on_its_class_alone() -> None:
+    class Loads:
+        @compat.restricted_classmethod
+        def load(cls, path: str) -> str:  # noqa: N805
+            return f"{cls.__name__} {path}"
+
+    assert Loads.load("a.ckpt") == "Loads a.ckpt"
+    with pytest.raises(TypeError, match="cannot be called on an instance"):
+        Loads().load("a.ckpt")
+
+
 def test_operators_over_many_tensors() -> None:
     left, right = ([torch.randn(3, 4), torch.randn(5)] for _ in range(2))
     expected = torch.stack([tensor.norm() for tensor in left])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lightning_modules.language_module import LanguageModule
 from tests.support.processes import command_line, together
 from tests.support.runs import assert_began, load, run, scalars, tiny_job
 from tools.consolidate import consolidate
@@ -26,7 +27,9 @@ def test_one_process_two_and_one_file(tmp_path: Path) -> None:
     checkpoint, output = tmp_path / "run/checkpoints/last.ckpt", tmp_path / "weights.safetensors"
     assert len(list(checkpoint.glob("rank-*.safetensors"))) == 2, "both have written"
     consolidate(checkpoint, output)
+    opened = LanguageModule.load_from_checkpoint(checkpoint).state_dict()
     weights, wanted = load_file(output), load(whole / "checkpoints/last.ckpt")["state_dict"]
-    assert {f"model.{name}" for name in weights} == wanted.keys()
+    assert {f"model.{name}" for name in weights} == wanted.keys() == opened.keys()
     for name, weight in weights.items():
+        assert torch.equal(weight, opened[f"model.{name}"])
         torch.testing.assert_close(weight, wanted[f"model.{name}"], atol=1e-5, rtol=1e-4)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from callbacks.divergence.step_override import StepOverride
+from core.checkpoint import load
 from core.errors import ConfigError
 from lightning_modules.config import ModelConfig, OptimConfig, parse
 from lightning_modules.language_module import LanguageModule
@@ -19,7 +20,8 @@ from lightning_modules.optimizers import make_optimizer, state_sizes
 from lightning_modules.transformer import Transformer
 from lightning_modules.unused_options import describe_unused
 from tests.support.comparing import assert_equal
-from tests.support.models import VOCAB_SIZE, make_module, tiny_config, tiny_values
+from tests.support.fitting import loader, make_trainer
+from tests.support.models import VOCAB_SIZE, make_module, tiny_config, tiny_values, tokens
 
 HIDDEN = ("_proj.weight", "w1", "v1", "w2")
 
@@ -282,3 +284,52 @@ def test_a_step_can_be_skipped_or_made_smaller(optimizer: str) -> None:
             moved, 0.25 * whole, atol=1e-6, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
         )
     assert made.param_groups[0]["lr"] == again.param_groups[0]["lr"]
+
+
+KEEPS = """
+import torch
+
+
+class Coded(torch.Tensor):
+    pass
+
+
+class Keeps(torch.optim.SGD):
+    def __init__(self, params, lr, weight_decay=0.0, what="number", gpu=False):
+        super().__init__(params, lr=lr, weight_decay=weight_decay)
+        self.what, self.gpu = what, gpu
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if self.gpu and p.device.type == "meta":
+                    raise RuntimeError("no such kernel")
+                self.state[p].update(made=[{"n": 3, "t": torch.zeros(2)}], kept=self.kept())
+        return loss
+
+    def kept(self):
+        kinds = {"number": lambda: 0.5, "tensor": lambda: torch.ones(1), "object": object}
+        return kinds[self.what]() if self.what in kinds else torch.ones(3).as_subclass(Coded)
+"""
+
+
+@pytest.mark.parametrize(("what", "named"), [("number", ""), ("tensor", ""), ("object", "object"), ("code", "Coded")])
+def test_one_whose_checkpoints_could_not_be_read_is_refused_before_the_run(
+    what: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_keeping.py").write_text(KEEPS)
+    monkeypatch.syspath_prepend(tmp_path)
+    optim = {"optimizer": "my_keeping.Keeps", "optimizer_options": {"what": what}, "weight_decay": 0.0}
+    module, trainer = LanguageModule(tiny_values(), optim, VOCAB_SIZE), make_trainer(tmp_path, max_steps=2)
+    if not named:
+        module.check_run(trainer, resumed=False)
+        trainer.fit(module, loader(tokens(2, 9), tokens(2, 9)), loader(tokens(2, 9)))
+        trainer.save_checkpoint(tmp_path / "a.ckpt")
+        load(tmp_path / "a.ckpt")
+        return
+    valid = f"expected one that keeps plain tensors and numbers, as checkpoints hold, and no {named}"
+    with pytest.raises(ConfigError, match=rf"^optim\.optimizer='my_keeping\.Keeps' is not valid: {valid}$"):
+        module.check_run(trainer, resumed=False)
+    unknown = {**optim, "optimizer_options": {"what": what, "gpu": True}}
+    LanguageModule(tiny_values(), unknown, VOCAB_SIZE).check_run(trainer, resumed=False)

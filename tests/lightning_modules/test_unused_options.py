@@ -20,6 +20,7 @@ SILENT: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {"schedule": "wsd", "decay_fraction": 0.1, "decay_shape": "exponential"}),
     ({}, {"width_scaling": "mup", "base_width": 64}),
     ({}, {"min_lr_ratio": 0.0}),
+    ({}, {"optimizer": "torch.optim.SGD", "betas": [0.9, 0.95]}),  # the default, as a configuration has it
     ({"norm": "layernorm", "norm_eps": 1e-5}, {}),
     ({}, {"schedule": "wsd", "decay_fraction": 0.0}),
     ({"ffn_dim": 48}, {}),

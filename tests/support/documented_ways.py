@@ -23,6 +23,7 @@ from core import cli
 from core.dataclass_cli import parse_fields
 from lightning_modules.composing import register_schemas
 from tests.support.documented_commands import Command
+from tests.support.own_pieces import write_pieces
 from tests.support.runs import ROOT, run, tiny_job, train
 from tools.evaluate import EvaluateConfig
 from tools.plan import PlanConfig
@@ -208,8 +209,7 @@ def prepare(cwd: Path) -> None:
     for number, folder in enumerate(["texts", "code"] * 60):
         (cwd / folder).mkdir(exist_ok=True)
         (cwd / f"{folder}/{number // 2}.txt").write_text(random.Random(number).randbytes(1500).hex())
-    (cwd / "my_file.py").write_text((ROOT / "docs/library.md").read_text().split("```python\n")[-1].split("```")[0])
-    (cwd / "loudest.py").write_text("import lightning as L\n\n\nclass Loudest(L.Callback):\n    pass\n")
+    write_pieces(cwd)
     tool = Command("", 0, "python -m tools.prepare")
     for name, given, tokenizer in (
         ("texts", "texts", "byte"),
@@ -230,7 +230,10 @@ WAYS: list[tuple[str, Way]] = [
     (r"python (train\.py|-m tools\.plan) .*(_7b|_gpu|trainer=gpu|=megablocks|bf16)", composes(GPU)),
     (r"python train\.py .*(trainer=(ddp|fsdp|slurm)|trainer\.devices=)", composes("tests/distributed runs several")),
     (r"python train\.py .*\w+://", composes("needs a network; tests/datamodules reads such a corpus")),
-    (r"python train\.py .*my_file\.My", composes("the file is yours; tests/callbacks and docs/monitoring.md have one")),
+    (r"python CHECKOUT/train\.py ", composes("tests/test_own_pieces.py starts it from elsewhere")),
+    (r"PYTHONPATH=CHECKOUT ", parses("tests/test_own_pieces.py starts it from elsewhere")),
+    (r"python train\.py .*schedule=wsd", composes("two steps have no room for its decay; test_optim.py trains it")),
+    (r"python train\.py .*bitsandbytes", composes("the package is not ours")),
     (
         r"python train\.py .*init_from=",
         composes("tests/lightning_modules/test_warm_start.py trains from a run's weights"),

@@ -15,6 +15,7 @@ from lightning_modules.language_module import LanguageModule
 from lightning_modules.transformer import Transformer
 from tests.support.fitting import Recorder, loader, make_trainer
 from tests.support.models import tiny_values, tokens
+from tests.support.own_pieces import forget_pieces, write_pieces
 
 VOCAB_SIZE = 5
 
@@ -40,15 +41,15 @@ class Held(L.LightningDataModule):
         self.batches = [tokens(2, 7) % VOCAB_SIZE, tokens(3, 7) % VOCAB_SIZE]
 
     def train_dataloader(self) -> Any:
-        return loader(self.batches[0], self.batches[0])
+        return loader(*[self.batches[0]] * 3)
 
     def val_dataloader(self) -> Any:
         return loader(self.batches[1])
 
 
-def make_module(**fields: Any) -> LanguageModule:
+def make_module(optim: dict[str, Any] | None = None, **fields: Any) -> LanguageModule:
     values = tiny_values(dim=4, num_heads=1, num_layers=1, ffn_dim=4, moe={"expert_dim": 4, "num_experts": 2}, **fields)
-    module = LanguageModule(values, {}, VOCAB_SIZE)
+    module = LanguageModule(values, optim or {}, VOCAB_SIZE)
     module.configure_model()
     return module
 
@@ -68,6 +69,37 @@ def test_the_top_eigenvalue(tmp_path: Path, ffn: str) -> None:
     expected = max(spectrum.tolist(), key=abs)
     recorder = train(tmp_path, module, data)
     assert recorder.series("curvature/top_eigenvalue") == [pytest.approx(expected, rel=1e-3)]
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "lion", "torch.optim.SGD", "my_optimizer.Signs"])
+def test_it_is_of_the_weights_that_the_optimizer_has_made(
+    optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the third step, against the Hessian of a copy of the weights after two; and the monitor changes none."""
+    forget_pieces()
+    write_pieces(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    torch.manual_seed(0)
+    optim = {"optimizer": optimizer, "lr": 0.05, "warmup_steps": 0, "schedule": "constant"}
+    data, recorder, ends = Held(), Recorder(), []
+    for steps, callbacks in ((2, []), (3, [Curvature(every_n_steps=3, iterations=60)])):
+        torch.manual_seed(1)
+        module = make_module(optim)
+        trainer = make_trainer(tmp_path, limit_val_batches=0, callbacks=callbacks, logger=recorder, max_steps=steps)
+        trainer.fit(module, datamodule=data)
+        ends.append(module.model)
+    forget_pieces()
+    before, _ = ends
+    spectrum = torch.linalg.eigvalsh(hessian(before, data.batches[1][:2]))
+    first, third = recorder.series("curvature/top_eigenvalue")
+    assert third == pytest.approx(max(spectrum.tolist(), key=abs), rel=2e-2)
+    assert first != pytest.approx(third, rel=2e-2), "the weights of the first step have another"
+
+
+def test_a_trainer_without_a_datamodule_is_refused(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, limit_val_batches=0, callbacks=[Curvature()], logger=False, max_steps=1)
+    with pytest.raises(ConfigError, match=r"callbacks\.curvature='Curvature' is not valid: it takes its batch from a"):
+        trainer.fit(make_module(), loader(tokens(2, 7) % VOCAB_SIZE), loader(tokens(2, 7) % VOCAB_SIZE))
 
 
 def test_checkpointed_activations_are_refused(tmp_path: Path) -> None:
