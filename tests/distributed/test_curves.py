@@ -43,8 +43,8 @@ def test_several_processes_have_the_curve_of_one(tmp_path: Path, cases: list[Run
         assert all(other == first for other in others), f"{case}: to the bit, on all ranks"
         sources = ("/even", "/odd") if case.sources else ()
         of_train, of_val = ([f"{split}/loss{source}" for source in ("", *sources)] for split in ("train", "val"))
-        # The norm is before clipping, where rounding shows most: see below.
-        for name, tolerance in (*((name, 1e-5) for name in of_train), ("optim/grad_norm", 1e-3)):
+        # Rounding tells them apart, as the next test shows, and most in the norm before clipping.
+        for name, tolerance in (*((name, 3e-5) for name in of_train), ("optim/grad_norm", 1e-3)):
             curve = [metrics[name] for metrics in first]
             assert curve == pytest.approx([metrics[name] for metrics in wanted], rel=tolerance), f"{case}: {name}"
         for name in of_val:

@@ -187,7 +187,7 @@ FULL_SPEED = "callbacks.divergence.policy_options={lr_factor: 1.0}"
 POISON = [bad_batch(120, 4), nan_gradient(200, 3)]
 CLEAN = [*POSTNORM, "optim.lr=3e-3"]
 CASES = {  # (the run that dies, what makes it recover, how much above the clean run's loss it may end)
-    "a learning rate that kills": ([*POSTNORM, DEADLY], [ROLLBACK, GENTLE], 0.02),
+    "a learning rate that kills": ([*POSTNORM, DEADLY], [ROLLBACK, GENTLE], 0.1),  # how soon it is cut is by rounding
     "poison": ([*CLEAN, *POISON], [ROLLBACK], 0.02),
     "a flipped bit": ([*CLEAN, FLIPPED], [ROLLBACK, FULL_SPEED], 0.05),  # it loses 17 of 300 steps of training
 }
