@@ -7,7 +7,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from core import cli
-from lightning_modules.composing import register_schemas
+from lightning_modules.composing import inherit_model, register_schemas
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
@@ -25,9 +25,9 @@ def main(config: DictConfig) -> float:
     from core.lightning_callbacks import check_callbacks, without_stand_ins
     from core.memory import check_memory
     from core.parallel import apply_micro_batching, check_parts
-    from core.paths import require_path
+    from core.printable import printable
     from core.run_control import take_control
-    from core.run_folder import check_resumable, entered, folder_name
+    from core.run_folder import check_resumable, entered, folder_name, is_main_process
     from core.steps import check_length
     from core.sweep import swept_overrides
     from core.validation_loss import final_loss
@@ -40,6 +40,9 @@ def main(config: DictConfig) -> float:
     with entered(config, hydra_config.runtime.choices.get("experiment"), name) as run:
         config.run_dir = str(run.path)
         silence_noise()
+        inherited = inherit_model(config, overrides, run.ckpt_path)
+        if inherited and run.ckpt_path is None and is_main_process():
+            print(f"The model of {printable(config.init_from)}: {', '.join(inherited)}")
         require(type(config.seed) is int and 0 <= config.seed < 2**32, "seed", config.seed, "an integer in [0, 2**32)")
         L.seed_everything(config.seed, workers=True, verbose=False)
 
@@ -48,10 +51,6 @@ def main(config: DictConfig) -> float:
         require(isinstance(datamodule, StreamDataModule), "data._target_", config.data["_target_"], valid)
         module = build(config, "module", vocab_size=datamodule.vocab_size)
         if config.init_from is not None and run.ckpt_path is None:  # a resumed run has its weights
-            require(
-                isinstance(config.init_from, str), "init_from", config.init_from, "the path of weights to start from"
-            )
-            require_path("init_from", config.init_from, "the path of weights to start from")
             valid = "null: the LightningModule has no method start_from"
             require(hasattr(module, "start_from"), "init_from", config.init_from, valid)
             module.start_from(config.init_from)

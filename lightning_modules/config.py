@@ -19,7 +19,8 @@ from core.moved import with_current_names
 CPU_KERNELS = ("auto", "off")
 WIDTH_SCALINGS = ("none", "mup", "standard")
 DECAY_SHAPES = ("linear", "exponential")
-MAX_LAYERS, MAX_DIM, MAX_HIDDEN_DIM, MAX_EXPERTS = 4096, 2**18, 2**21, 4096
+QK_NORMS = ("none", "head", "width")
+MAX_LAYERS, MAX_DIM, MAX_HIDDEN_DIM, MAX_EXPERTS, MAX_VOCABULARY = 4096, 2**18, 2**21, 4096, 2**24 + 1
 """Far beyond what has been trained; at these, a model is still looked over within a minute (core/limits.py)."""
 
 C = TypeVar("C", "ModelConfig", "OptimConfig")
@@ -113,10 +114,14 @@ class ModelConfig:
     dim: int = 256
     num_heads: int = 4
     num_kv_heads: int | None = None  # None: num_heads; fewer: grouped-query attention
+    head_dim: int | None = None  # width of one head; None: dim / num_heads
+    qk_norm: str = "none"  # norms on q and k before RoPE: head, width (all heads together); none: the placement's own
+    qkv_bias: bool = False  # biases on the q, k and v projections, which start at 0
     rope_theta: float = 10000.0
     ffn: str = "dense"  # dense or moe
     ffn_dim: int | None = None  # hidden width of the SwiGLU; None: 8/3 dim, rounded up to a multiple of 16
     tie_embeddings: bool = False
+    vocab_size: int | None = None  # rows of embedding and head; None: the data's vocabulary, which may have fewer
     compile: bool = False  # torch.compile each block
     cpu_kernels: str = (
         "auto"  # auto: faster ways on a CPU, lightning_modules/layers/cpu_kernels; off: torch's own alone
@@ -128,9 +133,18 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("num_layers", "dim", "num_heads", "activation_checkpoint_every"):
             require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "an integer >= 1")
-        for name, most in (("num_layers", MAX_LAYERS), ("dim", MAX_DIM), ("ffn_dim", MAX_HIDDEN_DIM)):
+        for name, most in (
+            ("num_layers", MAX_LAYERS),
+            ("dim", MAX_DIM),
+            ("num_heads", MAX_DIM),
+            ("head_dim", MAX_DIM),
+            ("ffn_dim", MAX_HIDDEN_DIM),
+            ("vocab_size", MAX_VOCABULARY),
+        ):
             require_at_most(most, f"model.{name}", getattr(self, name))
-        require(self.ffn_dim is None or self.ffn_dim >= 1, "model.ffn_dim", self.ffn_dim, "an integer >= 1 or null")
+        for name in ("ffn_dim", "vocab_size"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"model.{name}", value, "an integer >= 1 or null")
         cut = self.init_truncation
         require(cut is None or 0 < cut < math.inf, "model.init_truncation", cut, "a number > 0 or null")
         for name in ("norm_eps", "rope_theta"):
@@ -139,11 +153,17 @@ class ModelConfig:
             object.__setattr__(self, "cpu_kernels", "off")
         if self.cpu_kernels not in CPU_KERNELS:
             raise ConfigError("model.cpu_kernels", self.cpu_kernels, suggest(self.cpu_kernels, CPU_KERNELS))
+        if self.qk_norm not in QK_NORMS:
+            raise ConfigError("model.qk_norm", self.qk_norm, suggest(self.qk_norm, QK_NORMS))
+        even = self.head_dim is None or (self.head_dim >= 2 and self.head_dim % 2 == 0)
+        require(even, "model.head_dim", self.head_dim, "an even integer >= 2 (RoPE turns pairs), or null")
+        require_at_most(MAX_HIDDEN_DIM // self.num_heads, "model.head_dim", self.head_dim)
         require(
-            self.dim % (2 * self.num_heads) == 0,
+            self.head_dim is not None or self.dim % (2 * self.num_heads) == 0,
             "model.dim",
             self.dim,
-            f"a multiple of 2 x model.num_heads={self.num_heads} (heads of equal, even width: RoPE turns pairs)",
+            f"a multiple of 2 x model.num_heads={self.num_heads} (heads of equal, even width: RoPE turns pairs), "
+            "or any with model.head_dim",
         )
         require(
             self.num_kv_heads is None or (self.num_kv_heads >= 1 and self.num_heads % self.num_kv_heads == 0),
@@ -153,12 +173,17 @@ class ModelConfig:
         )
 
     @property
-    def head_dim(self) -> int:
-        return self.dim // self.num_heads
+    def head_width(self) -> int:
+        return self.dim // self.num_heads if self.head_dim is None else self.head_dim
 
     @property
     def kv_heads(self) -> int:
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def attention_width(self) -> int:
+        """Width of all query heads together."""
+        return self.num_heads * self.head_width
 
     @property
     def hidden_dim(self) -> int:

@@ -75,7 +75,10 @@ class LanguageModule(L.LightningModule):
     Args:
         model: fields of ModelConfig, as plain values.
         optim: fields of OptimConfig, as plain values.
-        vocab_size: number of tokens.
+        vocab_size: number of tokens in the data; `model.vocab_size` may give embedding and head more rows.
+
+    Attributes:
+        vocab_size: rows of embedding and head.
 
     Raises:
         ConfigError: anything about the model or its optimizer that cannot work, before weights are allocated.
@@ -100,7 +103,10 @@ class LanguageModule(L.LightningModule):
         self.save_hyperparameters()
         self.model_config = parse(ModelConfig, "model", model)
         self.optim_config = parse(OptimConfig, "optim", optim)
-        self.vocab_size = vocab_size
+        rows = self.model_config.vocab_size
+        valid = f"at least {vocab_size}, the size of the data's vocabulary, or null"
+        require(rows is None or rows >= vocab_size, "model.vocab_size", rows, valid)
+        self.vocab_size = vocab_size if rows is None else rows
         self.width_scaling = width_scaling(self.model_config, self.optim_config)
         with torch.device("meta"):  # a dry build finds every impossible configuration, at no cost
             weightless = Transformer(self.model_config, vocab_size)

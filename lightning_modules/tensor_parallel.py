@@ -62,9 +62,9 @@ def apply_tensor_parallel(block: Any, mesh: DeviceMesh) -> None:
 def _cut_attention(attention: Attention, mesh: DeviceMesh) -> None:
     plan: dict[str, ParallelStyle] = {f"{name}_proj": ColwiseParallel() for name in "qkv"}
     plan |= {"o_proj": RowwiseParallel(), "inner_norm": WholeInput()}
-    for name in attention.projection_norms:
+    for name, each_head in attention.norms_each_head.items():
         # Per head its input is [batch, seq, heads, head_dim].
-        style = SequenceParallel(sequence_dim=2, use_local_output=True) if attention.per_head else WholeInput()
+        style = SequenceParallel(sequence_dim=2, use_local_output=True) if each_head else WholeInput()
         plan[f"projection_norms.{name}"] = style
     _apply(attention, mesh, plan)
     parallelize_module(attention, mesh, _shared_input(attention))

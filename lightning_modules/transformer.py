@@ -86,7 +86,7 @@ class Transformer(nn.Module):
 
     Args:
         config: the architecture.
-        vocab_size: number of tokens; comes with the data.
+        vocab_size: rows of embedding and head.
         output_multiplier: on the logits; not 1 only under width scaling.
         built: called with each block as soon as it is built: what shards it then never holds two in full.
 
@@ -148,7 +148,7 @@ class Transformer(nn.Module):
             (logits [batch, seq or logits_to_keep, vocab_size], or the targets' Losses; one RouterStats per MoE layer).
         """
         length = tokens.size(1) if cache is None else cache.length
-        rope = rope_tables(length, self.config.head_dim, self.config.rope_theta, tokens.device)
+        rope = rope_tables(length, self.config.head_width, self.config.rope_theta, tokens.device)
         mask: Mask | None = None
         if positions is not None:
             rope = at_positions(rope, positions)
@@ -215,7 +215,7 @@ class Transformer(nn.Module):
         """
         _, active = self.num_parameters()
         lookup_only = 0 if self.config.tie_embeddings else self.embedding.weight.numel()
-        return 6 * (active - lookup_only) + 12 * self.config.num_layers * self.config.dim * seq_len
+        return 6 * (active - lookup_only) + 12 * self.config.num_layers * self.config.attention_width * seq_len
 
     def mixtures(self) -> dict[int, MoE]:
         """Return the MoE layers by number, counted from 1 over all layers; in the order of forward's statistics."""

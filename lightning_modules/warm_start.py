@@ -1,11 +1,12 @@
-"""Starts a model from weights that were trained before: another run's, or those of a safetensors file.
+"""Starts a model from weights that were trained before: another run's, a safetensors file's, a folder of transformers.
 
 Every parameter of the model gets the weights of its name. A placement, and the norms that it asks for inside attention
 and FFN, may have parameters without a counterpart: these start as the init says. All else has to correspond, name by
-name and shape by shape, so that nothing is left out silently.
+name and shape by shape, so that nothing is left out silently. What a source says of its model is read by `model_of`.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,22 +16,43 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from core.checkpoint import load
+from core.checkpoint import load, load_beside_weights
 from core.errors import ConfigError, one_line, require
 from core.printable import printable
 from core.sharded_checkpoint import open_safetensors
-from core.untrusted import MIB, Untrusted, read_json
+from core.untrusted import Untrusted
+from lightning_modules.config import ModelConfig, parse
+from lightning_modules.pretrained.families import Pretrained, fields_of, find_pretrained
+from lightning_modules.pretrained.weights import files_of, read_weights
+from lightning_modules.transformer import Transformer
 
 FIELD = "init_from"
 VALID = (
-    "a run's folder, a checkpoint, a safetensors file, or a folder with model.safetensors or its index, with this "
-    "project's names"
+    "a run's folder, a checkpoint, a safetensors file, or a folder with model.safetensors or its index, of this "
+    "project's names or with a config.json of transformers"
 )
 OF_PLACEMENT = re.compile(
     r"blocks\.\d+\.(placement|embedding_scale|attn\.(projection_norms|inner_norm)|ffn\.([a-z_.]+\.)?inner_norm)\."
 )
 """Parameters that another placement, or kind of norm, need not have."""
-MAX_INDEX = 64 * MIB
+MAY_DIFFER = {"placement", "placement_options", "norm", "norm_options", "qk_norm", "moe.load_balancing_weight"}
+"""Of a folder of transformers, what a model that starts from it may have otherwise."""
+NOT_INHERITED = {
+    "init",
+    "init_options",
+    "init_truncation",
+    "compile",
+    "cpu_kernels",
+    "activation_checkpointing",
+    "activation_checkpoint_every",
+    "moe.backend",
+    "moe.expert_parallel",
+    "moe.jitter",
+    "moe.load_balancing_weight",
+    "moe.bias_update_rate",
+    "moe.z_loss_weight",
+}
+"""Fields of `model` that say how to compute or to train, and nothing of what the weights belong to."""
 
 
 @dataclass(frozen=True)
@@ -67,19 +89,47 @@ class WarmStart:
             own.copy_(value)
 
 
-def warm_start(source: str | Path, model: nn.Module) -> WarmStart:
+def model_of(source: Path) -> dict[str, Any] | None:
+    """Return the fields of `model` that a source of weights was made with, those of `model.moe` as moe.NAME.
+
+    Args:
+        source: as of `warm_start`; also a checkpoint, of which the weights are not read.
+
+    Returns:
+        Plain values of what is the architecture; None: the source says nothing of it.
+
+    Raises:
+        ConfigError: it is no source, or one of transformers that this project's model is not.
+    """
+    pretrained = _pretrained(source)
+    if pretrained is not None:
+        return {name: value for name, value in fields_of(pretrained.model) if name not in NOT_INHERITED}
+    if _has_no_configuration(source):
+        return None
+    try:
+        saved = load_beside_weights(_checkpoint(source)).get("hyper_parameters", {}).get("model")
+    except Exception as error:  # truncated, no checkpoint at all, or one with code in it
+        raise _unreadable(source, error) from error
+    if not isinstance(saved, dict):
+        return None
+    config = parse(ModelConfig, "model", saved)
+    values = {**vars(config), "moe": vars(config.moe)}
+    return {name: value for name, value in fields_of(values) if name not in NOT_INHERITED}
+
+
+def warm_start(source: str | Path, model: Transformer) -> WarmStart:
     """Read weights and hold them against a model.
 
     Args:
-        source: RUN (its last checkpoint), a checkpoint of one file or in pieces, a file of tools.consolidate, or a
-            folder of tools.export.
+        source: RUN (its last checkpoint), a checkpoint of one file or in pieces, a file of tools.consolidate, a folder
+            of tools.export, or one of transformers.
         model: the Transformer that is to start from them; one on the meta device will do.
 
     Raises:
         ConfigError: `init_from` is nothing of that, cannot be read, or is of a model of other sizes.
     """
     path = Path(source)
-    weights = _read(path)
+    weights = _read(path, model)
     # A tied head is the embedding once more, and need not be in a file.
     own = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
     tied = {name for name, tensor in own.items() if name == "head.weight" and tensor is own["embedding.weight"]}
@@ -101,33 +151,70 @@ def warm_start(source: str | Path, model: nn.Module) -> WarmStart:
     return WarmStart(path, taken, sorted(own.keys() - taken.keys() - tied), unused)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    """Return the weights by the names of a Transformer's parameters."""
+def _pretrained(path: Path) -> Pretrained | None:
     require(path.exists(), FIELD, str(path), VALID)
+    return find_pretrained(path) if path.is_dir() else None
+
+
+def _has_no_configuration(path: Path) -> bool:
+    """Return whether nothing in a source says what its model is: safetensors of this project's names."""
+    whole = ("model.safetensors", "model.safetensors.index.json")
+    return path.suffix == ".safetensors" or any((path / name).is_file() for name in whole)
+
+
+def _checkpoint(path: Path) -> Path:
+    last = path / "checkpoints/last.ckpt"
+    return last if last.exists() else path
+
+
+def _unreadable(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(FIELD, str(path), f"{VALID}; it cannot be read as one ({one_line(error)})")
+
+
+def _read(path: Path, model: Transformer) -> dict[str, Tensor]:
+    """Return the weights by the names of a Transformer's parameters, of a model that may be this one."""
+    pretrained = _pretrained(path)
+    if pretrained is not None:
+        theirs = parse(ModelConfig, "model", pretrained.model)
+        names = [name for name, _ in fields_of(pretrained.model) if name not in MAY_DIFFER]
+        _check_same(model, theirs, names, path / "config.json")
+        return read_weights(pretrained)
     try:
-        if path.is_file() and path.suffix == ".safetensors":
-            weights = _read_files([path])
-        elif (path / "model.safetensors").is_file():
-            weights = _read_files([path / "model.safetensors"])
-        elif (index := path / "model.safetensors.index.json").is_file():
-            weights = _read_files(sorted({path / name for name in _files_of(index)}))
+        if _has_no_configuration(path):
+            weights = _read_files([path] if path.is_file() else files_of(path))
         else:
-            checkpoint = path / "checkpoints/last.ckpt"
-            weights = load(checkpoint if checkpoint.exists() else path)["state_dict"]
+            content = load(_checkpoint(path))
+            weights, saved = content["state_dict"], content.get("hyper_parameters", {}).get("model")
+            if isinstance(saved, dict):  # by the shapes alone, heads can be told from wider ones nowhere
+                _check_same(model, parse(ModelConfig, "model", saved), ["num_heads"], path)
         return {name.removeprefix("model."): tensor for name, tensor in weights.items() if isinstance(tensor, Tensor)}
     except ConfigError:
         raise
-    except Exception as error:  # truncated, no checkpoint at all, or one with code in it
-        raise ConfigError(FIELD, str(path), f"{VALID}; it cannot be read as one ({one_line(error)})") from error
+    except Exception as error:
+        raise _unreadable(path, error) from error
 
 
-def _files_of(index: Path) -> set[str]:
-    content = read_json(index, limit=MAX_INDEX)
-    names = content.get("weight_map") if isinstance(content, dict) else None
-    files = set(names.values()) if isinstance(names, dict) else set()
-    if not files or not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) for name in files):
-        raise Untrusted(f"{index.name} has no weight_map of names of files beside it")
-    return files
+def _check_same(model: Transformer, theirs: ModelConfig, names: Iterable[str], where: Path) -> None:
+    """Raise ConfigError at the first of some fields of `model` in which the source of the weights differs."""
+    for name in names:
+        here, there = _in_effect(model.config, name), _in_effect(theirs, name)
+        if name == "vocab_size":
+            here = model.embedding.num_embeddings
+        require(here == there, f"model.{name}", here, f"{there!r}, as in {printable(where, limit=None)}")
+
+
+def _in_effect(config: ModelConfig, name: str) -> Any:
+    """Return a field's value, or what its null stands for."""
+    special = {
+        "num_kv_heads": config.kv_heads,
+        "head_dim": config.head_width,
+        "ffn_dim": config.hidden_dim if config.hidden_dim in config.hidden_dims else None,
+        "moe.expert_dim": config.expert_hidden_dim,
+        "moe.normalize_weights": config.moe.normalizes_weights,
+    }
+    if name in special:
+        return special[name]
+    return getattr(config.moe if name.startswith("moe.") else config, name.rpartition(".")[2])
 
 
 def _read_files(paths: list[Path]) -> dict[str, Tensor]:

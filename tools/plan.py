@@ -171,15 +171,15 @@ def plan(config: DictConfig, vocab_size: int | None = None) -> Plan:
     else:
         check_unsharded(model)
     with torch.device("meta"):
-        weightless = Transformer(model, tokens)
+        weightless = Transformer(model, module.vocab_size)
 
     size = precision.weights.itemsize
     held = num_held(weightless, mesh) * size
     saved = saved_activations(
-        partial(Transformer, replace(model, activation_checkpointing=False, compile=False), tokens),
+        partial(Transformer, replace(model, activation_checkpointing=False, compile=False), module.vocab_size),
         datamodule.batch_size // mesh.data // passes,
         datamodule.seq_len,
-        tokens >= LARGE_VOCABULARY,
+        module.vocab_size >= LARGE_VOCABULARY,
         mesh.tensor,
         precision.autocast,
         precision.weights,

@@ -14,29 +14,38 @@ from spannorm import Matrix, QKVNorm, owned_matrices
 
 
 class Attention(nn.Module):
-    """Projections without biases around `scaled_dot_product_attention`; knows nothing of norms around it.
+    """Projections around `scaled_dot_product_attention`; knows nothing of norms around it.
 
     Args:
-        config: widths, number of heads, grouped-query attention (2305.13245), norm kind.
-        qkv_norm: norms on the projections, if any.
+        config: widths, number of heads, grouped-query attention (2305.13245), biases of q, k and v, norm kind, and
+            `model.qk_norm`, whose norms on q and k take the place of those that a placement declares for these two.
+        qkv_norm: norms on the projections that the placement declares, if any.
         inner_norm: one norm before the output projection (2210.06423).
+
+    Attributes:
+        norms_each_head: of each projection with a norm, whether it is over one head, or over all heads together.
     """
 
     def __init__(self, config: ModelConfig, qkv_norm: QKVNorm | None = None, inner_norm: bool = False) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
+        self.head_dim = config.head_width
         self.grouped = config.kv_heads != config.num_heads
-        q_dim, kv_dim = config.num_heads * config.head_dim, config.kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.dim, q_dim, bias=False)
-        self.k_proj = nn.Linear(config.dim, kv_dim, bias=False)
-        self.v_proj = nn.Linear(config.dim, kv_dim, bias=False)
+        q_dim, kv_dim = config.attention_width, config.kv_heads * config.head_width
+        self.q_proj = nn.Linear(config.dim, q_dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_dim, config.dim, bias=False)
+        for projection in (self.q_proj, self.k_proj, self.v_proj):
+            if config.qkv_bias:
+                nn.init.zeros_(projection.bias)
 
-        self.per_head = qkv_norm is not None and qkv_norm.per_head
+        self.norms_each_head = dict.fromkeys(qkv_norm.on, qkv_norm.per_head) if qkv_norm is not None else {}
+        if config.qk_norm != "none":
+            self.norms_each_head |= dict.fromkeys("qk", config.qk_norm == "head")
         widths = {"q": q_dim, "k": kv_dim, "v": kv_dim}
         self.projection_norms = nn.ModuleDict()
-        for name in qkv_norm.on if qkv_norm is not None else "":
-            self.projection_norms[name] = make_norm(config, config.head_dim if self.per_head else widths[name])
+        for name, each_head in self.norms_each_head.items():
+            self.projection_norms[name] = make_norm(config, config.head_width if each_head else widths[name])
         self.inner_norm = make_norm(config, q_dim) if inner_norm else nn.Identity()
 
     def forward(self, x: Tensor, rope: Rope, mask: Mask | None = None, slots: Slots | None = None) -> Tensor:
@@ -70,7 +79,7 @@ class Attention(nn.Module):
     def _heads(self, name: str, projected: Tensor) -> Tensor:
         """Return q, k or v [batch, seq, heads x head_dim] as [batch, heads, seq, head_dim], normed where declared."""
         norm = self.projection_norms[name] if name in self.projection_norms else nn.Identity()
-        if self.per_head:
+        if self.norms_each_head.get(name, False):
             return norm(projected.unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
         return norm(projected).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 

@@ -124,6 +124,6 @@ def test_ffn_width_defaults_to_8_thirds_dim_in_sixteens(dim: int, hidden: int) -
 
 def test_derived_widths() -> None:
     config = tiny_config(dim=64, num_heads=8, ffn_dim=40, moe={"expert_dim": None})
-    assert (config.head_dim, config.kv_heads, config.hidden_dim, config.expert_hidden_dim) == (8, 8, 40, 40)
+    assert (config.head_width, config.kv_heads, config.hidden_dim, config.expert_hidden_dim) == (8, 8, 40, 40)
     config = tiny_config(num_heads=4, num_kv_heads=2, ffn_dim=40, moe={"expert_dim": 24})
     assert (config.kv_heads, config.hidden_dim, config.expert_hidden_dim) == (2, 40, 24)

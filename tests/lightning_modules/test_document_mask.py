@@ -60,7 +60,7 @@ def attend_both_ways(device: str, dtype: torch.dtype, backward: bool) -> list[li
     config = tiny_config(dim=64, num_heads=4, num_kv_heads=2)
     attention = Attention(config).to(device, dtype).requires_grad_(backward)
     places = packed_positions([[100, 28, 128], [1, 255]]).to(device)
-    rope = at_positions(rope_tables(256, config.head_dim, 1e4, torch.device(device)), places)
+    rope = at_positions(rope_tables(256, config.head_width, 1e4, torch.device(device)), places)
     x, results = torch.randn(2, 256, 64, device=device, dtype=dtype), []
     for flex in (True, False):
         call = torch.compile(attention) if flex and device == "cuda" else attention

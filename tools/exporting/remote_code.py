@@ -68,7 +68,7 @@ def configuration(model: Transformer) -> dict[str, Any]:
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
+        "head_dim": config.head_width,
         "rope_theta": config.rope_theta,
         "placement": config.placement,
         "placement_options": config.placement_options,

@@ -25,7 +25,7 @@ SEQUENCES, POSITIONS = 2, 7
 
 def states_by_hand(model: Transformer, batch: Tensor) -> list[dict[str, Any]]:
     """Of each block: the state before and after, what attention reads and what the branches give, [batch, seq, dim]."""
-    rope = rope_tables(batch.size(1), model.config.head_dim, model.config.rope_theta, torch.device("cpu"))
+    rope = rope_tables(batch.size(1), model.config.head_width, model.config.rope_theta, torch.device("cpu"))
     state, seen = model.embedding(batch), []
     for block in model.blocks:
         assert isinstance(block, Block)
