@@ -1,10 +1,11 @@
 """Write a trained model as a folder that Hugging Face transformers loads: safetensors, configuration, tokenizer.
 
     python -m tools.export RUN output=exported/mine
-    python -m tools.export RUN output=exported/mine checkpoint=best
+    python -m tools.export RUN output=exported/mine checkpoint=best dtype=bfloat16
 
-PreNorm with RMSNorm becomes a Llama, or a Mixtral where every FFN is a mixture. Whatever they cannot represent is
-written with its own code, a modeling file and the part of the library spannorm that it needs, and loaded by
+PreNorm with RMSNorm becomes a Llama, or a Mixtral where every FFN is a mixture; with biases on q, k and v, or norms on
+q and k, it may be a Qwen or OLMoE, and outputnorm is OLMo 2. Whatever none of them can represent is written with its
+own code, a modeling file and the part of the library spannorm that it needs, and loaded by
 AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True). What was done, and why, is printed.
 """
 
@@ -12,6 +13,7 @@ import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from core import cli
 from core.dataclass_cli import FIRST
@@ -26,12 +28,14 @@ class ExportConfig:
         run: a run folder, such as runs/moe_spannorm/TIME.
         output: the folder to make.
         checkpoint: the one to take: last, best, or a path.
+        dtype: the type that the weights are written in.
         allow: what the run's configuration names, and you vouch for: classes of yours, as my_file.Mine, and addresses.
     """
 
     run: Path = field(metadata=FIRST)
     output: Path
     checkpoint: str = "last"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     allow: tuple[str, ...] = ()
 
 
@@ -46,9 +50,12 @@ def export(config: ExportConfig) -> str:
         from transformers.utils import logging
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed: pip install -r requirements-eval.txt") from error
+    import torch
+
     from core.open_run import open_run
     from datamodules.tokenizers import NumberTokenizer
-    from tools.exporting import llama, remote_code, tokenizer
+    from lightning_modules.pretrained.families import FAMILIES
+    from tools.exporting import native, remote_code, tokenizer
 
     output = config.output
     require(not output.exists(), "output", str(output), "a new folder: this one is there already")
@@ -58,18 +65,19 @@ def export(config: ExportConfig) -> str:
     max_length = data.seq_len
     theirs = tokenizer.to_hugging_face(data.tokenizer, max_length)
     logging.disable_progress_bar()
+    dtype: torch.dtype = getattr(torch, config.dtype)
     with writing("output", output):
         output.mkdir(parents=True)
         try:
-            why = llama.obstacle(model)
-            if why is None:
-                converted = llama.to_hugging_face(model, max_length, end)
-                llama.save(converted, output)
-                what = type(converted).__name__
+            family = native.find_family(model)
+            if not isinstance(family, str):
+                native.write(model, family, output, max_length, end, dtype)
+                what = family.architecture
             else:
-                remote_code.write(model, output, max_length, end)
+                remote_code.write(model, output, max_length, end, dtype)
+                known = ", ".join(known.architecture.removesuffix("ForCausalLM") for known in FAMILIES.values())
                 what = "PlacementForCausalLM, by its own code (trust_remote_code=True): "
-                what += f"{why} is in neither Llama nor Mixtral"
+                what += f"{family} is in none of {known}"
             if theirs is not None:
                 theirs.save_pretrained(output)
                 _name_as_both_do(output / "tokenizer_config.json")

@@ -1,4 +1,4 @@
-"""A folder of transformers gives a model whose logits are its own, and whatever could not be such is refused by name."""
+"""A folder of transformers gives a model with its logits; whatever could not be such a model is refused by name."""
 
 import json
 from pathlib import Path
@@ -151,7 +151,7 @@ def test_what_is_not_had_is_refused_by_its_field(
 def test_a_window_that_transformers_takes_by_default_is_refused(tmp_path: Path) -> None:
     saved(tmp_path, "Mistral")
     edit(tmp_path, sliding_window=None)  # left out
-    with pytest.raises(ConfigError, match="sliding_window=4096|sliding_window=None"):
+    with pytest.raises(ConfigError, match=r"sliding_window=None is not valid: expected null"):
         started(tmp_path)
 
 
@@ -267,4 +267,6 @@ def test_another_placement_may_stand_around_its_matrices(tmp_path: Path) -> None
     assert all(torch.equal(found[name], expected[name]) for name in same)
     new = found.keys() - same
     assert any("projection_norms" in name for name in new)
-    assert all(torch.equal(found[name], torch.ones_like(found[name])) for name in new if name.endswith("norms.q.weight"))
+    assert all(
+        torch.equal(found[name], torch.ones_like(found[name])) for name in new if name.endswith("norms.q.weight")
+    )

@@ -38,6 +38,9 @@ class PlacementConfig(PretrainedConfig):
         num_attention_heads: number of query heads.
         num_key_value_heads: number of key and value heads, which divides that of query heads; None takes the same.
         head_dim: width of one head; None takes hidden_size / num_attention_heads.
+        qk_norm: norms on queries and keys before they are rotated, in the place of the placement's own: head, over each
+            head, or width, over all of them together; none leaves what the placement has.
+        qkv_bias: whether the projections to queries, keys and values have biases.
         rope_theta: base of the rotary frequencies.
         max_position_embeddings: tokens in a sequence of the training; longer ones are not refused.
         placement: where a block normalizes, by the name in its code.
@@ -84,6 +87,8 @@ class PlacementConfig(PretrainedConfig):
         num_attention_heads: int = 4,
         num_key_value_heads: int | None = None,
         head_dim: int | None = None,
+        qk_norm: str = "none",
+        qkv_bias: bool = False,
         rope_theta: float = 10000.0,
         max_position_embeddings: int = 2048,
         placement: str = "spannorm",
@@ -121,6 +126,8 @@ class PlacementConfig(PretrainedConfig):
         self.num_attention_heads = num_attention_heads
         self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
         self.head_dim = hidden_size // num_attention_heads if head_dim is None else head_dim
+        self.qk_norm = qk_norm
+        self.qkv_bias = qkv_bias
         self.rope_theta = rope_theta
         self.max_position_embeddings = max_position_embeddings
 
@@ -208,26 +215,30 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         q_dim, kv_dim = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.is_grouped = q_dim != kv_dim
-        self.q_proj = nn.Linear(config.hidden_size, q_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, q_dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_dim, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_dim, config.hidden_size, bias=False)
 
+        require(config.qk_norm in ("none", "head", "width"), "qk_norm", config.qk_norm, "none, head or width")
         declared = placement.qkv_norm
-        self.norms_each_head = declared is not None and declared.per_head
+        self.norms_each_head = {} if declared is None else dict.fromkeys(declared.on, declared.per_head)
+        if config.qk_norm != "none":
+            self.norms_each_head.update(dict.fromkeys("qk", config.qk_norm == "head"))
         self.projection_norms = nn.ModuleDict()
         for name, dim in (("q", q_dim), ("k", kv_dim), ("v", kv_dim)):
-            if declared is not None and name in declared.on:
-                self.projection_norms[name] = norms_of(config, self.head_dim if declared.per_head else dim)()
+            if name in self.norms_each_head:
+                self.projection_norms[name] = norms_of(config, self.head_dim if self.norms_each_head[name] else dim)()
         self.inner_norm = inner_norm(config, placement, q_dim)
 
     def split_heads(self, name: str, projected: Tensor) -> Tensor:
         """Return x as [batch, heads, seq, head_dim], normed where the placement says so."""
         norm = self.projection_norms[name] if name in self.projection_norms else nn.Identity()
-        if not self.norms_each_head:
+        each_head = self.norms_each_head.get(name, False)
+        if not each_head:
             projected = norm(projected)
         heads = projected.unflatten(-1, (-1, self.head_dim))
-        if self.norms_each_head:
+        if each_head:
             heads = norm(heads)
         return heads.transpose(1, 2)
 

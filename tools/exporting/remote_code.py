@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from core.atomic_write import save_tensors
@@ -24,7 +25,13 @@ IMPORT = "from spannorm import PLACEMENTS, Depth, InvalidArgument, NormFactory, 
 """What the modeling file imports of this project; in the folder it imports the one placement in place of all."""
 
 
-def write(model: Transformer, folder: Path, max_length: int, end_of_document: int | None) -> None:
+def write(
+    model: Transformer,
+    folder: Path,
+    max_length: int,
+    end_of_document: int | None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Write config.json, generation_config.json, model.safetensors and the code.
 
     Args:
@@ -32,6 +39,7 @@ def write(model: Transformer, folder: Path, max_length: int, end_of_document: in
         folder: exists.
         max_length: tokens in a sequence of its training.
         end_of_document: the token that ends a text, and stands before one; None: there is none.
+        dtype: of the parameters; buffers keep theirs.
 
     Raises:
         UserError: the user's file has an import that cannot be exported; says which, and what to write instead.
@@ -49,11 +57,11 @@ def write(model: Transformer, folder: Path, max_length: int, end_of_document: in
         "max_position_embeddings": max_length,
         **ends,
         "use_cache": True,
-        "dtype": "float32",
+        "dtype": str(dtype).removeprefix("torch."),
     }
     (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
     (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
-    save_tensors(weights(model), folder / "model.safetensors", {"format": "pt"})
+    save_tensors(weights(model, dtype), folder / "model.safetensors", {"format": "pt"})
     for name, text in code.items():
         (folder / f"{name}.py").write_text(text, "utf-8")
 
@@ -69,6 +77,8 @@ def configuration(model: Transformer) -> dict[str, Any]:
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_width,
+        "qk_norm": config.qk_norm,
+        "qkv_bias": config.qkv_bias,
         "rope_theta": config.rope_theta,
         "placement": config.placement,
         "placement_options": config.placement_options,
@@ -99,9 +109,14 @@ def configuration(model: Transformer) -> dict[str, Any]:
     }
 
 
-def weights(model: Transformer) -> dict[str, Tensor]:
-    """Return the weights by the names that they have in PlacementForCausalLM, constants of placements among them."""
-    tensors = {**model.state_dict(), **dict(model.named_buffers())}
+def weights(model: Transformer, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Return the weights by the names that they have in PlacementForCausalLM, constants of placements among them.
+
+    Args:
+        dtype: of the parameters; None: as they are.
+    """
+    tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in model.state_dict().items()}
+    tensors.update(model.named_buffers())
     if model.config.tie_embeddings:
         del tensors["head.weight"]
     return {f"model.{name}": tensor.contiguous() for name, tensor in tensors.items()}

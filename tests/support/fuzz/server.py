@@ -44,7 +44,7 @@ PRELOADED = (
     "transformers",
     "tokenizers",
     "pyarrow.parquet",
-    "tools.exporting.llama",
+    "tools.exporting.native",
     "tools.exporting.remote_code",
     "tools.evaluation.corpora",
 )

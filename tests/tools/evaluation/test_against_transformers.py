@@ -1,19 +1,27 @@
 """The adapter against the harness' own one, which reads the same model through transformers."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from lm_eval.models.huggingface import HFLM
+from transformers import AutoModelForCausalLM
 
+from lightning_modules.pretrained.families import Family
 from tests.support.adapter import PAIRS, TEXTS, WINDOW, make_adapter, request
-from tools.exporting import llama
+from tools.exporting import native
 from tools.exporting.tokenizer import to_hugging_face
 
 
 @pytest.mark.parametrize("overrides", [{}, {"ffn": "moe"}], ids=["dense", "moe"])
-def test_the_harness_own_adapter_finds_the_same_of_the_exported_model(overrides: dict[str, Any]) -> None:
+def test_the_harness_own_adapter_finds_the_same_of_the_exported_model(
+    overrides: dict[str, Any], tmp_path: Path
+) -> None:
     adapter = make_adapter(placement="prenorm", **overrides)
-    exported = llama.to_hugging_face(adapter.model, WINDOW, 256)
+    family = native.find_family(adapter.model)
+    assert isinstance(family, Family)
+    native.write(adapter.model, family, tmp_path, WINDOW, 256)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path)
     tokenizer = to_hugging_face(adapter.texts, WINDOW)
     theirs = HFLM(exported.eval(), tokenizer=tokenizer, max_length=WINDOW, device="cpu", batch_size=2)
     pairs, texts = [request(*pair) for pair in PAIRS], [request(text) for text in TEXTS[1:]]

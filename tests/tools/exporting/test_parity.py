@@ -36,6 +36,9 @@ DENSE: list[dict[str, Any]] = [
     {"norm": "none"},
     {"rope_theta": 100.0, "num_heads": 2},
     {"ffn_dim": None, "dim": 48},
+    {"qk_norm": "head", "head_dim": 6, "num_kv_heads": 2},
+    {"qk_norm": "width", "norm": "layernorm"},
+    {"qkv_bias": True, "vocab_size": VOCAB_SIZE},
     {"num_layers": 1},
 ]
 MIXTURES: list[dict[str, Any]] = [
@@ -61,6 +64,7 @@ QUICK: list[dict[str, Any]] = [
     *({"placement": "sandwich", **options} for options in DENSE),
     *({"placement": "subln", "ffn": "moe", "moe": options} for options in MIXTURES),
     *({"placement": name, "norm": OWN_NORM, "norm_eps": 0.1} for name in ("hybridnorm", "subln")),
+    *({"placement": name, "qk_norm": kind} for name in ("hybridnorm", "outputnorm") for kind in ("head", "width")),
 ]
 ALL_OPTIONS = [
     {},
