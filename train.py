@@ -32,6 +32,7 @@ def main(config: DictConfig) -> float:
     from core.sweep import swept_overrides
     from core.validation_loss import final_loss
     from datamodules.stream_datamodule import StreamDataModule
+    from datamodules.tokenizer_folder import check_tokenizer
 
     OmegaConf.to_container(config, resolve=True)  # a reference to nothing is said before anything is written
     hydra_config = HydraConfig.get()
@@ -54,6 +55,8 @@ def main(config: DictConfig) -> float:
             valid = "null: the LightningModule has no method start_from"
             require(hasattr(module, "start_from"), "init_from", config.init_from, valid)
             module.start_from(config.init_from)
+            if hasattr(datamodule, "tokenizer"):
+                check_tokenizer(config.init_from, datamodule.tokenizer)
         callbacks = build_all(config, "callbacks")
         trainer = build(
             config,

@@ -12,6 +12,8 @@ from core.errors import ConfigError, one_line, require
 from core.saved_config import load_config, refuse_addresses
 
 WRITTEN = {"root": "data", "cache_dir": "data/cache"}
+IMPORTED = "datamodules.tokenizer_only.TokenizerOnly"
+"""The DataModule of a run that tools.import made: its tokenizer lies in the run's folder, wherever that is by now."""
 CACHE_GB = 50
 """The defaults of configs/data: where a run writes unless its user says otherwise, and how much."""
 
@@ -58,6 +60,8 @@ def open_run(folder: Path, checkpoint: str = "last", allow: Collection[str] = ()
     module_config = config.get("module")
     known = isinstance(module_config, DictConfig) and isinstance(module_config.get("model"), DictConfig)
     require(known, "RUN", str(folder), "a configuration with a module.model")
+    if isinstance(config.get("data"), DictConfig) and config.data.get("_target_") == IMPORTED:
+        config.data.path = str(folder)
     # Of the module's own copy: a saved configuration has no references.
     config.module.model.compile = config.module.model.activation_checkpointing = False
     # The one it was trained with may not compute in fp32, or not be had here; all compute the same.

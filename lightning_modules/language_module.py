@@ -109,7 +109,7 @@ class LanguageModule(L.LightningModule):
         self.vocab_size = vocab_size if rows is None else rows
         self.width_scaling = width_scaling(self.model_config, self.optim_config)
         with torch.device("meta"):  # a dry build finds every impossible configuration, at no cost
-            weightless = Transformer(self.model_config, vocab_size)
+            weightless = Transformer(self.model_config, self.vocab_size)
         initialize(weightless, self.width_scaling)
         self.num_parameters = weightless.num_parameters()
         make_optimizer(weightless, self.optim_config)

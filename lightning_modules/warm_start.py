@@ -104,17 +104,34 @@ def model_of(source: Path) -> dict[str, Any] | None:
     pretrained = _pretrained(source)
     if pretrained is not None:
         return {name: value for name, value in fields_of(pretrained.model) if name not in NOT_INHERITED}
-    if _has_no_configuration(source):
-        return None
-    try:
-        saved = load_beside_weights(_checkpoint(source)).get("hyper_parameters", {}).get("model")
-    except Exception as error:  # truncated, no checkpoint at all, or one with code in it
-        raise _unreadable(source, error) from error
+    saved = _hyper_parameters(source).get("model")
     if not isinstance(saved, dict):
         return None
     config = parse(ModelConfig, "model", saved)
     values = {**vars(config), "moe": vars(config.moe)}
     return {name: value for name, value in fields_of(values) if name not in NOT_INHERITED}
+
+
+def vocab_size_of(source: Path) -> int | None:
+    """Return how many tokens the data of a source had, or may have; None: it says nothing of that.
+
+    Raises:
+        ConfigError: see model_of.
+    """
+    pretrained = _pretrained(source)
+    size = pretrained.model["vocab_size"] if pretrained is not None else _hyper_parameters(source).get("vocab_size")
+    return size if isinstance(size, int) else None
+
+
+def _hyper_parameters(source: Path) -> dict[str, Any]:
+    """Return what a run's checkpoint says of its module; nothing, where nothing but weights is there."""
+    if _has_no_configuration(source):
+        return {}
+    try:
+        found: dict[str, Any] = load_beside_weights(_checkpoint(source)).get("hyper_parameters", {})
+    except Exception as error:  # truncated, no checkpoint at all, or one with code in it
+        raise _unreadable(source, error) from error
+    return found
 
 
 def warm_start(source: str | Path, model: Transformer) -> WarmStart:

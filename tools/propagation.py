@@ -3,6 +3,7 @@
     python -m tools.propagation model.placement=spannorm model.num_layers=128
     python -m tools.propagation model=moe model.placement=prenorm model.init=fan_in seed=1 output=picture.png
     python -m tools.propagation every_placement=true model.num_layers=64
+    python -m tools.propagation init_from=RUN                                     of trained weights: docs/warm_start.md
 
 Takes the same overrides as train.py, builds the model as train.py would, and sends random tokens through it once,
 forward and backward; nothing is trained and no data is read. Prints a table with one row a block, and draws the same.
@@ -30,6 +31,7 @@ from core.errors import require
 from lightning_modules.composing import compose_run
 from lightning_modules.config import ModelConfig
 from lightning_modules.initialization import init_name
+from lightning_modules.warm_start import vocab_size_of
 from spannorm import PLACEMENTS
 from tools.picture import check_picture, save_picture
 
@@ -55,7 +57,7 @@ class PropagationConfig:
     """Holds the fields that `python -m tools.propagation` takes.
 
     Attributes:
-        overrides: overrides as for train.py, of which model, optim and seed count.
+        overrides: overrides as for train.py, of which model, optim, seed and init_from count.
         output: the picture that is drawn; null: runs/signal/MODEL.png.
         all_rows: print every block, also of a deep model.
         every_placement: print one Markdown row for each placement instead, and draw nothing.
@@ -68,7 +70,11 @@ class PropagationConfig:
 
 
 class Report(NamedTuple):
-    """Holds what was measured of one model, and what was predicted; None: no theory."""
+    """Holds what was measured of one model, and what was predicted; None: no theory.
+
+    Attributes:
+        init: the name of its init, or of what its weights come from.
+    """
 
     config: ModelConfig
     init: str
@@ -99,13 +105,18 @@ def report(overrides: Sequence[str], batch_size: int = 4, seq_len: int = 64) -> 
     require(type(config.seed) is int and 0 <= config.seed < 2**32, "seed", config.seed, valid)
     config.model.compile = config.model.activation_checkpointing = False  # hooks see neither well, results are the same
     torch.manual_seed(config.seed)
-    module = build(config, "module", vocab_size=VOCAB_SIZE)
+    source = None if config.init_from is None else Path(config.init_from)
+    vocab_size = (None if source is None else vocab_size_of(source)) or VOCAB_SIZE
+    module = build(config, "module", vocab_size=vocab_size)
+    if source is not None:
+        module.start_from(source)
     module.configure_model()
-    tokens = torch.randint(VOCAB_SIZE, (batch_size, seq_len + 1), generator=torch.Generator().manual_seed(config.seed))
-    model_config: ModelConfig = module.model_config
-    return Report(
-        model_config, init_name(model_config), measure(module.model, tokens), predict_model(module.model, seq_len)
-    )
+    generator = torch.Generator().manual_seed(config.seed)
+    tokens = torch.randint(min(vocab_size, VOCAB_SIZE), (batch_size, seq_len + 1), generator=generator)
+    signals, model_config = measure(module.model, tokens), module.model_config
+    if source is not None:  # what can be predicted is how weights fare that were drawn
+        return Report(model_config, source.absolute().name, signals, None)
+    return Report(model_config, init_name(model_config), signals, predict_model(module.model, seq_len))
 
 
 def make_table(result: Report, all_rows: bool) -> Table:

@@ -7,6 +7,7 @@ from pathlib import Path
 from core.errors import ConfigError, InvalidValue, one_line, require
 from datamodules.preparation.optional import import_optional
 from datamodules.tokenizer_file import LARGEST_FILE, BadTokenizer, load_library
+from datamodules.tokenizer_folder import FILE, usual_end
 from datamodules.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -71,7 +72,7 @@ def _without_long_words(text: str) -> Iterator[str]:
 
 
 def find_tokenizer(name: str) -> bytes | None:
-    """Return the tokenizer.json of `PATH` or `hf:NAME`; None: `byte` needs none.
+    """Return the tokenizer.json of `PATH`, the file or its folder, or of `hf:NAME`; None: `byte` needs none.
 
     Raises:
         ConfigError: there is none.
@@ -84,13 +85,15 @@ def find_tokenizer(name: str) -> bytes | None:
             return str(library.Tokenizer.from_pretrained(name.removeprefix("hf:")).to_str(pretty=True)).encode()
         except Exception as error:  # network, no such repository, no tokenizer in it: the library's words say which
             raise InvalidValue("tokenizer", name, one_line(f"{type(error).__name__}: {error}")) from error
+    path = Path(name) / FILE if Path(name).is_dir() else Path(name)
     try:
-        require(Path(name).is_file(), "tokenizer", name, "byte, bpe:SIZE, hf:NAME, or the path of a tokenizer.json")
-        size = Path(name).stat().st_size
+        valid = f"byte, bpe:SIZE, hf:NAME, or the path of a {FILE} or of a folder with one"
+        require(path.is_file(), "tokenizer", name, valid)
+        size = path.stat().st_size
         if size > LARGEST_FILE:
             raised = f"at most {LARGEST_FILE:,} are read (LARGEST_FILE in datamodules/tokenizer_file.py raises it)"
             raise InvalidValue("tokenizer", name, f"it has {size:,} bytes; {raised}")
-        return Path(name).read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise InvalidValue("tokenizer", name, f"cannot be read ({error.strerror})") from error
 
@@ -100,8 +103,9 @@ def make_tokenizer(content: bytes | None, name: str, end_of_document: str | None
 
     Args:
         content: of a tokenizer.json; None: bytes.
-        name: goes into the index.
-        end_of_document: the token that closes documents; None: the first of USUAL_ENDS that there is.
+        name: goes into the index; that of a folder says where transformers has noted which token ends a text.
+        end_of_document: the token that closes documents; None: the folder's, or else the first of USUAL_ENDS that there
+            is.
 
     Raises:
         ConfigError: it has no such token.
@@ -111,9 +115,12 @@ def make_tokenizer(content: bytes | None, name: str, end_of_document: str | None
         return ByteTokenizer()
     import_optional("tokenizers", "tokenizers")
     try:
-        vocabulary = load_library(content).get_vocab(with_added_tokens=True)
+        library = load_library(content)
     except BadTokenizer as error:
         raise InvalidValue("tokenizer", name, str(error)) from error
+    vocabulary = library.get_vocab(with_added_tokens=True)
+    if end_of_document is None and Path(name).is_dir():
+        end_of_document = usual_end(Path(name), library, "tokenizer")
     candidates = USUAL_ENDS if end_of_document is None else (end_of_document,)
     found = next((token for token in candidates if token in vocabulary), None)
     if found is None:

@@ -51,12 +51,12 @@ class PrepareConfig:
     Attributes:
         input: files, folders, globs, hf:DATASET[:SUBSET], python_stdlib or python_packages; commas separate several.
         output: the folder of the corpus, which is made.
-        tokenizer: byte, bpe:SIZE (trained here), hf:NAME, or the path of a tokenizer.json.
+        tokenizer: byte, bpe:SIZE (trained here), hf:NAME, or the path of a tokenizer.json or of a folder with one.
         text_field: the field that holds the text, in JSON lines, parquet files and datasets.
         format: what every file is; auto: as its content and name say.
         separator: what stands between two documents of a text file, as \n\n; null: a file is a document.
         validation: the share of the documents, chosen by a hash of their text.
-        end_of_document: the token that closes documents; null: the tokenizer's usual one.
+        end_of_document: the token that closes documents; null: the folder's eos_token, or a usual one.
         processes: the number of processes; null: one a core.
         shard_tokens: the number of tokens in a shard.
         max_lost: the share of the text that may be missing in the tokens.
