@@ -61,7 +61,7 @@ class TokenizerOnly(StreamDataModule):
         raise self._no_corpus()
 
     def _no_corpus(self) -> ConfigError:
-        valid = "data: an imported model has none; python -m tools.prepare tokenizer=FOLDER makes a corpus for it"
+        valid = "a prepared corpus: an imported model has no data (python -m tools.prepare tokenizer=FOLDER makes some)"
         return ConfigError("data", None, valid)
 
     @property
