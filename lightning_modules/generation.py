@@ -12,7 +12,8 @@ ROWS = 4
 """Products are computed so many rows at a time; the rest is left to other kernels, which add up in another order (MKL
 and torch's attention, fp32). In multiples of it a token's logits are, bit for bit, those of `model(tokens)` over a text
 that is filled up to the cache's length, itself a multiple. (Save where 4 tokens have no multiple of 32 numbers, as the
-scores of 4 experts: torch's exponential of the last few of a tensor is another one.)"""
+scores of 4 experts: torch's exponential of the last few of a tensor is another one; and of heads whose width is no
+multiple of 4.)"""
 
 
 def feed(

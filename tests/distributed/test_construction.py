@@ -41,7 +41,7 @@ def build(mesh: DeviceMesh, **overrides: Any) -> LanguageModule:
 
 def part(name: str, whole: Tensor) -> Tensor:
     """What that process should have: first the part of those that cut a matrix, of that its own rows."""
-    if any(f"{matrix}.weight" in name for matrix in ROWS):
+    if any(f"{matrix}." in name for matrix in ROWS):  # biases too
         whole = whole.chunk(TENSOR)[-1]
     elif any(f"{matrix}.weight" in name for matrix in COLUMNS):
         whole = whole.chunk(TENSOR, dim=1)[-1]
@@ -53,9 +53,10 @@ def part(name: str, whole: Tensor) -> Tensor:
     [
         {"placement": "siamesenorm", "num_kv_heads": 2},
         {"placement": "rezero", "norm": "dyt", "tie_embeddings": True},
+        {"qk_norm": "width", "qkv_bias": True, "head_dim": 6, "vocab_size": 56},
         {"ffn": "moe", "moe": {"expert_parallel": DATA, "num_shared_experts": 1, "balancing": "bias"}},
     ],
-    ids=["two streams", "gates", "moe"],
+    ids=["two streams", "gates", "biases", "moe"],
 )
 def test_every_process_has_its_part_of_the_unsharded_weights(mesh: DeviceMesh, model: dict[str, Any]) -> None:
     shared_out = "moe" in model

@@ -13,12 +13,16 @@ CASES = [Run(strategy, "dense", placement, 2) for placement in PLACEMENTS for st
 CASES += [Run(strategy, "moe", "spannorm", 2) for strategy in ("ddp", "fsdp")]
 CASES += [Run("tp", num_processes=2), Run("ddp", micro_batch_size=1, num_processes=2, sources=True)]
 CASES += [Run("fsdp", num_processes=2, clip=0.0)]  # not clipped at all
+NORMED = (("qk_norm", "width"), ("qkv_bias", True), ("head_dim", 6), ("num_kv_heads", 2))
+CASES += [Run("tp", "dense", "prenorm", 2, options=NORMED)]
 # Norms inside attention and FFN, of which tensor parallelism leaves each process a part; a gate; tied weights.
 INSIDE = ("hybridnorm", "outputnorm", "subln", "rezero")
 MORE = [Run("tp", "dense", placement, 2) for placement in (*PLACEMENTS[1:], *INSIDE)]
 MORE += [Run(strategy, "moe", placement, 2) for placement in PLACEMENTS[1:] for strategy in ("ddp", "fsdp")]
 MORE += [Run("tp", "moe", placement, 2) for placement in PLACEMENTS]
 MORE += [Run("tp", "moe", "subln", 2, options=(("tie_embeddings", True), ("num_kv_heads", 2)))]
+MORE += [Run("tp", "dense", "outputnorm", 2, options=(("qk_norm", "head"), ("qkv_bias", True)))]
+MORE += [Run("fsdp", "dense", "hybridnorm", 2, options=NORMED)]
 MORE += [Run("ep", "moe", placement, 2) for placement in PLACEMENTS]
 MORE += [Run("fsdp", micro_batch_size=1, num_processes=2)]
 FOUR, FOUR_MORE = [Run("mesh", "moe", "spannorm", 4)], [Run("mesh", "dense", "subln", 4)]

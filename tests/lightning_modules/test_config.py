@@ -36,6 +36,13 @@ NAN = float("nan")
         ({"num_heads": 4, "num_kv_heads": 3}, "num_kv_heads", "a divisor of model.num_heads=4, or null"),
         ({"num_heads": 4, "num_kv_heads": 8}, "num_kv_heads", "a divisor of model.num_heads=4, or null"),
         ({"num_heads": 4, "num_kv_heads": 0}, "num_kv_heads", "a divisor of model.num_heads=4, or null"),
+        ({"head_dim": 7}, "head_dim", "an even integer >= 2 (RoPE turns pairs), or null"),
+        ({"head_dim": 0}, "head_dim", "an even integer >= 2"),
+        ({"head_dim": 2**17, "num_heads": 32}, "head_dim", "at most 65,536"),
+        ({"qk_norm": "heads"}, "qk_norm", "one of head, none, width (did you mean head?)"),
+        ({"qkv_bias": "some"}, "qkv_bias", "true or false"),
+        ({"vocab_size": 0}, "vocab_size", "an integer >= 1 or null"),
+        ({"vocab_size": 2**25}, "vocab_size", "at most 16,777,217"),
         ({"moe": {"num_experts": 0}}, "moe.num_experts", "an integer >= 1"),
         ({"moe": {"num_experts": 2, "top_k": 3}}, "moe.top_k", "an integer from 1 to model.moe.num_experts=2"),
         ({"moe": {"top_k": 0}}, "moe.top_k", "an integer from 1"),
@@ -125,5 +132,7 @@ def test_ffn_width_defaults_to_8_thirds_dim_in_sixteens(dim: int, hidden: int) -
 def test_derived_widths() -> None:
     config = tiny_config(dim=64, num_heads=8, ffn_dim=40, moe={"expert_dim": None})
     assert (config.head_width, config.kv_heads, config.hidden_dim, config.expert_hidden_dim) == (8, 8, 40, 40)
+    config = tiny_config(dim=31, num_heads=4, head_dim=6)
+    assert (config.head_width, config.attention_width) == (6, 24)
     config = tiny_config(num_heads=4, num_kv_heads=2, ffn_dim=40, moe={"expert_dim": 24})
     assert (config.kv_heads, config.hidden_dim, config.expert_hidden_dim) == (2, 40, 24)

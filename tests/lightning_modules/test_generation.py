@@ -19,6 +19,8 @@ MODELS: dict[str, dict[str, Any]] = {
     **{name: {"placement": name} for name in PLACEMENTS},
     **{f"{name}, moe": {"placement": name, "ffn": "moe"} for name in PLACEMENTS},
     "grouped queries": {"num_kv_heads": 2, "placement": "hybridnorm"},
+    "norms on q and k": {"qk_norm": "width", "head_dim": 16, "num_kv_heads": 2},
+    "norms on each head, biases": {"qk_norm": "head", "placement": "hybridnorm", "qkv_bias": True},
     "shared experts": {"ffn": "moe", "moe": SHARED},
     "layernorm, tied": {"norm": "layernorm", "tie_embeddings": True},
 }

@@ -16,6 +16,7 @@ from torchmetrics.text import Perplexity
 from core.errors import ConfigError
 from lightning_modules.composing import register_schemas
 from lightning_modules.language_module import LanguageModule
+from lightning_modules.optimizers import make_optimizer
 from tests.support.fitting import Recorder, fit, loader, make_trainer
 from tests.support.models import VOCAB_SIZE, make_module, tiny_values, tokens
 
@@ -172,3 +173,26 @@ def test_num_parameters_counts_the_weights_and_the_experts_at_work(ffn: str, tie
     total = sum(parameter.numel() for parameter in module.parameters())
     idle = 2 * 2 * 3 * 24 * 32 if ffn == "moe" else 0  # 2 layers x 2 idle experts x 3 matrices of 24 x 32
     assert module.num_parameters == (total, total - idle)
+
+
+def test_the_model_may_have_more_rows_than_the_data_has_tokens(tmp_path: Path) -> None:
+    module = LanguageModule(tiny_values(vocab_size=VOCAB_SIZE + 14), {}, VOCAB_SIZE)
+    module.configure_model()
+    assert module.model is not None
+    assert module.hparams["vocab_size"] == VOCAB_SIZE
+    assert module.model.embedding.num_embeddings == module.model.head.out_features == VOCAB_SIZE + 14
+    assert module.num_parameters == module.model.num_parameters()
+    with pytest.raises(
+        ConfigError, match=r"model\.vocab_size=49 is not valid: expected at least 50, the size of the data"
+    ):
+        LanguageModule(tiny_values(vocab_size=VOCAB_SIZE - 1), {}, VOCAB_SIZE)
+
+
+def test_biases_are_stepped_as_norms_are() -> None:
+    module = make_module(qkv_bias=True, optim={"weight_decay": 0.5})
+    assert module.model is not None
+    biases = {p for name, p in module.model.named_parameters() if name.endswith("_proj.bias")}
+    assert len(biases) == 6
+    for group in make_optimizer(module.model, module.optim_config).param_groups:
+        assert group["weight_decay"] == 0.0 or not biases & set(group["params"])
+    assert {kind for _, kind, p in module.model.parameter_groups() if p in biases} == {"norm"}

@@ -8,6 +8,9 @@ import torch
 import transformers
 from torch import nn
 
+from datamodules.preparation.bpe import train_bpe
+from tests.support.runs import TEXT
+
 ODD: dict[str, Any] = {
     "vocab_size": 53,
     "hidden_size": 40,
@@ -71,3 +74,11 @@ def edit(folder: Path, **fields: Any) -> None:
     path = folder / "config.json"
     content = {**json.loads(path.read_text()), **fields}
     path.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+
+
+def add_tokenizer(folder: Path, size: int = 300, end: str = "</s>") -> None:
+    """Put a byte-level BPE of so many tokens into the folder, whose texts end with a token of this name."""
+    content = train_bpe([TEXT], size).decode().replace("<|endoftext|>", end)
+    (folder / "tokenizer.json").write_text(content)
+    named = {"eos_token": end, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))

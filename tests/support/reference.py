@@ -37,22 +37,23 @@ def attention(
     num_kv_heads: int,
     theta: float,
     norms: dict[str, Callable[[Tensor], Tensor]] | None = None,
-    per_head: bool = True,
+    per_head: bool | dict[str, bool] = True,
     inner: Callable[[Tensor], Tensor] = lambda h: h,
 ) -> Tensor:
     """Causal attention of one sequence, a loop over its heads.
 
     Args:
         x: [seq, dim].
-        weights: by the names that Attention gives them.
-        norms: of q, k and v, before the rotation, each over one head (per_head) or the whole projection.
+        weights: by the names that Attention gives them; biases where there are some.
+        norms: of q, k and v, before the rotation, each over one head (per_head, of all or of each) or the whole
+            projection.
         inner: norm before the output projection.
     """
-    q, k, v = (x @ weights[f"{name}_proj.weight"].T for name in "qkv")
-    norms = {name: norm for name, norm in (norms or {}).items()}
-    if not per_head:
-        q, k, v = (norms.get(name, lambda h: h)(h) for name, h in (("q", q), ("k", k), ("v", v)))
-        norms = {}
+    q, k, v = (x @ weights[f"{name}_proj.weight"].T + weights.get(f"{name}_proj.bias", 0.0) for name in "qkv")
+    each_head = per_head if isinstance(per_head, dict) else dict.fromkeys("qkv", per_head)
+    whole = {name: norm for name, norm in (norms or {}).items() if not each_head[name]}
+    norms = {name: norm for name, norm in (norms or {}).items() if each_head[name]}
+    q, k, v = (whole.get(name, lambda h: h)(h) for name, h in (("q", q), ("k", k), ("v", v)))
     width, future = q.size(1) // num_heads, torch.ones(len(x), len(x)).triu(1).bool()
     outputs = []
     for head in range(num_heads):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ CPU = torch.device("cpu")
 EPS, THETA = 1e-5, 300.0
 
 
-def make_attention(num_kv_heads: int = 4, qkv_norm: QKVNorm | None = None, inner_norm: bool = False) -> Attention:
-    layer = Attention(tiny_config(num_kv_heads=num_kv_heads, norm_eps=EPS), qkv_norm, inner_norm)
+def make_attention(
+    num_kv_heads: int = 4, qkv_norm: QKVNorm | None = None, inner_norm: bool = False, **config: Any
+) -> Attention:
+    layer = Attention(tiny_config(num_kv_heads=num_kv_heads, norm_eps=EPS, **config), qkv_norm, inner_norm)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.uniform_(0.5, 1.5) if parameter.dim() == 1 else parameter.normal_(std=0.3)
@@ -62,6 +65,31 @@ def test_logits_are_those_of_the_forward_pass(qkv_norm: QKVNorm | None, num_kv_h
     weights = layer.logits(x, rope).softmax(-1)
     heads = [weights[:, n] @ values.unflatten(-1, (-1, 8))[:, :, n * num_kv_heads // 4] for n in range(4)]
     torch.testing.assert_close(layer.o_proj(torch.cat(heads, dim=-1)), layer(x, rope), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("declared", [None, QKVNorm("qk", per_head=False), QKVNorm("qkv", per_head=True)], ids=str)
+@pytest.mark.parametrize("qk_norm", ["head", "width"])
+def test_the_configured_norms_stand_before_rope_in_the_place_of_declared_ones(
+    qk_norm: str, declared: QKVNorm | None
+) -> None:
+    layer = make_attention(2, declared, qk_norm=qk_norm, qkv_bias=True, head_dim=6)
+    x, weights = torch.randn(2, 9, 32), dict(layer.named_parameters())
+    letters = "qkv" if declared is not None and "v" in declared.on else "qk"
+    assert set(layer.projection_norms) == set(letters)
+    norms: dict[str, Callable[[Tensor], Tensor]] = {
+        name: partial(reference.rms_norm, gain=weights[f"projection_norms.{name}.weight"], eps=EPS) for name in letters
+    }
+    per_head = {"q": qk_norm == "head", "k": qk_norm == "head", "v": True}
+    expected = torch.stack([reference.attention(s, weights, 4, 2, THETA, norms, per_head) for s in x])
+    torch.testing.assert_close(layer(x, rope_tables(9, 6, THETA, CPU)), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_biases_start_at_0_and_norms_at_1() -> None:
+    layer = Attention(tiny_config(qkv_bias=True, qk_norm="head"))
+    ones = {"projection_norms.q.weight", "projection_norms.k.weight"}
+    found = {name: parameter for name, parameter in layer.named_parameters() if parameter.dim() == 1}
+    assert found.keys() == {*ones, *(f"{letter}_proj.bias" for letter in "qkv")}
+    assert all(torch.equal(p, torch.full_like(p, float(name in ones))) for name, p in found.items())
 
 
 def test_a_position_sees_itself_and_the_past_only() -> None:
