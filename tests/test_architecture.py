@@ -50,7 +50,8 @@ MAY_IMPORT = {
     "callbacks.monitors": {"core", "analysis", *(f"callbacks.{shared}" for shared in SHARED)},
     "callbacks.console": {"core", "datamodules.tokenizers", *(f"callbacks.{shared}" for shared in SHARED)},
     "lightning_modules.config": {"core"},
-    "lightning_modules.composing": {"core", "lightning_modules.config"},
+    # What init_from names says what the model is.
+    "lightning_modules.composing": {"core", "lightning_modules.config", "lightning_modules.warm_start"},
     "lightning_modules.argument_errors": {"core", "spannorm"},
     "lightning_modules.layers": {"core", "spannorm", "lightning_modules.config", "lightning_modules.argument_errors"},
     "lightning_modules.transformer": {

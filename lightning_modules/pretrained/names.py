@@ -1,4 +1,4 @@
-"""Which tensors of a folder of transformers are which parameters of ours, for reading and for writing."""
+"""Tells which tensors of a folder of transformers are which parameters of ours, for reading and for writing."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
