@@ -71,13 +71,16 @@ def inherit_model(config: DictConfig, overrides: Sequence[str], checkpoint: Path
 
     experiment = given("experiment", overrides)
     path = CONFIGS / f"experiment/{experiment}.yaml"
-    of_experiment = OmegaConf.load(path) if path.is_file() else OmegaConf.create()
+    of_experiment = _plain(OmegaConf.load(path)) if path.is_file() else {}
     by_default = OmegaConf.merge(writable_schema(ModelConfig), OmegaConf.load(CONFIGS / "model/dense.yaml"))
+    theirs = model_of(checkpoint or Path(source)) or {}
     taken = []
-    for name, value in (model_of(checkpoint or Path(source)) or {}).items():
-        field, before = f"model.{name}", _value(config.model, name)
-        asked = given(field, overrides) is not None or _value(of_experiment, field) is not None
-        if asked or before == value or before != _value(by_default, name):
+    for name, value in theirs.items():
+        field, before = f"model.{name}", _plain(OmegaConf.select(config.model, name))
+        asked = given(field, overrides) is not None or _at(of_experiment, field) is not None
+        of = name.removesuffix("_options")  # options go with what they are of
+        apart = name != of and config.model[of] != theirs[of]
+        if asked or apart or before == value or before != _plain(OmegaConf.select(by_default, name)):
             continue
         if name in IMPORTABLE and "." in str(value):  # it may come from a stranger
             raise InvalidValue(field, value, f"{source} names code that is not this project's; {field}={value} runs it")
@@ -86,6 +89,11 @@ def inherit_model(config: DictConfig, overrides: Sequence[str], checkpoint: Path
     return taken
 
 
-def _value(node: Any, name: str) -> Any:
-    value = OmegaConf.select(node, name)
-    return OmegaConf.to_container(value) if isinstance(value, DictConfig) else value
+def _plain(node: Any) -> Any:
+    return OmegaConf.to_container(node) if isinstance(node, DictConfig) else node
+
+
+def _at(node: Any, name: str) -> Any:
+    for part in name.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    return node

@@ -7,7 +7,7 @@ name and shape by shape, so that nothing is left out silently. What a source say
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from core.checkpoint import load, load_beside_weights
 from core.errors import ConfigError, one_line, require
+from core.moved import with_current_fields
 from core.printable import printable
 from core.sharded_checkpoint import open_safetensors
 from core.untrusted import Untrusted
@@ -105,8 +106,9 @@ def model_of(source: Path) -> dict[str, Any] | None:
     if pretrained is not None:
         return {name: value for name, value in fields_of(pretrained.model) if name not in NOT_INHERITED}
     saved = _hyper_parameters(source).get("model")
-    if not isinstance(saved, dict):
-        return None
+    known = {field.name for field in fields(ModelConfig)}
+    if not isinstance(saved, dict) or not with_current_fields(saved, "model").keys() <= known:
+        return None  # a LightningModule of the user's own
     config = parse(ModelConfig, "model", saved)
     values = {**vars(config), "moe": vars(config.moe)}
     return {name: value for name, value in fields_of(values) if name not in NOT_INHERITED}
@@ -202,7 +204,7 @@ def _read(path: Path, model: Transformer) -> dict[str, Tensor]:
         else:
             content = load(_checkpoint(path))
             weights, saved = content["state_dict"], content.get("hyper_parameters", {}).get("model")
-            if isinstance(saved, dict):  # by the shapes alone, heads can be told from wider ones nowhere
+            if isinstance(saved, dict):  # of few wide heads and of many narrow ones the shapes are the same
                 _check_same(model, parse(ModelConfig, "model", saved), ["num_heads"], path)
         return {name.removeprefix("model."): tensor for name, tensor in weights.items() if isinstance(tensor, Tensor)}
     except ConfigError:

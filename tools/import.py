@@ -1,4 +1,4 @@
-"""Make a run folder of a folder of Hugging Face transformers, for the tools that open a run: nothing is trained.
+"""Make a run of a folder of Hugging Face transformers, which the other tools open; nothing is trained.
 
     python -m tools.import FOLDER output=runs/llama
     python -m tools.import FOLDER output=runs/llama seq_len=2048

@@ -281,12 +281,16 @@ def test_an_experiments_placement_stands_around_its_matrices(llama: Path, corpus
 
 
 def test_a_run_of_ours_gives_its_architecture_too(tmp_path: Path) -> None:
-    first = run(tmp_path, "first", "model.placement=sandwich", "model.rope_theta=77", "model.num_layers=3")
+    options = ["model.placement=mixln", "model.placement_options={post_fraction: 0.4}"]
+    first = run(tmp_path, "first", *options, "model.rope_theta=77", "model.num_layers=3")
     sizes = [item for item in tiny_job() if not item.startswith("model.")]
     done = train(tmp_path, *sizes, f"init_from={first}", "run_dir=second")
     assert done.code == 0, done.err
     model = load(tmp_path / "second/checkpoints/last.ckpt")["hyper_parameters"]["model"]
-    assert (model["placement"], model["rope_theta"], model["num_layers"]) == ("sandwich", 77.0, 3)
+    assert (model["placement"], model["rope_theta"], model["num_layers"]) == ("mixln", 77.0, 3)
+    assert model["placement_options"] == {"post_fraction": 0.4}
+    other = ["model.placement=prenorm", f"init_from={first}", "run_dir=other"]
+    assert train(tmp_path, *sizes, *other).code == 0, "options of its placement are none of another one"
     refused = train(tmp_path, *sizes, "model.num_heads=1", f"init_from={first}", "run_dir=third")
     assert f"model.num_heads=1 is not valid: expected 2, as in {first}" in refused.err
 
