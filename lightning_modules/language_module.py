@@ -249,7 +249,8 @@ class LanguageModule(L.LightningModule):
         """Start from weights that were trained before, in the place of the init's. To be called before the fit.
 
         Args:
-            source: RUN, a checkpoint, a safetensors file or an exported folder: lightning_modules/warm_start.py.
+            source: RUN, a checkpoint, a safetensors file, or a folder of tools.export or transformers:
+                lightning_modules/warm_start.py.
 
         Returns:
             What is taken, what starts anew and what is left out.
