@@ -55,8 +55,7 @@ def main(config: DictConfig) -> float:
             valid = "null: the LightningModule has no method start_from"
             require(hasattr(module, "start_from"), "init_from", config.init_from, valid)
             module.start_from(config.init_from)
-            if hasattr(datamodule, "tokenizer"):
-                check_tokenizer(config.init_from, datamodule.tokenizer)
+            check_tokenizer(config.init_from, datamodule.tokenizer)
         callbacks = build_all(config, "callbacks")
         trainer = build(
             config,

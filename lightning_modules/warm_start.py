@@ -21,10 +21,10 @@ from core.errors import ConfigError, one_line, require
 from core.moved import with_current_fields
 from core.printable import printable
 from core.sharded_checkpoint import open_safetensors
-from core.untrusted import Untrusted
+from core.untrusted import Untrusted, parse_json
 from lightning_modules.config import ModelConfig, parse
 from lightning_modules.pretrained.families import Pretrained, fields_of, find_pretrained
-from lightning_modules.pretrained.weights import files_of, read_weights
+from lightning_modules.pretrained.weights import INDEX, WHOLE, files_of, read_weights
 from lightning_modules.transformer import Transformer
 
 FIELD = "init_from"
@@ -105,11 +105,9 @@ def model_of(source: Path) -> dict[str, Any] | None:
     pretrained = _pretrained(source)
     if pretrained is not None:
         return {name: value for name, value in fields_of(pretrained.model) if name not in NOT_INHERITED}
-    saved = _hyper_parameters(source).get("model")
-    known = {field.name for field in fields(ModelConfig)}
-    if not isinstance(saved, dict) or not with_current_fields(saved, "model").keys() <= known:
-        return None  # a LightningModule of the user's own
-    config = parse(ModelConfig, "model", saved)
+    config = _saved_model(source)
+    if config is None:
+        return None
     values = {**vars(config), "moe": vars(config.moe)}
     return {name: value for name, value in fields_of(values) if name not in NOT_INHERITED}
 
@@ -125,15 +123,30 @@ def vocab_size_of(source: Path) -> int | None:
     return size if isinstance(size, int) else None
 
 
+def _saved_model(source: Path) -> ModelConfig | None:
+    """Return the configuration that a source of this project's names has beside its weights; None: it has none."""
+    saved = _hyper_parameters(source).get("model")
+    known = {field.name for field in fields(ModelConfig)}
+    if not isinstance(saved, dict) or not with_current_fields(saved, "model").keys() <= known:
+        return None  # a LightningModule of the user's own
+    return parse(ModelConfig, "model", saved)
+
+
 def _hyper_parameters(source: Path) -> dict[str, Any]:
-    """Return what a run's checkpoint says of its module; nothing, where nothing but weights is there."""
-    if _has_no_configuration(source):
-        return {}
+    """Return what a checkpoint, or a file of tools.consolidate, says of its module; an export says nothing."""
     try:
-        found: dict[str, Any] = load_beside_weights(_checkpoint(source)).get("hyper_parameters", {})
+        if not _is_safetensors(source):
+            found: dict[str, Any] = load_beside_weights(_checkpoint(source)).get("hyper_parameters", {})
+            return found
+        whole = source if source.is_file() else source / WHOLE
+        if not whole.is_file():
+            return {}
+        with open_safetensors(whole) as file:
+            said = (file.metadata() or {}).get("hyper_parameters")
+        parsed: dict[str, Any] = {} if said is None else parse_json(said, whole, dict[str, Any])
+        return parsed
     except Exception as error:  # truncated, no checkpoint at all, or one with code in it
         raise _unreadable(source, error) from error
-    return found
 
 
 def warm_start(source: str | Path, model: Transformer) -> WarmStart:
@@ -175,10 +188,9 @@ def _pretrained(path: Path) -> Pretrained | None:
     return find_pretrained(path) if path.is_dir() else None
 
 
-def _has_no_configuration(path: Path) -> bool:
-    """Return whether nothing in a source says what its model is: safetensors of this project's names."""
-    whole = ("model.safetensors", "model.safetensors.index.json")
-    return path.suffix == ".safetensors" or any((path / name).is_file() for name in whole)
+def _is_safetensors(path: Path) -> bool:
+    """Return whether a source is a file of safetensors, or a folder with some, rather than a checkpoint."""
+    return path.suffix == ".safetensors" or any((path / name).is_file() for name in (WHOLE, INDEX))
 
 
 def _checkpoint(path: Path) -> Path:
@@ -198,14 +210,13 @@ def _read(path: Path, model: Transformer) -> dict[str, Tensor]:
         names = [name for name, _ in fields_of(pretrained.model) if name not in MAY_DIFFER]
         _check_same(model, theirs, names, path / "config.json")
         return read_weights(pretrained)
+    if (saved := _saved_model(path)) is not None:  # of few wide heads and of many narrow ones the shapes are the same
+        _check_same(model, saved, ["num_heads"], path)
     try:
-        if _has_no_configuration(path):
+        if _is_safetensors(path):
             weights = _read_files([path] if path.is_file() else files_of(path))
         else:
-            content = load(_checkpoint(path))
-            weights, saved = content["state_dict"], content.get("hyper_parameters", {}).get("model")
-            if isinstance(saved, dict):  # of few wide heads and of many narrow ones the shapes are the same
-                _check_same(model, parse(ModelConfig, "model", saved), ["num_heads"], path)
+            weights = load(_checkpoint(path))["state_dict"]
         return {name.removeprefix("model."): tensor for name, tensor in weights.items() if isinstance(tensor, Tensor)}
     except ConfigError:
         raise

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from core.errors import ConfigError
 from lightning_modules.language_module import LanguageModule
-from lightning_modules.warm_start import warm_start
+from lightning_modules.warm_start import model_of, warm_start
 from tests.support.models import VOCAB_SIZE, make_module, tiny_values
 from tests.support.runs import load, run, tiny_job, train
 from tools.consolidate import consolidate
@@ -176,3 +176,19 @@ def test_a_pipe_that_an_index_names_is_not_waited_for(tmp_path: Path) -> None:
             started(tmp_path)
     finally:
         os.close(descriptor)
+
+
+def test_heads_that_no_shape_tells_and_an_architecture_that_nobody_gave(tmp_path: Path) -> None:
+    first = run(tmp_path, "first", "model.rope_theta=77", "trainer.max_steps=1")
+    file = tmp_path / "weights.safetensors"
+    consolidate(first / "checkpoints/last.ckpt", file)
+    for source in (first, first / "checkpoints/last.ckpt", file):
+        found = model_of(source)
+        assert found is not None
+        assert (found["dim"], found["rope_theta"], found["moe.num_experts"]) == (32, 77.0, 4)
+        assert not found.keys() & {"init", "compile", "moe.backend", "moe.z_loss_weight"}
+        module = LanguageModule({"dim": 32, "num_layers": 2, "num_heads": 4, "ffn_dim": 48}, {}, 257)
+        with pytest.raises(ConfigError, match=r"model\.num_heads=4 is not valid: expected 2, as in"):
+            module.start_from(source)
+    _, path = trained(tmp_path)
+    assert model_of(path) is None
