@@ -74,7 +74,6 @@ def _processor() -> str | None:
     """Return the processor's name as its maker has it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or None
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or None)
+    except OSError:  # no Linux; platform.processor() would start a program
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
