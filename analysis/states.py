@@ -80,11 +80,12 @@ def watching(model: Transformer, see: Callable[[BlockView], None]) -> Iterator[N
 
 
 def streams(state: Any) -> tuple[Tensor, ...]:
+    """Return the tensors of a state: [batch, seq, dim], or several streams in one, [batch, seq, streams, dim]."""
     return tuple(state) if isinstance(state, tuple | list) else (state,)
 
 
 def side_by_side(state: Any) -> Tensor:
-    return torch.cat(streams(state), dim=-1)
+    return torch.cat([stream.flatten(2) for stream in streams(state)], dim=-1)
 
 
 def mean_square(x: Tensor) -> Tensor:

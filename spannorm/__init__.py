@@ -33,10 +33,15 @@ from spannorm.norms import NORMS, DyT, EmbeddingScale, NormFactory, RMSNorm, fin
 from spannorm.placements.b2t import B2T
 from spannorm.placements.base import Depth, Placement, QKVNorm, Streams, Sublayer, TwoStreams
 from spannorm.placements.deepnorm import DeepNorm
+from spannorm.placements.gr import GR
+from spannorm.placements.hc import HC
 from spannorm.placements.hybridnorm import HybridNorm
 from spannorm.placements.hybridnorm_star import HybridNormStar
+from spannorm.placements.ihc import IHC
 from spannorm.placements.keel import Keel
 from spannorm.placements.lnscaling import LNScaling
+from spannorm.placements.many_streams import ManyStreams, Mapping
+from spannorm.placements.mhc import MHC
 from spannorm.placements.mixln import MixLN
 from spannorm.placements.outputnorm import OutputNorm
 from spannorm.placements.perinorm import PeriNorm
@@ -52,7 +57,11 @@ from spannorm.placements.subln import SubLN
 
 __all__ = [
     "B2T",
+    "GR",
+    "HC",
+    "IHC",
     "INITS",
+    "MHC",
     "NORMS",
     "PLACEMENTS",
     "ROLES",
@@ -66,6 +75,8 @@ __all__ = [
     "InvalidArgument",
     "Keel",
     "LNScaling",
+    "ManyStreams",
+    "Mapping",
     "Matrix",
     "MixLN",
     "NormFactory",

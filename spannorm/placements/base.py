@@ -123,6 +123,13 @@ class Placement(nn.Module):
         """
         return owned_matrices(self)
 
+    def mappings(self) -> tuple[nn.Module, ...]:
+        """Return one module a sublayer, in order, that says what the sublayer reads of several streams, and what
+        becomes of these: its forward returns a tuple that ends in a spannorm.Mapping. Monitors hook them. A scheme of
+        one stream, or of fixed coefficients, has none.
+        """
+        return ()
+
 
 class TwoStreams(Placement):
     """The base class of schemes with two streams that take the same branches.

@@ -7,10 +7,14 @@ from spannorm.import_path import find
 from spannorm.placements.b2t import B2T
 from spannorm.placements.base import Placement
 from spannorm.placements.deepnorm import DeepNorm
+from spannorm.placements.gr import GR
+from spannorm.placements.hc import HC
 from spannorm.placements.hybridnorm import HybridNorm
 from spannorm.placements.hybridnorm_star import HybridNormStar
+from spannorm.placements.ihc import IHC
 from spannorm.placements.keel import Keel
 from spannorm.placements.lnscaling import LNScaling
+from spannorm.placements.mhc import MHC
 from spannorm.placements.mixln import MixLN
 from spannorm.placements.outputnorm import OutputNorm
 from spannorm.placements.perinorm import PeriNorm
@@ -41,6 +45,10 @@ PLACEMENTS: dict[str, type[Placement]] = {
     "keel": Keel,
     "siamesenorm": SiameseNorm,
     "rezero": ReZero,
+    "hc": HC,
+    "mhc": MHC,
+    "ihc": IHC,
+    "gr": GR,
 }
 
 

@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
 class At(NamedTuple):
-    """One block, as an equation sees it: number l of L, its sublayers, and its norms by name."""
+    """One block, as an equation sees it: number l of L, its sublayers, its norms and its other parameters by name."""
 
     l: int  # noqa: E741 - as in the papers
     L: int
@@ -15,6 +16,7 @@ class At(NamedTuple):
     F: Callable[[Tensor], Tensor]
     N: Callable[[str, Tensor], Tensor]
     gate: Tensor | None
+    P: dict[str, Tensor]
 
 
 def prenorm(b: At, x: Tensor) -> Tensor:
@@ -117,6 +119,87 @@ def rezero(b: At, x: Tensor) -> Tensor:
     return y + b.gate * b.F(y)
 
 
+EPS = 1e-5
+
+
+def rms(x: Tensor) -> Tensor:
+    return (x.square().mean(-1, keepdim=True) + EPS).sqrt()
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    return 1 / (1 + (-x).exp())
+
+
+def mixed(b: At, streams: Tensor, of_mapping: Callable[[At, str, Tensor], tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """Streams [seq, n, dim] -> those after the block, token by token."""
+    for at, f in (("attn", b.A), ("ffn", b.F)):
+        pre, post, res = of_mapping(b, f"map_{at}", streams)
+        x = torch.stack([sum(pre[t, i] * streams[t, i] for i in range(streams.size(1))) for t in range(len(streams))])  # type: ignore[misc]
+        y = f(b.N(f"norm_{at}", x))
+        streams = torch.stack([res[t] @ streams[t] + torch.outer(post[t], y[t]) for t in range(len(streams))])
+    return streams
+
+
+def copies(b: At, state: Tensor) -> Tensor:
+    return torch.stack([state] * 4, 1) if b.l == 1 else state
+
+
+def of_hc(b: At, name: str, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As algorithm 2 has it: alpha [seq, n, 1 + n] is of the old streams, and R' = alpha^T R."""
+    static_alpha = torch.cat((b.P[f"{name}.bias"][:4, None], b.P[f"{name}.bias"][8:].view(4, 4).T), 1)
+    static_beta = b.P[f"{name}.bias"][4:8]
+    if f"{name}.phi" not in b.P:
+        alpha, beta = static_alpha.expand(len(streams), 4, 5), static_beta.expand(len(streams), 4)
+    else:
+        th = b.P[f"{name}.phi"]
+        alpha_fn, beta_fn = torch.stack((th[0], *th[2:]), 1), th[1]
+        alpha_scale, beta_scale = b.P[f"{name}.scale"]
+        normed = streams / rms(streams)
+        alpha = torch.tanh(normed @ alpha_fn) * alpha_scale + static_alpha
+        beta = torch.tanh(normed @ beta_fn) * beta_scale + static_beta
+    return alpha[:, :, 0], beta, alpha[:, :, 1:].mT
+
+
+def hc(b: At, state: Tensor) -> Tensor:
+    return mixed(b, copies(b, state), of_hc)
+
+
+def sinkhorn_knopp(logits: Tensor, iterations: int) -> Tensor:
+    """One matrix [n, n]: columns divided by their sums, then rows."""
+    m = logits.exp()
+    for _ in range(iterations):
+        m = m @ torch.diag(1 / m.sum(0))
+        m = torch.diag(1 / m.sum(1)) @ m
+    return m
+
+
+def of_mhc(b: At, name: str, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    v = streams.flatten(1)
+    h = (v / rms(v)) @ b.P[f"{name}.phi"].T
+    a, bias = b.P[f"{name}.scale"], b.P[f"{name}.bias"]
+    pre, post = sigmoid(a[0] * h[:, :4] + bias[:4]), 2 * sigmoid(a[1] * h[:, 4:8] + bias[4:8])
+    if len(a) == 2:
+        return pre, post, torch.eye(4, dtype=streams.dtype).expand(len(streams), 4, 4)
+    logits = (a[2] * h[:, 8:] + bias[8:]).unflatten(1, (4, 4))
+    return pre, post, torch.stack([sinkhorn_knopp(matrix, 20) for matrix in logits])
+
+
+def mhc(b: At, state: Tensor) -> Tensor:
+    return mixed(b, copies(b, state), of_mhc)
+
+
+def gr(b: At, state: Tensor) -> Tensor:
+    streams = copies(b, state)
+    for at, f in (("map_attn", b.A), ("map_ffn", b.F)):
+        hat = torch.stack([b.N(f"{at}.norms.{i}", streams[:, i]) for i in range(4)], 1)
+        inner = hat.flatten(1) @ b.P[f"{at}.down"].T / 4
+        gates = sigmoid((inner * sigmoid(inner)) @ b.P[f"{at}.up"].T).view_as(hat)
+        weights = 2 * sigmoid(hat.flatten(1) @ b.P[f"{at}.weigh"].T / 4)
+        y = f((gates * hat).sum(1) / 4)
+        streams = streams + weights[:, :, None] * y[:, None]
+    return streams
+
+
 def bare(b: At, x: Tensor) -> Tensor:
     return x
 
@@ -127,6 +210,10 @@ def normed(b: At, x: Tensor) -> Tensor:
 
 def summed(b: At, state: Any) -> Tensor:
     return state[0] + b.N("final_norm", state[1])
+
+
+def streams_summed(b: At, state: Tensor) -> Tensor:
+    return b.N("final_norm", state.sum(1))
 
 
 def normed_sum(b: At, state: Any) -> Tensor:
@@ -173,4 +260,8 @@ SCHEMES = {
     "keel": Scheme(keel, bare, (4, 4, 4, 4), refuses=("dyt", "none")),
     "siamesenorm": Scheme(siamesenorm, summed, (6, 6, 6, 7), refuses=("none",)),
     "rezero": Scheme(rezero, normed, (0, 0, 0, 1)),
+    "hc": Scheme(hc, streams_summed, (2, 2, 2, 3), "megatron"),
+    "mhc": Scheme(mhc, streams_summed, (2, 2, 2, 3), "megatron"),
+    "ihc": Scheme(mhc, streams_summed, (2, 2, 2, 3), "megatron"),
+    "gr": Scheme(gr, streams_summed, (8, 8, 8, 9), "megatron"),
 }

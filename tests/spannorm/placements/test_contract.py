@@ -1,5 +1,6 @@
 """What every placement promises, over dense and MoE, RMSNorm and LayerNorm."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -87,8 +88,8 @@ def seen_by_equation(block: Block, scheme: Scheme, index: int, total: int) -> At
             return reference.swiglu(x, ffn, ffn_norms["inner_norm"] if scheme.inner else same)
         return reference.moe(x, ffn, 4, 2, inner=ffn_norms["experts.mlp.inner_norm"] if scheme.inner else same)
 
-    gate = dict(block.placement.named_parameters()).get("gate")
-    return At(index, total, attention, feed_forward, lambda name, x: norms[name](x), gate)
+    parameters = dict(block.placement.named_parameters())
+    return At(index, total, attention, feed_forward, lambda n, x: norms[n](x), parameters.get("gate"), parameters)
 
 
 def from_equations(model: Transformer, scheme: Scheme, h: Tensor) -> Tensor:
@@ -136,8 +137,9 @@ def test_keel_eases_its_first_block_in(ffn: str) -> None:
         ("siamesenorm", {"normed_sum": True}, {"leave": normed_sum}),
         ("siamesenorm", {"head_norms": True}, {"qkv": "QKV"}),
         ("rezero", {"final_norm": False}, {"leave": bare}),
+        ("hc", {"static": True}, {}),
     ],
-    ids=["b2t", "siamesenorm, its sum", "siamesenorm, its heads", "rezero"],
+    ids=["b2t", "siamesenorm, its sum", "siamesenorm, its heads", "rezero", "hc"],
 )
 @ffns
 def test_what_the_authors_code_has_is_an_option(
@@ -179,7 +181,12 @@ def test_gradients_reach_every_parameter(name: str, ffn: str, norm: str) -> None
         assert parameter.grad.abs().sum() > 0, key
 
 
-QUICK = {("spannorm", "moe", "rmsnorm"), ("siamesenorm", "dense", "rmsnorm"), ("prenorm", "dense", "layernorm")}
+QUICK = {
+    ("spannorm", "moe", "rmsnorm"),
+    ("siamesenorm", "dense", "rmsnorm"),
+    ("prenorm", "dense", "layernorm"),
+    ("mhc", "moe", "rmsnorm"),
+}
 COMPILED = [
     pytest.param(name, ffn, norm, marks=() if (name, ffn, norm) in QUICK else pytest.mark.slow)  # seconds each
     for name in PLACEMENTS
@@ -238,7 +245,9 @@ def test_norms_without_statistics_work_or_are_refused(name: str, ffn: str, norm:
     out.square().mean().backward()
     assert torch.isfinite(out).all()
     if norm == "none":
-        assert [key for key, parameter in model.named_parameters() if parameter.dim() == 1 and "gate" not in key] == []
+        others = re.compile(r"gate$|map_\w+\.(scale|bias)$")  # scalars and biases that are no norm's
+        vectors = [key for key, parameter in model.named_parameters() if parameter.dim() == 1]
+        assert [key for key in vectors if not others.search(key)] == []
 
 
 @pytest.mark.parametrize("final_norm", [False, True])
@@ -256,6 +265,13 @@ def test_the_final_norm_can_be_switched(name: str, final_norm: bool) -> None:
         ("keel", {"alpha": "4L"}, "'2L', 'sqrt'"),
         ("mixln", {"post_fraction": 1.5}, "a number in [0, 1]"),
         ("prenorm", {"alpha": 2.0}, "one of final_norm"),
+        ("hc", {"streams": 1}, "an integer from 2 to 64"),
+        ("ihc", {"streams": 2.5}, "a whole number"),
+        ("hc", {"scale": 0.0}, "a number > 0"),
+        ("mhc", {"std": 0.0}, "a number > 0"),
+        ("mhc", {"start": "zero"}, "'identity', 'uniform'"),
+        ("mhc", {"iterations": 0}, "an integer from 1 to 1000"),
+        ("gr", {"rank": 0}, "null, or an integer from 1 to 128"),
     ],
 )
 def test_options_outside_their_range_are_refused(name: str, options: dict[str, Any], valid: str) -> None:
