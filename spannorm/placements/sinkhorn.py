@@ -1,5 +1,6 @@
 """Sinkhorn and Knopp's way (1967) to a doubly stochastic matrix: every row and every column has the sum 1."""
 
+import re
 from typing import Any
 
 import torch
@@ -10,18 +11,20 @@ def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
     """Return exp(logits) with its columns divided by their sums, then its rows, so many times.
 
     Rows come last, so their sums are exactly 1; those of the columns come near. Only the logits are kept for the
-    backward pass, which computes the iterations once more.
+    backward pass, which computes the iterations once more. For torch.compile it is one operator: a kernel of so many
+    steps would be minutes in the making.
 
     Args:
         logits: matrices [n, n, ...], rows by columns; the last dimensions tell the matrices apart.
         iterations: how often columns and rows are divided; at least 1.
     """
-    return _Sinkhorn.apply(logits, iterations)
+    found: Tensor = _forward(logits, iterations)
+    return found
 
 
 def _divide(logits: Tensor, iterations: int) -> tuple[Tensor, list[tuple[Tensor, Tensor, int]]]:
     """Return the matrices, and of each division its result, its divisor and the dimension of the sums."""
-    # A factor on a column does not outlive the first division: the exponents are at most 0.
+    # A factor on a column does not outlive the first division, so that no exponent need be above 0.
     matrices = (logits - logits.amax(0, keepdim=True)).exp()
     tiny, steps = torch.finfo(logits.dtype).tiny, []
     for _ in range(iterations):
@@ -32,17 +35,32 @@ def _divide(logits: Tensor, iterations: int) -> tuple[Tensor, list[tuple[Tensor,
     return matrices, steps
 
 
-class _Sinkhorn(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, iterations: int) -> Tensor:
-        ctx.save_for_backward(logits)
-        ctx.iterations = iterations
-        return _divide(logits, iterations)[0]
+def _gradient(grad: Tensor, logits: Tensor, iterations: int) -> Tensor:
+    for result, sums, dim in reversed(_divide(logits, iterations)[1]):
+        grad = (grad - (grad * result).sum(dim, keepdim=True)) / sums
+    return grad * (logits - logits.amax(0, keepdim=True)).exp()
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (logits,) = ctx.saved_tensors
-        _, steps = _divide(logits, ctx.iterations)
-        for result, sums, dim in reversed(steps):
-            grad = (grad - (grad * result).sum(dim, keepdim=True)) / sums
-        return grad * (logits - logits.amax(0, keepdim=True)).exp(), None
+
+def _matrices(logits: Tensor, iterations: int) -> Tensor:
+    return _divide(logits, iterations)[0]
+
+
+OURS = re.sub(r"\W", "_", __name__)  # a copy of this file has operators of its own
+_forward = torch.library.custom_op(f"{OURS}::sinkhorn", _matrices, mutates_args=())
+_backward = torch.library.custom_op(f"{OURS}::sinkhorn_gradient", _gradient, mutates_args=())
+_forward.register_fake(lambda logits, iterations: torch.empty_like(logits))
+_backward.register_fake(lambda grad, logits, iterations: torch.empty_like(logits))
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+    logits, ctx.iterations = inputs
+    ctx.save_for_backward(logits)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    (logits,) = ctx.saved_tensors
+    of_logits = _gradient if torch.is_grad_enabled() else _backward  # whose gradient may be asked for, too
+    return of_logits(grad, logits, ctx.iterations), None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)

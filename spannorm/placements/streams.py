@@ -1,8 +1,9 @@
 """What schemes with several streams do with them, in as few passes over memory as torch's operators allow.
 
-Each function hands the streams on, beside its result: in the backward pass the gradients of the streams' three uses (by
-a mapping, by the sublayer, by the next streams) are then added up one into the other, and never stand side by side.
-What is kept for the backward pass is the streams in their own type, once, and small coefficients.
+`project` and `read` hand the streams on beside their result: in the backward pass the gradients of the streams' three
+uses (by a mapping, by the sublayer, by the next streams) are added up one into the other, and never stand side by side.
+What is kept for the backward pass is the streams in their own type, once, and small coefficients. torch.compile, which
+sees to that by itself, gets the bare formulas.
 """
 
 from typing import Any
@@ -22,13 +23,18 @@ def project(streams: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor
         weight: [outputs, inputs]; the gain of the norm, if there is one, is part of it.
         eps: added to the mean square.
     """
+    if torch.compiler.is_compiling():
+        return streams, _project(streams, weight, eps)[0]
     handed_on, projected, _ = _Project.apply(streams, weight, eps)
     return handed_on, projected
 
 
 def read(streams: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
     """Return (the streams R [rows, n, dim], sum_i pre_i R_i [rows, dim] in their type) for pre [rows, n]."""
-    return _Read.apply(streams, pre)
+    if torch.compiler.is_compiling():
+        return streams, _read(streams, pre)
+    handed_on, x = _Read.apply(streams, pre)
+    return handed_on, x
 
 
 def write(streams: Tensor, res: Tensor | None, post: Tensor, y: Tensor) -> Tensor:
@@ -40,28 +46,48 @@ def write(streams: Tensor, res: Tensor | None, post: Tensor, y: Tensor) -> Tenso
         post: [rows, n].
         y: [rows, dim], of any type.
     """
-    return _Write.apply(streams, res, post, y)
+    if torch.compiler.is_compiling():
+        return _write(streams, res, post, y)
+    written: Tensor = _Write.apply(streams, res, post, y)
+    return written
+
+
+def _project(streams: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return (what `project` does, 1 / rms of each row)."""
+    rows = at_least_fp32(streams.reshape(-1, weight.size(1)))
+    with without_autocast(rows):
+        inverse = (torch.linalg.vector_norm(rows, dim=-1).square() / rows.size(-1) + eps).rsqrt()
+        return (F.linear(rows, weight.to(rows.dtype)).t() * inverse).contiguous(), inverse
+
+
+def _read(streams: Tensor, pre: Tensor) -> Tensor:
+    with without_autocast(streams):
+        return torch.bmm(pre.unsqueeze(1), streams.to(pre.dtype)).squeeze(1).to(streams.dtype)
+
+
+def _write(streams: Tensor, res: Tensor | None, post: Tensor, y: Tensor) -> Tensor:
+    kept = streams.to(post.dtype)
+    if res is not None:
+        with without_autocast(streams):
+            kept = torch.bmm(res, kept)
+    return torch.addcmul(kept, post.unsqueeze(-1), y.to(post.dtype).unsqueeze(1)).to(streams.dtype)
 
 
 class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, streams: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        rows = at_least_fp32(streams.reshape(-1, weight.size(1)))
-        with without_autocast(rows):
-            inverse = (torch.linalg.vector_norm(rows, dim=-1).square() / rows.size(-1) + eps).rsqrt()
-            projected = F.linear(rows, weight.to(rows.dtype)).t() * inverse
-        projected = projected.contiguous()
+        projected, inverse = _project(streams, weight, eps)
         ctx.save_for_backward(streams, weight, projected, inverse)
         return streams.view_as(streams), projected, inverse
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, of_projected: Tensor, of_inverse: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, of_projected: Tensor, of_inverse: Tensor) -> tuple[Tensor, Tensor, None]:
         streams, weight, projected, inverse = ctx.saved_tensors
         rows = at_least_fp32(streams.reshape(-1, weight.size(1)))
+        of_inverse = of_inverse + (of_projected * projected).sum(0) / inverse
+        along = of_inverse * inverse.pow(3) / -rows.size(-1)
+        scaled = of_projected * inverse
         with without_autocast(rows):
-            along = of_inverse + (of_projected * projected).sum(0) / inverse
-            along = along * inverse.pow(3) / -rows.size(-1)
-            scaled = of_projected * inverse
             total = torch.addcmul(grad.reshape(rows.shape).to(rows.dtype), rows, along.unsqueeze(-1))
             total = torch.addmm(total, scaled.t(), weight.to(rows.dtype))
             of_weight = scaled @ rows
@@ -72,9 +98,7 @@ class _Read(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, streams: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(streams, pre)
-        with without_autocast(streams):
-            x = torch.bmm(pre.unsqueeze(1), streams.to(pre.dtype)).squeeze(1)
-        return streams.view_as(streams), x.to(streams.dtype)
+        return streams.view_as(streams), _read(streams, pre)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, of_x: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,22 +113,16 @@ class _Read(torch.autograd.Function):
 class _Write(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, streams: Tensor, res: Tensor | None, post: Tensor, y: Tensor) -> Tensor:
-        ctx.save_for_backward(streams if res is not None else None, res, post, y)
-        ctx.dtype = streams.dtype
-        kept = streams.to(post.dtype)
-        if res is not None:
-            with without_autocast(streams):
-                kept = torch.bmm(res, kept)
-        return torch.addcmul(kept, post.unsqueeze(-1), y.to(post.dtype).unsqueeze(1)).to(streams.dtype)
+        ctx.save_for_backward(None if res is None else streams, res, post, y)
+        return _write(streams, res, post, y)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         streams, res, post, y = ctx.saved_tensors
-        wide = grad.to(post.dtype).contiguous()
-        of_streams, of_res = grad, None
+        wide, of_streams, of_res = grad.to(post.dtype).contiguous(), grad, None
         with without_autocast(grad):
             if res is not None:
-                of_streams = torch.bmm(res.mT, wide).to(ctx.dtype)
+                of_streams = torch.bmm(res.mT, wide).to(streams.dtype)
                 of_res = torch.bmm(wide, streams.to(post.dtype).mT)
             of_post = torch.bmm(wide, y.to(post.dtype).unsqueeze(-1)).squeeze(-1)
             of_y = torch.bmm(post.unsqueeze(1), wide).squeeze(1).to(y.dtype)

@@ -266,7 +266,7 @@ def test_the_final_norm_can_be_switched(name: str, final_norm: bool) -> None:
         ("mixln", {"post_fraction": 1.5}, "a number in [0, 1]"),
         ("prenorm", {"alpha": 2.0}, "one of final_norm"),
         ("hc", {"streams": 1}, "an integer from 2 to 64"),
-        ("ihc", {"streams": 2.5}, "a whole number"),
+        ("ihc", {"streams": 2.5}, "an integer"),
         ("hc", {"scale": 0.0}, "a number > 0"),
         ("mhc", {"std": 0.0}, "a number > 0"),
         ("mhc", {"start": "zero"}, "'identity', 'uniform'"),
