@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_modules.layers.rope import Rope
 from lightning_modules.transformer import Block, Transformer
+from spannorm import Mapping
 
 
 class BlockView(NamedTuple):
@@ -28,6 +29,8 @@ class BlockView(NamedTuple):
         attn_out: what attention adds.
         ffn_out: what the FFN adds.
         state: the hidden state after the block, as the placement has it.
+        mappings: of each sublayer (the streams before it [rows, n, dim], their spannorm.Mapping); empty where the
+            placement has one stream.
     """
 
     number: int
@@ -38,6 +41,7 @@ class BlockView(NamedTuple):
     attn_out: Tensor
     ffn_out: Tensor
     state: Any
+    mappings: tuple[tuple[Tensor, Mapping], ...] = ()
 
     @property
     def after(self) -> Tensor:
@@ -53,6 +57,7 @@ def watching(model: Transformer, see: Callable[[BlockView], None]) -> Iterator[N
         model: running uncompiled and without activation checkpointing: hooks would not see every block once.
     """
     inner: dict[str, Any] = {}
+    mappings: list[tuple[Tensor, Mapping]] = []
 
     def keep_attn(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
         inner.update(attn_input=inputs[0], rope=inputs[1], attn_out=output)
@@ -60,10 +65,15 @@ def watching(model: Transformer, see: Callable[[BlockView], None]) -> Iterator[N
     def keep_ffn(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
         inner.update(ffn_out=output[0])
 
+    def keep_mapping(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        mappings.append((inputs[0], output[-1]))
+
     def end_of(number: int, block: Block) -> Callable[[Any, tuple[Any, ...], Any], None]:
         def end(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            see(BlockView(number, block, before=side_by_side(inputs[0]), state=output, **inner))
+            before = side_by_side(inputs[0])
+            see(BlockView(number, block, before=before, state=output, mappings=tuple(mappings), **inner))
             inner.clear()
+            mappings.clear()
 
         return end
 
@@ -73,6 +83,7 @@ def watching(model: Transformer, see: Callable[[BlockView], None]) -> Iterator[N
             for handle in (
                 block.attn.register_forward_hook(keep_attn),
                 block.ffn.register_forward_hook(keep_ffn),
+                *(mapping.register_forward_hook(keep_mapping) for mapping in block.placement.mappings()),
                 block.placement.register_forward_hook(end_of(number, block)),
             ):
                 hooks.callback(handle.remove)

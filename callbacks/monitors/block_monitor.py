@@ -34,7 +34,7 @@ class BlockMonitor(L.Callback):
 
     name: ClassVar[str]  # of the entry in configs/callbacks
     prefix: ClassVar[str]  # of the keys
-    figures: ClassVar[tuple[str, ...]]
+    figures: tuple[str, ...]
 
     def __init__(self, every_n_steps: int = 100, sequences: int = 2, positions: int = 256) -> None:
         limits = (("every_n_steps", every_n_steps, 1), ("sequences", sequences, 1), ("positions", positions, 2))

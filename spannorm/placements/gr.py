@@ -10,8 +10,7 @@ from spannorm.errors import InvalidArgument
 from spannorm.matrices import Matrix, owned_matrices
 from spannorm.norms import NormFactory
 from spannorm.placements.base import Depth, Sublayer
-from spannorm.placements.many_streams import ManyStreams, Mapping
-from spannorm.placements.mhc import check_positive
+from spannorm.placements.many_streams import ManyStreams, Mapping, check_positive
 from spannorm.placements.streams import write
 from spannorm.precision import at_least_fp32, without_autocast
 

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from spannorm.matrices import Matrix
 from spannorm.norms import NormFactory
 from spannorm.placements.base import Depth
-from spannorm.placements.many_streams import Mapping, MixedStreams
-from spannorm.placements.mhc import check_positive
+from spannorm.placements.many_streams import Mapping, MixedStreams, check_positive
 from spannorm.placements.streams import project
 from spannorm.precision import at_least_fp32
 

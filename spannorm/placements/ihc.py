@@ -2,8 +2,8 @@
 
 from spannorm.norms import NormFactory
 from spannorm.placements.base import Depth
+from spannorm.placements.constrained_mapping import ConstrainedMapping
 from spannorm.placements.many_streams import MixedStreams
-from spannorm.placements.mhc import ConstrainedMapping
 
 
 class IHC(MixedStreams):

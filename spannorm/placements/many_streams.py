@@ -1,5 +1,6 @@
 """The base classes of schemes with n streams, of which each sublayer reads a mixture and to which it writes."""
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -81,3 +82,14 @@ class MixedStreams(ManyStreams):
             y = sublayer(norm(x.unflatten(0, tokens)))
             streams = write(streams, res, post, y.flatten(0, 1))
         return streams.unflatten(0, tokens)
+
+
+def check_positive(**values: float) -> None:
+    """Refuse what is not a number > 0.
+
+    Raises:
+        InvalidArgument: names the argument.
+    """
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise InvalidArgument(name, value, "a number > 0")

@@ -18,11 +18,11 @@ def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
         logits: matrices [n, n, ...], rows by columns; the last dimensions tell the matrices apart.
         iterations: how often columns and rows are divided; at least 1.
     """
-    found: Tensor = _forward(logits, iterations)
+    found: Tensor = _sinkhorn(logits, iterations)
     return found
 
 
-def _divide(logits: Tensor, iterations: int) -> tuple[Tensor, list[tuple[Tensor, Tensor, int]]]:
+def _divide_in_turn(logits: Tensor, iterations: int) -> tuple[Tensor, list[tuple[Tensor, Tensor, int]]]:
     """Return the matrices, and of each division its result, its divisor and the dimension of the sums."""
     # A factor on a column does not outlive the first division, so that no exponent need be above 0.
     matrices = (logits - logits.amax(0, keepdim=True)).exp()
@@ -35,32 +35,34 @@ def _divide(logits: Tensor, iterations: int) -> tuple[Tensor, list[tuple[Tensor,
     return matrices, steps
 
 
-def _gradient(grad: Tensor, logits: Tensor, iterations: int) -> Tensor:
-    for result, sums, dim in reversed(_divide(logits, iterations)[1]):
+def _sinkhorn_backward(grad: Tensor, logits: Tensor, iterations: int) -> Tensor:
+    for result, sums, dim in reversed(_divide_in_turn(logits, iterations)[1]):
         grad = (grad - (grad * result).sum(dim, keepdim=True)) / sums
     return grad * (logits - logits.amax(0, keepdim=True)).exp()
 
 
-def _matrices(logits: Tensor, iterations: int) -> Tensor:
-    return _divide(logits, iterations)[0]
+def _doubly_stochastic(logits: Tensor, iterations: int) -> Tensor:
+    return _divide_in_turn(logits, iterations)[0]
 
 
-OURS = re.sub(r"\W", "_", __name__)  # a copy of this file has operators of its own
-_forward = torch.library.custom_op(f"{OURS}::sinkhorn", _matrices, mutates_args=())
-_backward = torch.library.custom_op(f"{OURS}::sinkhorn_gradient", _gradient, mutates_args=())
-_forward.register_fake(lambda logits, iterations: torch.empty_like(logits))
-_backward.register_fake(lambda grad, logits, iterations: torch.empty_like(logits))
+SINKHORN_OPS = re.sub(r"\W", "_", __name__)  # a copy of this file has operators of its own
+_sinkhorn = torch.library.custom_op(f"{SINKHORN_OPS}::sinkhorn", _doubly_stochastic, mutates_args=())
+_sinkhorn_gradient = torch.library.custom_op(f"{SINKHORN_OPS}::sinkhorn_gradient", _sinkhorn_backward, mutates_args=())
+_sinkhorn.register_fake(lambda logits, iterations: torch.empty_like(logits))
+_sinkhorn_gradient.register_fake(lambda grad, logits, iterations: torch.empty_like(logits))
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+def _sinkhorn_save(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
     logits, ctx.iterations = inputs
     ctx.save_for_backward(logits)
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+def _sinkhorn_vjp(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     (logits,) = ctx.saved_tensors
-    of_logits = _gradient if torch.is_grad_enabled() else _backward  # whose gradient may be asked for, too
+    of_logits = (
+        _sinkhorn_backward if torch.is_grad_enabled() else _sinkhorn_gradient
+    )  # whose gradient may be asked for, too
     return of_logits(grad, logits, ctx.iterations), None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+_sinkhorn.register_autograd(_sinkhorn_vjp, setup_context=_sinkhorn_save)

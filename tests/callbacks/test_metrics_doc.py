@@ -10,7 +10,7 @@ import pytest
 from tests.support.runs import ROOT, events, run
 from tools import evaluate
 
-KINDS = ("attn_in", "attn_out", "ffn_up", "ffn_down", "norm", "router", "experts", "embedding", "head")
+KINDS = ("attn_in", "attn_out", "ffn_up", "ffn_down", "norm", "residual", "router", "experts", "embedding", "head")
 STEPS = 8
 
 
@@ -32,7 +32,7 @@ def documented() -> set[str]:
 def generic(tag: str) -> str:
     """A tag as the page has it: with BLOCK, LAYER and KIND."""
     tag = re.sub(r"block_\d+", "block_BLOCK", re.sub(r"layer_\d+", "layer_LAYER", tag))
-    tag = re.sub(r"^eval/\w+/", "eval/NAME/", tag)
+    tag = re.sub(r"^eval/\w+/", "eval/NAME/", re.sub(r"_share_\d+$", "_share_STREAM", tag))
     head, _, last = tag.rpartition("/")
     return f"{head}/KIND" if last in KINDS and "BLOCK" in head else tag
 
@@ -49,6 +49,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         f"+callbacks.poison._target_={__name__}.Poison",
     ]
     folders = [run(cwd, name, f"experiment={name}", *everything) for name in ("dense_spannorm", "moe_spannorm")]
+    for name in ("hc", "gr"):
+        folders.append(run(cwd, name, f"model.placement={name}", "trainer.max_steps=1", "trainer.val_check_interval=1"))
     evaluate.main([str(folders[0]), f"allow={Poison.__module__}.Poison"])
     return {generic(tag) for folder in folders for tag in events(Path(folder)).Tags()["scalars"]}
 

@@ -30,6 +30,9 @@ OF_PLACEMENTS: dict[str, list[Choice]] = {
     "mixln": [{"post_fraction": fraction} for fraction in (0.0, 0.5, 1.0)],
     "keel": [{"alpha": "sqrt"}, {"alpha": 1.0}, {"ease_in": True}],
     "siamesenorm": [{"count_sublayers": True}, {"normed_sum": True}, {"head_norms": True}],
+    "hc": [{"static": True}, {"streams": 2}],
+    "mhc": [{"start": "uniform"}, {"iterations": 1}],
+    "gr": [{"rank": 1}],
 }
 OF_INITS: dict[str, list[Choice]] = {
     "plain": [{"std": 0.0}, {"embedding_std": 0.0}, {"embedding_std": 0.632}],

@@ -413,8 +413,9 @@ class Block(GradientCheckpointingLayer):
     ) -> tuple[Any, Tensor | None]:
         """Return (the placement's state after the block, the router's logits of a mixture), of the state before it.
 
-        The state is one tensor [batch, seq, hidden_size], or two where the placement has two streams. The first block
-        takes the embeddings, and the last one returns what the head reads.
+        The state is one tensor [batch, seq, hidden_size]; of a placement with several streams two of them, or one
+        [batch, seq, streams, hidden_size]. The first block takes the embeddings, and the last one returns what the head
+        reads.
         """
         router_logits: Tensor | None = None
 
@@ -595,7 +596,7 @@ class PlacementForCausalLM(PreTrainedModel, GenerationMixin):
         hidden, states, router_logits = self.model(embeds, rope, visible, past_key_values)
         if output_hidden_states:
             streams = f"false: between the blocks of {config.placement} there is more than one stream"
-            require(all(isinstance(state, Tensor) for state in states), "output_hidden_states", True, streams)
+            require(all(is_stream(state) for state in states), "output_hidden_states", True, streams)
 
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.model.head(hidden[:, kept] * config.output_multiplier)
@@ -705,6 +706,11 @@ def attention_mask_of(
         if bool(text.any()):  # more than one
             return causal & (text[:, None, :, None] == text[:, None, None])
     return None
+
+
+def is_stream(state: Any) -> bool:
+    """Return whether the state between two blocks is a single stream, [batch, seq, hidden_size]."""
+    return isinstance(state, Tensor) and state.dim() == 3
 
 
 def _or_default(value: Any, default: Any) -> Any:

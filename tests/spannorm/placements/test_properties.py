@@ -19,6 +19,16 @@ OPTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "keel": {"alpha": st.sampled_from(["2L", "sqrt"]) | st.floats(0.5, 10), "ease_in": st.booleans()},
     "siamesenorm": dict.fromkeys(("count_sublayers", "normed_sum", "head_norms"), st.booleans()),
     "b2t": {"last_skip": st.booleans()},
+    "hc": {"streams": st.integers(2, 5), "scale": st.floats(0.001, 1), "static": st.booleans()},
+    "mhc": {
+        "streams": st.integers(2, 5),
+        "scale": st.floats(0.001, 1),
+        "std": st.floats(0.001, 1),
+        "start": st.sampled_from(["identity", "uniform"]),
+        "iterations": st.integers(1, 30),
+    },
+    "ihc": {"streams": st.integers(2, 5), "std": st.floats(0.001, 1)},
+    "gr": {"streams": st.integers(2, 5), "rank": st.none() | st.integers(1, 8), "std": st.floats(0.001, 1)},
 }
 INITS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "default": {},

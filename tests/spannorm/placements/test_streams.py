@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_modules.initialization import initialize
 from lightning_modules.transformer import Transformer
 from spannorm import PLACEMENTS, Depth, ManyStreams, Mapping, NormFactory
-from spannorm.placements.mhc import ConstrainedMapping
+from spannorm.placements.constrained_mapping import ConstrainedMapping
 from spannorm.placements.sinkhorn import sinkhorn
 from spannorm.placements.streams import project, read, write
 from tests.spannorm.placements.test_contract import SEQ, norms_of, through
