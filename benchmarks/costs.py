@@ -26,6 +26,8 @@ from core import cli
 from spannorm import PLACEMENTS
 
 TWO_STREAMS = ("residual", "siamesenorm")
+MANY_STREAMS = {"hc": 0.8, "mhc": 0.8, "ihc": 0.85, "gr": 0.8}
+"""What is asked of each, of prenorm's tokens/s."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +103,32 @@ def at_most(name: str, limit: float, first: str) -> Goal:
 
 def one_stream(measured: dict[str, Measured]) -> tuple[str, bool]:
     of_first = by_fastest(measured)
-    slowest = max(of_first.keys() - TWO_STREAMS, key=of_first.__getitem__)
+    slowest = max(of_first.keys() - TWO_STREAMS - MANY_STREAMS.keys(), key=of_first.__getitem__)
     speed = 1 / of_first[slowest]
     return f"no placement of one stream under 0.93 of prenorm's tokens/s; {slowest}: {speed:.3f}", speed >= 0.93
+
+
+def speed_at_least(name: str, limit: float) -> Goal:
+    """Return the goal that `name` gets through at least this share of the first row's tokens/s."""
+
+    def goal(measured: dict[str, Measured]) -> tuple[str, bool]:
+        value = 1 / by_fastest(measured)[name]
+        return f"{name} at least {limit:.2f} of prenorm's tokens/s: {value:.3f}", value >= limit
+
+    return goal
+
+
+def memory_at_most(limit: float) -> Goal:
+    """Return the goal that nobody's peak memory is more than so many times the first row's."""
+
+    def goal(measured: dict[str, Measured]) -> tuple[str, bool]:
+        memory = {name: one.result.memory for name, one in measured.items()}
+        first = next(iter(memory.values()))
+        most = max(memory, key=memory.__getitem__)
+        value = memory[most] / first
+        return f"peak memory at most {limit:g} times prenorm's; {most}: {value:.3f}", value <= limit
+
+    return goal
 
 
 def linear_in_depth(measured: dict[str, Measured]) -> tuple[str, bool]:
@@ -122,12 +147,22 @@ def tables(device: str) -> Iterator[Table]:
     half = base._replace(hidden=base.hidden // 2)
     schemes = ["prenorm", *sorted(PLACEMENTS.keys() - {"prenorm"})]
     as_prenorm = at_most("spannorm", 1 / 0.98, "prenorm")
+    of_streams = tuple(speed_at_least(name, limit) for name, limit in MANY_STREAMS.items())
     for kind, compiled, names, goals in (
-        ("eager", False, schemes, (as_prenorm, one_stream)),
-        ("compiled", True, ["prenorm", "spannorm"], (as_prenorm,)),
+        ("eager", False, schemes, (as_prenorm, one_stream, *of_streams)),
+        ("compiled", True, ["prenorm", "spannorm", *MANY_STREAMS], (as_prenorm, *of_streams)),
     ):
         costs = {name: Cost(base, compiled, {"placement": name}) for name in names}
         yield Table(f"Placements, {kind}", costs, goals)
+    recomputed = base._replace(num_layers=2 * base.num_layers)
+    yield Table(
+        "Many streams, each block recomputed",
+        {
+            name: Cost(recomputed, False, {"placement": name, "activation_checkpointing": True})
+            for name in ("prenorm", *MANY_STREAMS)
+        },
+        (memory_at_most(1.3),),
+    )
     yield Table(
         "Depth",
         {f"{n} blocks": Cost(base._replace(num_layers=n)) for n in (2, 4, 8)},

@@ -38,18 +38,18 @@ def _divide_in_turn(logits: Tensor, iterations: int) -> tuple[Tensor, list[tuple
 def _sinkhorn_backward(grad: Tensor, logits: Tensor, iterations: int) -> Tensor:
     for result, sums, dim in reversed(_divide_in_turn(logits, iterations)[1]):
         grad = (grad - (grad * result).sum(dim, keepdim=True)) / sums
-    return grad * (logits - logits.amax(0, keepdim=True)).exp()
+    return (grad * (logits - logits.amax(0, keepdim=True)).exp()).contiguous()
 
 
 def _doubly_stochastic(logits: Tensor, iterations: int) -> Tensor:
-    return _divide_in_turn(logits, iterations)[0]
+    return _divide_in_turn(logits, iterations)[0].contiguous()
 
 
 SINKHORN_OPS = re.sub(r"\W", "_", __name__)  # a copy of this file has operators of its own
 _sinkhorn = torch.library.custom_op(f"{SINKHORN_OPS}::sinkhorn", _doubly_stochastic, mutates_args=())
 _sinkhorn_gradient = torch.library.custom_op(f"{SINKHORN_OPS}::sinkhorn_gradient", _sinkhorn_backward, mutates_args=())
-_sinkhorn.register_fake(lambda logits, iterations: torch.empty_like(logits))
-_sinkhorn_gradient.register_fake(lambda grad, logits, iterations: torch.empty_like(logits))
+_sinkhorn.register_fake(lambda logits, iterations: logits.new_empty(logits.shape))
+_sinkhorn_gradient.register_fake(lambda grad, logits, iterations: logits.new_empty(logits.shape))
 
 
 def _sinkhorn_save(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
@@ -59,9 +59,8 @@ def _sinkhorn_save(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None
 
 def _sinkhorn_vjp(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     (logits,) = ctx.saved_tensors
-    of_logits = (
-        _sinkhorn_backward if torch.is_grad_enabled() else _sinkhorn_gradient
-    )  # whose gradient may be asked for, too
+    # The operator has no gradient itself, which may be asked for.
+    of_logits = _sinkhorn_backward if torch.is_grad_enabled() else _sinkhorn_gradient
     return of_logits(grad, logits, ctx.iterations), None
 
 

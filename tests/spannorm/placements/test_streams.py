@@ -12,7 +12,7 @@ from lightning_modules.initialization import initialize
 from lightning_modules.transformer import Transformer
 from spannorm import PLACEMENTS, Depth, ManyStreams, Mapping, NormFactory
 from spannorm.placements.constrained_mapping import ConstrainedMapping
-from spannorm.placements.sinkhorn import sinkhorn
+from spannorm.placements.sinkhorn import _sinkhorn, _sinkhorn_gradient, sinkhorn
 from spannorm.placements.streams import project, read, write
 from tests.spannorm.placements.test_contract import SEQ, norms_of, through
 from tests.support.models import VOCAB_SIZE, tiny_config, tokens
@@ -75,6 +75,13 @@ def test_sinkhorn_stays_finite_where_exponentials_do_not() -> None:
     assert logits.grad is not None
     assert bool(logits.grad.isfinite().all())
     torch.testing.assert_close(found.sum(1), torch.ones(2, 1))
+
+
+def test_sinkhorn_is_an_operator_as_torch_wants_one() -> None:
+    """Whatever the strides: what torch.compile is told of its outputs holds."""
+    for logits in (torch.randn(3, 3, 5), torch.randn(5, 3, 3).permute(1, 2, 0)):
+        torch.library.opcheck(_sinkhorn, (logits.requires_grad_(), 3))
+        torch.library.opcheck(_sinkhorn_gradient, (torch.randn(5, 3, 3).permute(1, 2, 0), logits.detach(), 3))
 
 
 def test_every_function_has_first_and_second_gradients() -> None:
