@@ -10,9 +10,9 @@ from torch import Tensor
 def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
     """Return exp(logits) with its columns divided by their sums, then its rows, so many times.
 
-    Rows come last, so their sums are exactly 1; those of the columns come near. Only the logits are kept for the
-    backward pass, which computes the iterations once more. For torch.compile it is one operator: a kernel of so many
-    steps would be minutes in the making.
+    Rows come last, so their sums are 1; those of the columns come near. Only the logits are kept for the backward pass,
+    which computes the iterations once more. For torch.compile it is one operator: a kernel of so many steps would be
+    minutes in the making.
 
     Args:
         logits: matrices [n, n, ...], rows by columns; the last dimensions tell the matrices apart.
@@ -22,27 +22,42 @@ def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
     return found
 
 
-def _divide_in_turn(logits: Tensor, iterations: int) -> tuple[Tensor, list[tuple[Tensor, Tensor, int]]]:
-    """Return the matrices, and of each division its result, its divisor and the dimension of the sums."""
+def _scaled(logits: Tensor, iterations: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Return exp(logits), but for a factor of each column, and by iteration the factors of rows and columns.
+
+    The matrices are rows x exp x columns at any time, so that an iteration has to change the factors alone.
+    """
     # A factor on a column does not outlive the first division, so that no exponent need be above 0.
-    matrices = (logits - logits.amax(0, keepdim=True)).exp()
-    tiny, steps = torch.finfo(logits.dtype).tiny, []
+    exp = (logits - logits.amax(0, keepdim=True)).exp()
+    floor = torch.finfo(exp.dtype).tiny ** 0.5  # a row that underflowed stays 0; its factor's square is finite
+    rows, factors = torch.ones_like(exp[:, :1]), []
     for _ in range(iterations):
-        for dim in (0, 1):
-            sums = matrices.sum(dim, keepdim=True).clamp_min(tiny)  # a row that underflowed stays 0
-            matrices = matrices / sums
-            steps.append((matrices, sums, dim))
-    return matrices, steps
-
-
-def _sinkhorn_backward(grad: Tensor, logits: Tensor, iterations: int) -> Tensor:
-    for result, sums, dim in reversed(_divide_in_turn(logits, iterations)[1]):
-        grad = (grad - (grad * result).sum(dim, keepdim=True)) / sums
-    return (grad * (logits - logits.amax(0, keepdim=True)).exp()).contiguous()
+        columns = (exp * rows).sum(0, keepdim=True).clamp_min(floor).reciprocal()
+        rows = (exp * columns).sum(1, keepdim=True).clamp_min(floor).reciprocal()
+        factors.append((rows, columns))
+    return exp, factors
 
 
 def _doubly_stochastic(logits: Tensor, iterations: int) -> Tensor:
-    return _divide_in_turn(logits, iterations)[0].contiguous()
+    exp, factors = _scaled(logits, iterations)
+    rows, columns = factors[-1]
+    return (exp * rows * columns).contiguous()
+
+
+def _sinkhorn_backward(grad: Tensor, logits: Tensor, iterations: int) -> Tensor:
+    exp, factors = _scaled(logits, iterations)
+    rows, columns = factors[-1]
+    of_exp = grad * rows * columns
+    of_rows, of_columns = (grad * exp * columns).sum(1, keepdim=True), (grad * exp * rows).sum(0, keepdim=True)
+    before = [torch.ones_like(rows), *(factor for factor, _ in factors)]
+    for rows_before, (rows, columns) in zip(reversed(before[:-1]), reversed(factors), strict=True):
+        of_sums = of_rows * -rows.square()
+        of_exp.addcmul_(of_sums, columns)
+        of_columns = of_columns + (exp * of_sums).sum(0, keepdim=True)
+        of_sums = of_columns * -columns.square()
+        of_exp.addcmul_(of_sums, rows_before)
+        of_rows, of_columns = (exp * of_sums).sum(1, keepdim=True), torch.zeros_like(columns)
+    return (of_exp * exp).contiguous()
 
 
 SINKHORN_OPS = re.sub(r"\W", "_", __name__)  # a copy of this file has operators of its own

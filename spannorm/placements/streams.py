@@ -66,11 +66,11 @@ def _read(streams: Tensor, pre: Tensor) -> Tensor:
 
 
 def _write(streams: Tensor, res: Tensor | None, post: Tensor, y: Tensor) -> Tensor:
-    kept = streams.to(post.dtype)
-    if res is not None:
-        with without_autocast(streams):
-            kept = torch.bmm(res, kept)
-    return torch.addcmul(kept, post.unsqueeze(-1), y.to(post.dtype).unsqueeze(1)).to(streams.dtype)
+    kept, factors = streams.to(post.dtype), (post.unsqueeze(-1), y.to(post.dtype).unsqueeze(1))
+    if res is None:
+        return torch.addcmul(kept, *factors).to(streams.dtype)
+    with without_autocast(streams):
+        return torch.bmm(res, kept).addcmul_(*factors).to(streams.dtype)
 
 
 class _Project(torch.autograd.Function):
@@ -89,7 +89,7 @@ class _Project(torch.autograd.Function):
         scaled = of_projected * inverse
         with without_autocast(rows):
             total = torch.addcmul(grad.reshape(rows.shape).to(rows.dtype), rows, along.unsqueeze(-1))
-            total = torch.addmm(total, scaled.t(), weight.to(rows.dtype))
+            total.addmm_(scaled.t(), weight.to(rows.dtype))
             of_weight = scaled @ rows
         return total.to(streams.dtype).view_as(streams), of_weight.to(weight.dtype), None
 
