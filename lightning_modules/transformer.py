@@ -211,7 +211,8 @@ class Transformer(nn.Module):
     def flops_per_token(self, seq_len: int) -> float:
         """Return a training step's: 6 an active parameter that multiplies, and attention's (2204.02311, appendix B).
 
-        As is usual, the causal mask is not credited, and what activation checkpointing computes twice counts once.
+        As is usual, the causal mask is not credited, and what activation checkpointing computes twice counts once. Nor
+        is the mixing of streams, some 3 / dim of a block's.
         """
         _, active = self.num_parameters()
         lookup_only = 0 if self.config.tie_embeddings else self.embedding.weight.numel()

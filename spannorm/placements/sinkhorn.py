@@ -22,7 +22,7 @@ def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
     return found
 
 
-def _scaled(logits: Tensor, iterations: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+def _factors_in_turn(logits: Tensor, iterations: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Return exp(logits), but for a factor of each column, and by iteration the factors of rows and columns.
 
     The matrices are rows x exp x columns at any time, so that an iteration has to change the factors alone.
@@ -39,13 +39,13 @@ def _scaled(logits: Tensor, iterations: int) -> tuple[Tensor, list[tuple[Tensor,
 
 
 def _doubly_stochastic(logits: Tensor, iterations: int) -> Tensor:
-    exp, factors = _scaled(logits, iterations)
+    exp, factors = _factors_in_turn(logits, iterations)
     rows, columns = factors[-1]
     return (exp * rows * columns).contiguous()
 
 
 def _sinkhorn_backward(grad: Tensor, logits: Tensor, iterations: int) -> Tensor:
-    exp, factors = _scaled(logits, iterations)
+    exp, factors = _factors_in_turn(logits, iterations)
     rows, columns = factors[-1]
     of_exp = grad * rows * columns
     of_rows, of_columns = (grad * exp * columns).sum(1, keepdim=True), (grad * exp * rows).sum(0, keepdim=True)

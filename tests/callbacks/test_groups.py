@@ -16,6 +16,7 @@ DEFAULT = [
     "gradient_health",
     "signal_propagation",
     "representation_collapse",
+    "stream_mixing",
     "dashboard",
     "hyperparameters",
     "random_state",

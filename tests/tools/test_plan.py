@@ -23,6 +23,8 @@ WIDE: dict[str, Any] = {"num_layers": 3, "dim": 64, "ffn_dim": 176}
 MODELS: dict[str, dict[str, Any]] = {
     "dense": WIDE,
     "two streams, grouped queries": {**WIDE, "placement": "siamesenorm", "num_kv_heads": 2},
+    **{name: {**WIDE, "placement": name} for name in ("mhc", "gr")},
+    "hc": {**WIDE, "dim": 192, "ffn_dim": 512, "placement": "hc"},  # narrower, to mix streams is 8 % of its products
     "moe": {**WIDE, "ffn": "moe", "moe": {"expert_dim": 64, "num_shared_experts": 1}},
     "large vocabulary": WIDE,
     "bf16-mixed": WIDE,
