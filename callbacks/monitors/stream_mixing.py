@@ -70,7 +70,7 @@ class StreamMixing(BlockMonitor):
         """Return what Dashboard lays out: callbacks.protocols.HasCharts."""
         if not has_mappings(pl_module):
             return {}
-        figures = ("gain_forward", "gain_backward", "mapping_rank")
+        figures: tuple[str, ...] = ("gain_forward", "gain_backward", "mapping_rank")
         figures += tuple(f"{name}_{figure}" for name in SUBLAYERS for figure in (r"share_\d+", "write", "gate"))
         return {self.prefix: {figure.replace(r"_\d+", "s"): rf"^streams/block_\d+/{figure}$" for figure in figures}}
 

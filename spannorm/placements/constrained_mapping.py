@@ -1,4 +1,4 @@
-"""How manifold-constrained hyper-connections (2512.24880) make a sublayer's coefficients, with res or without."""
+"""The coefficients of manifold-constrained hyper-connections (2512.24880), with res or without."""
 
 import math
 from collections.abc import Iterator

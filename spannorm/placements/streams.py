@@ -1,4 +1,4 @@
-"""What schemes with several streams do with them, in as few passes over memory as torch's operators allow.
+"""Projects, reads and writes several streams in as few passes over memory as torch's operators allow.
 
 `project` and `read` hand the streams on beside their result: in the backward pass the gradients of the streams' three
 uses (by a mapping, by the sublayer, by the next streams) are added up one into the other, and never stand side by side.

@@ -1,7 +1,6 @@
 """What every placement promises, over dense and MoE, RMSNorm and LayerNorm."""
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,11 +10,11 @@ from torch._dynamo.testing import CompileCounter
 
 from core.errors import ConfigError
 from lightning_modules.initialization import initialize
-from lightning_modules.layers.rope import rope_tables
 from lightning_modules.transformer import Block, Transformer
 from spannorm import PLACEMENTS
 from tests.support import reference
 from tests.support.models import VOCAB_SIZE, tiny_config, tokens
+from tests.support.placements import norms_of, through
 from tests.support.schemes import (
     SCHEMES,
     At,
@@ -26,7 +25,7 @@ from tests.support.schemes import (
     normed_sum,
 )
 
-HEADS, KV_HEADS, HEAD_DIM, SEQ, EPS, THETA = 4, 2, 8, 9, 1e-5, 10000.0
+HEADS, KV_HEADS, SEQ, THETA = 4, 2, 9, 10000.0
 schemes = pytest.mark.parametrize("name", SCHEMES)
 placements = pytest.mark.parametrize("name", PLACEMENTS)  # those without an equation in SCHEMES, too
 ffns = pytest.mark.parametrize("ffn", ["dense", "moe"])
@@ -43,30 +42,6 @@ def make_model(name: str, ffn: str, norm: str = "rmsnorm", num_layers: int = 4, 
         for parameter in model.parameters():
             parameter.uniform_(0.5, 1.5) if parameter.dim() == 1 else parameter.normal_(std=0.2)
     return model
-
-
-def through(model: Transformer, h: Tensor) -> Tensor:
-    """Embedding output [batch, seq, dim] -> what the head reads."""
-    rope = rope_tables(h.size(1), HEAD_DIM, THETA, h.device)
-    for block in model.blocks:
-        h, _ = block(h, rope)
-    return h
-
-
-def norms_of(module: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Every norm of a module by its name, written out from its gain and, where it has one, its bias."""
-    parameters = dict(module.named_parameters())
-
-    def written_out(gain: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-        if bias is None:
-            return lambda x: reference.rms_norm(x, gain, EPS)
-        return lambda x: reference.rms_norm(x - x.mean(dim=-1, keepdim=True), gain, EPS) + bias
-
-    return {
-        name.removesuffix(".weight"): written_out(gain, parameters.get(name.replace(".weight", ".bias")))
-        for name, gain in parameters.items()
-        if gain.dim() == 1 and name.endswith(".weight")
-    }
 
 
 def seen_by_equation(block: Block, scheme: Scheme, index: int, total: int) -> At:

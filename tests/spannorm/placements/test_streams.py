@@ -14,10 +14,11 @@ from spannorm import PLACEMENTS, Depth, ManyStreams, Mapping, NormFactory
 from spannorm.placements.constrained_mapping import ConstrainedMapping
 from spannorm.placements.sinkhorn import _sinkhorn, _sinkhorn_gradient, sinkhorn
 from spannorm.placements.streams import project, read, write
-from tests.spannorm.placements.test_contract import SEQ, norms_of, through
 from tests.support.models import VOCAB_SIZE, tiny_config, tokens
+from tests.support.placements import norms_of, through
 from tests.support.schemes import EPS, SCHEMES, At, sinkhorn_knopp
 
+SEQ = 9
 NAMES = [name for name, scheme in PLACEMENTS.items() if issubclass(scheme, ManyStreams)]
 VARIANTS: list[tuple[str, dict[str, Any]]] = [*((name, {}) for name in NAMES), ("hc", {"static": True})]
 each = pytest.mark.parametrize(("name", "options"), VARIANTS, ids=[*NAMES, "hc, static"])
