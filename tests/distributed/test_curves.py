@@ -9,7 +9,6 @@ from tests.support.distributed_runs import STEPS, Run, train
 from tests.support.processes import together
 
 PLACEMENTS = ("spannorm", "prenorm", "siamesenorm")
-STREAMS = ("mhc", "gr")  # with matrices of their own
 CASES = [Run(strategy, "dense", placement, 2) for placement in PLACEMENTS for strategy in ("ddp", "fsdp")]
 CASES += [Run(strategy, "moe", "spannorm", 2) for strategy in ("ddp", "fsdp")]
 CASES += [Run("tp", num_processes=2), Run("ddp", micro_batch_size=1, num_processes=2, sources=True)]
@@ -26,8 +25,9 @@ MORE += [Run("tp", "dense", "outputnorm", 2, options=(("qk_norm", "head"), ("qkv
 MORE += [Run("fsdp", "dense", "hybridnorm", 2, options=NORMED)]
 MORE += [Run("ep", "moe", placement, 2) for placement in PLACEMENTS]
 MORE += [Run("fsdp", micro_batch_size=1, num_processes=2)]
-MORE += [Run(strategy, "dense", placement, 2) for placement in STREAMS for strategy in ("ddp", "fsdp", "tp")]
-MORE += [Run("fsdp", "moe", "hc", 2)]
+# Many streams, with matrices of the placement's own.
+STREAMS = [Run(strategy, "dense", "mhc", 2) for strategy in ("ddp", "fsdp", "tp")]
+STREAMS += [Run("tp", "dense", "gr", 2), Run("fsdp", "moe", "gr", 2), Run("fsdp", "moe", "hc", 2)]
 FOUR, FOUR_MORE = [Run("mesh", "moe", "spannorm", 4)], [Run("mesh", "dense", "subln", 4)]
 slow = pytest.mark.slow
 
@@ -37,6 +37,7 @@ slow = pytest.mark.slow
     [
         pytest.param(CASES, id="data"),
         pytest.param(MORE, id="model", marks=slow),
+        pytest.param(STREAMS, id="streams", marks=slow),
         pytest.param(FOUR, id="both"),
         pytest.param(FOUR_MORE, id="both, without experts", marks=slow),
     ],
