@@ -13,7 +13,7 @@ EPS = 1e-5
 
 def through(model: Transformer, h: Tensor) -> Tensor:
     """Embedding output [batch, seq, dim] -> what the head reads."""
-    rope = rope_tables(h.size(1), model.config.head_dim, model.config.rope_theta, h.device)
+    rope = rope_tables(h.size(1), model.config.head_width, model.config.rope_theta, h.device)
     for block in model.blocks:
         h, _ = block(h, rope)
     return h

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from core.open_run import open_run
 from tests.support.exports import exported, loaded, remade, tokenizer_of
 from tests.support.tool_runs import byte_run
+from tools.exporting import modeling_placement as modeling
 
 pytestmark = pytest.mark.usefixtures("hub_modules")
 
@@ -369,3 +370,11 @@ def test_the_harness_reads_it_alike_at_any_batch_size(folders: dict[str, tuple[P
         found.append((texts, [pytest.approx(score, abs=1e-3) for score, _ in harness.loglikelihood(pairs)]))
     assert found[0][0] == found[1][0]
     assert [score.expected for score in found[1][1]] == found[0][1]
+
+
+def test_hidden_states_are_those_of_one_stream() -> None:
+    """Of four in one tensor, as of two in a tuple, there are none to give."""
+    config = modeling.PlacementConfig(50, 32, 48, 2, 4, placement="hc", norm="rmsnorm")
+    model = modeling.PlacementForCausalLM(config).eval()
+    with pytest.raises(ValueError, match="output_hidden_states=True is not valid: expected false: between the bl"):
+        model(torch.randint(50, (1, 4)), output_hidden_states=True)
