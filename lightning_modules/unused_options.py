@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning_modules.config import ModelConfig, MoEConfig, OptimConfig
 from lightning_modules.width_scaling import KNOWN
+from spannorm.norms import POINTWISE
 
 Unused = tuple[str, Any, str]
 """(name of the field, its value, why it has no effect)."""
@@ -39,7 +40,7 @@ def _of_model(model: ModelConfig) -> Iterator[Unused]:
             model.activation_checkpoint_every,
             "model.activation_checkpointing is false",
         )
-    if _is_set(model, "norm_eps") and model.norm in ("dyt", "none"):
+    if _is_set(model, "norm_eps") and model.norm in (*POINTWISE, "none"):
         yield "model.norm_eps", model.norm_eps, f"model.norm={model.norm} divides by nothing"
     if _is_set(model, "qk_norm") and model.norm == "none":
         yield "model.qk_norm", model.qk_norm, "model.norm=none is no norm here either"

@@ -29,7 +29,7 @@ from spannorm.initialization import (
     subln_init,
 )
 from spannorm.matrices import ROLES, Matrix, OwnsMatrices, Role, owned_matrices
-from spannorm.norms import NORMS, DyT, EmbeddingScale, NormFactory, RMSNorm, find_norm
+from spannorm.norms import NORMS, Derf, DyT, EmbeddingScale, NormFactory, RMSNorm, find_norm
 from spannorm.placements.b2t import B2T
 from spannorm.placements.base import Depth, Placement, QKVNorm, Streams, Sublayer, TwoStreams
 from spannorm.placements.deepnorm import DeepNorm
@@ -58,6 +58,7 @@ __all__ = [
     "ROLES",
     "DeepNorm",
     "Depth",
+    "Derf",
     "DyT",
     "EmbeddingScale",
     "HybridNorm",

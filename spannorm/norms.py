@@ -73,6 +73,44 @@ class DyT(nn.Module):
         return (torch.tanh(self.alpha * x) * self.weight + self.bias).to(x.dtype)
 
 
+class Derf(nn.Module):
+    """Dynamic erf: g * erf(a x + s) + b, elementwise (2512.10938, eq. 10), without statistics. Keeps shape and dtype.
+
+    Like DyT it does not bring its input to a size. Where a and s start is known from reimplementations of it, which
+    agree, and not from the authors' text. That a language model scales its embedding is DyT's recipe (EmbeddingScale),
+    taken over here: without it, a stream of standard deviation 0.02 leaves erf where it is a straight line.
+
+    Args:
+        dim: number of features.
+        alpha: where a starts.
+        shift: where s starts.
+        embedding_scale: where the scalar on the embedding starts, as of DyT.
+
+    Raises:
+        InvalidArgument: `alpha` is not a positive number, or `shift` no finite one.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        alpha: float = 0.5,
+        shift: float = 0.0,
+        embedding_scale: float | Literal["unit", "sqrt"] | None = "unit",
+    ) -> None:
+        super().__init__()
+        if not 0 < alpha < math.inf:
+            raise InvalidArgument("alpha", alpha, "a number > 0")
+        if not math.isfinite(shift):
+            raise InvalidArgument("shift", shift, "a finite number")
+        self.alpha = nn.Parameter(torch.tensor([float(alpha)]))
+        self.shift = nn.Parameter(torch.tensor([float(shift)]))
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (torch.erf(self.alpha * x + self.shift) * self.weight + self.bias).to(x.dtype)
+
+
 def _authors_alphas(width: int) -> tuple[float, float]:
     """Return (before attention, elsewhere) at the nearest of the authors' widths on a logarithmic scale."""
     return AUTHORS_ALPHAS[min(AUTHORS_ALPHAS, key=lambda theirs: abs(math.log(theirs / width)))]
@@ -124,10 +162,14 @@ NORMS: dict[str, Callable[..., nn.Module]] = {
     "rmsnorm": _rms_norm,  # 1910.07467
     "layernorm": _layer_norm,  # 1607.06450
     "dyt": DyT,
+    "derf": Derf,
     "none": _no_norm,
 }
 """The norm kinds by name. Each is called with the number of features, and with those of `eps`, `before_attention` and
 `width` that it takes, and the options of that kind; it returns a module that keeps the shape of its input."""
+
+POINTWISE = ("dyt", "derf")
+"""The kinds that act on each feature by itself: what they give depends on the size of the stream."""
 
 LEAST_FEATURES = {"rmsnorm": 2, "layernorm": 3}
 """Over fewer features a norm keeps nothing but the sign, so that what it reads would have no gradient."""
@@ -180,7 +222,7 @@ class NormFactory:
             raise InvalidArgument("dim", self.dim, "an integer >= 1")
         least = LEAST_FEATURES.get(self.kind, 1)
         if self.dim < least:
-            valid = f"dyt, none, or {least} features and more: over {self.dim} nothing but a sign is left"
+            valid = f"dyt, derf, none, or {least} features and more: over {self.dim} nothing but a sign is left"
             raise InvalidArgument("norm", self.kind, valid)
         make = self.constructor()
         taken = inspect.signature(make).parameters
@@ -191,12 +233,12 @@ class NormFactory:
         return norm
 
     def embedding_scale(self) -> nn.Module:
-        """Make the scalar on the embedding output that this kind of norm asks for: of DyT one, otherwise nothing.
+        """Make the scalar on the embedding output that this kind of norm asks for: of DyT and Derf one, else nothing.
 
         Raises:
-            InvalidArgument: DyT's option `embedding_scale` is not in its range.
+            InvalidArgument: their option `embedding_scale` is not in its range.
         """
-        start = self.options.get("embedding_scale", "unit") if self.kind == "dyt" else None
+        start = self.options.get("embedding_scale", "unit") if self.kind in POINTWISE else None
         if start is None:
             return nn.Identity()
         if start == "unit":

@@ -39,7 +39,14 @@ OF_INITS: dict[str, list[Choice]] = {
     "deepscalelm": [{"correlation": 0.01}, {"correlation": 0.0}],
 }
 OF_NORMS: dict[str, list[Choice]] = {
-    "dyt": [{"alpha": 0.0}, {"alpha": 5.0}, {"alpha_attention": 0.0}, {"embedding_scale": None}, {"embedding_scale": 0}]
+    "dyt": [
+        {"alpha": 0.0},
+        {"alpha": 5.0},
+        {"alpha_attention": 0.0},
+        {"embedding_scale": None},
+        {"embedding_scale": 0},
+    ],
+    "derf": [{"alpha": 0.0}, {"shift": 0.5}],
 }
 
 

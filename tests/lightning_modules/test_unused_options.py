@@ -64,7 +64,7 @@ UNUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         {},
         "model.activation_checkpoint_every=2 has no effect: model.activation_checkpointing",
     ),
-    *(({"norm": kind, "norm_eps": 1e-3}, {}, "model.norm_eps=0.001 has no effect") for kind in ("dyt", "none")),
+    *(({"norm": kind, "norm_eps": 1e-3}, {}, "model.norm_eps=0.001 has no effect") for kind in ("dyt", "derf", "none")),
     ({"norm": "none", "placement": "prenorm", "qk_norm": "head"}, {}, "model.qk_norm=head has no effect: model.norm"),
     ({"ffn": "moe", "ffn_dim": 48, "moe": {"expert_dim": 16}}, {}, "model.ffn_dim=48 has no effect: all FFNs"),
     *(

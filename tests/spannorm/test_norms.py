@@ -1,5 +1,6 @@
 """Each norm kind against its formula."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,12 @@ def formula(kind: str, x: np.ndarray, p: dict[str, np.ndarray]) -> np.ndarray:
         return centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + EPS) * p["weight"] + p["bias"]
     if kind == "dyt":
         return p["weight"] * np.tanh(p["alpha"] * x) + p["bias"]
+    if kind == "derf":
+        return p["weight"] * np.vectorize(math.erf)(p["alpha"] * x + p["shift"]) + p["bias"]
     return x
 
 
-@pytest.mark.parametrize("kind", ["rmsnorm", "layernorm", "dyt", "none"])
+@pytest.mark.parametrize("kind", ["rmsnorm", "layernorm", "dyt", "derf", "none"])
 def test_norm_is_its_formula(kind: str) -> None:
     norm = make_norm(tiny_config(norm=kind, norm_eps=EPS), dim=12)
     x = 2 * torch.randn(3, 5, 12) + 1
@@ -86,6 +89,7 @@ def test_dyt_is_told_where_attention_alone_reads(placement: str, before_attentio
     assert {round(alpha, 6) for alpha in found.values()} <= {0.3, 0.7}
 
 
+@pytest.mark.parametrize("kind", ["dyt", "derf"])
 @pytest.mark.parametrize(
     ("options", "start"),
     [
@@ -95,8 +99,10 @@ def test_dyt_is_told_where_attention_alone_reads(placement: str, before_attentio
         ({"embedding_scale": None}, None),
     ],
 )
-def test_dyt_scales_the_embedding_by_one_learned_number(options: dict[str, Any], start: float | None) -> None:
-    model = Transformer(tiny_config(norm="dyt", placement="rezero", norm_options=options), VOCAB_SIZE)
+def test_pointwise_kinds_scale_the_embedding_by_one_learned_number(
+    kind: str, options: dict[str, Any], start: float | None
+) -> None:
+    model = Transformer(tiny_config(norm=kind, placement="rezero", norm_options=options), VOCAB_SIZE)
     initialize(model)
     sequence = tokens(2, 5)
     final = model.blocks[-1].placement.final_norm
@@ -118,6 +124,10 @@ def test_dyt_scales_the_embedding_by_one_learned_number(options: dict[str, Any],
         ("dyt", {"embedding_scale": "root"}, "embedding_scale", "'sqrt'"),
         ("dyt", {"beta": 1.0}, "beta", "one of alpha, alpha_attention, embedding_scale"),
         ("dyt", {"width": 1}, "width", "no such field"),
+        ("derf", {"alpha": 0.0}, "alpha", "a number > 0"),
+        ("derf", {"shift": float("nan")}, "shift", "a finite number"),
+        ("derf", {"embedding_scale": -1}, "embedding_scale", "a number > 0, unit, sqrt or null"),
+        ("derf", {"alpha_attention": 1.0}, "alpha_attention", "one of alpha, embedding_scale, shift"),
         ("rmsnorm", {"alpha": 1.0}, "alpha", "no such field"),
         ("none", {"alpha": 1.0}, "alpha", "no such field"),
     ],
@@ -146,12 +156,21 @@ def test_a_norm_that_leaves_nothing_but_a_sign_is_refused(overrides: dict[str, A
         Transformer(tiny_config(**overrides), VOCAB_SIZE)
 
 
+def test_derf_starts_where_its_reimplementations_have_it() -> None:
+    norm, x = NormFactory("derf", 8)(), torch.randn(4, 8)
+    torch.testing.assert_close(norm(x), torch.erf(x / 2))
+    assert {name: set(value.tolist()) for name, value in norm.named_parameters()} == {
+        **{"alpha": {0.5}, "shift": {0.0}},
+        **{"weight": {1.0}, "bias": {0.0}},
+    }
+
+
 def test_unknown_kind() -> None:
-    with pytest.raises(ConfigError, match=r"model\.norm='rmsnrm'.*dyt, layernorm, none, rmsnorm.*mean rmsnorm"):
+    with pytest.raises(ConfigError, match=r"model\.norm='rmsnrm'.*derf, dyt, layernorm, none, rmsnorm.*mean rmsnorm"):
         make_norm(tiny_config(norm="rmsnrm"), dim=12)
 
 
-@pytest.mark.parametrize("kind", ["rmsnorm", "dyt", "none"])  # layernorm's result is autocast's to choose
+@pytest.mark.parametrize("kind", ["rmsnorm", "dyt", "derf", "none"])  # layernorm's result is autocast's to choose
 def test_bf16_stays_bf16_and_is_computed_in_fp32(kind: str) -> None:
     norm, x = make_norm(tiny_config(norm=kind), dim=12), torch.randn(4, 12, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):

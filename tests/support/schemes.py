@@ -159,7 +159,7 @@ SCHEMES = {
     "prenorm": Scheme(prenorm, normed, (2, 2, 2, 3), "megatron"),
     "postnorm": Scheme(postnorm, bare, (2, 2, 2, 2)),
     "spannorm": Scheme(spannorm, bare, (3, 2, 2, 2), "scale_init"),
-    "deepnorm": Scheme(deepnorm, bare, (2, 2, 2, 2), "deepnorm", refuses=("dyt", "none")),
+    "deepnorm": Scheme(deepnorm, bare, (2, 2, 2, 2), "deepnorm", refuses=("dyt", "derf", "none")),
     "b2t": Scheme(b2t, bare, (2, 2, 2, 2), "b2t", refuses=("none",)),
     "sandwich": Scheme(sandwich, normed, (4, 4, 4, 5), "megatron"),
     "perinorm": Scheme(perinorm, normed, (5, 4, 4, 5), "megatron"),
@@ -170,7 +170,7 @@ SCHEMES = {
     "lnscaling": Scheme(lnscaling, normed, (2, 2, 2, 3)),
     "subln": Scheme(prenorm, normed, (2, 2, 2, 3), "subln", inner=True),
     "residual": Scheme(residual, summed, (2, 2, 2, 3), refuses=("none",)),
-    "keel": Scheme(keel, bare, (4, 4, 4, 4), refuses=("dyt", "none")),
+    "keel": Scheme(keel, bare, (4, 4, 4, 4), refuses=("dyt", "derf", "none")),
     "siamesenorm": Scheme(siamesenorm, summed, (6, 6, 6, 7), refuses=("none",)),
     "rezero": Scheme(rezero, normed, (0, 0, 0, 1)),
 }

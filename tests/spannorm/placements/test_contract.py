@@ -221,7 +221,7 @@ def test_bf16_autocast_stays_finite_and_close(ffn: str, name: str, norm: str) ->
         assert (logits.float() - exact).square().mean() < 0.05 * exact.square().mean()
 
 
-@pytest.mark.parametrize("norm", ["dyt", "none"])
+@pytest.mark.parametrize("norm", ["dyt", "derf", "none"])
 @ffns
 @schemes
 def test_norms_without_statistics_work_or_are_refused(name: str, ffn: str, norm: str) -> None:
