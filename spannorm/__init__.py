@@ -33,6 +33,7 @@ from spannorm.norms import NORMS, Derf, DyT, EmbeddingScale, NormFactory, RMSNor
 from spannorm.placements.b2t import B2T
 from spannorm.placements.base import Depth, Placement, QKVNorm, Streams, Sublayer, TwoStreams
 from spannorm.placements.deepnorm import DeepNorm
+from spannorm.placements.gpas import GPAS
 from spannorm.placements.hybridnorm import HybridNorm
 from spannorm.placements.hybridnorm_star import HybridNormStar
 from spannorm.placements.keel import Keel
@@ -52,6 +53,7 @@ from spannorm.placements.subln import SubLN
 
 __all__ = [
     "B2T",
+    "GPAS",
     "INITS",
     "NORMS",
     "PLACEMENTS",

@@ -27,7 +27,8 @@ TINY = {"dim": 12, "num_heads": 2, "ffn_dim": 8}
 OF_PLACEMENTS: dict[str, list[Choice]] = {
     "spannorm": [{"first_norm": False}],
     "b2t": [{"last_skip": True}],
-    "mixln": [{"post_fraction": fraction} for fraction in (0.0, 0.5, 1.0)],
+    **{name: [{"gpas": True}] for name in ("prenorm", "deepnorm")},
+    "mixln": [{"gpas": True}, *({"post_fraction": fraction} for fraction in (0.0, 0.5, 1.0))],
     "keel": [{"alpha": "sqrt"}, {"alpha": 1.0}, {"ease_in": True}],
     "siamesenorm": [{"count_sublayers": True}, {"normed_sum": True}, {"head_norms": True}],
 }

@@ -3,7 +3,26 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from tests.support import reference
+
+
+def norms_of(module: nn.Module, eps: float) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Every norm of a module by its name, written out from its gain and, where it has one, its bias."""
+    parameters = dict(module.named_parameters())
+
+    def written_out(gain: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+        if bias is None:
+            return lambda x: reference.rms_norm(x, gain, eps)
+        return lambda x: reference.rms_norm(x - x.mean(dim=-1, keepdim=True), gain, eps) + bias
+
+    return {
+        name.removesuffix(".weight"): written_out(gain, parameters.get(name.replace(".weight", ".bias")))
+        for name, gain in parameters.items()
+        if gain.dim() == 1 and name.endswith(".weight")
+    }
 
 
 class At(NamedTuple):
@@ -115,6 +134,58 @@ def rezero(b: At, x: Tensor) -> Tensor:
     assert b.gate is not None
     y = x + b.gate * b.A(x)
     return y + b.gate * b.F(y)
+
+
+class _Shrink(torch.autograd.Function):
+    """x (1 - g sigmoid(g)), of which a gradient in x does not know."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(x, gate)
+        return x * (1 - gate / (1 + (-gate).exp()))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, gate = ctx.saved_tensors
+        share = 1 / (1 + (-gate).exp())
+        slope = share + gate * share * (1 - share)
+        return grad, -(slope * (grad * x).sum()).view_as(gate)
+
+
+def shrink(b: At, x: Tensor) -> Tensor:
+    assert b.gate is not None
+    out: Tensor = _Shrink.apply(x, b.gate)
+    return out
+
+
+def prenorm_gpas(b: At, x: Tensor) -> Tensor:
+    y = shrink(b, x + b.A(b.N("norm_attn", x)))
+    return shrink(b, y + b.F(b.N("norm_ffn", y)))
+
+
+def sandwich_gpas(b: At, x: Tensor) -> Tensor:
+    y = shrink(b, x + b.N("norm_attn_out", b.A(b.N("norm_attn_in", x))))
+    return shrink(b, y + b.N("norm_ffn_out", b.F(b.N("norm_ffn_in", y))))
+
+
+def lnscaling_gpas(b: At, x: Tensor) -> Tensor:
+    y = shrink(b, x + b.A(b.N("norm_attn", x) / b.l**0.5))
+    return shrink(b, y + b.F(b.N("norm_ffn", y) / b.l**0.5))
+
+
+def postnorm_gpas(b: At, x: Tensor, alpha: float = 1.0) -> Tensor:
+    y = b.N("norm_attn", shrink(b, x) * alpha + b.A(x))
+    return b.N("norm_ffn", shrink(b, y) * alpha + b.F(y))
+
+
+def deepnorm_gpas(b: At, x: Tensor) -> Tensor:
+    assert b.L == 4
+    return postnorm_gpas(b, x, 2.0 ** (3 / 4))
+
+
+def mixln_gpas(b: At, x: Tensor) -> Tensor:
+    b = b._replace(N=lambda name, h, norm=b.N: norm(f"inner.{name}", h))
+    return postnorm_gpas(b, x) if b.l == 1 else prenorm_gpas(b, x)
 
 
 def bare(b: At, x: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """What every placement promises, over dense and MoE, RMSNorm and LayerNorm."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,6 +22,7 @@ from tests.support.schemes import (
     bare,
     keel_eased,
     normed_sum,
+    norms_of,
 )
 
 HEADS, KV_HEADS, HEAD_DIM, SEQ, EPS, THETA = 4, 2, 8, 9, 1e-5, 10000.0
@@ -52,25 +52,9 @@ def through(model: Transformer, h: Tensor) -> Tensor:
     return h
 
 
-def norms_of(module: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Every norm of a module by its name, written out from its gain and, where it has one, its bias."""
-    parameters = dict(module.named_parameters())
-
-    def written_out(gain: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-        if bias is None:
-            return lambda x: reference.rms_norm(x, gain, EPS)
-        return lambda x: reference.rms_norm(x - x.mean(dim=-1, keepdim=True), gain, EPS) + bias
-
-    return {
-        name.removesuffix(".weight"): written_out(gain, parameters.get(name.replace(".weight", ".bias")))
-        for name, gain in parameters.items()
-        if gain.dim() == 1 and name.endswith(".weight")
-    }
-
-
 def seen_by_equation(block: Block, scheme: Scheme, index: int, total: int) -> At:
     attn, ffn = dict(block.attn.named_parameters()), dict(block.ffn.named_parameters())
-    attn_norms, ffn_norms, norms = norms_of(block.attn), norms_of(block.ffn), norms_of(block.placement)
+    attn_norms, ffn_norms, norms = (norms_of(part, EPS) for part in (block.attn, block.ffn, block.placement))
     projection_norms = {letter: attn_norms[f"projection_norms.{letter}"] for letter in scheme.qkv.lower()}
 
     def same(x: Tensor) -> Tensor:
@@ -156,7 +140,7 @@ def test_what_the_authors_code_has_is_an_option(
 @schemes
 def test_it_has_the_declared_norms_and_default_and_moves_no_sublayer_weight(name: str, ffn: str, norm: str) -> None:
     scheme, model, plain = SCHEMES[name], make_model(name, ffn, norm), make_model("prenorm", ffn, norm)
-    assert tuple(len(norms_of(block.placement)) for block in model.blocks) == scheme.norms
+    assert tuple(len(norms_of(block.placement, EPS)) for block in model.blocks) == scheme.norms
     assert PLACEMENTS[name].default_init == scheme.init
     own = {f"attn.projection_norms.{letter}" for letter in scheme.qkv.lower()}
     if scheme.inner:

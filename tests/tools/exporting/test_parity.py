@@ -24,7 +24,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "spannorm": [{"first_norm": False}, {"final_norm": True}],
     "b2t": [{"last_skip": True}],
     "keel": [{"alpha": "sqrt"}, {"alpha": 3.0, "ease_in": True}],
-    "mixln": [{"post_fraction": 0.5}],
+    **{name: [{"gpas": True}] for name in ("prenorm", "sandwich", "lnscaling", "deepnorm")},
+    "mixln": [{"post_fraction": 0.5, "gpas": True}],
     "siamesenorm": [{"count_sublayers": True, "normed_sum": True}, {"head_norms": True}],
 }
 """For each placement with options of its own, values that are not the defaults."""
