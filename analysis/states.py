@@ -16,8 +16,8 @@ from lightning_modules.transformer import Block, Transformer
 class BlockView(NamedTuple):
     """One block during a forward pass; all but state, number and rope are [batch, seq, dim].
 
-    The hidden state is what the placement hands on (before a final norm). Where it carries several streams, they are
-    taken side by side, as one vector [batch, seq, streams x dim].
+    The hidden state is what the placement hands on (before a final norm), as its method `hidden` gives it: of several
+    streams one vector [batch, seq, streams x dim], of attention residuals the mean of the sources.
 
     Attributes:
         number: of the block, counted from 1.
@@ -42,7 +42,7 @@ class BlockView(NamedTuple):
     @property
     def after(self) -> Tensor:
         """Hidden state after the block."""
-        return side_by_side(self.state)
+        return self.block.placement.hidden(self.state)
 
 
 @contextmanager
@@ -61,9 +61,12 @@ def watching(model: Transformer, see: Callable[[BlockView], None]) -> Iterator[N
         inner.update(ffn_out=output[0])
 
     def end_of(number: int, block: Block) -> Callable[[Any, tuple[Any, ...], Any], None]:
-        def end(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            see(BlockView(number, block, before=side_by_side(inputs[0]), state=output, **inner))
+        def end(module: Any, inputs: tuple[Any, ...], output: Any) -> Any:
+            if isinstance(output, tuple):  # what a block hands on as it got it is told from what the block got
+                output = tuple(stream.view_as(stream) for stream in output)
+            see(BlockView(number, block, before=module.hidden(inputs[0]), state=output, **inner))
             inner.clear()
+            return output
 
         return end
 
@@ -81,10 +84,6 @@ def watching(model: Transformer, see: Callable[[BlockView], None]) -> Iterator[N
 
 def streams(state: Any) -> tuple[Tensor, ...]:
     return tuple(state) if isinstance(state, tuple | list) else (state,)
-
-
-def side_by_side(state: Any) -> Tensor:
-    return torch.cat(streams(state), dim=-1)
 
 
 def mean_square(x: Tensor) -> Tensor:

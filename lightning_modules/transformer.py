@@ -74,6 +74,14 @@ class Block(nn.Module):
             state = self.placement.leave(state)
         return state, stats
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the block; or, where a graph would be made for every block, attention and FFN by themselves."""
+        if not self.placement.state_grows:
+            super().compile(*args, **kwargs)
+            return
+        self.attn.compile(*args, **kwargs)
+        self.ffn.compile(*args, **kwargs)
+
     def matrices(self) -> Iterator[Matrix]:
         """Yield every weight matrix of attention, FFN and placement, with its role."""
         yield from self.attn.matrices()

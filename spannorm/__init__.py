@@ -30,6 +30,7 @@ from spannorm.initialization import (
 )
 from spannorm.matrices import ROLES, Matrix, OwnsMatrices, Role, owned_matrices
 from spannorm.norms import NORMS, Derf, DyT, EmbeddingScale, NormFactory, RMSNorm, find_norm
+from spannorm.placements.attnres import AttnRes, SourceAttention
 from spannorm.placements.b2t import B2T
 from spannorm.placements.base import Depth, Placement, QKVNorm, Streams, Sublayer, TwoStreams
 from spannorm.placements.deepnorm import DeepNorm
@@ -58,6 +59,7 @@ __all__ = [
     "NORMS",
     "PLACEMENTS",
     "ROLES",
+    "AttnRes",
     "DeepNorm",
     "Depth",
     "Derf",
@@ -85,6 +87,7 @@ __all__ = [
     "Role",
     "Sandwich",
     "SiameseNorm",
+    "SourceAttention",
     "SpanNorm",
     "Streams",
     "SubLN",

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from spannorm.errors import InvalidArgument
@@ -74,6 +75,8 @@ class Placement(nn.Module):
             held against them.
         qkv_norm: the norms that this block's attention is to put on its projections; None for none.
         inner_norm: whether each sublayer of this block is to have one more norm before its output matrix.
+        state_grows: whether each block adds to the tensors of the state. torch.compile makes a graph for each number of
+            them: a model then compiles the sublayers, and not the block around them.
 
     Raises:
         InvalidArgument: the kind of norm is not in `norms`.
@@ -85,6 +88,7 @@ class Placement(nn.Module):
     norms: ClassVar[tuple[str, ...]] = tuple(NORMS)
     qkv_norm: QKVNorm | None = None
     inner_norm: bool = False
+    state_grows: ClassVar[bool] = False
 
     def __init__(self, depth: Depth, norm: NormFactory, final_norm: bool | None = None) -> None:
         super().__init__()
@@ -113,6 +117,10 @@ class Placement(nn.Module):
     def leave(self, state: Any) -> Tensor:
         """Turn the state after the last block into what the head reads, [batch, seq, dim]."""
         return self.final_norm(state)
+
+    def hidden(self, state: Any) -> Tensor:
+        """Return what monitors take for the hidden state, [batch, seq, features]: all streams of it side by side."""
+        return torch.cat(state, dim=-1) if isinstance(state, tuple | list) else state
 
     def matrices(self) -> Iterator[Matrix]:
         """Yield each matrix that the placement owns, once, with the role `residual`.
