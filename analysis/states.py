@@ -28,6 +28,7 @@ class BlockView(NamedTuple):
         attn_out: what attention adds.
         ffn_out: what the FFN adds.
         state: the hidden state after the block, as the placement has it.
+        weights: of each source in what a sublayer reads, [sources, batch, seq], by the names of Placement.readers.
     """
 
     number: int
@@ -38,6 +39,7 @@ class BlockView(NamedTuple):
     attn_out: Tensor
     ffn_out: Tensor
     state: Any
+    weights: dict[str, Tensor]
 
     @property
     def after(self) -> Tensor:
@@ -47,12 +49,13 @@ class BlockView(NamedTuple):
 
 @contextmanager
 def watching(model: Transformer, see: Callable[[BlockView], None]) -> Iterator[None]:
-    """Call `see` with each block of each forward pass within the context, while the block runs.
+    """Call `see` with each block of each forward pass within the context, as soon as the block has run.
 
     Args:
         model: running uncompiled and without activation checkpointing: hooks would not see every block once.
     """
     inner: dict[str, Any] = {}
+    weights: dict[str, Tensor] = {}
 
     def keep_attn(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
         inner.update(attn_input=inputs[0], rope=inputs[1], attn_out=output)
@@ -60,13 +63,20 @@ def watching(model: Transformer, see: Callable[[BlockView], None]) -> Iterator[N
     def keep_ffn(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
         inner.update(ffn_out=output[0])
 
+    def keep_states(module: Any, inputs: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, tuple):  # what a block hands on as it got it is told from what the block got
+            output = tuple(stream.view_as(stream) for stream in output)
+        inner.update(before=module.hidden(inputs[0]), state=output)
+        return output
+
+    def keep_weights(name: str) -> Callable[[Any, tuple[Any, ...], Any], None]:
+        return lambda module, inputs, output: weights.update({name: module.weights(*inputs).detach()})
+
     def end_of(number: int, block: Block) -> Callable[[Any, tuple[Any, ...], Any], None]:
-        def end(module: Any, inputs: tuple[Any, ...], output: Any) -> Any:
-            if isinstance(output, tuple):  # what a block hands on as it got it is told from what the block got
-                output = tuple(stream.view_as(stream) for stream in output)
-            see(BlockView(number, block, before=module.hidden(inputs[0]), state=output, **inner))
+        def end(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            see(BlockView(number, block, **inner, weights=dict(weights)))
             inner.clear()
-            return output
+            weights.clear()
 
         return end
 
@@ -76,7 +86,12 @@ def watching(model: Transformer, see: Callable[[BlockView], None]) -> Iterator[N
             for handle in (
                 block.attn.register_forward_hook(keep_attn),
                 block.ffn.register_forward_hook(keep_ffn),
-                block.placement.register_forward_hook(end_of(number, block)),
+                block.placement.register_forward_hook(keep_states),
+                *(
+                    reader.register_forward_hook(keep_weights(name))
+                    for name, reader in block.placement.readers().items()
+                ),
+                block.register_forward_hook(end_of(number, block)),
             ):
                 hooks.callback(handle.remove)
         yield

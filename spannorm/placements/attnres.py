@@ -139,4 +139,9 @@ class AttnRes(Placement):
         return (*sources, out) if begins else (*sources[:-1], sources[-1] + out)
 
     def hidden(self, state: Sources) -> Tensor:
+        """Return the mean of the sources, which is what a sublayer without a preference reads."""
         return torch.stack(state).mean(0)
+
+    def readers(self) -> dict[str, nn.Module]:
+        named = {"attn": self.read_attn, "ffn": self.read_ffn, "out": self.read_out}
+        return {name: reader for name, reader in named.items() if reader is not None}

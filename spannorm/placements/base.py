@@ -122,6 +122,14 @@ class Placement(nn.Module):
         """Return what monitors take for the hidden state, [batch, seq, features]: all streams of it side by side."""
         return torch.cat(state, dim=-1) if isinstance(state, tuple | list) else state
 
+    def readers(self) -> dict[str, nn.Module]:
+        """Return what weighs the sources that a sublayer reads, by sublayer: attn, ffn, and out for the head.
+
+        Each is called in the block's forward pass, and has a method `weights` that takes the same arguments and returns
+        the weight of each source, [sources, batch, seq]. Monitors ask for it.
+        """
+        return {}
+
     def matrices(self) -> Iterator[Matrix]:
         """Yield each matrix that the placement owns, once, with the role `residual`.
 

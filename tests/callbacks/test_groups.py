@@ -16,6 +16,7 @@ DEFAULT = [
     "gradient_health",
     "signal_propagation",
     "representation_collapse",
+    "source_weights",
     "dashboard",
     "hyperparameters",
     "random_state",

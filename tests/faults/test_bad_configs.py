@@ -62,7 +62,7 @@ TRAINER = {
     **dict.fromkeys(["enable_progress_bar", "enable_checkpointing", "benchmark", "deterministic"], SWITCHES),
 }
 CALLBACKS = {
-    **dict.fromkeys(["signal_propagation.every_n_steps", "representation_collapse.every_n_steps"], COUNTS),
+    **dict.fromkeys(["signal_propagation.every_n_steps", "source_weights.every_n_steps"], COUNTS),
     **dict.fromkeys(["last_checkpoint.every_n_train_steps", "flight_recorder", "gradient_health"], COUNTS),
     "gradient_health.histogram_every_n_steps": COUNTS,
     "divergence.policy": ["warn", "skip", "zclip", "adagc", "rollback", "stop", *WORDS],

@@ -34,6 +34,7 @@ class At(NamedTuple):
     F: Callable[[Tensor], Tensor]
     N: Callable[[str, Tensor], Tensor]
     gate: Tensor | None
+    P: dict[str, Tensor] = {}  # noqa: RUF012 - read only; the placement's parameters by name
 
 
 def prenorm(b: At, x: Tensor) -> Tensor:
@@ -188,6 +189,43 @@ def mixln_gpas(b: At, x: Tensor) -> Tensor:
     return postnorm_gpas(b, x) if b.l == 1 else prenorm_gpas(b, x)
 
 
+def read(b: At, name: str, sources: list[Tensor]) -> Tensor:
+    """The sum over sources v of exp(w . N v) v, divided by the sum of these exponentials."""
+    query = b.P[f"{name}.query"].squeeze(0)
+    shares = [((b.N(f"{name}.key_norm", v) * query).sum(-1, keepdim=True)).exp() for v in sources]
+    return sum((s * v for s, v in zip(shares, sources, strict=True)), torch.zeros(())) / sum(shares)
+
+
+def attnres(b: At, state: Any, group: int = 1) -> Any:
+    """`state` is every sublayer's output so far; sources are made of them anew each time."""
+
+    def sources() -> list[Tensor]:
+        groups = [outputs[i : i + group] for i in range(0, len(outputs), group)]
+        return [embedding, *(torch.stack(each).sum(0) for each in groups)]
+
+    embedding, *outputs = state if b.l > 1 else [state]
+    h = embedding if b.l == 1 else read(b, "read_attn", sources())
+    outputs.append(b.A(b.N("norm_attn", h)))
+    outputs.append(b.F(b.N("norm_ffn", read(b, "read_ffn", sources()))))
+    return [embedding, *outputs] if b.l < b.L else [embedding, *sources()[1:]]
+
+
+def attnres_by_2(b: At, state: Any) -> Any:
+    return attnres(b, state, 2)
+
+
+def attnres_by_3(b: At, state: Any) -> Any:
+    return attnres(b, state, 3)
+
+
+def attnres_in_one(b: At, state: Any) -> Any:
+    return attnres(b, state, 100)
+
+
+def read_and_normed(b: At, state: Any) -> Tensor:
+    return b.N("final_norm", read(b, "read_out", state))
+
+
 def bare(b: At, x: Tensor) -> Tensor:
     return x
 
@@ -244,4 +282,5 @@ SCHEMES = {
     "keel": Scheme(keel, bare, (4, 4, 4, 4), refuses=("dyt", "derf", "none")),
     "siamesenorm": Scheme(siamesenorm, summed, (6, 6, 6, 7), refuses=("none",)),
     "rezero": Scheme(rezero, normed, (0, 0, 0, 1)),
+    "attnres": Scheme(attnres, read_and_normed, (3, 4, 4, 6), "megatron", refuses=("none",)),
 }
