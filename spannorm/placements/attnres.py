@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from spannorm.errors import InvalidArgument
 from spannorm.matrices import Matrix
-from spannorm.norms import NORMS, NormFactory, RMSNorm
+from spannorm.norms import NORMS, NormFactory
 from spannorm.placements.base import Depth, Placement, Sublayer
 from spannorm.precision import at_least_fp32, without_autocast
 
@@ -31,18 +31,19 @@ class SourceAttention(nn.Module):
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.query = nn.Parameter(torch.zeros(1, dim))
-        self.key_norm = RMSNorm(dim, eps=eps)
+        self.weight = nn.Parameter(torch.ones(dim))  # N's gain
+        self.eps = eps
 
     def forward(self, sources: Sources) -> Tensor:
         """Return the weighted mean of the sources, of their shape and dtype."""
         if torch.compiler.is_compiling():
-            return self.mean(self.query, self.key_norm.weight, *sources)
-        mean: Tensor = _Recomputed.apply(self.mean, self.query, self.key_norm.weight, *sources)
+            return self.mean(self.query, self.weight, *sources)
+        mean: Tensor = _Recomputed.apply(self.mean, self.query, self.weight, *sources)
         return mean
 
     def weights(self, sources: Sources) -> Tensor:
         """Return the weight of each source, [sources, batch, seq]; they are positive, and their sum is 1."""
-        return self._weights(self.query, self.key_norm.weight, *sources)
+        return self._weights(self.query, self.weight, *sources)
 
     def mean(self, query: Tensor, gain: Tensor, *sources: Tensor) -> Tensor:
         """Return the weighted mean of the sources for a query [1, dim] and a gain [dim], by operators of torch."""
@@ -60,9 +61,10 @@ class SourceAttention(nn.Module):
         with without_autocast(query):
             direction = at_least_fp32(query[0]) * at_least_fp32(gain)
             keys = [at_least_fp32(source) for source in sources]
-            inverses = [(key.square().mean(-1) + self.key_norm.eps).rsqrt() for key in keys]
-            logits = [key @ direction * inverse for key, inverse in zip(keys, inverses, strict=True)]
-            return torch.stack(logits).softmax(0)
+            inverses = [(key.square().mean(-1) + self.eps).rsqrt() for key in keys]
+            # Row by row, so that a token's weights are the same to the bit whatever tokens are beside it.
+            logits = [torch.linalg.vecdot(key, direction) * i for key, i in zip(keys, inverses, strict=True)]
+            return torch.stack(logits, dim=-1).softmax(-1).movedim(-1, 0)
 
 
 class _Recomputed(torch.autograd.Function):

@@ -192,7 +192,7 @@ def mixln_gpas(b: At, x: Tensor) -> Tensor:
 def read(b: At, name: str, sources: list[Tensor]) -> Tensor:
     """The sum over sources v of exp(w . N v) v, divided by the sum of these exponentials."""
     query = b.P[f"{name}.query"].squeeze(0)
-    shares = [((b.N(f"{name}.key_norm", v) * query).sum(-1, keepdim=True)).exp() for v in sources]
+    shares = [((b.N(name, v) * query).sum(-1, keepdim=True)).exp() for v in sources]
     return sum((s * v for s, v in zip(shares, sources, strict=True)), torch.zeros(())) / sum(shares)
 
 

@@ -19,7 +19,7 @@ class SourceAttention(spannorm.SourceAttention):
 
     def forward(self, sources: tuple[Tensor, ...]) -> Tensor:
         """Return the weighted mean of the sources, of their shape and dtype."""
-        query, gain = self.query, self.key_norm.weight
+        query, gain = self.query, self.weight
         plain = (
             torch.compiler.is_compiling()
             or any(t.device.type != "cpu" or t.dtype not in (torch.float32, torch.float64) for t in (query, *sources))
@@ -34,12 +34,12 @@ class SourceAttention(spannorm.SourceAttention):
 class _SourceAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, module: SourceAttention, query: Tensor, gain: Tensor, *sources: Tensor) -> Tensor:
-        rows, eps = [source.reshape(-1, source.size(-1)) for source in sources], module.key_norm.eps
+        rows = [source.reshape(-1, source.size(-1)) for source in sources]
         direction = query[0] * gain
         norms = torch.stack([torch.linalg.vector_norm(row, dim=-1) for row in rows])
-        inverses = norms.square_().div_(rows[0].size(-1)).add_(eps).rsqrt_()
-        logits = torch.stack([row @ direction for row in rows]).mul_(inverses)
-        weights = logits.softmax(0)
+        inverses = norms.square_().div_(rows[0].size(-1)).add_(module.eps).rsqrt_()
+        logits = torch.stack([torch.linalg.vecdot(row, direction) for row in rows]).mul_(inverses)
+        weights = logits.t().softmax(-1).t().contiguous()  # as the library has it, to the bit for each token
         mean = rows[0] * weights[0].unsqueeze(-1)
         for weight, row in zip(weights[1:], rows[1:], strict=True):
             mean.addcmul_(row, weight.unsqueeze(-1))

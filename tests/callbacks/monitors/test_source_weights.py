@@ -27,7 +27,7 @@ def by_hand(model: Transformer, batch: Tensor) -> dict[str, list[float]]:
     sources, found = [model.embedding(batch)], {}
 
     def read(key: str, reader: Any) -> Tensor:
-        logits = [reference.rms_norm(v, reader.key_norm.weight, 1e-5) @ reader.query[0] for v in sources]
+        logits = [reference.rms_norm(v, reader.weight, 1e-5) @ reader.query[0] for v in sources]
         shares = torch.stack(logits).exp()
         shares = shares / shares.sum(0)
         found[key] = shares.mean((1, 2)).tolist()

@@ -178,7 +178,7 @@ def test_gradients_of_attention_over_sources_to_second_order(count: int) -> None
     operands = (torch.randn(1, 3, requires_grad=True), torch.randn(3, requires_grad=True))
 
     def read(query: Tensor, gain: Tensor, *sources: Tensor) -> Tensor:
-        parameters = {"query": query, "key_norm.weight": gain}
+        parameters = {"query": query, "weight": gain}
         out: Tensor = torch.func.functional_call(reader, parameters, (sources,))
         return out
 
