@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_modules.layers.rope import Rope
 from lightning_modules.transformer import Block, Transformer
+from spannorm import Gated
 
 
 class BlockView(NamedTuple):
@@ -29,6 +30,7 @@ class BlockView(NamedTuple):
         ffn_out: what the FFN adds.
         state: the hidden state after the block, as the placement has it.
         weights: of each source in what a sublayer reads, [sources, batch, seq], by the names of Placement.readers.
+        gates: the mean of the gates of each gated part, by its name in the block.
     """
 
     number: int
@@ -40,6 +42,7 @@ class BlockView(NamedTuple):
     ffn_out: Tensor
     state: Any
     weights: dict[str, Tensor]
+    gates: dict[str, Tensor]
 
     @property
     def after(self) -> Tensor:
@@ -56,6 +59,7 @@ def watching(model: Transformer, see: Callable[[BlockView], None]) -> Iterator[N
     """
     inner: dict[str, Any] = {}
     weights: dict[str, Tensor] = {}
+    gates: dict[str, list[Tensor]] = {}
 
     def keep_attn(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
         inner.update(attn_input=inputs[0], rope=inputs[1], attn_out=output)
@@ -72,11 +76,18 @@ def watching(model: Transformer, see: Callable[[BlockView], None]) -> Iterator[N
     def keep_weights(name: str) -> Callable[[Any, tuple[Any, ...], Any], None]:
         return lambda module, inputs, output: weights.update({name: module.weights(*inputs).detach()})
 
+    def keep_gates(name: str) -> Callable[[Any, tuple[Any, ...], Any], None]:
+        def keep(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            gates.setdefault(name, []).append(module.gates(*inputs).detach().flatten())  # an expert at a time
+
+        return keep
+
     def end_of(number: int, block: Block) -> Callable[[Any, tuple[Any, ...], Any], None]:
         def end(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            see(BlockView(number, block, **inner, weights=dict(weights)))
-            inner.clear()
-            weights.clear()
+            means = {name: torch.cat(parts).mean() for name, parts in gates.items()}
+            see(BlockView(number, block, **inner, weights=dict(weights), gates=means))
+            for kept in (inner, weights, gates):
+                kept.clear()
 
         return end
 
@@ -91,10 +102,16 @@ def watching(model: Transformer, see: Callable[[BlockView], None]) -> Iterator[N
                     reader.register_forward_hook(keep_weights(name))
                     for name, reader in block.placement.readers().items()
                 ),
+                *(part.register_forward_hook(keep_gates(name)) for name, part in gated_parts(block).items()),
                 block.register_forward_hook(end_of(number, block)),
             ):
                 hooks.callback(handle.remove)
         yield
+
+
+def gated_parts(block: Block) -> dict[str, Any]:
+    """Return the parts of a block that have gates, by name."""
+    return {name: part for name, part in block.named_modules() if isinstance(part, Gated)}
 
 
 def streams(state: Any) -> tuple[Tensor, ...]:

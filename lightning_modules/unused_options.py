@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning_modules.config import ModelConfig, MoEConfig, OptimConfig
 from lightning_modules.width_scaling import KNOWN
+from spannorm import NormFactory
 from spannorm.norms import POINTWISE
 
 Unused = tuple[str, Any, str]
@@ -40,8 +41,9 @@ def _of_model(model: ModelConfig) -> Iterator[Unused]:
             model.activation_checkpoint_every,
             "model.activation_checkpointing is false",
         )
-    if _is_set(model, "norm_eps") and model.norm in (*POINTWISE, "none"):
-        yield "model.norm_eps", model.norm_eps, f"model.norm={model.norm} divides by nothing"
+    kind, _ = NormFactory(model.norm, model.dim, options=model.norm_options).base
+    if _is_set(model, "norm_eps") and kind in (*POINTWISE, "none"):
+        yield "model.norm_eps", model.norm_eps, f"model.norm={kind} divides by nothing"
     if _is_set(model, "qk_norm") and model.norm == "none":
         yield "model.qk_norm", model.qk_norm, "model.norm=none is no norm here either"
     if model.ffn_dim is not None and model.ffn_dim not in model.hidden_dims:

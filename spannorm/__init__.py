@@ -29,7 +29,7 @@ from spannorm.initialization import (
     subln_init,
 )
 from spannorm.matrices import ROLES, Matrix, OwnsMatrices, Role, owned_matrices
-from spannorm.norms import NORMS, Derf, DyT, EmbeddingScale, NormFactory, RMSNorm, find_norm
+from spannorm.norms import NORMS, Derf, DyT, EmbeddingScale, Gated, GatedNorm, NormFactory, RMSNorm, find_norm
 from spannorm.placements.attnres import AttnRes, SourceAttention
 from spannorm.placements.b2t import B2T
 from spannorm.placements.base import Depth, Placement, QKVNorm, Streams, Sublayer, TwoStreams
@@ -65,6 +65,8 @@ __all__ = [
     "Derf",
     "DyT",
     "EmbeddingScale",
+    "Gated",
+    "GatedNorm",
     "HybridNorm",
     "HybridNormStar",
     "Init",

@@ -92,7 +92,7 @@ class BlockMonitor(L.Callback):
 
         def see(view: BlockView) -> None:
             for monitor, figures in measured.items():
-                figures.append(torch.stack(monitor.measure(view)))
+                figures += [torch.stack(of_block)] if (of_block := monitor.measure(view)) else []
 
         for monitor in monitors:
             monitor.before_sample(trainer, pl_module, tokens.size(1))

@@ -72,7 +72,7 @@ class Placement(nn.Module):
         default_init: the init that the scheme was published with: a name in INITS, or an import path.
         default_init_options: that init's options.
         norms: the kinds of norms under which the scheme is still the published one. A kind by import path is not
-            held against them.
+            held against them, a gated norm by the kind that is gated.
         qkv_norm: the norms that this block's attention is to put on its projections; None for none.
         inner_norm: whether each sublayer of this block is to have one more norm before its output matrix.
         state_grows: whether each block adds to the tensors of the state. torch.compile makes a graph for each number of
@@ -93,9 +93,10 @@ class Placement(nn.Module):
     def __init__(self, depth: Depth, norm: NormFactory, final_norm: bool | None = None) -> None:
         super().__init__()
         norm.constructor()  # refuses an unknown kind, also under a scheme that makes no norm
-        if not is_import_path(norm.kind) and norm.kind not in self.norms:
+        kind, _ = norm.base
+        if not is_import_path(kind) and kind in NORMS and kind not in self.norms:
             valid = f"one of {', '.join(sorted(self.norms))} under {type(self).__name__}"
-            raise InvalidArgument("norm", norm.kind, valid)
+            raise InvalidArgument("norm", kind, valid)
         self.depth = depth
         wants_final = self.has_final_norm if final_norm is None else final_norm
         self.final_norm = norm() if wants_final and depth.is_last else nn.Identity()

@@ -17,6 +17,7 @@ DEFAULT = [
     "signal_propagation",
     "representation_collapse",
     "source_weights",
+    "gate_means",
     "dashboard",
     "hyperparameters",
     "random_state",

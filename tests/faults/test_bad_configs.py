@@ -27,7 +27,7 @@ MODEL = {
     **dict.fromkeys(["tie_embeddings", "activation_checkpointing"], SWITCHES),
     "placement": [*PLACEMENTS, "none", *WORDS],
     "init": [*INITS, "default", *WORDS],
-    "norm": ["rmsnorm", "layernorm", "dyt", "derf", "none", *WORDS],
+    "norm": ["rmsnorm", "layernorm", "dyt", "derf", "gatednorm", "none", *WORDS],
     "ffn": ["dense", "moe", *WORDS],
     "cpu_kernels": ["auto", "off", *WORDS],
     **dict.fromkeys(["placement_options", "init_options"], OPTIONS),

@@ -48,6 +48,7 @@ OF_NORMS: dict[str, list[Choice]] = {
         {"embedding_scale": 0},
     ],
     "derf": [{"alpha": 0.0}, {"shift": 0.5}],
+    "gatednorm": [{"up_std": 0.1}, {"kind": "dyt"}, {"kind": "none", "rank": 1}],
 }
 
 

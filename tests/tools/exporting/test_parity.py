@@ -34,6 +34,8 @@ DENSE: list[dict[str, Any]] = [
     {"num_kv_heads": 1, "tie_embeddings": True},
     {"norm": "layernorm", "norm_eps": 1e-2},
     {"norm": "dyt", "norm_options": {"alpha": 0.3, "embedding_scale": "sqrt"}},
+    {"norm": "gatednorm", "norm_options": {"rank": 3}},
+    {"norm": "gatednorm", "norm_options": {"kind": "dyt", "kind_options": {"alpha": 0.3, "embedding_scale": 2.0}}},
     {"norm": "derf", "norm_options": {"alpha": 0.3, "shift": 0.2}},
     {"norm": "none"},
     {"rope_theta": 100.0, "num_heads": 2},
