@@ -62,10 +62,10 @@ def watching(model: Transformer, see: Callable[[BlockView], None]) -> Iterator[N
     gates: dict[str, list[Tensor]] = {}
 
     def keep_attn(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        inner.update(attn_input=inputs[0], rope=inputs[1], attn_out=output)
+        inner.update(attn_input=inputs[0], rope=inputs[1], attn_out=output * model.branch_multiplier)
 
     def keep_ffn(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        inner.update(ffn_out=output[0])
+        inner.update(ffn_out=output[0] * model.branch_multiplier)
 
     def keep_states(module: Any, inputs: tuple[Any, ...], output: Any) -> Any:
         if isinstance(output, tuple):  # what a block hands on as it got it is told from what the block got

@@ -81,6 +81,8 @@ def _of_optim(optim: OptimConfig) -> Iterator[Unused]:
     for name in ("min_lr_ratio", "decay_shape"):
         if _is_set(optim, name) and optim.schedule == "wsd" and optim.decay_fraction == 0:
             yield f"optim.{name}", getattr(optim, name), "with optim.decay_fraction=0 wsd does not decay"
+    if _is_set(optim, "base_num_layers") and optim.depth_scaling == "none":
+        yield "optim.base_num_layers", optim.base_num_layers, "optim.depth_scaling is none"
     for name in ("base_width", "base_ffn_width"):
         if _is_set(optim, name) and optim.width_scaling == "none":
             yield f"optim.{name}", getattr(optim, name), "optim.width_scaling is none"

@@ -235,7 +235,7 @@ class GatedNorm(nn.Module):
 
 @runtime_checkable
 class Gated(Protocol):
-    """A part of a block that multiplies features by gates, which monitors show. It needs to derive from nothing here."""
+    """A part of a block that multiplies features by gates, which monitors show. It derives from nothing here."""
 
     def gates(self, *inputs: Any) -> Tensor:
         """Return the gates for the arguments of forward, of any shape, in [0, 1]."""

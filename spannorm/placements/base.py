@@ -75,6 +75,8 @@ class Placement(nn.Module):
             held against them, a gated norm by the kind that is gated.
         qkv_norm: the norms that this block's attention is to put on its projections; None for none.
         inner_norm: whether each sublayer of this block is to have one more norm before its output matrix.
+        plain_branches: whether each sublayer's output is added to the stream as it is, x + f(N x). Scaling with depth
+            multiplies what a sublayer puts out, and has to reach the stream.
         state_grows: whether each block adds to the tensors of the state. torch.compile makes a graph for each number of
             them: a model then compiles the sublayers, and not the block around them.
 
@@ -88,6 +90,7 @@ class Placement(nn.Module):
     norms: ClassVar[tuple[str, ...]] = tuple(NORMS)
     qkv_norm: QKVNorm | None = None
     inner_norm: bool = False
+    plain_branches: ClassVar[bool] = False
     state_grows: ClassVar[bool] = False
 
     def __init__(self, depth: Depth, norm: NormFactory, final_norm: bool | None = None) -> None:

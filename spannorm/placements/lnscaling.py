@@ -21,6 +21,7 @@ class LNScaling(PreNorm):
     """
 
     default_init = "plain"
+    plain_branches = False  # they depend on depth already
     scale: Tensor
 
     def __init__(self, depth: Depth, norm: NormFactory, final_norm: bool | None = None, gpas: bool = False) -> None:

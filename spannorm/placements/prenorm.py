@@ -19,6 +19,7 @@ class PreNorm(Placement):
 
     has_final_norm = True
     default_init = "megatron"
+    plain_branches = True
 
     def __init__(self, depth: Depth, norm: NormFactory, final_norm: bool | None = None, gpas: bool = False) -> None:
         super().__init__(depth, norm, final_norm)

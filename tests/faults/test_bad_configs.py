@@ -47,6 +47,7 @@ OPTIM = {
     "betas": ["[0,0]", "[1,1]", "[0.9]", "[0.9,0.5]", "[nan,0.9]", "[-1,2]", *WORDS],
     "schedule": ["cosine", "wsd", "constant", *WORDS],
     "width_scaling": ["none", "mup", "standard", *WORDS],
+    "depth_scaling": ["none", "completep", *WORDS],
 }
 DATA = {
     **dict.fromkeys(["seq_len", "batch_size", "val_batches", "seed"], SIZES),

@@ -75,6 +75,7 @@ UNUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"decay_shape": "exponential"}, "optim.decay_shape=exponential has no effect: optim.schedule=cosine"),
     ({}, {"min_lr_ratio": 0.0, "schedule": "constant"}, "optim.min_lr_ratio=0.0 has no effect"),
     ({}, {"base_width": 64}, "optim.base_width=64 has no effect: optim.width_scaling is none"),
+    ({}, {"base_num_layers": 4}, "optim.base_num_layers=4 has no effect: optim.depth_scaling is none"),
     ({}, {"base_ffn_width": 64}, "optim.base_ffn_width=64 has no effect: optim.width_scaling is none"),
 ]
 
