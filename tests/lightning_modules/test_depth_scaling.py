@@ -123,10 +123,9 @@ def test_what_cannot_be_is_refused(values: dict[str, Any], message: str) -> None
 
 def test_an_update_is_as_large_at_any_depth_and_grows_without() -> None:
     sizes = check_depth("dense", depths=(2, 8))
-    for step in STEPS[:2]:
-        kept, grown = (spread(sizes, kind, step, "logits", "update") for kind in ("completep", "none"))
-        assert kept < 1.15
-        assert grown > 1.3
+    for step in STEPS:
+        assert spread(sizes, "completep", step, "logits", "update") < 1.15
+    assert spread(sizes, "none", STEPS[0], "logits", "update") > 1.4  # later the final norm bounds it
 
 
 @pytest.mark.parametrize("ffn", ["dense", "moe"])
