@@ -185,7 +185,7 @@ def tables(device: str) -> Iterator[Table]:
             "each block": Cost(deep, False, {"activation_checkpointing": True}),
         },
     )
-    attnres = {
+    attnres: dict[str, dict[str, Any]] = {
         "attnres": {"placement": "attnres"},
         "groups of 4": {"placement": "attnres", "placement_options": {"group": 4}},
     }

@@ -193,6 +193,22 @@ def test_compiled_blocks_equal_eager_ones_with_no_graph_for_every_index(name: st
     assert 2 <= counter.frame_count <= 3  # first block, those between, and the last; or attention and FFN
 
 
+@pytest.mark.parametrize(
+    ("name", "options"), [("attnres", {}), ("attnres", {"group": 3}), ("prenorm", {"gpas": True})], ids=str
+)
+def test_the_number_of_graphs_does_not_grow_with_depth(name: str, options: dict[str, Any]) -> None:
+    def graphs(num_layers: int) -> int:
+        torch._dynamo.reset()
+        model, counter = make_model(name, "dense", num_layers=num_layers, **options), CompileCounter()
+        for block in model.blocks:
+            block.compile(backend=counter, fullgraph=True)
+        with torch.no_grad():
+            through(model, torch.randn(2, SEQ, 32))
+        return counter.frame_count
+
+    assert graphs(4) == graphs(7)
+
+
 @pytest.mark.parametrize(("name", "norm"), [(name, norm) for name in PLACEMENTS for norm in PLACEMENTS[name].norms])
 @ffns
 def test_bf16_autocast_stays_finite_and_close(ffn: str, name: str, norm: str) -> None:
