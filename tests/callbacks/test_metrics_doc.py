@@ -10,7 +10,7 @@ import pytest
 from tests.support.runs import ROOT, events, run
 from tools import evaluate
 
-KINDS = ("attn_in", "attn_out", "ffn_up", "ffn_down", "norm", "router", "experts", "embedding", "head")
+KINDS = ("attn_in", "attn_out", "ffn_up", "ffn_down", "norm", "residual", "router", "experts", "embedding", "head")
 STEPS = 8
 
 
@@ -51,16 +51,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         f"+callbacks.poison._target_={__name__}.Poison",
     ]
     folders = [run(cwd, name, f"experiment={name}", *everything) for name in ("dense_spannorm", "moe_spannorm")]
-    folders.append(
-        run(
-            cwd,
-            "sources",
-            "model.placement=attnres",
-            "callbacks=[monitors]",
-            "model.norm=gatednorm",
-            "trainer.max_steps=1",
-        )
-    )
+    folders.append(run(cwd, "sources", "model.placement=attnres", "model.norm=gatednorm", "trainer.max_steps=1"))
     evaluate.main([str(folders[0]), f"allow={Poison.__module__}.Poison"])
     return {generic(tag) for folder in folders for tag in events(Path(folder)).Tags()["scalars"]}
 
