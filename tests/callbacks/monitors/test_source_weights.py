@@ -23,7 +23,7 @@ from tests.support.norms import in_float64
 
 def by_hand(model: Transformer, batch: Tensor) -> dict[str, list[float]]:
     """The weights of each sublayer of attention residuals in which every output is a source, mean over tokens."""
-    rope = rope_tables(batch.size(1), model.config.head_dim, model.config.rope_theta, torch.device("cpu"))
+    rope = rope_tables(batch.size(1), model.config.head_width, model.config.rope_theta, torch.device("cpu"))
     sources, found = [model.embedding(batch)], {}
 
     def read(key: str, reader: Any) -> Tensor:
