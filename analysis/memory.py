@@ -33,7 +33,7 @@ class Saved(NamedTuple):
 
     Attributes:
         blocks: inside each block.
-        states: what goes into each block.
+        states: what goes into each block, and did not go into one before.
         outside: embedding, head and loss.
     """
 
@@ -79,6 +79,7 @@ def saved_activations(
     """
     kept: dict[int, int] = defaultdict(int)  # block -> bytes
     states: list[int] = []
+    handed_on: set[StorageWeakRef] = set()
     seen: set[StorageWeakRef] = set()
     place = {"block": 0, "share": 1}
     whole: set[StorageWeakRef] = set()  # the inputs of what is cut
@@ -92,7 +93,11 @@ def saved_activations(
 
     def enter_block(number: int, inputs: tuple[Any, ...]) -> None:
         place["block"] = number
-        states.append(sum(t.nbytes for t in tree_leaves(inputs[0]) if isinstance(t, Tensor)))
+        streams = {
+            StorageWeakRef(t.untyped_storage()): t.nbytes for t in tree_leaves(inputs[0]) if isinstance(t, Tensor)
+        }
+        states.append(sum(size for storage, size in streams.items() if storage not in handed_on))
+        handed_on.update(streams)
 
     def enter_cut(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         place["share"] = cut

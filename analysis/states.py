@@ -11,14 +11,14 @@ from torch import Tensor
 
 from lightning_modules.layers.rope import Rope
 from lightning_modules.transformer import Block, Transformer
-from spannorm import Mapping
+from spannorm import Gated, Mapping
 
 
 class BlockView(NamedTuple):
     """One block during a forward pass; all but state, number and rope are [batch, seq, dim].
 
-    The hidden state is what the placement hands on (before a final norm). Where it carries several streams, they are
-    taken side by side, as one vector [batch, seq, streams x dim].
+    The hidden state is what the placement hands on (before a final norm), as its method `hidden` gives it: of several
+    streams one vector [batch, seq, streams x dim], of attention residuals the mean of the sources.
 
     Attributes:
         number: of the block, counted from 1.
@@ -31,6 +31,8 @@ class BlockView(NamedTuple):
         state: the hidden state after the block, as the placement has it.
         mappings: of each sublayer (the streams before it [rows, n, dim], their spannorm.Mapping); empty where the
             placement has one stream.
+        weights: of each source in what a sublayer reads, [sources, batch, seq], by the names of Placement.readers.
+        gates: the mean of the gates of each gated part, by its name in the block.
     """
 
     number: int
@@ -41,39 +43,61 @@ class BlockView(NamedTuple):
     attn_out: Tensor
     ffn_out: Tensor
     state: Any
+    weights: dict[str, Tensor]
+    gates: dict[str, Tensor]
     mappings: tuple[tuple[Tensor, Mapping], ...] = ()
 
     @property
     def after(self) -> Tensor:
         """Hidden state after the block."""
-        return side_by_side(self.state)
+        return self.block.placement.hidden(self.state)
 
 
 @contextmanager
 def watching(model: Transformer, see: Callable[[BlockView], None]) -> Iterator[None]:
-    """Call `see` with each block of each forward pass within the context, while the block runs.
+    """Call `see` with each block of each forward pass within the context, as soon as the block has run.
 
     Args:
         model: running uncompiled and without activation checkpointing: hooks would not see every block once.
     """
     inner: dict[str, Any] = {}
     mappings: list[tuple[Tensor, Mapping]] = []
+    weights: dict[str, Tensor] = {}
+    gates: dict[str, list[Tensor]] = {}
 
     def keep_attn(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        inner.update(attn_input=inputs[0], rope=inputs[1], attn_out=output)
+        inner.update(attn_input=inputs[0], rope=inputs[1], attn_out=output * model.branch_multiplier)
 
     def keep_ffn(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        inner.update(ffn_out=output[0])
+        inner.update(ffn_out=output[0] * model.branch_multiplier)
+
+    def keep_states(module: Any, inputs: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, tuple):  # what a block hands on as it got it is told from what the block got
+            output = tuple(stream.view_as(stream) for stream in output)
+        inner.update(before=module.hidden(inputs[0]), state=output)
+        return output
+
+    def keep_weights(name: str) -> Callable[[Any, tuple[Any, ...], Any], None]:
+        return lambda module, inputs, output: weights.update({name: module.weights(*inputs).detach()})
+
+    def keep_gates(name: str) -> Callable[[Any, tuple[Any, ...], Any], None]:
+        def keep(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            gates.setdefault(name, []).append(module.gates(*inputs).detach().flatten())  # an expert at a time
+
+        return keep
 
     def keep_mapping(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
         mappings.append((inputs[0], output[-1]))
 
     def end_of(number: int, block: Block) -> Callable[[Any, tuple[Any, ...], Any], None]:
         def end(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            before = side_by_side(inputs[0])
-            see(BlockView(number, block, before=before, state=output, mappings=tuple(mappings), **inner))
+            means = {name: torch.cat(parts).mean() for name, parts in gates.items()}
+            kept: dict[str, Any] = {"mappings": tuple(mappings), "weights": dict(weights), "gates": means}
+            see(BlockView(number, block, **inner, **kept))
             inner.clear()
             mappings.clear()
+            weights.clear()
+            gates.clear()
 
         return end
 
@@ -84,19 +108,26 @@ def watching(model: Transformer, see: Callable[[BlockView], None]) -> Iterator[N
                 block.attn.register_forward_hook(keep_attn),
                 block.ffn.register_forward_hook(keep_ffn),
                 *(mapping.register_forward_hook(keep_mapping) for mapping in block.placement.mappings()),
-                block.placement.register_forward_hook(end_of(number, block)),
+                block.placement.register_forward_hook(keep_states),
+                *(
+                    reader.register_forward_hook(keep_weights(name))
+                    for name, reader in block.placement.readers().items()
+                ),
+                *(part.register_forward_hook(keep_gates(name)) for name, part in gated_parts(block).items()),
+                block.register_forward_hook(end_of(number, block)),
             ):
                 hooks.callback(handle.remove)
         yield
 
 
+def gated_parts(block: Block) -> dict[str, Any]:
+    """Return the parts of a block that have gates, by name."""
+    return {name: part for name, part in block.named_modules() if isinstance(part, Gated)}
+
+
 def streams(state: Any) -> tuple[Tensor, ...]:
     """Return the tensors of a state: [batch, seq, dim], or several streams in one, [batch, seq, streams, dim]."""
     return tuple(state) if isinstance(state, tuple | list) else (state,)
-
-
-def side_by_side(state: Any) -> Tensor:
-    return torch.cat([stream.flatten(2) for stream in streams(state)], dim=-1)
 
 
 def mean_square(x: Tensor) -> Tensor:

@@ -183,7 +183,7 @@ def predict_model(model: Transformer, seq_len: int) -> list[Prediction] | None:
     """Call `predict` for an initialized model and tokens drawn uniformly; None where there is no theory."""
     config = model.config
     covered = config.placement in SCHEMES and config.ffn == "dense" and config.norm in ("rmsnorm", "layernorm")
-    if not covered or config.placement_options:
+    if not covered or config.placement_options or model.branch_multiplier != 1:
         return None
     return predict(
         SCHEMES[config.placement](config.num_layers),

@@ -25,7 +25,7 @@ from benchmarks.workers import Contender, Result, start
 from core import cli
 from spannorm import PLACEMENTS
 
-TWO_STREAMS = ("residual", "siamesenorm")
+MORE_STREAMS = ("attnres", "residual", "siamesenorm")
 MANY_STREAMS = {"hc": 0.8, "mhc": 0.8, "ihc": 0.85, "gr": 0.8}
 """What is asked of each, of prenorm's tokens/s."""
 
@@ -101,9 +101,29 @@ def at_most(name: str, limit: float, first: str) -> Goal:
     return goal
 
 
+def fast_enough(name: str, least: float, first: str) -> Goal:
+    """Return the goal that `name` has at least that part of the first row's tokens/s."""
+
+    def goal(measured: dict[str, Measured]) -> tuple[str, bool]:
+        speed = 1 / by_fastest(measured)[name]
+        return f"{name} at least {least:.3g} of {first}'s tokens/s: {speed:.3f}", speed >= least
+
+    return goal
+
+
+def lean_enough(name: str, most: float, first: str) -> Goal:
+    """Return the goal that `name` takes at most so many times the first row's memory."""
+
+    def goal(measured: dict[str, Measured]) -> tuple[str, bool]:
+        value = measured[name].result.memory / next(iter(measured.values())).result.memory
+        return f"{name} at most {most:.3g} times {first}'s peak memory: {value:.3f}", value <= most
+
+    return goal
+
+
 def one_stream(measured: dict[str, Measured]) -> tuple[str, bool]:
     of_first = by_fastest(measured)
-    slowest = max(of_first.keys() - TWO_STREAMS - MANY_STREAMS.keys(), key=of_first.__getitem__)
+    slowest = max(of_first.keys() - MORE_STREAMS - MANY_STREAMS.keys(), key=of_first.__getitem__)
     speed = 1 / of_first[slowest]
     return f"no placement of one stream under 0.93 of prenorm's tokens/s; {slowest}: {speed:.3f}", speed >= 0.93
 
@@ -199,6 +219,21 @@ def tables(device: str) -> Iterator[Table]:
             "each 2nd block": Cost(deep, False, {"activation_checkpointing": True, "activation_checkpoint_every": 2}),
             "each block": Cost(deep, False, {"activation_checkpointing": True}),
         },
+    )
+    attnres: dict[str, dict[str, Any]] = {
+        "attnres": {"placement": "attnres"},
+        "groups of 4": {"placement": "attnres", "placement_options": {"group": 4}},
+    }
+    rows: dict[str, dict[str, Any]] = {"prenorm": {"placement": "prenorm"}, **attnres}
+    speeds = fast_enough("attnres", 0.75, "prenorm"), fast_enough("groups of 4", 0.85, "prenorm")
+    for kind, compiled in (("eager", False), ("compiled", True)):
+        costs = {name: Cost(deep, compiled, options) for name, options in rows.items()}
+        yield Table(f"Attention residuals, 8 blocks, {kind}", costs, speeds)
+    again = {"activation_checkpointing": True}
+    yield Table(
+        "Attention residuals, 8 blocks, with activation checkpointing",
+        {name: Cost(deep, False, {**options, **again}) for name, options in rows.items()},
+        tuple(lean_enough(name, 1.3, "prenorm") for name in attnres),
     )
     large = base._replace(vocab_size=32768, num_layers=2)
     yield Table(

@@ -18,6 +18,7 @@ from core.moved import with_current_names
 
 CPU_KERNELS = ("auto", "off")
 WIDTH_SCALINGS = ("none", "mup", "standard")
+DEPTH_SCALINGS = ("none", "completep")
 DECAY_SHAPES = ("linear", "exponential")
 QK_NORMS = ("none", "head", "width")
 MAX_LAYERS, MAX_DIM, MAX_HIDDEN_DIM, MAX_EXPERTS, MAX_VOCABULARY = 4096, 2**18, 2**21, 4096, 2**24 + 1
@@ -231,6 +232,8 @@ class OptimConfig:
     width_scaling: str = "none"  # none, mup or standard: lightning_modules/width_scaling.py
     base_width: int = 128  # the model.dim at which lr and init were tuned
     base_ffn_width: int | None = None  # the hidden width there; None: lightning_modules/width_scaling.py
+    depth_scaling: str = "none"  # none or completep: lightning_modules/depth_scaling.py
+    base_num_layers: int = 2  # the model.num_layers at which lr and eps were tuned
 
     def __post_init__(self) -> None:
         for name in ("lr", "weight_decay", "warmup_steps"):
@@ -240,9 +243,12 @@ class OptimConfig:
         require(valid_betas, "optim.betas", self.betas, "two numbers in [0, 1)")
         if self.width_scaling not in WIDTH_SCALINGS:
             raise ConfigError("optim.width_scaling", self.width_scaling, suggest(self.width_scaling, WIDTH_SCALINGS))
+        if self.depth_scaling not in DEPTH_SCALINGS:
+            raise ConfigError("optim.depth_scaling", self.depth_scaling, suggest(self.depth_scaling, DEPTH_SCALINGS))
         if self.decay_shape not in DECAY_SHAPES:
             raise ConfigError("optim.decay_shape", self.decay_shape, suggest(self.decay_shape, DECAY_SHAPES))
         require(self.base_width >= 1, "optim.base_width", self.base_width, "an integer >= 1")
+        require(self.base_num_layers >= 1, "optim.base_num_layers", self.base_num_layers, "an integer >= 1")
         require(
             self.base_ffn_width is None or self.base_ffn_width >= 1,
             "optim.base_ffn_width",

@@ -33,8 +33,12 @@ def init_name(config: ModelConfig) -> str:
         return find_placement(config.placement).default_init
 
 
-def resolve_init(config: ModelConfig) -> Init:
+def resolve_init(config: ModelConfig, num_layers: int | None = None) -> Init:
     """Return the init that a configuration asks for.
+
+    Args:
+        config: the model's.
+        num_layers: the number of blocks that the init is told; None: the model's.
 
     Raises:
         ConfigError: an unknown init, or an option that it does not have.
@@ -48,12 +52,12 @@ def resolve_init(config: ModelConfig) -> Init:
         require("num_layers" in inspect.signature(make).parameters, "model.init", name, valid)
         check_arguments("model.init_options", make, options, "num_layers")
         with as_error_of_own("model.init", name):
-            init = make(num_layers=config.num_layers, **options)
+            init = make(num_layers=config.num_layers if num_layers is None else num_layers, **options)
     require(callable(init), "model.init", name, valid)
     return init
 
 
-def initialize(model: Transformer, scaling: WidthScaling = UNSCALED) -> None:
+def initialize(model: Transformer, scaling: WidthScaling = UNSCALED, num_layers: int | None = None) -> None:
     """Draw every matrix of the model anew, from torch's global generator.
 
     A sharded model gets the numbers that it would get in one process: each process draws every matrix in full, one
@@ -62,11 +66,12 @@ def initialize(model: Transformer, scaling: WidthScaling = UNSCALED) -> None:
     Args:
         model: its configuration names the init.
         scaling: how the standard deviations depend on the width beyond what the init says itself.
+        num_layers: the number of blocks that the init is told; None: the model's.
 
     Raises:
         ConfigError: the init gives a matrix a standard deviation that is not positive.
     """
-    init, name, options = resolve_init(model.config), init_name(model.config), model.config.init_options
+    init, name, options = resolve_init(model.config, num_layers), init_name(model.config), model.config.init_options
     for matrix in model.matrices():
         try:
             with as_error_of_own("model.init", name):

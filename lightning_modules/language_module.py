@@ -28,6 +28,7 @@ from core.run_control import take_control
 from core.steps import begin_epoch, completes_step, is_logged, num_steps
 from lightning_modules.config import ModelConfig, OptimConfig, parse, settings
 from lightning_modules.cross_entropy import LARGE_VOCABULARY
+from lightning_modules.depth_scaling import depth_scaling
 from lightning_modules.generation import generate
 from lightning_modules.initialization import initialize
 from lightning_modules.layers.cpu_kernels.allocator import keep_freed_memory
@@ -108,9 +109,10 @@ class LanguageModule(L.LightningModule):
         require(rows is None or rows >= vocab_size, "model.vocab_size", rows, valid)
         self.vocab_size = vocab_size if rows is None else rows
         self.width_scaling = width_scaling(self.model_config, self.optim_config)
+        self.depth_scaling = depth_scaling(self.model_config, self.optim_config)
         with torch.device("meta"):  # a dry build finds every impossible configuration, at no cost
             weightless = Transformer(self.model_config, self.vocab_size)
-        initialize(weightless, self.width_scaling)
+        initialize(weightless, self.width_scaling, self.depth_scaling.num_layers)
         self.num_parameters = weightless.num_parameters()
         make_optimizer(weightless, self.optim_config)
         find_schedule(self.optim_config)
@@ -274,12 +276,15 @@ class LanguageModule(L.LightningModule):
             check_mesh(self.model_config, mesh["data_parallel"].size(), mesh["tensor_parallel"].size())
             built = partial(built, built=partial(shard_block, mesh=mesh))
         with device, self._precision():
-            self.model = built(output_multiplier=self.width_scaling.output_multiplier)
+            self.model = built(
+                output_multiplier=self.width_scaling.output_multiplier,
+                branch_multiplier=self.depth_scaling.branch_multiplier,
+            )
         if self.model_config.cpu_kernels == "auto" and device.type == "cpu":
             keep_freed_memory()
         if mesh is not None:
             shard_rest(self.model, mesh)
-        initialize(self.model, self.width_scaling)
+        initialize(self.model, self.width_scaling, self.depth_scaling.num_layers)
         if self._warm_start is not None:
             self._warm_start.load_into(self.model)
             if self.global_rank == 0:

@@ -20,6 +20,7 @@ from core.errors import ConfigError, UserError, lookup, one_line, require, sugge
 from core.options import accepts, check_arguments
 from lightning_modules.argument_errors import as_config_errors
 from lightning_modules.config import OptimConfig
+from lightning_modules.depth_scaling import depth_scaling
 from lightning_modules.lion import Lion
 from lightning_modules.muon import COEFFICIENTS, SCALES, Muon, num_rows, width_factor
 from lightning_modules.transformer import Transformer
@@ -57,8 +58,10 @@ def make_groups(model: Transformer, config: OptimConfig, extra: Extra | None = N
     Raises:
         ConfigError: `optim.groups` names a role that the model has not, or says of one what it cannot have.
     """
-    scaling = width_scaling(model.config, config)
+    scaling, depth = width_scaling(model.config, config), depth_scaling(model.config, config)
     matrices = list(model.matrices())
+    outside = {id(parameter) for parameter in model.outside_parameters()}
+    has_eps = depth.kind != "none" and config.optimizer != "lion"
     roles: dict[int, str] = {id(matrix.weight): matrix.role for matrix in matrices}
     decayed = [matrix for matrix in matrices if matrix.role != "embedding"]
     of_decayed = {id(matrix.weight) for matrix in decayed}
@@ -70,6 +73,7 @@ def make_groups(model: Transformer, config: OptimConfig, extra: Extra | None = N
         own = config.groups.get(role, {})
         lr_factor, decay = own.get("lr_factor", 1.0), own.get("weight_decay", decay)
         lr, decay = config.lr * factor * lr_factor, decay / factor
+        more = {**more, "eps": config.eps * depth.eps_factor(id(parameter) in outside)} if has_eps else more
         key = (role != "embedding" and id(parameter) in of_decayed, factor, lr_factor, decay, *more.items())
         group = groups.setdefault(key, {"params": [], "lr": lr, "weight_decay": decay, **more})
         group["params"].append(parameter)

@@ -14,14 +14,13 @@ from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard, distribute_module
+from torch.distributed.tensor import Placement, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
     PrepareModuleInput,
     PrepareModuleInputOutput,
     RowwiseParallel,
-    SequenceParallel,
     parallelize_module,
 )
 
@@ -29,19 +28,30 @@ from lightning_modules.layers.attention import Attention
 from lightning_modules.layers.moe import MoE
 
 
-class WholeInput(PrepareModuleInputOutput):
-    """A norm over features of which each process has a part: it gets all, and leaves each its part."""
+class NormOfParts(PrepareModuleInputOutput):
+    """A norm that all processes have, with its gates if it has any, and of whose input each has a part.
 
-    def __init__(self) -> None:
+    Args:
+        kept: how the input is shared out among the processes, and the output again.
+        computed: how the norm gets it.
+    """
+
+    def __init__(self, kept: Placement, computed: Placement) -> None:
         super().__init__(
-            input_layouts=Shard(-1),
-            desired_input_layouts=Replicate(),
-            output_layouts=Replicate(),
-            desired_output_layouts=Shard(-1),
+            input_layouts=kept,
+            desired_input_layouts=computed,
+            output_layouts=computed,
+            desired_output_layouts=kept,
         )
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         return super()._apply(distribute_module(module, device_mesh), device_mesh)
+
+
+WHOLE_INPUT = NormOfParts(Shard(-1), Replicate())
+"""A norm over features of which each process has a part: it gets all, and leaves each its part."""
+HEADS = NormOfParts(Shard(2), Shard(2))
+"""A norm over each head by itself: its input is [batch, seq, heads, head_dim]."""
 
 
 def apply_tensor_parallel(block: Any, mesh: DeviceMesh) -> None:
@@ -55,17 +65,15 @@ def apply_tensor_parallel(block: Any, mesh: DeviceMesh) -> None:
     ffn = block.ffn.shared_expert if isinstance(block.ffn, MoE) else block.ffn
     if ffn is not None:
         plan = {"gate_proj": ColwiseParallel(), "up_proj": ColwiseParallel(), "down_proj": RowwiseParallel()}
-        _apply(ffn, mesh, {**plan, "inner_norm": WholeInput()})
+        _apply(ffn, mesh, {**plan, "inner_norm": WHOLE_INPUT})
         parallelize_module(ffn, mesh, _shared_input(ffn))
 
 
 def _cut_attention(attention: Attention, mesh: DeviceMesh) -> None:
     plan: dict[str, ParallelStyle] = {f"{name}_proj": ColwiseParallel() for name in "qkv"}
-    plan |= {"o_proj": RowwiseParallel(), "inner_norm": WholeInput()}
+    plan |= {"o_proj": RowwiseParallel(), "inner_norm": WHOLE_INPUT}
     for name, each_head in attention.norms_each_head.items():
-        # Per head its input is [batch, seq, heads, head_dim].
-        style = SequenceParallel(sequence_dim=2, use_local_output=True) if each_head else WholeInput()
-        plan[f"projection_norms.{name}"] = style
+        plan[f"projection_norms.{name}"] = HEADS if each_head else WHOLE_INPUT
     _apply(attention, mesh, plan)
     parallelize_module(attention, mesh, _shared_input(attention))
 

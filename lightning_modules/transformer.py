@@ -32,10 +32,17 @@ KINDS: dict[Role, str] = dict.fromkeys(("query", "key", "value"), "attn_in")
 
 
 class Block(nn.Module):
-    """One placement around one attention and one FFN."""
+    """One placement around one attention and one FFN.
 
-    def __init__(self, config: ModelConfig, depth: Depth) -> None:
+    Args:
+        config: of the model.
+        depth: which block this is, of how many.
+        branch_multiplier: on what attention and FFN put out; not 1 only under depth scaling.
+    """
+
+    def __init__(self, config: ModelConfig, depth: Depth, branch_multiplier: float = 1.0) -> None:
         super().__init__()
+        self.branch_multiplier = branch_multiplier
         norm = norm_factory(config, config.dim)
         with as_config_errors("model.placement_options"):
             scheme = find_placement(config.placement)
@@ -59,12 +66,12 @@ class Block(nn.Module):
         stats: RouterStats | None = None
 
         def attn(x: Tensor) -> Tensor:
-            return self.attn(x, rope, mask, slots)
+            return self._scaled(self.attn(x, rope, mask, slots))
 
         def ffn(x: Tensor) -> Tensor:
             nonlocal stats
             out, stats = self.ffn(x)
-            return out
+            return self._scaled(out)
 
         # Inside the block rather than around it, so that sharding and compilation per block cover these norms too.
         if self.placement.depth.is_first:
@@ -73,6 +80,17 @@ class Block(nn.Module):
         if self.placement.depth.is_last:
             state = self.placement.leave(state)
         return state, stats
+
+    def _scaled(self, out: Tensor) -> Tensor:
+        return out if self.branch_multiplier == 1 else out * self.branch_multiplier
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the block; or, where a graph would be made for every block, attention and FFN by themselves."""
+        if not self.placement.state_grows:
+            super().compile(*args, **kwargs)
+            return
+        self.attn.compile(*args, **kwargs)
+        self.ffn.compile(*args, **kwargs)
 
     def matrices(self) -> Iterator[Matrix]:
         """Yield every weight matrix of attention, FFN and placement, with its role."""
@@ -88,6 +106,7 @@ class Transformer(nn.Module):
         config: the architecture.
         vocab_size: rows of embedding and head.
         output_multiplier: on the logits; not 1 only under width scaling.
+        branch_multiplier: on what each attention and FFN puts out; not 1 only under depth scaling.
         built: called with each block as soon as it is built: what shards it then never holds two in full.
 
     Raises:
@@ -99,15 +118,16 @@ class Transformer(nn.Module):
         config: ModelConfig,
         vocab_size: int,
         output_multiplier: float = 1.0,
+        branch_multiplier: float = 1.0,
         built: Callable[[Block], None] = lambda block: None,
     ) -> None:
         super().__init__()
         self.config = config
-        self.output_multiplier = output_multiplier
+        self.output_multiplier, self.branch_multiplier = output_multiplier, branch_multiplier
         self.embedding = nn.Embedding(vocab_size, config.dim)
         self.blocks = nn.ModuleList()
         for index in range(1, config.num_layers + 1):
-            block = Block(config, Depth(index, config.num_layers))
+            block = Block(config, Depth(index, config.num_layers), branch_multiplier)
             if config.cpu_kernels == "auto":
                 use_cpu_kernels(block)
             built(block)
@@ -202,6 +222,15 @@ class Transformer(nn.Module):
                 kinds.update((w, "experts") for w, role in roles.items() if w in experts and role != "residual")
             for parameter in block.parameters():
                 yield number, kinds.get(parameter, "norm"), parameter
+
+    def outside_parameters(self) -> Iterator[Tensor]:
+        """Yield the parameters that belong to no block's branches: embedding, its scale, head and final norm."""
+        yield self.embedding.weight
+        yield self.head.weight
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            yield from block.embedding_scale.parameters()
+            yield from block.placement.final_norm.parameters()
 
     def num_parameters(self) -> tuple[int, int]:
         """Return (total, active) parameters; active are top_k of num_experts routed experts, and every shared one."""

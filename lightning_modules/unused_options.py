@@ -5,6 +5,8 @@ from typing import Any
 
 from lightning_modules.config import ModelConfig, MoEConfig, OptimConfig
 from lightning_modules.width_scaling import KNOWN
+from spannorm import NormFactory
+from spannorm.norms import POINTWISE
 
 Unused = tuple[str, Any, str]
 """(name of the field, its value, why it has no effect)."""
@@ -39,8 +41,9 @@ def _of_model(model: ModelConfig) -> Iterator[Unused]:
             model.activation_checkpoint_every,
             "model.activation_checkpointing is false",
         )
-    if _is_set(model, "norm_eps") and model.norm in ("dyt", "none"):
-        yield "model.norm_eps", model.norm_eps, f"model.norm={model.norm} divides by nothing"
+    kind, _ = NormFactory(model.norm, model.dim, options=model.norm_options).base
+    if _is_set(model, "norm_eps") and kind in (*POINTWISE, "none"):
+        yield "model.norm_eps", model.norm_eps, f"model.norm={kind} divides by nothing"
     if _is_set(model, "qk_norm") and model.norm == "none":
         yield "model.qk_norm", model.qk_norm, "model.norm=none is no norm here either"
     if model.ffn_dim is not None and model.ffn_dim not in model.hidden_dims:
@@ -78,6 +81,8 @@ def _of_optim(optim: OptimConfig) -> Iterator[Unused]:
     for name in ("min_lr_ratio", "decay_shape"):
         if _is_set(optim, name) and optim.schedule == "wsd" and optim.decay_fraction == 0:
             yield f"optim.{name}", getattr(optim, name), "with optim.decay_fraction=0 wsd does not decay"
+    if _is_set(optim, "base_num_layers") and optim.depth_scaling == "none":
+        yield "optim.base_num_layers", optim.base_num_layers, "optim.depth_scaling is none"
     for name in ("base_width", "base_ffn_width"):
         if _is_set(optim, name) and optim.width_scaling == "none":
             yield f"optim.{name}", getattr(optim, name), "optim.width_scaling is none"

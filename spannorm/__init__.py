@@ -29,10 +29,12 @@ from spannorm.initialization import (
     subln_init,
 )
 from spannorm.matrices import ROLES, Matrix, OwnsMatrices, Role, owned_matrices
-from spannorm.norms import NORMS, DyT, EmbeddingScale, NormFactory, RMSNorm, find_norm
+from spannorm.norms import NORMS, Derf, DyT, EmbeddingScale, Gated, GatedNorm, NormFactory, RMSNorm, find_norm
+from spannorm.placements.attnres import AttnRes, SourceAttention
 from spannorm.placements.b2t import B2T
 from spannorm.placements.base import Depth, Placement, QKVNorm, Streams, Sublayer, TwoStreams
 from spannorm.placements.deepnorm import DeepNorm
+from spannorm.placements.gpas import GPAS
 from spannorm.placements.gr import GR
 from spannorm.placements.hc import HC
 from spannorm.placements.hybridnorm import HybridNorm
@@ -57,6 +59,7 @@ from spannorm.placements.subln import SubLN
 
 __all__ = [
     "B2T",
+    "GPAS",
     "GR",
     "HC",
     "IHC",
@@ -65,10 +68,14 @@ __all__ = [
     "NORMS",
     "PLACEMENTS",
     "ROLES",
+    "AttnRes",
     "DeepNorm",
     "Depth",
+    "Derf",
     "DyT",
     "EmbeddingScale",
+    "Gated",
+    "GatedNorm",
     "HybridNorm",
     "HybridNormStar",
     "Init",
@@ -93,6 +100,7 @@ __all__ = [
     "Role",
     "Sandwich",
     "SiameseNorm",
+    "SourceAttention",
     "SpanNorm",
     "Streams",
     "SubLN",

@@ -2,9 +2,9 @@
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from spannorm.errors import InvalidArgument
 from spannorm.import_path import find
+from spannorm.matrices import Matrix
+from spannorm.precision import at_least_fp32, without_autocast
 
 AUTHORS_ALPHAS = {
     1024: (1.0, 1.0),
@@ -73,6 +75,44 @@ class DyT(nn.Module):
         return (torch.tanh(self.alpha * x) * self.weight + self.bias).to(x.dtype)
 
 
+class Derf(nn.Module):
+    """Dynamic erf: g * erf(a x + s) + b, elementwise (2512.10938, eq. 10), without statistics. Keeps shape and dtype.
+
+    Like DyT it does not bring its input to a size. Where a and s start is known from reimplementations of it, which
+    agree, and not from the authors' text. That a language model scales its embedding is DyT's recipe (EmbeddingScale),
+    taken over here: without it, a stream of standard deviation 0.02 leaves erf where it is a straight line.
+
+    Args:
+        dim: number of features.
+        alpha: where a starts.
+        shift: where s starts.
+        embedding_scale: where the scalar on the embedding starts, as of DyT.
+
+    Raises:
+        InvalidArgument: `alpha` is not a positive number, or `shift` no finite one.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        alpha: float = 0.5,
+        shift: float = 0.0,
+        embedding_scale: float | Literal["unit", "sqrt"] | None = "unit",
+    ) -> None:
+        super().__init__()
+        if not 0 < alpha < math.inf:
+            raise InvalidArgument("alpha", alpha, "a number > 0")
+        if not math.isfinite(shift):
+            raise InvalidArgument("shift", shift, "a finite number")
+        self.alpha = nn.Parameter(torch.tensor([float(alpha)]))
+        self.shift = nn.Parameter(torch.tensor([float(shift)]))
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (torch.erf(self.alpha * x + self.shift) * self.weight + self.bias).to(x.dtype)
+
+
 def _authors_alphas(width: int) -> tuple[float, float]:
     """Return (before attention, elsewhere) at the nearest of the authors' widths on a logarithmic scale."""
     return AUTHORS_ALPHAS[min(AUTHORS_ALPHAS, key=lambda theirs: abs(math.log(theirs / width)))]
@@ -120,14 +160,100 @@ def _no_norm(dim: int, eps: float) -> nn.Module:
     return nn.Identity()
 
 
+class GatedNorm(nn.Module):
+    """y * sigmoid(up silu(down y)), y = N(x): a gate of low rank on each feature (2601.22966). Keeps shape and dtype.
+
+    The equation and the rank of 16 are its authors', who do not say how the two matrices start. Here `down` [rank, dim]
+    is drawn with 1/sqrt(dim), and `up` [dim, rank] starts at 0 by default, so that every gate starts at 1/2. What reads
+    such a norm starts with half of its input; a reader that norms in turn (queries and keys under QK-norm) does not see
+    it. The gate is computed in fp32 or wider.
+
+    Args:
+        dim: number of features.
+        eps: of N.
+        kind: N: any other name in NORMS.
+        kind_options: its options.
+        rank: number of features between the two matrices.
+        up_std: standard deviation that `up` starts with.
+        before_attention: whether attention alone reads this norm's output.
+        width: width of the model; None takes dim.
+
+    Raises:
+        InvalidArgument: another kind, an option that it has not, a rank below 1, or a negative `up_std`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        eps: float,
+        kind: str = "rmsnorm",
+        kind_options: dict[str, Any] | None = None,
+        rank: int = 16,
+        up_std: float = 0.0,
+        before_attention: bool = False,
+        width: int | None = None,
+    ) -> None:
+        super().__init__()
+        kinds, options = sorted(NORMS.keys() - {"gatednorm"}), kind_options or {}
+        if kind not in kinds:
+            raise InvalidArgument("kind", kind, f"one of {', '.join(kinds)}")
+        known = [name for name in list(inspect.signature(NORMS[kind]).parameters)[1:] if name not in FILLED_IN]
+        for name, value in options.items():
+            if name not in known:
+                raise InvalidArgument(f"kind_options.{name}", value, f"one of {', '.join(known) or 'no options'}")
+        if type(rank) is not int or rank < 1:
+            raise InvalidArgument("rank", rank, "an integer >= 1")
+        if not 0 <= up_std < math.inf:
+            raise InvalidArgument("up_std", up_std, "a number >= 0")
+        try:
+            self.norm = NormFactory(kind, dim, eps, options, width)(before_attention)
+        except InvalidArgument as error:
+            raise InvalidArgument(f"kind_options.{error.name}", error.value, error.valid) from error
+        self.up_std = float(up_std)
+        self.down = nn.Parameter(torch.empty(rank, dim).normal_(std=dim**-0.5))
+        self.up = nn.Parameter(torch.empty(dim, rank).normal_(std=up_std))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return (y * self._gates_of(y)).to(x.dtype)
+
+    def gates(self, x: Tensor) -> Tensor:
+        """Return what forward multiplies the norm of x with, of its shape."""
+        return self._gates_of(self.norm(x))
+
+    def matrices(self) -> Iterator[Matrix]:
+        """Yield the two matrices of the gate."""
+        rank, dim = self.down.shape
+        yield Matrix("residual", self.down, dim, rank, std=dim**-0.5)
+        yield Matrix("residual", self.up, rank, dim, width_is_explicit=True, std=self.up_std)
+
+    def _gates_of(self, y: Tensor) -> Tensor:
+        with without_autocast(y):
+            hidden = F.silu(F.linear(at_least_fp32(y), at_least_fp32(self.down)))
+            return F.linear(hidden, at_least_fp32(self.up)).sigmoid()
+
+
+@runtime_checkable
+class Gated(Protocol):
+    """A part of a block that multiplies features by gates, which monitors show. It derives from nothing here."""
+
+    def gates(self, *inputs: Any) -> Tensor:
+        """Return the gates for the arguments of forward, of any shape, in [0, 1]."""
+
+
 NORMS: dict[str, Callable[..., nn.Module]] = {
     "rmsnorm": _rms_norm,  # 1910.07467
     "layernorm": _layer_norm,  # 1607.06450
     "dyt": DyT,
+    "derf": Derf,
+    "gatednorm": GatedNorm,
     "none": _no_norm,
 }
 """The norm kinds by name. Each is called with the number of features, and with those of `eps`, `before_attention` and
 `width` that it takes, and the options of that kind; it returns a module that keeps the shape of its input."""
+
+POINTWISE = ("dyt", "derf")
+"""The kinds that act on each feature by itself: what they give depends on the size of the stream."""
 
 LEAST_FEATURES = {"rmsnorm": 2, "layernorm": 3}
 """Over fewer features a norm keeps nothing but the sign, so that what it reads would have no gradient."""
@@ -163,6 +289,13 @@ class NormFactory:
     options: Mapping[str, Any] = field(default_factory=dict)
     width: int | None = None
 
+    @property
+    def base(self) -> tuple[str, Mapping[str, Any]]:
+        """Return the kind and its options, of a gated norm those of the norm that is gated."""
+        if self.kind != "gatednorm":
+            return self.kind, self.options
+        return self.options.get("kind", "rmsnorm"), self.options.get("kind_options") or {}
+
     def constructor(self) -> Callable[..., nn.Module]:
         """Return what makes a norm of this kind. A subclass may put a faster equivalent in its place."""
         return find_norm(self.kind)
@@ -178,10 +311,11 @@ class NormFactory:
         """
         if self.dim < 1:
             raise InvalidArgument("dim", self.dim, "an integer >= 1")
-        least = LEAST_FEATURES.get(self.kind, 1)
+        kind, _ = self.base
+        least = LEAST_FEATURES.get(kind, 1)
         if self.dim < least:
-            valid = f"dyt, none, or {least} features and more: over {self.dim} nothing but a sign is left"
-            raise InvalidArgument("norm", self.kind, valid)
+            valid = f"dyt, derf, none, or {least} features and more: over {self.dim} nothing but a sign is left"
+            raise InvalidArgument("norm", kind, valid)
         make = self.constructor()
         taken = inspect.signature(make).parameters
         ours = {"eps": self.eps, "before_attention": before_attention, "width": self.width}
@@ -191,12 +325,13 @@ class NormFactory:
         return norm
 
     def embedding_scale(self) -> nn.Module:
-        """Make the scalar on the embedding output that this kind of norm asks for: of DyT one, otherwise nothing.
+        """Make the scalar on the embedding output that this kind of norm asks for: of DyT and Derf one, else nothing.
 
         Raises:
-            InvalidArgument: DyT's option `embedding_scale` is not in its range.
+            InvalidArgument: their option `embedding_scale` is not in its range.
         """
-        start = self.options.get("embedding_scale", "unit") if self.kind == "dyt" else None
+        kind, options = self.base
+        start = options.get("embedding_scale", "unit") if kind in POINTWISE else None
         if start is None:
             return nn.Identity()
         if start == "unit":

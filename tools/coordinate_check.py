@@ -1,12 +1,14 @@
-"""The coordinate check of Tensor Programs V (2203.03466, appendix D.1): do sizes depend on the width?
+"""The coordinate check of Tensor Programs V (2203.03466, appendix D.1): do sizes depend on width, or on depth?
 
     python -m tools.coordinate_check
     python -m tools.coordinate_check ffn=moe output=widths.png
+    python -m tools.coordinate_check axis=depth
 
 Trains the same model at several widths for a few Adam steps on one batch, with optim.width_scaling none and mup, and
 prints, for the logits and the last block's output, the root mean square size and that of its change since step 0. With
 mup both stay where they are as the width grows; without, the change grows with it: the logits' in every step, the
-output's in the first, after which the final norm bounds it.
+output's in the first, after which the final norm bounds it. Over depth likewise, with optim.depth_scaling none and
+completep (2505.01618, figure 7).
 """
 
 import math
@@ -23,6 +25,7 @@ from torch import Tensor
 from core import cli
 from core.errors import require
 from lightning_modules.config import ModelConfig, MoEConfig, OptimConfig
+from lightning_modules.depth_scaling import depth_scaling
 from lightning_modules.initialization import initialize
 from lightning_modules.optimizers import make_optimizer
 from lightning_modules.transformer import Transformer
@@ -30,6 +33,8 @@ from lightning_modules.width_scaling import width_scaling
 from tools.picture import check_picture, save_picture
 
 WIDTHS = (64, 128, 256, 512, 1024)
+DEPTHS = (2, 4, 8, 16, 32)
+SCALINGS = {"width": ("none", "mup"), "depth": ("none", "completep")}
 STEPS = (1, 5, 10)
 HEAD_DIM = 32
 VOCAB_SIZE = 64
@@ -41,11 +46,13 @@ class CoordinateCheckConfig:
 
     Attributes:
         ffn: the kind of FFN in the blocks.
-        lr: the learning rate at the smallest width.
+        axis: what the models differ in: width, or depth.
+        lr: the learning rate of the smallest one.
         output: the picture that is drawn; null: none.
     """
 
     ffn: Literal["dense", "moe"] = "dense"
+    axis: Literal["width", "depth"] = "width"
     lr: float = 3e-3
     output: Path | None = None
 
@@ -54,22 +61,30 @@ class CoordinateCheckConfig:
 
 
 class Size(NamedTuple):
-    """Root mean square of one activation at one width after one number of steps."""
+    """Root mean square of one activation of one model after one number of steps.
+
+    Attributes:
+        size: the model's width or depth.
+    """
 
     scaling: str
-    width: int
+    size: int
     step: int
     name: str  # logits or hidden
     activation: float
     update: float  # of its change since step 0
 
 
-def sizes_at(model_config: ModelConfig, optim_config: OptimConfig, seed: int = 0) -> list[Size]:
+def sizes_at(model_config: ModelConfig, optim_config: OptimConfig, seed: int = 0, axis: str = "width") -> list[Size]:
     """Train one model on one batch of random tokens and measure it after each of STEPS."""
     torch.manual_seed(seed)
-    scaling = width_scaling(model_config, optim_config)
-    model = Transformer(model_config, VOCAB_SIZE, scaling.output_multiplier)
-    initialize(model, scaling)
+    scaling, depth = width_scaling(model_config, optim_config), depth_scaling(model_config, optim_config)
+    model = Transformer(model_config, VOCAB_SIZE, scaling.output_multiplier, depth.branch_multiplier)
+    initialize(model, scaling, depth.num_layers)
+    kind, number = (
+        getattr(optim_config, f"{axis}_scaling"),
+        {"width": model_config.dim, "depth": model_config.num_layers},
+    )
     optimizer = make_optimizer(model, optim_config)
     tokens = torch.randint(VOCAB_SIZE, (4, 33), generator=torch.Generator().manual_seed(seed))
     hidden: list[Tensor] = []
@@ -83,7 +98,7 @@ def sizes_at(model_config: ModelConfig, optim_config: OptimConfig, seed: int = 0
         if step in STEPS:
             for name, value in current.items():
                 size, change = (x.float().square().mean().sqrt().item() for x in (value, value - start[name]))
-                sizes.append(Size(optim_config.width_scaling, model_config.dim, step, name, size, change))
+                sizes.append(Size(kind, number[axis], step, name, size, change))
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         loss = loss + 0.01 * sum(stats.load_balancing_loss for stats in router_stats)
         optimizer.zero_grad()
@@ -95,7 +110,7 @@ def sizes_at(model_config: ModelConfig, optim_config: OptimConfig, seed: int = 0
 def check(ffn: str, widths: tuple[int, ...] = WIDTHS, lr: float = 3e-3) -> list[Size]:
     """Return the sizes at every width, with and without mup; two PreNorm blocks of heads of constant width."""
     sizes = []
-    for kind in ("none", "mup"):
+    for kind in SCALINGS["width"]:
         optim = OptimConfig(lr=lr, width_scaling=kind, base_width=widths[0], warmup_steps=0)
         for width in widths:
             model = ModelConfig(
@@ -111,19 +126,38 @@ def check(ffn: str, widths: tuple[int, ...] = WIDTHS, lr: float = 3e-3) -> list[
     return sizes
 
 
+def check_depth(ffn: str, depths: tuple[int, ...] = DEPTHS, lr: float = 3e-3, dim: int = WIDTHS[0]) -> list[Size]:
+    """Return the sizes at every depth, with and without CompleteP; PreNorm of one width."""
+    sizes = []
+    for kind in SCALINGS["depth"]:
+        optim = OptimConfig(lr=lr, depth_scaling=kind, base_num_layers=depths[0], warmup_steps=0)
+        for depth in depths:
+            model = ModelConfig(
+                placement="prenorm",
+                init="megatron",
+                num_layers=depth,
+                dim=dim,
+                num_heads=dim // HEAD_DIM,
+                ffn=ffn,
+                moe=MoEConfig(num_experts=4),
+            )
+            sizes += sizes_at(model, optim, axis="depth")
+    return sizes
+
+
 def spread(sizes: list[Size], scaling: str, step: int, name: str, field: str) -> float:
-    """Return the largest over the smallest size among the widths."""
+    """Return the largest over the smallest size among the widths or depths."""
     values = [getattr(s, field) for s in sizes if (s.scaling, s.step, s.name) == (scaling, step, name)]
     return max(values) / min(values)
 
 
-def print_table(sizes: list[Size]) -> None:
-    """Print one row for each scaling, quantity and step: the size at each width, and the spread among them."""
-    widths = sorted({size.width for size in sizes})
-    table = Table(title="Root mean square size by width")
-    for column in ("scaling", "what", "step", *map(str, widths), "max / min"):
+def print_table(sizes: list[Size], axis: str = "width") -> None:
+    """Print one row for each scaling, quantity and step: the size of each model, and the spread among them."""
+    models = sorted({size.size for size in sizes})
+    table = Table(title=f"Root mean square size by {axis}")
+    for column in ("scaling", "what", "step", *map(str, models), "max / min"):
         table.add_column(column, justify="right")
-    for kind in ("none", "mup"):
+    for kind in SCALINGS[axis]:
         for name in ("hidden", "logits"):
             for field in ("activation", "update"):
                 for step in STEPS:
@@ -133,8 +167,8 @@ def print_table(sizes: list[Size]) -> None:
     Console(width=None if Console().is_terminal else 120).print(table)
 
 
-def draw(sizes: list[Size], output: Path) -> None:
-    """Update sizes against width, one line a step; left without scaling, right with mup."""
+def draw(sizes: list[Size], output: Path, axis: str = "width") -> None:
+    """Update sizes against width or depth, one line a step; left without scaling, right with it."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -142,11 +176,12 @@ def draw(sizes: list[Size], output: Path) -> None:
 
     figure, grid = plt.subplots(2, 2, figsize=(9, 7), sharex=True, sharey="row", layout="constrained")
     for row, name in zip(grid, ("hidden", "logits"), strict=True):
-        for axes, kind in zip(row, ("none", "mup"), strict=True):
+        for axes, kind in zip(row, SCALINGS[axis], strict=True):
             for step in STEPS:
-                points = [(s.width, s.update) for s in sizes if (s.scaling, s.name, s.step) == (kind, name, step)]
+                points = [(s.size, s.update) for s in sizes if (s.scaling, s.name, s.step) == (kind, name, step)]
                 axes.plot(*zip(*points, strict=True), "o-", label=f"step {step}")
-            axes.set(xscale="log", yscale="log", title=f"{name}, optim.width_scaling={kind}", xlabel="model.dim")
+            field = "model.dim" if axis == "width" else "model.num_layers"
+            axes.set(xscale="log", yscale="log", title=f"{name}, optim.{axis}_scaling={kind}", xlabel=field)
             axes.set_ylabel("change since step 0 (rms)")
             axes.grid(alpha=0.3)
             axes.legend()
@@ -157,10 +192,10 @@ def draw(sizes: list[Size], output: Path) -> None:
 @cli.tool
 def main(config: CoordinateCheckConfig) -> None:
     check_picture(config.output)
-    sizes = check(config.ffn, lr=config.lr)
-    print_table(sizes)
+    sizes = (check if config.axis == "width" else check_depth)(config.ffn, lr=config.lr)
+    print_table(sizes, config.axis)
     if config.output is not None:
-        draw(sizes, config.output)
+        draw(sizes, config.output, config.axis)
         print(f"Picture: {config.output}")
 
 

@@ -46,6 +46,10 @@ class BlockMonitor(L.Callback):
     def measure(self, view: BlockView) -> tuple[Tensor, ...]:
         """Return the figures, scalars on the device, in the order of `figures`."""
 
+    def applies(self, pl_module: L.LightningModule) -> bool:
+        """Return whether there is something to measure of this model."""
+        return True
+
     def before_sample(self, trainer: L.Trainer, pl_module: L.LightningModule, num_positions: int) -> None:
         """Prepare for a sample of the weights as they are; called right before it."""
 
@@ -57,15 +61,28 @@ class BlockMonitor(L.Callback):
         """Return what Dashboard lays out: callbacks.protocols.HasCharts."""
         return {self.prefix: {figure.replace("_", " "): block_chart(self.prefix, figure) for figure in self.figures}}
 
-    def _is_sampled(self, step: int) -> bool:
-        return step == 1 or step % self.every_n_steps == 0
+    def report(self, measured: list[float]) -> dict[str, float]:
+        """Return what is logged, by key, of the figures of all blocks in turn."""
+        size, values = len(self.figures), {}
+        for number in written_blocks(range(1, len(measured) // size + 1)):
+            of_block = dict(zip(self.figures, measured[(number - 1) * size : number * size], strict=True))
+            for figure, value in (of_block | self.constants(number)).items():
+                values[f"{self.prefix}/block_{number}/{figure}"] = value
+        return values
+
+    def write(self, trainer: L.Trainer, measured: list[float], step: int) -> None:
+        """Hand what was measured before the optimizer step of this number, counted from 1, to the loggers."""
+        write_scalars(trainer, self.report(measured), step)
+
+    def _is_sampled(self, step: int, pl_module: L.LightningModule) -> bool:
+        return (step == 1 or step % self.every_n_steps == 0) and self.applies(pl_module)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if batch_idx % trainer.accumulate_grad_batches or not self._is_sampled(trainer.global_step + 1):
+        if batch_idx % trainer.accumulate_grad_batches or not self._is_sampled(trainer.global_step + 1, pl_module):
             return
-        monitors = self._sharing(trainer)
+        monitors = self._sharing(trainer, pl_module)
         if monitors[0] is not self:
             return
         tokens = batch["tokens"][: self.sequences, :-1][:, : self.positions]
@@ -75,7 +92,7 @@ class BlockMonitor(L.Callback):
 
         def see(view: BlockView) -> None:
             for monitor, figures in measured.items():
-                figures.append(torch.stack(monitor.measure(view)))
+                figures += [torch.stack(of_block)] if (of_block := monitor.measure(view)) else []
 
         for monitor in monitors:
             monitor.before_sample(trainer, pl_module, tokens.size(1))
@@ -83,11 +100,11 @@ class BlockMonitor(L.Callback):
         for monitor, figures in measured.items():
             add_to_transfer(pl_module, monitor.prefix, torch.cat(figures))
 
-    def _sharing(self, trainer: L.Trainer) -> "list[BlockMonitor]":
+    def _sharing(self, trainer: L.Trainer, pl_module: L.LightningModule) -> "list[BlockMonitor]":
         """Return the run's monitors that sample the same of this step, in order: one forward pass serves them all."""
         monitors = [c for c in trainer.callbacks if isinstance(c, BlockMonitor)]  # type: ignore[attr-defined]
         mine = self.sequences, self.positions
-        due = (m for m in monitors if m._is_sampled(trainer.global_step + 1))
+        due = (m for m in monitors if m._is_sampled(trainer.global_step + 1, pl_module))
         return [m for m in due if (m.sequences, m.positions) == mine]
 
     @torch.no_grad()
@@ -109,12 +126,5 @@ class BlockMonitor(L.Callback):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         step = trainer.global_step + 1
-        if not self._is_sampled(step):
-            return
-        measured = gradient_statistics(trainer, pl_module).carried[self.prefix]
-        size, values = len(self.figures), {}
-        for number in written_blocks(range(1, len(measured) // size + 1)):
-            of_block = dict(zip(self.figures, measured[(number - 1) * size : number * size], strict=True))
-            for figure, value in (of_block | self.constants(number)).items():
-                values[f"{self.prefix}/block_{number}/{figure}"] = value
-        write_scalars(trainer, values, step)
+        if self._is_sampled(step, pl_module):
+            self.write(trainer, gradient_statistics(trainer, pl_module).carried[self.prefix], step)

@@ -35,14 +35,10 @@ class StreamMixing(BlockMonitor):
     def __init__(self, every_n_steps: int = 100, sequences: int = 2, positions: int = 256) -> None:
         super().__init__(every_n_steps, sequences, positions)
         self.figures = ()  # known once a block has been seen
-        self._applies = False
         self._product: Tensor | None = None  # of all res up to the block in sight, [rows, n, n]
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._applies = has_mappings(pl_module)
-
-    def _is_sampled(self, step: int) -> bool:
-        return self._applies and super()._is_sampled(step)
+    def applies(self, pl_module: L.LightningModule) -> bool:
+        return has_mappings(pl_module)
 
     def measure(self, view: BlockView) -> tuple[Tensor, ...]:
         values: dict[str, Tensor] = {}

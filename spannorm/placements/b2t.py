@@ -21,7 +21,7 @@ class B2T(PostNorm):
     """
 
     default_init = "b2t"
-    norms = ("rmsnorm", "layernorm", "dyt")
+    norms = ("rmsnorm", "layernorm", "dyt", "derf")
 
     def __init__(
         self, depth: Depth, norm: NormFactory, final_norm: bool | None = None, last_skip: bool = False

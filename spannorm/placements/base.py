@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from spannorm.errors import InvalidArgument
@@ -71,9 +72,13 @@ class Placement(nn.Module):
         default_init: the init that the scheme was published with: a name in INITS, or an import path.
         default_init_options: that init's options.
         norms: the kinds of norms under which the scheme is still the published one. A kind by import path is not
-            held against them.
+            held against them, a gated norm by the kind that is gated.
         qkv_norm: the norms that this block's attention is to put on its projections; None for none.
         inner_norm: whether each sublayer of this block is to have one more norm before its output matrix.
+        plain_branches: whether each sublayer's output is added to the stream as it is, x + f(N x). Scaling with depth
+            multiplies what a sublayer puts out, and has to reach the stream.
+        state_grows: whether each block adds to the tensors of the state. torch.compile makes a graph for each number of
+            them: a model then compiles the sublayers, and not the block around them.
 
     Raises:
         InvalidArgument: the kind of norm is not in `norms`.
@@ -85,13 +90,16 @@ class Placement(nn.Module):
     norms: ClassVar[tuple[str, ...]] = tuple(NORMS)
     qkv_norm: QKVNorm | None = None
     inner_norm: bool = False
+    plain_branches: ClassVar[bool] = False
+    state_grows: ClassVar[bool] = False
 
     def __init__(self, depth: Depth, norm: NormFactory, final_norm: bool | None = None) -> None:
         super().__init__()
         norm.constructor()  # refuses an unknown kind, also under a scheme that makes no norm
-        if not is_import_path(norm.kind) and norm.kind not in self.norms:
+        kind, _ = norm.base
+        if not is_import_path(kind) and kind in NORMS and kind not in self.norms:
             valid = f"one of {', '.join(sorted(self.norms))} under {type(self).__name__}"
-            raise InvalidArgument("norm", norm.kind, valid)
+            raise InvalidArgument("norm", kind, valid)
         self.depth = depth
         wants_final = self.has_final_norm if final_norm is None else final_norm
         self.final_norm = norm() if wants_final and depth.is_last else nn.Identity()
@@ -113,6 +121,18 @@ class Placement(nn.Module):
     def leave(self, state: Any) -> Tensor:
         """Turn the state after the last block into what the head reads, [batch, seq, dim]."""
         return self.final_norm(state)
+
+    def hidden(self, state: Any) -> Tensor:
+        """Return what monitors take for the hidden state, [batch, seq, features]: all streams of it side by side."""
+        return torch.cat(state, dim=-1) if isinstance(state, tuple | list) else state
+
+    def readers(self) -> dict[str, nn.Module]:
+        """Return what weighs the sources that a sublayer reads, by sublayer: attn, ffn, and out for the head.
+
+        Each is called in the block's forward pass, and has a method `weights` that takes the same arguments and returns
+        the weight of each source, [sources, batch, seq]. Monitors ask for it.
+        """
+        return {}
 
     def matrices(self) -> Iterator[Matrix]:
         """Yield each matrix that the placement owns, once, with the role `residual`.

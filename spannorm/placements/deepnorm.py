@@ -14,15 +14,18 @@ class DeepNorm(PostNorm):
        └─ a ──┘      └─ a ──┘
 
     Needs norms that divide by a statistic: nothing else undoes the growth by a.
+
+    Args:
+        gpas: whether the skip, and it alone, is scaled down (GPAS, 2506.22049).
     """
 
     default_init = "deepnorm"
     norms = ("rmsnorm", "layernorm")
 
-    def __init__(self, depth: Depth, norm: NormFactory, final_norm: bool | None = None) -> None:
-        super().__init__(depth, norm, final_norm)
+    def __init__(self, depth: Depth, norm: NormFactory, final_norm: bool | None = None, gpas: bool = False) -> None:
+        super().__init__(depth, norm, final_norm, gpas)
         self.alpha = (2 * depth.total) ** 0.25
 
     def forward(self, x: Tensor, attn: Sublayer, ffn: Sublayer) -> Tensor:
-        x = self.norm_attn(self.alpha * x + attn(x))
-        return self.norm_ffn(self.alpha * x + ffn(x))
+        x = self.norm_attn(self.alpha * self.gpas(x) + attn(x))
+        return self.norm_ffn(self.alpha * self.gpas(x) + ffn(x))

@@ -59,6 +59,9 @@ class ManyStreams(Placement):
     def leave(self, state: Tensor) -> Tensor:
         return self.final_norm(state.sum(2))
 
+    def hidden(self, state: Tensor) -> Tensor:
+        return state.flatten(2)
+
     def mappings(self) -> tuple[nn.Module, ...]:
         return self.map_attn, self.map_ffn
 

@@ -4,6 +4,7 @@ import inspect
 
 from spannorm.errors import InvalidArgument
 from spannorm.import_path import find
+from spannorm.placements.attnres import AttnRes
 from spannorm.placements.b2t import B2T
 from spannorm.placements.base import Placement
 from spannorm.placements.deepnorm import DeepNorm
@@ -49,6 +50,7 @@ PLACEMENTS: dict[str, type[Placement]] = {
     "mhc": MHC,
     "ihc": IHC,
     "gr": GR,
+    "attnres": AttnRes,
 }
 
 

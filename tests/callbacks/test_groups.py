@@ -17,6 +17,8 @@ DEFAULT = [
     "signal_propagation",
     "representation_collapse",
     "stream_mixing",
+    "source_weights",
+    "gate_means",
     "dashboard",
     "hyperparameters",
     "random_state",

@@ -32,7 +32,10 @@ def documented() -> set[str]:
 def generic(tag: str) -> str:
     """A tag as the page has it: with BLOCK, LAYER and KIND."""
     tag = re.sub(r"block_\d+", "block_BLOCK", re.sub(r"layer_\d+", "layer_LAYER", tag))
-    tag = re.sub(r"^eval/\w+/", "eval/NAME/", re.sub(r"_share_\d+$", "_share_STREAM", tag))
+    tag = re.sub(r"_share_\d+$", "_share_STREAM", tag)
+    tag = re.sub(r"(block_BLOCK)/(attn|ffn|out)/from_\d+", r"\1/SUBLAYER/from_SOURCE", tag)
+    tag = re.sub(r"^(gates/block_BLOCK)/[a-z_.]+$", r"\1/PART", tag)
+    tag = re.sub(r"^eval/\w+/", "eval/NAME/", tag)
     head, _, last = tag.rpartition("/")
     return f"{head}/KIND" if last in KINDS and "BLOCK" in head else tag
 
@@ -49,6 +52,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         f"+callbacks.poison._target_={__name__}.Poison",
     ]
     folders = [run(cwd, name, f"experiment={name}", *everything) for name in ("dense_spannorm", "moe_spannorm")]
+    folders.append(run(cwd, "sources", "model.placement=attnres", "model.norm=gatednorm", "trainer.max_steps=1"))
     for name in ("hc", "gr"):
         folders.append(run(cwd, name, f"model.placement={name}", "trainer.max_steps=1", "trainer.val_check_interval=1"))
     evaluate.main([str(folders[0]), f"allow={Poison.__module__}.Poison"])

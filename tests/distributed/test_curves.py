@@ -15,6 +15,7 @@ CASES += [Run("tp", num_processes=2), Run("ddp", micro_batch_size=1, num_process
 CASES += [Run("fsdp", num_processes=2, clip=0.0)]  # not clipped at all
 NORMED = (("qk_norm", "width"), ("qkv_bias", True), ("head_dim", 6), ("num_kv_heads", 2))
 CASES += [Run("tp", "dense", "prenorm", 2, options=NORMED)]
+CASES += [Run("fsdp", "dense", "attnres", 2, options=(("norm", "gatednorm"),))]
 # Norms inside attention and FFN, of which tensor parallelism leaves each process a part; a gate; tied weights.
 INSIDE = ("hybridnorm", "outputnorm", "subln", "rezero")
 MORE = [Run("tp", "dense", placement, 2) for placement in (*PLACEMENTS[1:], *INSIDE)]
@@ -24,6 +25,12 @@ MORE += [Run("tp", "moe", "subln", 2, options=(("tie_embeddings", True), ("num_k
 MORE += [Run("tp", "dense", "outputnorm", 2, options=(("qk_norm", "head"), ("qkv_bias", True)))]
 MORE += [Run("fsdp", "dense", "hybridnorm", 2, options=NORMED)]
 MORE += [Run("ep", "moe", placement, 2) for placement in PLACEMENTS]
+MORE += [
+    Run(strategy, "moe", "attnres", 2, options=(("activation_checkpointing", True),)) for strategy in ("ddp", "fsdp")
+]
+MORE += [Run("tp", "dense", "attnres", 2, options=(("placement_options", {"group": 3}),))]
+MORE += [Run("tp", "dense", placement, 2, options=(("norm", "gatednorm"),)) for placement in ("hybridnorm", "subln")]
+MORE += [Run("fsdp", "dense", "prenorm", 2, optim=(("depth_scaling", "completep"), ("base_num_layers", 1)))]
 MORE += [Run("fsdp", micro_batch_size=1, num_processes=2)]
 # Many streams, with matrices of the placement's own.
 STREAMS = [Run(strategy, "dense", "mhc", 2) for strategy in ("ddp", "fsdp", "tp")]

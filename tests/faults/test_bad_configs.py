@@ -27,7 +27,7 @@ MODEL = {
     **dict.fromkeys(["tie_embeddings", "activation_checkpointing"], SWITCHES),
     "placement": [*PLACEMENTS, "none", *WORDS],
     "init": [*INITS, "default", *WORDS],
-    "norm": ["rmsnorm", "layernorm", "dyt", "none", *WORDS],
+    "norm": ["rmsnorm", "layernorm", "dyt", "derf", "gatednorm", "none", *WORDS],
     "ffn": ["dense", "moe", *WORDS],
     "cpu_kernels": ["auto", "off", *WORDS],
     **dict.fromkeys(["placement_options", "init_options"], OPTIONS),
@@ -47,6 +47,7 @@ OPTIM = {
     "betas": ["[0,0]", "[1,1]", "[0.9]", "[0.9,0.5]", "[nan,0.9]", "[-1,2]", *WORDS],
     "schedule": ["cosine", "wsd", "constant", *WORDS],
     "width_scaling": ["none", "mup", "standard", *WORDS],
+    "depth_scaling": ["none", "completep", *WORDS],
 }
 DATA = {
     **dict.fromkeys(["seq_len", "batch_size", "val_batches", "seed"], SIZES),
@@ -62,7 +63,7 @@ TRAINER = {
     **dict.fromkeys(["enable_progress_bar", "enable_checkpointing", "benchmark", "deterministic"], SWITCHES),
 }
 CALLBACKS = {
-    **dict.fromkeys(["signal_propagation.every_n_steps", "representation_collapse.every_n_steps"], COUNTS),
+    **dict.fromkeys(["signal_propagation.every_n_steps", "source_weights.every_n_steps"], COUNTS),
     **dict.fromkeys(["last_checkpoint.every_n_train_steps", "flight_recorder", "gradient_health"], COUNTS),
     "gradient_health.histogram_every_n_steps": COUNTS,
     "divergence.policy": ["warn", "skip", "zclip", "adagc", "rollback", "stop", *WORDS],

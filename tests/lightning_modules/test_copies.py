@@ -29,6 +29,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "compiled mixture": {"ffn": "moe", "compile": True},
     **{name: {"placement": name, "ffn": "moe", "norm": "layernorm"} for name in PLACEMENTS},
     "dyt": {"norm": "dyt"},
+    "derf": {"norm": "derf"},
+    "gatednorm": {"norm": "gatednorm", "placement": "subln"},
 }
 COPIES: dict[str, Callable[[Any], Any]] = {
     "deepcopy": copy.deepcopy,

@@ -27,7 +27,8 @@ TINY = {"dim": 12, "num_heads": 2, "ffn_dim": 8}
 OF_PLACEMENTS: dict[str, list[Choice]] = {
     "spannorm": [{"first_norm": False}],
     "b2t": [{"last_skip": True}],
-    "mixln": [{"post_fraction": fraction} for fraction in (0.0, 0.5, 1.0)],
+    **{name: [{"gpas": True}] for name in ("prenorm", "deepnorm")},
+    "mixln": [{"gpas": True}, *({"post_fraction": fraction} for fraction in (0.0, 0.5, 1.0))],
     "keel": [{"alpha": "sqrt"}, {"alpha": 1.0}, {"ease_in": True}],
     "siamesenorm": [{"count_sublayers": True}, {"normed_sum": True}, {"head_norms": True}],
     "hc": [{"static": True}, {"streams": 2}],
@@ -42,7 +43,15 @@ OF_INITS: dict[str, list[Choice]] = {
     "deepscalelm": [{"correlation": 0.01}, {"correlation": 0.0}],
 }
 OF_NORMS: dict[str, list[Choice]] = {
-    "dyt": [{"alpha": 0.0}, {"alpha": 5.0}, {"alpha_attention": 0.0}, {"embedding_scale": None}, {"embedding_scale": 0}]
+    "dyt": [
+        {"alpha": 0.0},
+        {"alpha": 5.0},
+        {"alpha_attention": 0.0},
+        {"embedding_scale": None},
+        {"embedding_scale": 0},
+    ],
+    "derf": [{"alpha": 0.0}, {"shift": 0.5}],
+    "gatednorm": [{"up_std": 0.1}, {"kind": "dyt"}, {"kind": "none", "rank": 1}],
 }
 
 

@@ -16,6 +16,7 @@ MODELS: dict[str, dict[str, Any]] = {
     **{name: {"placement": name, "ffn": "moe"} for name in PLACEMENTS},
     "dense, layernorm": {"norm": "layernorm"},
     "dyt": {"norm": "dyt", "placement": "prenorm"},
+    "gatednorm": {"norm": "gatednorm", "placement": "hybridnorm"},
     "shared experts and a bias": {"ffn": "moe", "moe": SHARED},
 }
 

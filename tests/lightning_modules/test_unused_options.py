@@ -64,7 +64,7 @@ UNUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         {},
         "model.activation_checkpoint_every=2 has no effect: model.activation_checkpointing",
     ),
-    *(({"norm": kind, "norm_eps": 1e-3}, {}, "model.norm_eps=0.001 has no effect") for kind in ("dyt", "none")),
+    *(({"norm": kind, "norm_eps": 1e-3}, {}, "model.norm_eps=0.001 has no effect") for kind in ("dyt", "derf", "none")),
     ({"norm": "none", "placement": "prenorm", "qk_norm": "head"}, {}, "model.qk_norm=head has no effect: model.norm"),
     ({"ffn": "moe", "ffn_dim": 48, "moe": {"expert_dim": 16}}, {}, "model.ffn_dim=48 has no effect: all FFNs"),
     *(
@@ -75,6 +75,7 @@ UNUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"decay_shape": "exponential"}, "optim.decay_shape=exponential has no effect: optim.schedule=cosine"),
     ({}, {"min_lr_ratio": 0.0, "schedule": "constant"}, "optim.min_lr_ratio=0.0 has no effect"),
     ({}, {"base_width": 64}, "optim.base_width=64 has no effect: optim.width_scaling is none"),
+    ({}, {"base_num_layers": 4}, "optim.base_num_layers=4 has no effect: optim.depth_scaling is none"),
     ({}, {"base_ffn_width": 64}, "optim.base_ffn_width=64 has no effect: optim.width_scaling is none"),
 ]
 

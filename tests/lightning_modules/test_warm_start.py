@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from core.errors import ConfigError
 from lightning_modules.language_module import LanguageModule
 from lightning_modules.warm_start import model_of, warm_start
-from tests.support.models import VOCAB_SIZE, make_module, tiny_values
+from tests.support.models import VOCAB_SIZE, make_module, tiny_values, tokens
 from tests.support.runs import load, run, tiny_job, train
 from tools.consolidate import consolidate
 
@@ -69,6 +69,28 @@ def test_another_placement_takes_what_has_a_counterpart_and_names_the_rest(
     assert all(found[name].shape == drawn[name].shape for name in new)
     back = warm_start(path, started(path, placement="prenorm").model or nn.Module())
     assert (back.new, back.unused) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "tolerance"),
+    [
+        ({"placement": "prenorm", "placement_options": {"gpas": True}}, 0.0),
+        ({"placement": "attnres"}, 1e-4),
+        ({"placement": "attnres", "placement_options": {"group": 3}}, 1e-4),
+    ],
+    ids=str,
+)
+def test_weights_of_prenorm_make_the_same_function_at_the_start(
+    overrides: dict[str, Any], tolerance: float, tmp_path: Path
+) -> None:
+    """To the bit, or but for the eps of norms and the rounding of a mean."""
+    values = {"num_layers": 3, "norm_eps": 1e-9}
+    module, sequence = make_module(placement="prenorm", init="fan_in", **values), tokens(2, 9)
+    assert module.model is not None
+    path = tmp_path / "model.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in weights_of(module).items()}, path)
+    expected, found = module.model(sequence)[0], started(path, **overrides, **values).model(sequence)[0]  # type: ignore[misc]
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,12 @@ def test_a_class_or_function_of_ones_own_is_found_by_its_import_path() -> None:
 @pytest.mark.parametrize(
     ("find", "name", "message"),
     [
-        (find_placement, "prenrom", r"placement='prenrom' .* one of b2t, .* \(did you mean prenorm\?\), or an import"),
-        (find_norm, "own_norms", "one of dyt, layernorm, none, rmsnorm, or an import path"),
+        (
+            find_placement,
+            "prenrom",
+            r"placement='prenrom' .* one of attnres, b2t, .* \(did you mean prenorm\?\), or an import",
+        ),
+        (find_norm, "own_norms", "one of derf, dyt, gatednorm, layernorm, none, rmsnorm, or an import path"),
         (find_placement, "own_norms.Missing", r"can be imported \(AttributeError: .*no attribute 'Missing'\)"),
         (find_placement, "own_broken.MyNorm", r"\(ModuleNotFoundError: No module named 'this_module_is_missing'\)"),
         (find_placement, "nowhere.MyNorm", r"\(ModuleNotFoundError: No module named 'nowhere'\)"),

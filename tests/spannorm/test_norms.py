@@ -1,5 +1,6 @@
 """Each norm kind against its formula."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from core.errors import ConfigError
 from lightning_modules.initialization import initialize
 from lightning_modules.layers.norms import make_norm
 from lightning_modules.transformer import Transformer
-from spannorm import DyT, NormFactory
+from spannorm import DyT, GatedNorm, NormFactory
 from tests.support.models import VOCAB_SIZE, tiny_config, tokens
 
 EPS = 0.1  # large enough to show
@@ -24,10 +25,12 @@ def formula(kind: str, x: np.ndarray, p: dict[str, np.ndarray]) -> np.ndarray:
         return centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + EPS) * p["weight"] + p["bias"]
     if kind == "dyt":
         return p["weight"] * np.tanh(p["alpha"] * x) + p["bias"]
+    if kind == "derf":
+        return p["weight"] * np.vectorize(math.erf)(p["alpha"] * x + p["shift"]) + p["bias"]
     return x
 
 
-@pytest.mark.parametrize("kind", ["rmsnorm", "layernorm", "dyt", "none"])
+@pytest.mark.parametrize("kind", ["rmsnorm", "layernorm", "dyt", "derf", "none"])
 def test_norm_is_its_formula(kind: str) -> None:
     norm = make_norm(tiny_config(norm=kind, norm_eps=EPS), dim=12)
     x = 2 * torch.randn(3, 5, 12) + 1
@@ -86,6 +89,7 @@ def test_dyt_is_told_where_attention_alone_reads(placement: str, before_attentio
     assert {round(alpha, 6) for alpha in found.values()} <= {0.3, 0.7}
 
 
+@pytest.mark.parametrize("kind", ["dyt", "derf"])
 @pytest.mark.parametrize(
     ("options", "start"),
     [
@@ -95,8 +99,10 @@ def test_dyt_is_told_where_attention_alone_reads(placement: str, before_attentio
         ({"embedding_scale": None}, None),
     ],
 )
-def test_dyt_scales_the_embedding_by_one_learned_number(options: dict[str, Any], start: float | None) -> None:
-    model = Transformer(tiny_config(norm="dyt", placement="rezero", norm_options=options), VOCAB_SIZE)
+def test_pointwise_kinds_scale_the_embedding_by_one_learned_number(
+    kind: str, options: dict[str, Any], start: float | None
+) -> None:
+    model = Transformer(tiny_config(norm=kind, placement="rezero", norm_options=options), VOCAB_SIZE)
     initialize(model)
     sequence = tokens(2, 5)
     final = model.blocks[-1].placement.final_norm
@@ -118,6 +124,16 @@ def test_dyt_scales_the_embedding_by_one_learned_number(options: dict[str, Any],
         ("dyt", {"embedding_scale": "root"}, "embedding_scale", "'sqrt'"),
         ("dyt", {"beta": 1.0}, "beta", "one of alpha, alpha_attention, embedding_scale"),
         ("dyt", {"width": 1}, "width", "no such field"),
+        ("derf", {"alpha": 0.0}, "alpha", "a number > 0"),
+        ("derf", {"shift": float("nan")}, "shift", "a finite number"),
+        ("derf", {"embedding_scale": -1}, "embedding_scale", "a number > 0, unit, sqrt or null"),
+        ("derf", {"alpha_attention": 1.0}, "alpha_attention", "one of alpha, embedding_scale, shift"),
+        ("gatednorm", {"kind": "gatednorm"}, "kind", "one of derf, dyt, layernorm, none, rmsnorm"),
+        ("gatednorm", {"kind": "my_file.MyNorm"}, "kind", "one of derf, dyt, layernorm, none, rmsnorm"),
+        ("gatednorm", {"rank": 0}, "rank", "an integer >= 1"),
+        ("gatednorm", {"up_std": -0.1}, "up_std", "a number >= 0"),
+        ("gatednorm", {"kind": "dyt", "kind_options": {"alpha": 0.0}}, "kind_options.alpha", "a number > 0, or null"),
+        ("gatednorm", {"kind_options": {"alpha": 0.5}}, "kind_options.alpha", "no options"),
         ("rmsnorm", {"alpha": 1.0}, "alpha", "no such field"),
         ("none", {"alpha": 1.0}, "alpha", "no such field"),
     ],
@@ -146,12 +162,86 @@ def test_a_norm_that_leaves_nothing_but_a_sign_is_refused(overrides: dict[str, A
         Transformer(tiny_config(**overrides), VOCAB_SIZE)
 
 
+def test_derf_starts_where_its_reimplementations_have_it() -> None:
+    norm, x = NormFactory("derf", 8)(), torch.randn(4, 8)
+    torch.testing.assert_close(norm(x), torch.erf(x / 2))
+    assert {name: set(value.tolist()) for name, value in norm.named_parameters()} == {
+        **{"alpha": {0.5}, "shift": {0.0}},
+        **{"weight": {1.0}, "bias": {0.0}},
+    }
+
+
+@pytest.mark.parametrize("kind", ["rmsnorm", "layernorm", "dyt", "derf", "none"])
+def test_gatednorm_is_any_kind_times_a_gate_of_low_rank(kind: str) -> None:
+    """And what of it is a gradient, by differences."""
+    norm = NormFactory("gatednorm", 5, EPS, {"kind": kind, "rank": 3})().double()
+    for parameter in norm.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    parameters = {name.removeprefix("norm."): value.detach().numpy() for name, value in norm.named_parameters()}
+    y = formula(kind, x.detach().numpy(), parameters)
+    hidden = y @ parameters["down"].T
+    gate = 1 / (1 + np.exp(-(hidden / (1 + np.exp(-hidden))) @ parameters["up"].T))
+    np.testing.assert_allclose(norm(x).detach().numpy(), y * gate, rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(norm.gates(x).detach().numpy(), gate, rtol=1e-10, atol=1e-10)
+    names = [name for name, _ in norm.named_parameters()]
+    values = tuple(norm.parameters())
+    of = lambda x, *values: torch.func.functional_call(norm, dict(zip(names, values, strict=True)), x)  # noqa: E731
+    assert torch.autograd.gradcheck(of, (x, *values))
+
+
+@pytest.mark.parametrize("ffn", ["dense", "moe"])
+def test_gatednorm_starts_half_open_and_its_matrices_have_a_role(ffn: str) -> None:
+    model = Transformer(tiny_config(norm="gatednorm", placement="subln", ffn=ffn), VOCAB_SIZE)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    initialize(model)
+    owned = [matrix for matrix in model.matrices() if matrix.role == "residual"]
+    norms = [module for module in model.modules() if isinstance(module, GatedNorm)]
+    assert {matrix.weight for matrix in owned} == {weight for norm in norms for weight in (norm.down, norm.up)}
+    for norm in norms:
+        dim = norm.down.size(1)
+        assert (tuple(norm.down.shape), tuple(norm.up.shape)) == ((16, dim), (dim, 16))
+        assert norm.down.std().item() == pytest.approx(dim**-0.5, rel=0.2)
+        assert not norm.up.any()
+        assert norm.gates(torch.randn(2, dim)).eq(0.5).all()
+    model = Transformer(tiny_config(norm="gatednorm", norm_options={"up_std": 0.5}), VOCAB_SIZE)
+    initialize(model)
+    assert model.blocks[0].placement.norm_attn.up.std().item() == pytest.approx(0.5, rel=0.2)
+
+
+def test_a_gated_kind_is_refused_where_that_kind_is() -> None:
+    Transformer(tiny_config(norm="gatednorm", placement="deepnorm"), VOCAB_SIZE)
+    with pytest.raises(ConfigError, match=r"model\.norm='dyt' is not valid: .* under DeepNorm"):
+        Transformer(tiny_config(norm="gatednorm", norm_options={"kind": "dyt"}, placement="deepnorm"), VOCAB_SIZE)
+
+
+def test_a_gated_dyt_scales_the_embedding_as_dyt_does() -> None:
+    options = {"kind": "dyt", "kind_options": {"embedding_scale": 3.0}}
+    model = Transformer(tiny_config(norm="gatednorm", norm_options=options), VOCAB_SIZE)
+    assert model.blocks[0].embedding_scale.weight.item() == 3.0
+
+
+def test_the_gate_is_computed_in_fp32() -> None:
+    norm = make_norm(tiny_config(norm="gatednorm"), dim=32)
+    for parameter in norm.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(4, 32, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, gates = norm(x), norm.gates(x)
+    assert (out.dtype, gates.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(out, (norm.norm(x).float() * norm.gates(x)).bfloat16(), rtol=0, atol=0)
+
+
 def test_unknown_kind() -> None:
-    with pytest.raises(ConfigError, match=r"model\.norm='rmsnrm'.*dyt, layernorm, none, rmsnorm.*mean rmsnorm"):
+    with pytest.raises(
+        ConfigError, match=r"model\.norm='rmsnrm'.*derf, dyt, gatednorm, layernorm, none, rmsnorm.*mean rmsnorm"
+    ):
         make_norm(tiny_config(norm="rmsnrm"), dim=12)
 
 
-@pytest.mark.parametrize("kind", ["rmsnorm", "dyt", "none"])  # layernorm's result is autocast's to choose
+@pytest.mark.parametrize("kind", ["rmsnorm", "dyt", "derf", "none"])  # layernorm's result is autocast's to choose
 def test_bf16_stays_bf16_and_is_computed_in_fp32(kind: str) -> None:
     norm, x = make_norm(tiny_config(norm=kind), dim=12), torch.randn(4, 12, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):

@@ -19,14 +19,14 @@ def through(model: Transformer, h: Tensor) -> Tensor:
     return h
 
 
-def norms_of(module: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
+def norms_of(module: nn.Module, eps: float = EPS) -> dict[str, Callable[[Tensor], Tensor]]:
     """Every norm of a module by its name, written out from its gain and, where it has one, its bias."""
     parameters = dict(module.named_parameters())
 
     def written_out(gain: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
         if bias is None:
-            return lambda x: reference.rms_norm(x, gain, EPS)
-        return lambda x: reference.rms_norm(x - x.mean(dim=-1, keepdim=True), gain, EPS) + bias
+            return lambda x: reference.rms_norm(x, gain, eps)
+        return lambda x: reference.rms_norm(x - x.mean(dim=-1, keepdim=True), gain, eps) + bias
 
     return {
         name.removesuffix(".weight"): written_out(gain, parameters.get(name.replace(".weight", ".bias")))

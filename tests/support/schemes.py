@@ -17,6 +17,7 @@ class At(NamedTuple):
     N: Callable[[str, Tensor], Tensor]
     gate: Tensor | None
     P: dict[str, Tensor]
+    P: dict[str, Tensor] = {}  # noqa: RUF012 - read only; the placement's parameters by name
 
 
 def prenorm(b: At, x: Tensor) -> Tensor:
@@ -200,6 +201,95 @@ def gr(b: At, state: Tensor) -> Tensor:
     return streams
 
 
+class _Shrink(torch.autograd.Function):
+    """x (1 - g sigmoid(g)), of which a gradient in x does not know."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(x, gate)
+        return x * (1 - gate / (1 + (-gate).exp()))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, gate = ctx.saved_tensors
+        share = 1 / (1 + (-gate).exp())
+        slope = share + gate * share * (1 - share)
+        return grad, -(slope * (grad * x).sum()).view_as(gate)
+
+
+def shrink(b: At, x: Tensor) -> Tensor:
+    assert b.gate is not None
+    out: Tensor = _Shrink.apply(x, b.gate)
+    return out
+
+
+def prenorm_gpas(b: At, x: Tensor) -> Tensor:
+    y = shrink(b, x + b.A(b.N("norm_attn", x)))
+    return shrink(b, y + b.F(b.N("norm_ffn", y)))
+
+
+def sandwich_gpas(b: At, x: Tensor) -> Tensor:
+    y = shrink(b, x + b.N("norm_attn_out", b.A(b.N("norm_attn_in", x))))
+    return shrink(b, y + b.N("norm_ffn_out", b.F(b.N("norm_ffn_in", y))))
+
+
+def lnscaling_gpas(b: At, x: Tensor) -> Tensor:
+    y = shrink(b, x + b.A(b.N("norm_attn", x) / b.l**0.5))
+    return shrink(b, y + b.F(b.N("norm_ffn", y) / b.l**0.5))
+
+
+def postnorm_gpas(b: At, x: Tensor, alpha: float = 1.0) -> Tensor:
+    y = b.N("norm_attn", shrink(b, x) * alpha + b.A(x))
+    return b.N("norm_ffn", shrink(b, y) * alpha + b.F(y))
+
+
+def deepnorm_gpas(b: At, x: Tensor) -> Tensor:
+    assert b.L == 4
+    return postnorm_gpas(b, x, 2.0 ** (3 / 4))
+
+
+def mixln_gpas(b: At, x: Tensor) -> Tensor:
+    b = b._replace(N=lambda name, h, norm=b.N: norm(f"inner.{name}", h))
+    return postnorm_gpas(b, x) if b.l == 1 else prenorm_gpas(b, x)
+
+
+def read(b: At, name: str, sources: list[Tensor]) -> Tensor:
+    """The sum over sources v of exp(w . N v) v, divided by the sum of these exponentials."""
+    query = b.P[f"{name}.query"].squeeze(0)
+    shares = [((b.N(name, v) * query).sum(-1, keepdim=True)).exp() for v in sources]
+    return sum((s * v for s, v in zip(shares, sources, strict=True)), torch.zeros(())) / sum(shares)
+
+
+def attnres(b: At, state: Any, group: int = 1) -> Any:
+    """`state` is every sublayer's output so far; sources are made of them anew each time."""
+
+    def sources() -> list[Tensor]:
+        groups = [outputs[i : i + group] for i in range(0, len(outputs), group)]
+        return [embedding, *(torch.stack(each).sum(0) for each in groups)]
+
+    embedding, *outputs = state if b.l > 1 else [state]
+    h = embedding if b.l == 1 else read(b, "read_attn", sources())
+    outputs.append(b.A(b.N("norm_attn", h)))
+    outputs.append(b.F(b.N("norm_ffn", read(b, "read_ffn", sources()))))
+    return [embedding, *outputs] if b.l < b.L else [embedding, *sources()[1:]]
+
+
+def attnres_by_2(b: At, state: Any) -> Any:
+    return attnres(b, state, 2)
+
+
+def attnres_by_3(b: At, state: Any) -> Any:
+    return attnres(b, state, 3)
+
+
+def attnres_in_one(b: At, state: Any) -> Any:
+    return attnres(b, state, 100)
+
+
+def read_and_normed(b: At, state: Any) -> Tensor:
+    return b.N("final_norm", read(b, "read_out", state))
+
+
 def bare(b: At, x: Tensor) -> Tensor:
     return x
 
@@ -246,7 +336,7 @@ SCHEMES = {
     "prenorm": Scheme(prenorm, normed, (2, 2, 2, 3), "megatron"),
     "postnorm": Scheme(postnorm, bare, (2, 2, 2, 2)),
     "spannorm": Scheme(spannorm, bare, (3, 2, 2, 2), "scale_init"),
-    "deepnorm": Scheme(deepnorm, bare, (2, 2, 2, 2), "deepnorm", refuses=("dyt", "none")),
+    "deepnorm": Scheme(deepnorm, bare, (2, 2, 2, 2), "deepnorm", refuses=("dyt", "derf", "none")),
     "b2t": Scheme(b2t, bare, (2, 2, 2, 2), "b2t", refuses=("none",)),
     "sandwich": Scheme(sandwich, normed, (4, 4, 4, 5), "megatron"),
     "perinorm": Scheme(perinorm, normed, (5, 4, 4, 5), "megatron"),
@@ -257,11 +347,12 @@ SCHEMES = {
     "lnscaling": Scheme(lnscaling, normed, (2, 2, 2, 3)),
     "subln": Scheme(prenorm, normed, (2, 2, 2, 3), "subln", inner=True),
     "residual": Scheme(residual, summed, (2, 2, 2, 3), refuses=("none",)),
-    "keel": Scheme(keel, bare, (4, 4, 4, 4), refuses=("dyt", "none")),
+    "keel": Scheme(keel, bare, (4, 4, 4, 4), refuses=("dyt", "derf", "none")),
     "siamesenorm": Scheme(siamesenorm, summed, (6, 6, 6, 7), refuses=("none",)),
     "rezero": Scheme(rezero, normed, (0, 0, 0, 1)),
     "hc": Scheme(hc, streams_summed, (2, 2, 2, 3), "megatron"),
     "mhc": Scheme(mhc, streams_summed, (2, 2, 2, 3), "megatron"),
     "ihc": Scheme(mhc, streams_summed, (2, 2, 2, 3), "megatron"),
     "gr": Scheme(gr, streams_summed, (8, 8, 8, 9), "megatron"),
+    "attnres": Scheme(attnres, read_and_normed, (3, 4, 4, 6), "megatron", refuses=("none",)),
 }

@@ -1,5 +1,6 @@
 """What is planned against what real steps take, and a 7B run planned in seconds."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,11 +11,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
+from analysis.memory import saved_activations
 from core.errors import ConfigError
 from lightning_modules.cross_entropy import LARGE_VOCABULARY
 from lightning_modules.language_module import LanguageModule
 from lightning_modules.layers import expert_products
 from lightning_modules.optimizers import make_optimizer
+from lightning_modules.transformer import Transformer
 from tests.support.models import make_module, tiny_values, tokens
 from tools.plan import PRECISIONS, Plan, compose_config, main, plan
 
@@ -25,6 +28,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "two streams, grouped queries": {**WIDE, "placement": "siamesenorm", "num_kv_heads": 2},
     **{name: {**WIDE, "placement": name} for name in ("mhc", "gr")},
     "hc": {**WIDE, "dim": 192, "ffn_dim": 512, "placement": "hc"},  # narrower, to mix streams is 8 % of its products
+    "all sources": {**WIDE, "placement": "attnres"},
+    "sources by groups": {**WIDE, "placement": "attnres", "placement_options": {"group": 4}},
     "moe": {**WIDE, "ffn": "moe", "moe": {"expert_dim": 64, "num_shared_experts": 1}},
     "large vocabulary": WIDE,
     "bf16-mixed": WIDE,
@@ -42,6 +47,7 @@ def planned(name: str) -> Any:
     model = MODELS[name]
     flat = {**{k: v for k, v in model.items() if k != "moe"}, "num_heads": 4}
     moe = {"num_experts": 4, "top_k": 2, "expert_dim": 24, **model.get("moe", {})}
+    flat |= {f"placement_options.{k}": v for k, v in flat.pop("placement_options", {}).items()}
     overrides = [f"model.{name}={value}" for name, value in flat.items()]
     overrides += [f"model.moe.{name}={value}" for name, value in moe.items()] if "moe" in model else []
     sizes = ["data=synthetic", "data.task=copy", f"data.vocab_size={vocab_size(name)}"]
@@ -115,6 +121,27 @@ def test_memory_and_flops_are_those_of_a_real_step(name: str) -> None:
         (now,) = tracker.get_tracker_snapshot("current").values()
     held = now["Total"] - expected.weights - expected.optimizer
     assert expected.activations == pytest.approx(held, rel=0.05)
+    del value
+
+
+@pytest.mark.parametrize("placement", ["prenorm", "attnres"])
+def test_what_recomputed_blocks_hand_on_counts_once(placement: str) -> None:
+    """A source goes into all blocks behind it, and is one tensor."""
+    values = tiny_values(**WIDE, placement=placement, activation_checkpointing=True)
+    module = LanguageModule(values, {"warmup_steps": 0}, 50)
+    module.configure_model()
+    model, batch = module.model, {"tokens": tokens(BATCH, SEQ_LEN + 1)}
+    build = lambda: Transformer(replace(module.model_config, activation_checkpointing=False), 50)  # noqa: E731
+    saved = saved_activations(build, BATCH, SEQ_LEN, chunked=False)
+    one = BATCH * SEQ_LEN * WIDE["dim"] * 4
+    assert saved.states == ([one] * 3 if placement == "prenorm" else [one, 2 * one, 2 * one])
+    tracker = MemTracker()
+    tracker.track_external(model)
+    with tracker:
+        value = module.compute_loss(batch)[0]
+        (now,) = tracker.get_tracker_snapshot("current").values()
+    held = now["Total"] - sum(p.nbytes for p in module.parameters())
+    assert saved.outside + sum(saved.states) == pytest.approx(held, rel=0.05)
     del value
 
 

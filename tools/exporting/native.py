@@ -13,6 +13,7 @@ from lightning_modules.pretrained.families import FAMILIES, Family
 from lightning_modules.pretrained.names import entries
 from lightning_modules.transformer import Transformer
 from spannorm import find_placement
+from tools.exporting.folded_weights import folded_weights
 
 
 def find_family(model: Transformer) -> Family | str:
@@ -129,7 +130,7 @@ def _configuration(model: Transformer, family: Family) -> dict[str, Any]:
 
 
 def _weights(model: Transformer, family: Family) -> dict[str, Tensor]:
-    ours, found = model.state_dict(), dict[str, Tensor]()
+    ours, found = folded_weights(model), dict[str, Tensor]()
     for entry in entries(model.config, family):
         tensor = ours[entry.ours]
         if entry.ours == "head.weight":

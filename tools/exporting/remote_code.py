@@ -17,6 +17,7 @@ from lightning_modules.transformer import Transformer
 from spannorm import PLACEMENTS
 from spannorm.import_path import is_import_path
 from tools.exporting import own_files
+from tools.exporting.folded_weights import folded_weights
 from tools.exporting.library_file import LIBRARY, sort_names
 
 FILE = "modeling_placement"
@@ -115,7 +116,7 @@ def weights(model: Transformer, dtype: torch.dtype | None = None) -> dict[str, T
     Args:
         dtype: of the parameters; None: as they are.
     """
-    tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in folded_weights(model).items()}
     tensors.update(model.named_buffers())
     if model.config.tie_embeddings:
         del tensors["head.weight"]

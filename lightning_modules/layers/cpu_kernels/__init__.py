@@ -8,6 +8,7 @@
 | linear.py | `nn.Linear` | on AMD, MKL's way through products of 10^8 multiplications and more: oneDNN's is shorter |
 | rms_norm.py | `spannorm.RMSNorm` | most of a dozen passes over memory, and x / rms kept for the backward pass |
 | allocator.py | handing memory back | new pages, and their zeros, for what the step before has freed |
+| source_attention.py | `spannorm.SourceAttention` | a second forward pass, and passes over gradients of the sources |
 | expert_swiglu.py | the experts' SwiGLU | passes over gate and up, which are in the cache an expert at a time |
 
 docs/decisions.md has what each brings by itself; what brings less than 2 % of a step is not kept. The layers are plain

@@ -5,8 +5,11 @@ from torch import nn
 from lightning_modules.layers.cpu_kernels.expert_swiglu import ExpertMLP
 from lightning_modules.layers.cpu_kernels.linear import Linear
 from lightning_modules.layers.cpu_kernels.rms_norm import RMSNorm
+from lightning_modules.layers.cpu_kernels.source_attention import SourceAttention
 
-KERNELS: dict[type[nn.Module], type[nn.Module]] = {cls.__mro__[1]: cls for cls in (ExpertMLP, Linear, RMSNorm)}
+KERNELS: dict[type[nn.Module], type[nn.Module]] = {
+    cls.__mro__[1]: cls for cls in (ExpertMLP, Linear, RMSNorm, SourceAttention)
+}
 """The faster subclass of each class of a layer."""
 
 

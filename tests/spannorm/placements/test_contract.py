@@ -46,7 +46,7 @@ def make_model(name: str, ffn: str, norm: str = "rmsnorm", num_layers: int = 4, 
 
 def seen_by_equation(block: Block, scheme: Scheme, index: int, total: int) -> At:
     attn, ffn = dict(block.attn.named_parameters()), dict(block.ffn.named_parameters())
-    attn_norms, ffn_norms, norms = norms_of(block.attn), norms_of(block.ffn), norms_of(block.placement)
+    attn_norms, ffn_norms, norms = (norms_of(part) for part in (block.attn, block.ffn, block.placement))
     projection_norms = {letter: attn_norms[f"projection_norms.{letter}"] for letter in scheme.qkv.lower()}
 
     def same(x: Tensor) -> Tensor:
@@ -161,6 +161,7 @@ QUICK = {
     ("siamesenorm", "dense", "rmsnorm"),
     ("prenorm", "dense", "layernorm"),
     ("mhc", "moe", "rmsnorm"),
+    ("attnres", "dense", "rmsnorm"),
 }
 COMPILED = [
     pytest.param(name, ffn, norm, marks=() if (name, ffn, norm) in QUICK else pytest.mark.slow)  # seconds each
@@ -183,7 +184,27 @@ def test_compiled_blocks_equal_eager_ones_with_no_graph_for_every_index(name: st
     out = through(model, h)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(torch.autograd.grad(out.square().mean(), h)[0], gradient)
-    assert 2 <= counter.frame_count <= 3  # the first of the four blocks, those between, and the last
+    assert 2 <= counter.frame_count <= 3  # first block, those between, and the last; or attention and FFN
+
+
+@pytest.mark.parametrize(
+    ("name", "norm", "options"),
+    [("attnres", "rmsnorm", {}), ("attnres", "gatednorm", {"group": 3}), ("prenorm", "derf", {"gpas": True})],
+    ids=str,
+)
+def test_the_number_of_graphs_does_not_grow_with_depth(name: str, norm: str, options: dict[str, Any]) -> None:
+    def graphs(num_layers: int) -> int:
+        torch._dynamo.reset()
+        model, counter = make_model(name, "dense", norm, num_layers, **options), CompileCounter()
+        h = torch.randn(2, SEQ, 32)
+        with torch.no_grad():
+            expected = through(model, h)
+            for block in model.blocks:
+                block.compile(backend=counter, fullgraph=True)
+            torch.testing.assert_close(through(model, h), expected)
+        return counter.frame_count
+
+    assert graphs(4) == graphs(7)
 
 
 @pytest.mark.parametrize(("name", "norm"), [(name, norm) for name in PLACEMENTS for norm in PLACEMENTS[name].norms])
@@ -203,7 +224,7 @@ def test_bf16_autocast_stays_finite_and_close(ffn: str, name: str, norm: str) ->
         assert (logits.float() - exact).square().mean() < 0.05 * exact.square().mean()
 
 
-@pytest.mark.parametrize("norm", ["dyt", "none"])
+@pytest.mark.parametrize("norm", ["dyt", "derf", "none"])
 @ffns
 @schemes
 def test_norms_without_statistics_work_or_are_refused(name: str, ffn: str, norm: str) -> None:
@@ -239,7 +260,7 @@ def test_the_final_norm_can_be_switched(name: str, final_norm: bool) -> None:
         ("keel", {"alpha": float("inf")}, "a number > 0, 2L or sqrt"),
         ("keel", {"alpha": "4L"}, "'2L', 'sqrt'"),
         ("mixln", {"post_fraction": 1.5}, "a number in [0, 1]"),
-        ("prenorm", {"alpha": 2.0}, "one of final_norm"),
+        ("prenorm", {"alpha": 2.0}, "one of final_norm, gpas"),
         ("hc", {"streams": 1}, "an integer from 2 to 64"),
         ("ihc", {"streams": 2.5}, "an integer"),
         ("hc", {"scale": 0.0}, "a number > 0"),
@@ -247,6 +268,8 @@ def test_the_final_norm_can_be_switched(name: str, final_norm: bool) -> None:
         ("mhc", {"start": "zero"}, "'identity', 'uniform'"),
         ("mhc", {"iterations": 0}, "an integer from 1 to 1000"),
         ("gr", {"rank": 0}, "null, or an integer from 1 to 128"),
+        ("attnres", {"group": 0}, "an integer >= 1"),
+        ("attnres", {"group": 1.5}, "an integer"),
     ],
 )
 def test_options_outside_their_range_are_refused(name: str, options: dict[str, Any], valid: str) -> None:

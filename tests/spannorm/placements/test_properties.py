@@ -15,7 +15,8 @@ from tests.support.models import VOCAB_SIZE, tiny_config
 
 OPTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "spannorm": {"first_norm": st.booleans()},
-    "mixln": {"post_fraction": st.floats(0, 1)},
+    **{name: {"gpas": st.booleans()} for name in ("prenorm", "sandwich", "lnscaling", "deepnorm")},
+    "mixln": {"post_fraction": st.floats(0, 1), "gpas": st.booleans()},
     "keel": {"alpha": st.sampled_from(["2L", "sqrt"]) | st.floats(0.5, 10), "ease_in": st.booleans()},
     "siamesenorm": dict.fromkeys(("count_sublayers", "normed_sum", "head_norms"), st.booleans()),
     "b2t": {"last_skip": st.booleans()},

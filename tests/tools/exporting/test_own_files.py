@@ -67,7 +67,7 @@ def test_every_form_of_import_means_the_same_in_the_flat_folder(home: Path, monk
         (home / f"flat_pkg/{name}.py").write_text(source)
     assert flat.keys() == {"own_pkg_norms", "own_pkg_deep_helpers", "own_pkg_consts", "own_single", "spannorm"}
     parts = set(re.findall(r"^# spannorm/placements/(\w+).py -", flat["spannorm"], re.MULTILINE))
-    assert parts == {"base", "prenorm", "spannorm"}, "of the library, what is used"
+    assert parts == {"base", "gpas", "prenorm", "spannorm"}, "of the library, what is used"
     (home / "own_pkg").rename(home / "gone")
     (home / "own_single.py").rename(home / "gone.py")
     for name in [name for name in sys.modules if name.startswith(("own_pkg", "own_single"))]:

@@ -24,7 +24,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "spannorm": [{"first_norm": False}, {"final_norm": True}],
     "b2t": [{"last_skip": True}],
     "keel": [{"alpha": "sqrt"}, {"alpha": 3.0, "ease_in": True}],
-    "mixln": [{"post_fraction": 0.5}],
+    **{name: [{"gpas": True}] for name in ("prenorm", "sandwich", "lnscaling", "deepnorm")},
+    "mixln": [{"post_fraction": 0.5, "gpas": True}],
     "siamesenorm": [{"count_sublayers": True, "normed_sum": True}, {"head_norms": True}],
 }
 """For each placement with options of its own, values that are not the defaults."""
@@ -33,6 +34,9 @@ DENSE: list[dict[str, Any]] = [
     {"num_kv_heads": 1, "tie_embeddings": True},
     {"norm": "layernorm", "norm_eps": 1e-2},
     {"norm": "dyt", "norm_options": {"alpha": 0.3, "embedding_scale": "sqrt"}},
+    {"norm": "gatednorm", "norm_options": {"rank": 3}},
+    {"norm": "gatednorm", "norm_options": {"kind": "dyt", "kind_options": {"alpha": 0.3, "embedding_scale": 2.0}}},
+    {"norm": "derf", "norm_options": {"alpha": 0.3, "shift": 0.2}},
     {"norm": "none"},
     {"rope_theta": 100.0, "num_heads": 2},
     {"ffn_dim": None, "dim": 48},
