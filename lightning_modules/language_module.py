@@ -61,7 +61,7 @@ from lightning_modules.sharding import (
 from lightning_modules.source_loss import SourceLoss
 from lightning_modules.transformer import Transformer
 from lightning_modules.unused_options import describe_unused
-from lightning_modules.warm_start import WarmStart, warm_start
+from lightning_modules.warm_start import WarmStart, check_logits, warm_start
 from lightning_modules.width_scaling import width_scaling
 
 log = logging.getLogger(__name__)
@@ -258,10 +258,12 @@ class LanguageModule(L.LightningModule):
             What is taken, what starts anew and what is left out.
 
         Raises:
-            ConfigError: it is nothing of that, or its model has other sizes.
+            ConfigError: it is nothing of that, its model has other sizes, or its width scaling multiplies the logits
+                by another number.
         """
         with torch.device("meta"):
             weightless = Transformer(self.model_config, self.vocab_size)
+        check_logits(source, self.width_scaling)
         self._warm_start = warm_start(source, weightless)
         return self._warm_start
 

@@ -5,6 +5,7 @@ and FFN, may have parameters without a counterpart: these start as the init says
 name and shape by shape, so that nothing is left out silently. What a source says of its model is read by `model_of`.
 """
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -22,10 +23,11 @@ from core.moved import with_current_fields
 from core.printable import printable
 from core.sharded_checkpoint import open_safetensors
 from core.untrusted import Untrusted, parse_json
-from lightning_modules.config import ModelConfig, parse
+from lightning_modules.config import ModelConfig, OptimConfig, parse
 from lightning_modules.pretrained.families import Pretrained, fields_of, find_pretrained
 from lightning_modules.pretrained.weights import INDEX, WHOLE, files_of, read_weights
 from lightning_modules.transformer import Transformer
+from lightning_modules.width_scaling import WidthScaling, width_scaling
 
 FIELD = "init_from"
 VALID = (
@@ -181,6 +183,35 @@ def warm_start(source: str | Path, model: Transformer) -> WarmStart:
     valid = f"weights of a model of the same sizes: there is no {', '.join(map(printable, foreign[:3]))} here"
     require(not foreign, FIELD, str(source), valid)
     return WarmStart(path, taken, sorted(own.keys() - taken.keys() - tied), unused)
+
+
+def check_logits(source: str | Path, scaling: WidthScaling) -> None:
+    """Refuse weights whose logits were multiplied by another number, which no shape tells.
+
+    Args:
+        source: as of `warm_start`; of an export with its own code nothing is known.
+        scaling: of the model that is to start from it.
+
+    Raises:
+        ConfigError: the width scaling of the source gives another multiplier.
+    """
+    path = Path(source)
+    if _pretrained(path) is not None:
+        theirs, said = 1.0, "none or standard"
+    else:
+        model, optim = _saved_model(path), _hyper_parameters(path).get("optim")
+        if model is None or not isinstance(optim, dict):
+            return
+        names = ("width_scaling", "base_width", "base_ffn_width")
+        saved = parse(OptimConfig, "optim", {name: optim[name] for name in names if name in optim})
+        theirs = width_scaling(model, saved).output_multiplier
+        said = f"{saved.width_scaling!r}"
+        said += f" with optim.base_width={saved.base_width}" if saved.width_scaling != "none" else ""
+    here = scaling.output_multiplier
+    valid = (
+        f"{said}, as of {printable(path, limit=None)}: its logits are multiplied by {theirs:g}, and here by {here:g}"
+    )
+    require(math.isclose(here, theirs), "optim.width_scaling", scaling.kind, valid)
 
 
 def _pretrained(path: Path) -> Pretrained | None:

@@ -125,6 +125,7 @@ WITHOUT_EFFECT = {
     "dtype",
     "eos_token_id",
     "initializer_range",
+    "is_llama_config",  # of SmolLM
     "max_position_embeddings",
     "max_window_layers",
     "model_type",
@@ -133,7 +134,10 @@ WITHOUT_EFFECT = {
     "pretraining_tp",  # which cuts products, and adds up the same
     "tokenizer_class",
     "torch_dtype",
+    "transformers.js_config",
     "transformers_version",
+    "unsloth_fixed",
+    "unsloth_version",
     "use_cache",
 }
 """Fields that change nothing of what the model computes."""
@@ -310,13 +314,20 @@ class _Reader:
             if given is None:
                 continue
             valid = "null, or rope_type 'default' and rope_theta: RoPE is not scaled here"
-            if not isinstance(given, dict) or given.keys() - {"rope_type", "type", "rope_theta"}:
+            if not isinstance(given, dict) or given.keys() - {
+                "rope_type",
+                "type",
+                "rope_theta",
+                "partial_rotary_factor",
+            }:
                 raise self.wrong(name, valid)
+            if given.get("partial_rotary_factor") not in FIXED["partial_rotary_factor"][0]:
+                raise self.wrong(name, "null, or a partial_rotary_factor of 1: RoPE turns all of a head")
             if any(given.get(key, "default") != "default" for key in ("rope_type", "type")):
                 raise self.wrong(name, valid)
             if (theta := given.get("rope_theta")) is not None:
-                beside = self.content.get("rope_theta", theta)
-                if type(theta) not in (int, float) or not 0 < theta < 1e30 or theta != beside:
+                beside = self.content.get("rope_theta")
+                if type(theta) not in (int, float) or not 0 < theta < 1e30 or beside not in (None, theta):
                     raise self.wrong(name, "a rope_theta > 0, the same as beside it")
                 return float(theta)
         return self.number("rope_theta")

@@ -73,6 +73,33 @@ def test_a_config_of_transformers_4_means_the_same(tmp_path: Path) -> None:
     assert_same_logits(theirs, started(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"dtype": "q4"}},
+        {"unsloth_version": "2024.9", "unsloth_fixed": True},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0}},
+        {"rope_theta": None},
+    ],
+    ids=str,
+)
+def test_what_published_folders_have_beside_is_read(fields: dict[str, Any], tmp_path: Path) -> None:
+    theirs = saved(tmp_path, "Llama")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    assert_same_logits(theirs, started(tmp_path))
+
+
+def test_logits_are_not_scaled_with_width(tmp_path: Path) -> None:
+    saved(tmp_path, "Llama")
+    pretrained = find_pretrained(tmp_path)
+    assert pretrained is not None
+    module = LanguageModule(pretrained.model, {"width_scaling": "mup", "base_width": 20}, 50)
+    valid = r"optim\.width_scaling='mup' is not valid: expected none or standard, as of .*by 1, and here by 0\.5"
+    with pytest.raises(ConfigError, match=valid):
+        module.start_from(tmp_path)
+
+
 def test_what_a_missing_field_means_is_what_transformers_takes(tmp_path: Path) -> None:
     from transformers import AutoConfig
 
@@ -106,6 +133,12 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
         ("Llama", "attention_multiplier", 0.1, "null, or no such field"),
         ("Llama", "rope_parameters", YARN, "RoPE is not scaled here"),
         ("Llama", "rope_scaling", {"type": "linear", "factor": 2.0}, "RoPE is not scaled here"),
+        (
+            "Llama",
+            "rope_parameters",
+            {"rope_theta": 500.0, "partial_rotary_factor": 0.5},
+            "a partial_rotary_factor of 1",
+        ),
         ("Llama", "rope_theta", 7.0, "a rope_theta > 0, the same as beside it"),
         ("Llama", "partial_rotary_factor", 0.5, "1: RoPE turns all"),
         ("Llama", "quantization_config", {"quant_method": "gptq"}, "null: weights are fp32"),

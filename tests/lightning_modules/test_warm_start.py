@@ -214,3 +214,23 @@ def test_heads_that_no_shape_tells_and_an_architecture_that_nobody_gave(tmp_path
             module.start_from(source)
     _, path = trained(tmp_path)
     assert model_of(path) is None
+
+
+def test_logits_of_a_width_scaled_run_want_its_scaling(tmp_path: Path) -> None:
+    """The multiplier on them is in no tensor."""
+    scaled = ["optim.width_scaling=mup", "optim.base_width=16"]
+    first = run(tmp_path, "first", *scaled, "trainer.max_steps=1")
+    file = tmp_path / "weights.safetensors"
+    consolidate(first / "checkpoints/last.ckpt", file)
+    model = {"dim": 32, "num_layers": 2, "num_heads": 2, "ffn_dim": 48}
+    for source in (first, first / "checkpoints/last.ckpt", file):
+        valid = (
+            r"optim\.width_scaling='none' is not valid: expected 'mup' with optim\.base_width=16, as of .*by 0\.5, and"
+        )
+        with pytest.raises(ConfigError, match=valid):
+            LanguageModule(model, {}, 257).start_from(source)
+        LanguageModule(model, {"width_scaling": "mup", "base_width": 16}, 257).start_from(source)
+    done = train(tmp_path, *tiny_job(f"init_from={first}", "run_dir=second"))
+    assert done.code == 2
+    assert "optim.width_scaling='none' is not valid" in done.err
+    assert not (tmp_path / "second").exists()

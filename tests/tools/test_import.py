@@ -242,6 +242,20 @@ def test_a_run_from_a_folder_is_resumed_without_it(llama: Path, corpus: Path, tm
     assert load(tmp_path / "run/checkpoints/last.ckpt")["global_step"] == 3
 
 
+def test_it_is_started_from_and_not_resumed(llama: Path, corpus: Path, tmp_path: Path) -> None:
+    importing.make_run(llama, tmp_path / "made")
+    before = sorted((tmp_path / "made").rglob("*"))
+    start = job("data=shards", f"data.path={corpus}")
+    done = train(tmp_path, *start, "run_dir=made", "ckpt_path=last")
+    assert done.code == 2
+    last = "made/checkpoints/last.ckpt"
+    assert f"ckpt_path='{last}' is not valid: expected a checkpoint of training: this one has weights" in done.err
+    assert f"a new run_dir with init_from={last} starts" in done.err
+    assert sorted((tmp_path / "made").rglob("*")) == before
+    done = train(tmp_path, *start, "run_dir=new", f"init_from={last}")
+    assert done.code == 0, done.err
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
