@@ -389,13 +389,10 @@ def check_resumable(
     except Exception as error:  # whole, but something else, or in pieces of which one is missing
         valid = f"a whole checkpoint of this project ({one_line(error)})"
         raise ConfigError("ckpt_path", str(checkpoint), valid) from error
-    alone = f"this one has weights alone, from which a new run_dir with init_from={checkpoint} starts"
-    require(
-        checkpoint.is_dir() or "optimizer_states" in content,
-        "ckpt_path",
-        str(checkpoint),
-        f"a checkpoint of training: {alone}",
+    valid = (
+        f"a checkpoint of training: this one has weights alone; init_from={checkpoint} starts a new run_dir from them"
     )
+    require(checkpoint.is_dir() or "optimizer_states" in content, "ckpt_path", str(checkpoint), valid)
     position = content.get(type(datamodule).__qualname__, {})
     _check_same_data(content, datamodule)
     identity = position.get("stream_identity", {}) if isinstance(position, dict) else {}

@@ -149,6 +149,18 @@ def validate(module: Any, datamodule: Any) -> float:
     return float(metrics["val/loss"])
 
 
+def _check_same(taken: Taken, chosen: SurgeryConfig, before: float, path: Path) -> None:
+    """Refuse a record of other steps, another rate or another run, which would stand in the same table.
+
+    Raises:
+        ConfigError: names the record.
+    """
+    same = (taken.steps, taken.lr) == (chosen.steps, chosen.lr) and math.isclose(taken.before, before, rel_tol=1e-4)
+    told = f"{path.name} has {taken.steps} steps at {taken.lr:g}, from a loss of {taken.before:.4f}"
+    valid = f"a folder whose records are of this run, {chosen.steps} steps and lr={chosen.lr:g}: {told}"
+    require(same, "output", str(chosen.output), valid)
+
+
 def write_table(output: Path) -> Path:
     """Write a row for each record of the folder, the smallest loss right after first, and return the path."""
     paths = sorted(output.glob("*.json"))[:MAX_RECORDS]
@@ -182,6 +194,7 @@ def main(config: SurgeryConfig) -> None:
     for placement in config.placements or tuple(PLACEMENTS):
         path = config.output / f"{re.sub(r'[^a-zA-Z0-9_.-]+', '_', placement)}.json"
         if path.exists():
+            _check_same(read_json(path, Taken), config, before, path)
             print(f"{printable(placement)}: has its record", flush=True)
             continue
         try:

@@ -314,12 +314,8 @@ class _Reader:
             if given is None:
                 continue
             valid = "null, or rope_type 'default' and rope_theta: RoPE is not scaled here"
-            if not isinstance(given, dict) or given.keys() - {
-                "rope_type",
-                "type",
-                "rope_theta",
-                "partial_rotary_factor",
-            }:
+            known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+            if not isinstance(given, dict) or given.keys() - known:
                 raise self.wrong(name, valid)
             if given.get("partial_rotary_factor") not in FIXED["partial_rotary_factor"][0]:
                 raise self.wrong(name, "null, or a partial_rotary_factor of 1: RoPE turns all of a head")

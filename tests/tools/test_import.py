@@ -250,7 +250,7 @@ def test_it_is_started_from_and_not_resumed(llama: Path, corpus: Path, tmp_path:
     assert done.code == 2
     last = "made/checkpoints/last.ckpt"
     assert f"ckpt_path='{last}' is not valid: expected a checkpoint of training: this one has weights" in done.err
-    assert f"a new run_dir with init_from={last} starts" in done.err
+    assert f"; init_from={last} starts a new run_dir from them" in done.err
     assert sorted((tmp_path / "made").rglob("*")) == before
     done = train(tmp_path, *start, "run_dir=new", f"init_from={last}")
     assert done.code == 0, done.err
