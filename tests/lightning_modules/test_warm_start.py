@@ -75,6 +75,7 @@ def test_another_placement_takes_what_has_a_counterpart_and_names_the_rest(
     ("overrides", "tolerance"),
     [
         ({"placement": "prenorm", "placement_options": {"gpas": True}}, 0.0),
+        ({"placement": "hc"}, 1e-5),
         ({"placement": "attnres"}, 1e-4),
         ({"placement": "attnres", "placement_options": {"group": 3}}, 1e-4),
     ],
@@ -87,6 +88,9 @@ def test_weights_of_prenorm_make_the_same_function_at_the_start(
     values = {"num_layers": 3, "norm_eps": 1e-9}
     module, sequence = make_module(placement="prenorm", init="fan_in", **values), tokens(2, 9)
     assert module.model is not None
+    for parameter in module.model.parameters():
+        if parameter.dim() == 1:
+            nn.init.uniform_(parameter, 0.5, 1.5)  # a gain that is not taken shows
     path = tmp_path / "model.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in weights_of(module).items()}, path)
     expected, found = module.model(sequence)[0], started(path, **overrides, **values).model(sequence)[0]  # type: ignore[misc]
