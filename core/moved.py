@@ -60,6 +60,7 @@ MOVED = {
 RENAMED_FIELDS = {
     "model": {"checkpoint_every": "activation_checkpoint_every"},
     "model.moe": {"every": "layer_interval"},
+    "optim": {"_target_": "optimizer"},  # as elsewhere under Hydra
 }
 """For each group of fields, the old name of a field and the one of today."""
 

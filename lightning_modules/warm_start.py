@@ -167,6 +167,9 @@ def warm_start(source: str | Path, model: Transformer) -> WarmStart:
     # A tied head is the embedding once more, and need not be in a file.
     own = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
     tied = {name for name, tensor in own.items() if name == "head.weight" and tensor is own["embedding.weight"]}
+    # MixLN keeps the norms of each block's placement one level further down.
+    here_as = {name.replace(".placement.inner.", ".placement."): name for name in own}
+    weights = {here_as.get(name.replace(".placement.inner.", ".placement."), name): w for name, w in weights.items()}
     taken = {}
     for name in own:
         there, here = weights.get(name), own[name]
