@@ -14,7 +14,7 @@ from core.open_run import open_run
 from core.overrides import with_names_of_today
 from core.run_folder import resume_command
 from core.saved_config import load_config
-from lightning_modules.config import ModelConfig, parse
+from lightning_modules.config import ModelConfig, OptimConfig, parse
 from tests.support.composing import composed
 from tests.support.runs import ROOT, load, run, tiny_job, train
 from tools import replay
@@ -167,9 +167,14 @@ def test_a_renamed_field_is_understood_in_saved_values_and_on_a_command_line(
 
 
 def test_every_renamed_field_is_there_under_its_new_name_alone() -> None:
-    schema = OmegaConf.create({"model": OmegaConf.structured(ModelConfig)})
+    schema = OmegaConf.create({"model": OmegaConf.structured(ModelConfig), "optim": OmegaConf.structured(OptimConfig)})
     for group, names in RENAMED_FIELDS.items():
         fields = OmegaConf.select(schema, group)
         for old, new in names.items():
             assert new in fields, new
             assert old not in fields, old
+
+
+def test_an_optimizer_is_named_as_hydra_names_a_class() -> None:
+    assert with_names_of_today(["optim._target_=torch.optim.SGD"]) == ["optim.optimizer=torch.optim.SGD"]
+    assert composed("optim._target_=torch.optim.SGD", "optim.weight_decay=0").optim.optimizer == "torch.optim.SGD"
