@@ -177,4 +177,3 @@ def test_every_renamed_field_is_there_under_its_new_name_alone() -> None:
 
 def test_an_optimizer_is_named_as_hydra_names_a_class() -> None:
     assert with_names_of_today(["optim._target_=torch.optim.SGD"]) == ["optim.optimizer=torch.optim.SGD"]
-    assert composed("optim._target_=torch.optim.SGD", "optim.weight_decay=0").optim.optimizer == "torch.optim.SGD"
