@@ -114,7 +114,7 @@ def watching(model: Transformer, see: Callable[[BlockView], None]) -> Iterator[N
                     for name, reader in block.placement.readers().items()
                 ),
                 *(part.register_forward_hook(keep_gates(name)) for name, part in gated_parts(block).items()),
-                block.register_forward_hook(end_of(number, block)),
+                block.register_forward_hook(end_of(number, block), prepend=True),  # before FSDP2 reshards
             ):
                 hooks.callback(handle.remove)
         yield

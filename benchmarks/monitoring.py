@@ -23,9 +23,12 @@ from benchmarks.measure import check_counts, machine
 from callbacks.divergence.divergence import Divergence
 from callbacks.divergence.flight_recorder import FlightRecorder
 from callbacks.monitors.curvature import Curvature
+from callbacks.monitors.gate_means import GateMeans
 from callbacks.monitors.gradient_health import GradientHealth
 from callbacks.monitors.representation_collapse import RepresentationCollapse
 from callbacks.monitors.signal_propagation import SignalPropagation
+from callbacks.monitors.source_weights import SourceWeights
+from callbacks.monitors.stream_mixing import StreamMixing
 from callbacks.monitors.throughput import Throughput
 from core import cli
 from core.build import build
@@ -69,6 +72,7 @@ class Turns(L.Callback):
     def __init__(self) -> None:
         logging = [Throughput(), GradientHealth(), FlightRecorder(RUN), Divergence(RUN)]
         sampling = [SignalPropagation(WINDOW), RepresentationCollapse(WINDOW)]
+        sampling += [StreamMixing(WINDOW), SourceWeights(WINDOW), GateMeans(WINDOW)]
         self.kinds: list[list[L.Callback]] = [[], logging, [*logging, *sampling], [*logging, Curvature(WINDOW)]]
         self.monitors = [*logging, *sampling, self.kinds[-1][-1]]
         self.seconds: list[list[float]] = [[] for _ in self.kinds]

@@ -12,7 +12,6 @@ from core.accelerator import register_resolver
 from core.errors import InvalidValue, require
 from core.overrides import CONFIGS, given, with_names_of_today
 from core.paths import require_path
-from core.saved_config import IMPORTABLE
 from lightning_modules.config import ModelConfig, OptimConfig, writable_schema
 
 
@@ -67,7 +66,8 @@ def inherit_model(config: DictConfig, overrides: Sequence[str], checkpoint: Path
     require_path("init_from", source, what)
     if not isinstance(config.get("model"), DictConfig):  # of a LightningModule of the user's own
         return []
-    from lightning_modules.warm_start import model_of  # it takes torch
+    from core.saved_config import IMPORTABLE  # these two take torch
+    from lightning_modules.warm_start import model_of
 
     experiment = given("experiment", overrides)
     path = CONFIGS / f"experiment/{experiment}.yaml"

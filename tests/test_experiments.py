@@ -30,6 +30,8 @@ def test_every_shipped_file_composes_and_fits_what_it_configures(choice: Path) -
     targets = dict(find_targets(config))
     assert {"module", "data", "trainer"} <= targets.keys()
     for where, node in targets.items():
+        if node["_target_"] is None:  # data=own, whose class is the user's
+            continue
         target = pydoc.locate(node.pop("_target_"))
         assert inspect.isclass(target), where
         filled_in = dict.fromkeys(FILLED_IN.get(where, ()))

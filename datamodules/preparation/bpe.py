@@ -85,8 +85,8 @@ def find_tokenizer(name: str) -> bytes | None:
             return str(library.Tokenizer.from_pretrained(name.removeprefix("hf:")).to_str(pretty=True)).encode()
         except Exception as error:  # network, no such repository, no tokenizer in it: the library's words say which
             raise InvalidValue("tokenizer", name, one_line(f"{type(error).__name__}: {error}")) from error
-    path = Path(name) / FILE if Path(name).is_dir() else Path(name)
     try:
+        path = Path(name) / FILE if Path(name).is_dir() else Path(name)
         valid = f"byte, bpe:SIZE, hf:NAME, or the path of a {FILE} or of a folder with one"
         require(path.is_file(), "tokenizer", name, valid)
         size = path.stat().st_size

@@ -109,7 +109,7 @@ def test_bash_completes_whole_words_where_an_equals_sign_divides_none(
     ("typed", "offered"),
     [
         ("python -m tools.co", ["tools.compare", "tools.consolidate", "tools.coordinate_check"]),
-        ("python -m studies.s", ["studies.status"]),
+        ("python -m studies.s", ["studies.status", "studies.surgery"]),
         ("python -m tools ru", ["runs"]),
         ("python -m tools.consolidate RUN ch", ["checkpoint=last", "checkpoint=best"]),
         ("python -m tools consolidate RUN checkpoint=b", ["best"]),

@@ -191,7 +191,7 @@ def message(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     [
         (["inptu=x"], ("inptu='x'", "no such field", "did you mean input?")),
         (["text_field=txt"], ("text_field='txt'", "line 1 has body, n")),
-        (["input=nowhere/*.txt"], ("input='nowhere/*.txt'", "a glob, hf:NAME or python_stdlib")),
+        (["input=nowhere/*.txt"], ("input='nowhere/*.txt'", "a glob, hf:NAME, python_stdlib or python_packages")),
         (["tokenizer=bpe:12"], ("tokenizer='bpe:12'", "N >= 257")),
         (["tokenizer=nowhere.json"], ("tokenizer='nowhere.json'", "byte, bpe:SIZE, hf:NAME, or the path")),
         (["tokenizer={jsonl}"], ("tokenizer=", "cannot be read as a tokenizer.json")),
