@@ -35,7 +35,8 @@ TRAINING = (
 VALIDATION = ("lightning", "optuna", "pytest", "rich", "torchmetrics")
 """Whole packages, so that no text of theirs, nor a near copy of it, is trained on."""
 SUFFIXES = (".py", ".pyi", ".md", ".rst", ".txt")
-SOURCE = "python_packages"
+PACKAGES = "python_packages"
+"""The input of tools.prepare that stands for them."""
 
 
 def package_documents() -> Iterator[tuple[str, str, bytes]]:

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from core.errors import require, writing
-from datamodules.package_documents import SOURCE, package_versions
+from datamodules.package_documents import PACKAGES, package_versions
 from datamodules.preparation.prepare import PrepareConfig, prepare
 from datamodules.storage import LocalFolder, read_index
 from datamodules.token_datamodule import TokenDataModule
@@ -48,7 +48,7 @@ class PythonPackages(TokenDataModule):
             CorpusError: a package is not installed.
         """
         versions = hashlib.sha256("\n".join(package_versions()).encode()).hexdigest()[:12]
-        return self.root / f"{SOURCE}-{versions}-bpe{VOCAB_SIZE}"
+        return self.root / f"{PACKAGES}-{versions}-bpe{VOCAB_SIZE}"
 
     @property
     def vocab_size(self) -> int:
@@ -72,6 +72,6 @@ class PythonPackages(TokenDataModule):
                 fcntl.flock(lock, fcntl.LOCK_EX)  # a run that starts meanwhile waits for the same corpus
                 if not (self.folder / "index.json").exists():
                     print(f"Preparing {self.folder}: 220 MB of text, some minutes, once", flush=True)
-                    prepare(PrepareConfig(SOURCE, str(self.folder), f"bpe:{VOCAB_SIZE}"))
+                    prepare(PrepareConfig(PACKAGES, str(self.folder), f"bpe:{VOCAB_SIZE}"))
         found = read_index(LocalFolder(self.folder)).vocab_size
         require(found == VOCAB_SIZE, "data.root", str(self.root), f"a corpus of {VOCAB_SIZE} tokens; this has {found}")

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from core.checkpoint import load
-from core.errors import ConfigError, UserError, one_line, require
+from core.errors import ConfigError, one_line, require
 from core.saved_config import refuse_foreign_values
 from core.sharded_checkpoint import open_safetensors
 from core.untrusted import Untrusted, parse_json
@@ -88,10 +88,8 @@ def read(path: Path) -> dict[str, Any]:
             content = load(last if last.exists() else path)
         present = isinstance(content.get("hyper_parameters"), dict) and isinstance(content.get("state_dict"), dict)
         require(present, FIELD, str(path), f"{VALID}, with hyper_parameters and state_dict")
-    except UserError as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(FIELD, str(path), f"{VALID}; it cannot be read as one ({one_line(error)})") from error
+    except ConfigError:
+        raise
     except Exception as error:  # truncated, no checkpoint at all, or one with code in it
         raise ConfigError(FIELD, str(path), f"{VALID}; it cannot be read as one ({one_line(error)})") from error
     return {name: value for name, value in content.items() if not name.startswith("optimizer_")}

@@ -263,10 +263,8 @@ def _sensitivity(cells: Sequence[Cell]) -> str:
     whole = [records for records in by_seed.values() if len(records) == len(cells)]
     if not whole or len(cells) < 2:
         return "-"
-    starts = [[record.start for record in records] for records in whole]
     found = [
-        learning_rate_sensitivity([record.val_loss for record in records], max(start))
-        for records, start in zip(whole, starts, strict=True)
+        learning_rate_sensitivity([r.val_loss for r in records], max(r.start for r in records)) for records in whole
     ]
     return f"{statistics.fmean(found):.3f}"
 

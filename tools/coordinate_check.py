@@ -81,10 +81,8 @@ def sizes_at(model_config: ModelConfig, optim_config: OptimConfig, seed: int = 0
     scaling, depth = width_scaling(model_config, optim_config), depth_scaling(model_config, optim_config)
     model = Transformer(model_config, VOCAB_SIZE, scaling.output_multiplier, depth.branch_multiplier)
     initialize(model, scaling, depth.num_layers)
-    kind, number = (
-        getattr(optim_config, f"{axis}_scaling"),
-        {"width": model_config.dim, "depth": model_config.num_layers},
-    )
+    kind = getattr(optim_config, f"{axis}_scaling")
+    number = model_config.dim if axis == "width" else model_config.num_layers
     optimizer = make_optimizer(model, optim_config)
     tokens = torch.randint(VOCAB_SIZE, (4, 33), generator=torch.Generator().manual_seed(seed))
     hidden: list[Tensor] = []
@@ -98,7 +96,7 @@ def sizes_at(model_config: ModelConfig, optim_config: OptimConfig, seed: int = 0
         if step in STEPS:
             for name, value in current.items():
                 size, change = (x.float().square().mean().sqrt().item() for x in (value, value - start[name]))
-                sizes.append(Size(kind, number[axis], step, name, size, change))
+                sizes.append(Size(kind, number, step, name, size, change))
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         loss = loss + 0.01 * sum(stats.load_balancing_loss for stats in router_stats)
         optimizer.zero_grad()
@@ -113,16 +111,7 @@ def check(ffn: str, widths: tuple[int, ...] = WIDTHS, lr: float = 3e-3) -> list[
     for kind in SCALINGS["width"]:
         optim = OptimConfig(lr=lr, width_scaling=kind, base_width=widths[0], warmup_steps=0)
         for width in widths:
-            model = ModelConfig(
-                placement="prenorm",
-                init="megatron",
-                num_layers=2,
-                dim=width,
-                num_heads=width // HEAD_DIM,
-                ffn=ffn,
-                moe=MoEConfig(num_experts=4),
-            )
-            sizes += sizes_at(model, optim)
+            sizes += sizes_at(_prenorm(ffn, 2, width), optim)
     return sizes
 
 
@@ -132,17 +121,21 @@ def check_depth(ffn: str, depths: tuple[int, ...] = DEPTHS, lr: float = 3e-3, di
     for kind in SCALINGS["depth"]:
         optim = OptimConfig(lr=lr, depth_scaling=kind, base_num_layers=depths[0], warmup_steps=0)
         for depth in depths:
-            model = ModelConfig(
-                placement="prenorm",
-                init="megatron",
-                num_layers=depth,
-                dim=dim,
-                num_heads=dim // HEAD_DIM,
-                ffn=ffn,
-                moe=MoEConfig(num_experts=4),
-            )
-            sizes += sizes_at(model, optim, axis="depth")
+            sizes += sizes_at(_prenorm(ffn, depth, dim), optim, axis="depth")
     return sizes
+
+
+def _prenorm(ffn: str, num_layers: int, dim: int) -> ModelConfig:
+    """Return a PreNorm model of heads of constant width."""
+    return ModelConfig(
+        placement="prenorm",
+        init="megatron",
+        num_layers=num_layers,
+        dim=dim,
+        num_heads=dim // HEAD_DIM,
+        ffn=ffn,
+        moe=MoEConfig(num_experts=4),
+    )
 
 
 def spread(sizes: list[Size], scaling: str, step: int, name: str, field: str) -> float:

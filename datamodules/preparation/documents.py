@@ -11,10 +11,10 @@ from typing import Any, BinaryIO, NamedTuple
 
 from core.errors import ConfigError, InvalidValue, one_line
 from core.untrusted import Untrusted, check_json
-from datamodules.package_documents import package_documents
+from datamodules.package_documents import PACKAGES, package_documents
 from datamodules.preparation.bounds import Bounds
 from datamodules.preparation.formats import BYTE_ORDER_MARK, COMPRESSIONS, TABLE_SUFFIXES, open_input, suffix_of
-from datamodules.preparation.inputs import HUB, PACKAGES, STDLIB, find_names, num_bytes
+from datamodules.preparation.inputs import HUB, STDLIB, find_names, num_bytes
 from datamodules.preparation.optional import import_optional
 from datamodules.preparation.tables import texts_of_table
 from datamodules.stdlib_documents import library_documents

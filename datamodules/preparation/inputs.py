@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import InvalidValue, require
-from datamodules.package_documents import package_versions
+from datamodules.package_documents import PACKAGES, package_versions
 from datamodules.stdlib_documents import SOURCE
 
-STDLIB, PACKAGES = "python_stdlib", "python_packages"
+STDLIB = "python_stdlib"
 HUB = "hf:"
 
 

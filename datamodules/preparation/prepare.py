@@ -23,13 +23,13 @@ from core.errors import ConfigError, InvalidValue, require, writing
 from core.untrusted import Untrusted, read_json
 from datamodules.expression import MAX_LOSS, SAID_LOSS, describe_loss
 from datamodules.index import SPLITS, Index
-from datamodules.package_documents import package_versions
+from datamodules.package_documents import PACKAGES, package_versions
 from datamodules.preparation.bounds import Bounds
 from datamodules.preparation.bpe import find_tokenizer, make_tokenizer, train_bpe, wanted_size
 from datamodules.preparation.documents import Inputs, Tally, find_inputs
 from datamodules.preparation.encoding import SplitPiece, WorkerDied, encode_all, units
 from datamodules.preparation.formats import FORMATS
-from datamodules.preparation.inputs import HUB, PACKAGES, STDLIB, fingerprint, legacy_fingerprint
+from datamodules.preparation.inputs import HUB, STDLIB, fingerprint, legacy_fingerprint
 from datamodules.preparation.inspect import measured_loss
 from datamodules.stdlib_documents import SOURCE, split_of
 from datamodules.storage import LocalFolder, read_index

@@ -1,6 +1,5 @@
 """A model that is one of transformers' own architectures, written as such: Llama, Qwen, OLMo, Mixtral."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from lightning_modules.pretrained.families import FAMILIES, Family
 from lightning_modules.pretrained.names import entries
 from lightning_modules.transformer import Transformer
 from spannorm import find_placement
+from tools.exporting.description import dtype_name, sizes_of, write_descriptions
 from tools.exporting.folded_weights import folded_weights
 
 
@@ -54,10 +54,9 @@ def write(
         **ends,
         "pad_token_id": None,
         "use_cache": True,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
     }
-    (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
-    (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
+    write_descriptions(folder, described, ends)
     tensors = {name: tensor.to(dtype) for name, tensor in _weights(model, family).items()}
     save_tensors(tensors, folder / "model.safetensors", {"format": "pt"})
 
@@ -99,13 +98,7 @@ def _qk_norm(config: ModelConfig) -> str:
 def _configuration(model: Transformer, family: Family) -> dict[str, Any]:
     config, moe = model.config, model.config.moe
     described: dict[str, Any] = {
-        "vocab_size": model.embedding.num_embeddings,
-        "hidden_size": config.dim,
-        "intermediate_size": config.hidden_dim,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_width,
+        **sizes_of(model),
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_eps,
         # Where transformers 4 reads it, and where 5 does.

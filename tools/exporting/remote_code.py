@@ -4,7 +4,6 @@ The code is one hand-written modeling file with its configuration, beside the pa
 model needs, and the user's own file where it names a placement or a norm kind of theirs.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from lightning_modules.transformer import Transformer
 from spannorm import PLACEMENTS
 from spannorm.import_path import is_import_path
 from tools.exporting import own_files
+from tools.exporting.description import dtype_name, sizes_of, write_descriptions
 from tools.exporting.folded_weights import folded_weights
 from tools.exporting.library_file import LIBRARY, sort_names
 
@@ -58,10 +58,9 @@ def write(
         "max_position_embeddings": max_length,
         **ends,
         "use_cache": True,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
     }
-    (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
-    (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
+    write_descriptions(folder, description, ends)
     save_tensors(weights(model, dtype), folder / "model.safetensors", {"format": "pt"})
     for name, text in code.items():
         (folder / f"{name}.py").write_text(text, "utf-8")
@@ -71,13 +70,7 @@ def configuration(model: Transformer) -> dict[str, Any]:
     """Return the arguments of PlacementConfig that describe a model."""
     config, moe = model.config, model.config.moe
     described: dict[str, Any] = {
-        "vocab_size": model.embedding.num_embeddings,
-        "hidden_size": config.dim,
-        "intermediate_size": config.hidden_dim,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_width,
+        **sizes_of(model),
         "qk_norm": config.qk_norm,
         "qkv_bias": config.qkv_bias,
         "rope_theta": config.rope_theta,
