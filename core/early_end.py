@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping, Timer
@@ -11,6 +11,17 @@ from omegaconf import DictConfig
 from core.errors import ConfigError, one_line
 from core.lightning_callbacks import field_of
 from core.steps import at_the_end
+
+
+@runtime_checkable
+class SaysWhyItStopped(Protocol):
+    """A callback that sets `trainer.should_stop`, and says why.
+
+    Attributes:
+        stopping_reason: in a line; None: it has not.
+    """
+
+    stopping_reason: str | None
 
 
 def early_end(trainer: L.Trainer) -> str | None:
@@ -64,6 +75,8 @@ def _reason_of(callback: Any) -> str | None:
             return f"the time of {given} (trainer.max_time or a Timer) is used up, and counts from the run's first step"
     if isinstance(callback, EarlyStopping) and callback.stopping_reason_message is not None:
         return f"EarlyStopping: {one_line(callback.stopping_reason_message).rstrip('.')}"
+    if isinstance(callback, SaysWhyItStopped):
+        return callback.stopping_reason
     return None
 
 

@@ -28,6 +28,7 @@ FIGURES = (
     "unigram_loss",
     "tokens_per_second",
     "seconds",
+    "total_seconds",
 )
 WORDS = ("status", "reason")
 PROVENANCE = "provenance"

@@ -11,7 +11,8 @@ from pydantic import AfterValidator, ConfigDict, Field
 
 from analysis.stability import clipped_share, extreme_gradient_norm, spikes_per_10000
 from core.atomic_write import write_whole
-from core.status import MAX_WORD, PROVENANCE
+from core.status import MAX_WORD, PROVENANCE, STOPPED
+from core.status import read as read_status
 from core.untrusted import MIB, Untrusted, read_json, read_yaml
 from studies.decay import Decay
 from studies.grid import Label, Override, Planned, Seed
@@ -78,13 +79,13 @@ class Record:
     Attributes:
         name, point, seed, overrides: as planned.
         status: finished, or what else it came to: FAILURES, BLEMISHES.
-        reason: of a broken run, the last line it said.
+        reason: of a broken run, the last line it said; of one that was stopped early, why.
         folder: the run's.
         val_loss: at the end, nats per token; None where it is no number.
         bigram_loss, unigram_loss: of the corpus; None where they are not known.
         parameters: of the model.
-        seconds: of training, in the last process.
-        tokens_per_second: likewise.
+        seconds: of training, over all processes that the run has taken.
+        tokens_per_second: mean of the process that trained last.
         train_loss: (steps, losses), each the mean since the one before; at most MAX_POINTS.
         by_block: {tag with {} for the block: {step: {block: value}}}, at MAX_TIMES of each monitor's steps.
         decay: of the gradient at initialization; None: not measured.
@@ -179,6 +180,8 @@ def collect(planned: Planned, folder: Path, broken: str | None = None) -> Record
     _, validation = run.curve("val/loss")
     summary = run.summary
     val_loss = validation[-1] if validation and math.isfinite(validation[-1]) else None
+    ended = read_status(folder)
+    stopped = ended.get("reason") if ended.get("status") == STOPPED else None
     every_step = steps == list(range(steps[0], steps[0] + len(steps))) if steps else False
     spikes = spikes_per_10000(losses) if every_step else None
     baselines = (summary.get("bigram_loss"), summary.get("unigram_loss"))
@@ -187,12 +190,12 @@ def collect(planned: Planned, folder: Path, broken: str | None = None) -> Record
     return Record(
         **identity,
         status=BROKEN if broken is not None else judge(losses, val_loss, *baselines, spikes),
-        reason=broken or "",
+        reason=broken or stopped or "",
         val_loss=_rounded(val_loss),
         bigram_loss=_rounded(baselines[0]),
         unigram_loss=_rounded(baselines[1]),
         parameters=summary.get("parameters"),
-        seconds=_rounded(summary.get("seconds")),
+        seconds=_rounded(summary.get("total_seconds", summary.get("seconds"))),
         tokens_per_second=_rounded(summary.get("tokens_per_second")),
         train_loss=_thinned(steps, losses),
         by_block=_by_block(run),
@@ -239,7 +242,9 @@ def judge(
     tenths = [statistics.fmean(train_loss[end - size : end]) for end in range(size, len(train_loss) + 1)]
     if tenths[-1] > RISE * min(mean for mean in tenths if math.isfinite(mean)):
         return DIVERGED
-    if bigram_loss is not None and unigram_loss is not None and val_loss >= (bigram_loss + unigram_loss) / 2:
+    if unigram_loss is not None and val_loss >= (
+        unigram_loss if bigram_loss is None else (bigram_loss + unigram_loss) / 2
+    ):
         return COLLAPSED
     if bigram_loss is not None and val_loss >= bigram_loss:
         return SLOW

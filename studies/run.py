@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,9 +32,9 @@ from core.overrides import CONFIGS
 from core.printable import printable
 from core.run_folder import LAST
 from studies.decay import LARGEST_BUILT, measure
-from studies.grid import Planned, Study, read
+from studies.grid import LEARNING_RATE, Planned, Study, read
 from studies.record import BROKEN, Record, collect
-from studies.tables import judging_runs
+from studies.tables import grids, judging_runs, selected
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -78,9 +79,40 @@ def plan_of(config: DictConfig) -> Plan:
         require(isinstance(config[kind], str) and config[kind] != "", kind, config[kind], "the path of a folder")
     threads = config.threads
     require(type(threads) is int and 1 <= threads <= 1024, "threads", threads, "an integer from 1 to 1024")
-    study, whole = (read(name, config.study, config.scale, seeds) for seeds in (config.seeds, None))
+    rates_of = partial(selected_rates, Path(config.results_dir), config.scale)
+    study, whole = (read(name, config.study, config.scale, seeds, rates_of) for seeds in (config.seeds, None))
     results, runs = (Path(folder) / name / config.scale for folder in (config.results_dir, config.runs_dir))
     return Plan(study, whole, results, runs)
+
+
+def selected_rates(results: Path, scale: str, name: str) -> list[tuple[dict[str, str], float]]:
+    """Return the learning rates that another study has selected: ({axis: label}, rate).
+
+    Args:
+        results: the folder of all studies' records.
+        scale: of both studies.
+        name: of the other.
+
+    Raises:
+        ConfigError: it has not been run at this scale, or some of its grid is still to be run.
+    """
+    folder = results / name / scale
+    valid = f"a study that has been run: python -m studies.run study={name} scale={scale}"
+    if not (folder / "study.yaml").is_file():
+        raise ConfigError("study.rates_from", name, valid)
+    study = Study.load(folder / "study.yaml")
+    if LEARNING_RATE not in study.axes:
+        raise ConfigError("study.rates_from", name, f"a study with an axis {LEARNING_RATE}")
+    records = [Record.load(path) for run in study.runs() if (path := folder / f"{run.name}.json").is_file()]
+    grid = grids(study, records).selection
+    missing = sum(cell.missing for cell in grid.values())
+    if missing:
+        raise ConfigError("study.rates_from", name, f"{valid}; {missing} runs of its grid have no record yet")
+    found = []
+    for point in selected(study, grid).values():
+        labels = dict(zip(study.axes, point, strict=True))
+        found.append((labels, float(labels.pop(LEARNING_RATE))))
+    return found
 
 
 def planned(overrides: list[str]) -> Plan:

@@ -8,6 +8,7 @@ Takes the overrides of studies.run.
 
 import statistics
 import time
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -15,8 +16,13 @@ from rich.table import Table
 from core import cli
 from core.printable import cell
 from core.status import is_locked
+from studies.grid import Planned
 from studies.record import Record
 from studies.run import Plan, StudyConfig, is_done, known_runs, lock_of, planned
+
+MAX_STEPS = "trainer.max_steps"
+EVERY = ""
+"""Stands for all schemes; no label is empty."""
 
 
 def show(plan: Plan) -> None:
@@ -46,10 +52,43 @@ def show(plan: Plan) -> None:
     console.print(table)
     failed = sum(record.failed for record in done)
     print(f"{len(done)} of {len(done) + len(waiting)} runs have ended; training failed in {failed}.")
-    known = [record.seconds for record in done if record.seconds is not None]
-    if waiting and known:
-        minutes = len(waiting) * statistics.fmean(known) / 60
-        print(f"About {minutes:.0f} minutes of training are left, one run after the other.")
+    print(hours(done, waiting))
+
+
+def hours(done: Sequence[Record], waiting: Sequence[Planned]) -> str:
+    """Return how long the runs that have ended took, and how long the others will, one after the other.
+
+    A run to come takes as long per step as those of its scheme have taken on average, else as those of all schemes.
+    """
+    took = sum(record.seconds or 0.0 for record in done)
+    text = f"Trained for {_hours(took)}"
+    per_step: dict[str, list[float]] = {}
+    for record in done:
+        if record.seconds is not None and record.train_loss[0]:
+            pace = record.seconds / record.train_loss[0][-1]
+            for scheme in (next(iter(record.point.values()), ""), EVERY):
+                per_step.setdefault(scheme, []).append(pace)
+    lengths = [_steps(run.overrides) for run in waiting]
+    usual = max((record.train_loss[0][-1] for record in done if record.train_loss[0]), default=None)
+    left = 0.0
+    for run, length in zip(waiting, lengths, strict=True):
+        paces = per_step.get(next(iter(run.point.values()), "")) or per_step.get(EVERY)
+        steps = length or usual
+        if paces is None or steps is None:
+            return f"{text}; nothing says yet how long the rest will take."
+        left += statistics.fmean(paces) * steps
+    rest = f"about {_hours(left)} are left, one run after the other" if waiting else "nothing is left"
+    return f"{text}; {rest}."
+
+
+def _steps(overrides: Sequence[str]) -> int | None:
+    """Return the length of a run, where its overrides name it: the last that does counts."""
+    lengths = [value for name, _, value in (given.partition("=") for given in overrides) if name == MAX_STEPS]
+    return int(lengths[-1]) if lengths and lengths[-1].isdecimal() else None
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.0f} minutes"
 
 
 @cli.tool

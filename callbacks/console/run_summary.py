@@ -38,6 +38,7 @@ class RunSummary(L.Callback):
     | steps, tokens | since step 0 |
     | tokens_per_second | mean of the process that trained last |
     | seconds | wall clock of that process' training, validation included |
+    | total_seconds | of all processes that have trained it, each up to the checkpoint that the next one resumed |
     | parameters, active_parameters | count |
     | tensorboard, resume | command lines; null where another logger keeps the curves, and where there is no last |
     | | checkpoint to resume from, or no command line that began the run |
@@ -96,13 +97,16 @@ class RunSummary(L.Callback):
         metrics = {key: value for key, value in values.items() if math.isfinite(value)}  # JSON has no NaN
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         counter = next((callback for callback in callbacks if isinstance(callback, CountsTokens)), None)
+        seconds = time.monotonic() - self._started if self._started is not None else None
+        before = self._before.get("total_seconds") or self._before.get("seconds") or 0.0
         return {
             "train_loss": metrics.get("train/loss"),
             "val_loss": metrics.get("val/loss"),
             "val_perplexity": metrics.get("val/perplexity"),
             "tokens": counter.total_tokens if counter else None,
             "tokens_per_second": counter.tokens_per_second if counter else None,
-            "seconds": time.monotonic() - self._started if self._started is not None else None,
+            "seconds": seconds,
+            "total_seconds": before + seconds if seconds is not None else None,
         }
 
     def _collect(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
@@ -126,6 +130,7 @@ class RunSummary(L.Callback):
             "tokens": measured.get("tokens"),
             "tokens_per_second": measured.get("tokens_per_second"),
             "seconds": measured.get("seconds"),
+            "total_seconds": measured.get("total_seconds"),
             "parameters": total,
             "active_parameters": active,
             "best_checkpoint": str(best) if best.exists() else None,

@@ -11,20 +11,32 @@ from omegaconf import OmegaConf
 from core.build import build
 from core.errors import ConfigError
 from core.overrides import CONFIGS
+from core.untrusted import Untrusted
 from lightning_modules.composing import register_schemas
 from studies.grid import Study, read
 from studies.run import planned
 
 STUDIES = sorted(path.stem for path in (CONFIGS / "study").glob("*.yaml"))
-SCALES = ("laptop", pytest.param("gpu", marks=pytest.mark.slow), pytest.param("paper", marks=pytest.mark.slow))
+
+
+def scales() -> list[Any]:
+    """Return every study with every scale that it has; the large ones are slow to build."""
+    found = []
+    for name in STUDIES:
+        for scale in OmegaConf.load(CONFIGS / f"study/{name}.yaml").scales:
+            slow = [pytest.mark.slow] if scale in ("gpu", "paper") else []
+            found.append(pytest.param(name, str(scale), marks=slow, id=f"{name}-{scale}"))
+    return found
 
 
 def study(name: str, scale: str) -> Study:
-    return planned([f"study={name}", f"scale={scale}"])[0]
+    """Return it with a rate of 1e-3 for each scheme, where another study is to select them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("studies.run.selected_rates", lambda *_: [({}, 1e-3)])
+        return planned([f"study={name}", f"scale={scale}"])[0]
 
 
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize(("name", "scale"), scales())
 def test_every_run_of_every_study_can_be_built(name: str, scale: str) -> None:
     """On the meta device, which holds no numbers: every label of every axis, with the others at their first."""
     asked, sizes = study(name, scale), {}
@@ -105,3 +117,86 @@ def test_a_saved_study_is_read_again(tmp_path: Path) -> None:
 def test_mistakes_in_a_study_are_named(changes: dict[str, Any], scale: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read("mine", OmegaConf.create({**CONTENT, **changes}), scale)
+
+
+RATES: dict[str, Any] = {
+    "question": "Which?",
+    "axes": {"model.placement": ["prenorm", "spannorm"], "optim": ["adamw", "muon"]},
+    "seeds": [1],
+    "rates_from": "rates",
+    "rate_factors": [2, 0.5],
+    "scales": {"laptop": {"needs": "little"}},
+}
+
+
+def selected(name: str) -> list[tuple[dict[str, str], float]]:
+    """By placement and optimizer, and one that no axis has."""
+    assert name == "rates"
+    rates = {("prenorm", "adamw"): 1e-3, ("prenorm", "muon"): 1e-2, ("spannorm", "adamw"): 3e-3, ("x", "muon"): 1.0}
+    found = [({"model.placement": one, "optim": other}, rate) for (one, other), rate in rates.items()]
+    return [*found, ({"model.placement": "spannorm", "optim": "muon"}, 4e-2)]
+
+
+def test_the_rates_that_another_study_has_selected_are_multiplied(tmp_path: Path) -> None:
+    found = read("mine", OmegaConf.create(RATES), "laptop", rates_of=selected)
+    rates = {run.name: run.overrides[-1] for run in found.runs()}
+    assert rates == {
+        "prenorm_adamw_2-x-best_seed1": "optim.lr=0.002",
+        "prenorm_adamw_0.5-x-best_seed1": "optim.lr=0.0005",
+        "prenorm_muon_2-x-best_seed1": "optim.lr=0.02",
+        "prenorm_muon_0.5-x-best_seed1": "optim.lr=0.005",
+        "spannorm_adamw_2-x-best_seed1": "optim.lr=0.006",
+        "spannorm_adamw_0.5-x-best_seed1": "optim.lr=0.0015",
+        "spannorm_muon_2-x-best_seed1": "optim.lr=0.08",
+        "spannorm_muon_0.5-x-best_seed1": "optim.lr=0.02",
+    }
+    found.save(tmp_path / "study.yaml")
+    assert Study.load(tmp_path / "study.yaml") == found
+    text = (tmp_path / "study.yaml").read_text()
+    (tmp_path / "study.yaml").write_text(text.replace("prenorm, muon", "prenorm, lion"))
+    with pytest.raises(Untrusted, match="rates and rate_factors are not those of its axes"):
+        Study.load(tmp_path / "study.yaml")
+
+
+SELECTING: dict[str, Any] = {
+    "question": "Which?",
+    "axes": {"model.placement": ["prenorm", "spannorm", "postnorm"], "optim.lr": [1e-3, 3e-3]},
+    "seeds": [1, 2],
+    "select_seeds": [0],
+    "select_overrides": ["trainer.max_steps=5"],
+    "judge": ["prenorm", "spannorm"],
+    "family": ["spannorm"],
+    "baseline": "prenorm",
+    "scales": {"laptop": {"needs": "little", "overrides": ["trainer.max_steps=50"]}},
+}
+
+
+def test_rates_are_selected_by_shorter_runs_and_only_some_schemes_judged() -> None:
+    found = read("mine", OmegaConf.create(SELECTING), "laptop")
+    assert [run.overrides[-1] for run in found.runs()] == ["trainer.max_steps=5"] * 6, (
+        "behind the scale's, which it is for"
+    )
+    judged = found.runs_at([("prenorm", "0.001"), ("spannorm", "0.003"), ("postnorm", "0.003")])
+    assert [run.name for run in judged] == [
+        f"{name}_seed{seed}" for seed in (1, 2) for name in ("prenorm_0.001", "spannorm_0.003")
+    ]
+    assert not any("trainer.max_steps=5" in run.overrides for run in judged)
+
+
+@pytest.mark.parametrize(
+    ("content", "changes", "message"),
+    [
+        (RATES, {"rates_from": None}, "study.rates_from=None is not valid: expected the name of the study"),
+        (RATES, {"rate_factors": None}, r"study.rate_factors=None is not valid: expected a list of numbers > 0"),
+        (RATES, {"rate_factors": [0]}, r"study.rate_factors=\[0\] is not valid"),
+        (RATES, {"axes": {"optim.lr": [1.0]}}, "study.axes.optim.lr=.* is not valid: expected none beside study.rates"),
+        (RATES, {"axes": {"model.placement": ["keel"]}}, "study.rates_from='rates' .* a rate for 'keel'"),
+        (SELECTING, {"select_seeds": []}, "study.select_overrides=.* none without study.select_seeds"),
+        (SELECTING, {"judge": ["spannorm"]}, "study.judge=.* the baseline's, 'prenorm'"),
+        (SELECTING, {"judge": ["keel", "prenorm"]}, "study.judge='keel' is not valid"),
+        (SELECTING, {"family": ["postnorm"]}, "study.family='postnorm' is not valid: .* that are judged"),
+    ],
+)
+def test_mistakes_about_rates_are_named(content: dict[str, Any], changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read("mine", OmegaConf.create({**content, **changes}), "laptop", rates_of=selected)

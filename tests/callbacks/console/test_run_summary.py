@@ -21,7 +21,7 @@ from tests.support.runs import TEXT, corpus_root, load, run, scalars
 
 KEYS = ["train_loss", "val_loss", "val_perplexity", "val_bits_per_byte", "bigram_loss", "unigram_loss"]
 KEYS += ["steps", "tokens"]
-KEYS += ["tokens_per_second", "seconds", "parameters", "active_parameters"]
+KEYS += ["tokens_per_second", "seconds", "total_seconds", "parameters", "active_parameters"]
 KEYS += ["best_checkpoint", "last_checkpoint", "tensorboard", "resume", "provenance"]
 
 
