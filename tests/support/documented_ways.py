@@ -146,7 +146,7 @@ def plans(reason: str) -> Way:
         from studies.run import planned
 
         assert reason
-        with contextlib.chdir(cwd), mock.patch("studies.run.selected_rates", lambda *_: [({}, 1e-3)]):
+        with contextlib.chdir(cwd), mock.patch("studies.run.selected_rates", return_value=[({}, 1e-3)]):
             study, *_ = planned([word for word in command.arguments if "=" in word])
         assert len(list(study.runs())) > 1
 
