@@ -9,15 +9,15 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, ConfigDict, Field
 
-from analysis.stability import clipped_share, extreme_gradient_norm, spikes_per_10000
 from core.atomic_write import write_whole
 from core.status import MAX_WORD, PROVENANCE, STOPPED
 from core.status import read as read_status
-from core.untrusted import MIB, Untrusted, read_json, read_yaml
+from core.untrusted import MIB, Untrusted, read_json
 from studies.decay import Decay
 from studies.grid import Label, Override, Planned, Seed
 from tools.compare import LATE, Run
 from tools.curves import has_curves
+from tools.stability import MAX_BLOCKS
 
 FINISHED, SPIKING, SLOW = "finished", "spiking", "slow"
 COLLAPSED, DIVERGED, BROKEN = "collapsed", "diverged", "broken"
@@ -52,7 +52,7 @@ BY_BLOCK = (
     "representation/block_{}/effective_rank",
     "representation/block_{}/block_cosine",
 )
-MAX_BLOCKS, MAX_POINTS, MAX_TIMES = 1024, 60, 4
+MAX_POINTS, MAX_TIMES = 60, 4
 MAX_BYTES = 4 * MIB
 """Of a record's file; those of this project have a few kilobytes."""
 
@@ -182,14 +182,11 @@ def collect(planned: Planned, folder: Path, broken: str | None = None) -> Record
     val_loss = validation[-1] if validation and math.isfinite(validation[-1]) else None
     ended = read_status(folder)
     stopped = ended.get("reason") if ended.get("status") == STOPPED else None
-    every_step = steps == list(range(steps[0], steps[0] + len(steps))) if steps else False
-    spikes = spikes_per_10000(losses) if every_step else None
+    stable = run.stability
     baselines = (summary.get("bigram_loss"), summary.get("unigram_loss"))
-    _, norms = run.curve("optim/grad_norm")
-    limit = _clip_limit(folder)
     return Record(
         **identity,
-        status=BROKEN if broken is not None else judge(losses, val_loss, *baselines, spikes),
+        status=BROKEN if broken is not None else judge(losses, val_loss, *baselines, stable.spikes),
         reason=broken or stopped or "",
         val_loss=_rounded(val_loss),
         bigram_loss=_rounded(baselines[0]),
@@ -200,25 +197,9 @@ def collect(planned: Planned, folder: Path, broken: str | None = None) -> Record
         train_loss=_thinned(steps, losses),
         by_block=_by_block(run),
         first_loss=_finite(losses[0]) if losses else None,
-        spikes=_rounded(spikes),
-        grad_norm_p999=_rounded(extreme_gradient_norm(norms)),
-        clipped=_rounded(clipped_share(norms, limit)) if limit else None,
-        largest_activation=_largest_activation(run),
+        **{name: _rounded(value) for name, value in stable._asdict().items()},
         provenance=summary.get(PROVENANCE, {}),
     )
-
-
-def _clip_limit(folder: Path) -> float | None:
-    """Return trainer.gradient_clip_val of the run's configuration, read as data; None: nothing was clipped."""
-    config = read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else None
-    trainer = config.get("trainer") if isinstance(config, dict) else None
-    limit = trainer.get("gradient_clip_val") if isinstance(trainer, dict) else None
-    return float(limit) if isinstance(limit, int | float) and 0 < limit < math.inf else None
-
-
-def _largest_activation(run: Run) -> float | None:
-    curves = (run.curve(f"signal/block_{block}/max")[1] for block in range(1, MAX_BLOCKS))
-    return _finite(max((value for values in curves for value in values), default=math.nan))
 
 
 def judge(

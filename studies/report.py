@@ -46,19 +46,13 @@ from studies.document import (
 from studies.grid import LEARNING_RATE, Planned, Point, Study
 from studies.record import BLEMISHES, FAILURES, Record, collect
 from studies.tables import Cell, Comparison, Grids, compare, corrected, grids, judging_runs, tuned
+from tools.stability import COLUMN_NAMES
 
 SURE = 0.05
 MAX_DEPTH_PICTURES = 12
 """Pictures over depth, one for each point of the other axes; further ones are left out, which the report says."""
 MAX_DRAWN = 1000
 """Points of a grid that is drawn; the tables have all of a larger one."""
-STABILITY = (
-    ("spikes", "spikes"),
-    ("grad_norm_p999", "gradient norm, p99.9"),
-    ("clipped", "clipped"),
-    ("largest_activation", "largest activation"),
-)
-"""Fields of a record, and what their columns are called."""
 NAMED = 20
 """Of the runs that are left out."""
 
@@ -317,10 +311,10 @@ def _stability(grid: dict[Point, Cell]) -> list[Block]:
     )
     rows: list[list[Words]] = []
     for point, cell in grid.items():
-        columns = [[getattr(record, name) for record in cell.records] for name, _ in STABILITY]
+        columns = [[getattr(record, name) for record in cell.records] for name in COLUMN_NAMES]
         if any(value is not None for values in columns for value in values):
             rows.append([" ".join(point), *(_mean(values) for values in columns)])
-    header = ["", *(title for _, title in STABILITY)]
+    header = ["", *COLUMN_NAMES.values()]
     return [Paragraph(words), Table(header, rows)] if rows else [Paragraph("These records have none of its figures.")]
 
 

@@ -1,4 +1,4 @@
-"""Compare runs: a table of how they ended, and one picture of their curves.
+"""Compare runs: how they ended, how stably they trained, and one picture of their curves.
 
     python -m tools.compare RUN1 RUN2                                            # draws runs/compare.png
     python -m tools.compare RUN1 RUN2 tags=moe/max_load,moe/dead_experts output=experts.png
@@ -9,6 +9,7 @@ Reads summaries, TensorBoard's event files and CSV tables; writes the picture an
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from core.printable import cell, printable
 from core.status import read_summary
 from tools.curves import Curve, has_curves, read_curves
 from tools.picture import check_picture, save_picture
+from tools.stability import COLUMN_NAMES, Stability, stability
 
 COLUMNS = ("train_loss", "val_loss", "val_bits_per_byte", "bigram_loss", "tokens", "tokens_per_second")
 PICTURE = Path("runs/compare.png")
@@ -64,6 +66,11 @@ class Run:
         """Return one scalar's curve; empty where the run has not written it."""
         return self._curves.get(tag, ([], []))
 
+    @cached_property
+    def stability(self) -> Stability:
+        """The run's spikes, extreme gradients and activations."""
+        return stability(self.folder, self._curves)
+
     def late(self, tag: str) -> list[float]:
         """Return the scalar's values in the last part of the run."""
         _, values = self.curve(tag)
@@ -96,6 +103,15 @@ def make_table(runs: Sequence[Run], tags: Sequence[str]) -> Table:
         late = [run.late(tag) for tag in tags]
         cells = (f"{sum(v) / len(v):,.4g} ({max(v):,.4g})" if v else "-" for v in late)
         table.add_row(cell(run.folder), *cells)
+    return table
+
+
+def make_stability_table(runs: Sequence[Run]) -> Table:
+    """Make one row a run: how stably it has trained, as far as it has logged what that takes."""
+    table = Table("run", *COLUMN_NAMES.values())
+    for run in runs:
+        values = (getattr(run.stability, name) for name in COLUMN_NAMES)
+        table.add_row(cell(run.folder), *("-" if value is None else f"{value:,.4g}" for value in values))
     return table
 
 
@@ -136,7 +152,10 @@ def main(config: CompareConfig) -> None:
     runs = [Run(folder) for folder in config.runs]
     for tag in config.tags:
         require(any(run.curve(tag)[0] for run in runs), "tags", tag, "a scalar that one of the runs has written")
-    Console(width=None if Console().is_terminal else 160).print(make_table(runs, config.tags))
+    console = Console(width=None if Console().is_terminal else 160)
+    console.print(make_table(runs, config.tags))
+    if not config.tags:
+        console.print(make_stability_table(runs))
     draw(runs, config.tags, config.output)
     print(f"Curves: {printable(config.output, limit=None)}")
 

@@ -39,9 +39,32 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     return figures
 
 
-def row_of(out: str, run: Path) -> list[str]:
-    (line,) = [line for line in out.splitlines() if str(run) in line]
+def row_of(out: str, run: Path, table: int = 0) -> list[str]:
+    """The run's cells in the first table, or in the one of its stability, which comes behind it."""
+    line = [line for line in out.splitlines() if str(run) in line][table]
     return [cell.strip() for cell in line.strip("│ ").split("│")][1:]
+
+
+def test_the_second_table_says_how_stably_they_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path("study/a")
+    with SummaryWriter(folder / "tensorboard") as writer:
+        for step in range(400):
+            writer.add_scalar("train/loss", 3.0 + (step in (250, 251)), step)
+            writer.add_scalar("optim/grad_norm", 4.0 if step < 100 else 0.5, step)
+        for block, largest in ((1, 7.0), (2, 30.0)):
+            writer.add_scalar(f"signal/block_{block}/max", largest, 0)
+    with SummaryWriter("study/short/tensorboard") as writer:
+        writer.add_scalar("train/loss", 3.0, 0)
+    (folder / "config.yaml").write_text("trainer: {gradient_clip_val: 1.0}\n")
+    compare(monkeypatch, folder, "study/short")
+    out = capsys.readouterr().out
+    assert row_of(out, folder, table=1) == ["66.67", "4", "0.25", "30"], "2 spikes in the 300 steps behind the descent"
+    assert row_of(out, Path("study/short"), table=1) == ["-"] * 4
+    compare(monkeypatch, folder, "tags=train/loss")
+    assert "largest activation" not in capsys.readouterr().out
 
 
 def test_the_table_holds_the_summaries(
