@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import statistics
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -120,49 +121,92 @@ def draw_trend(study: Study, grid: Mapping[Point, Cell], output: Path) -> None:
 
 
 def draw_rates(study: Study, known: Grids, output: Path) -> None:
-    """Draw final validation loss against the learning rate, a panel for each point of the other axes.
+    """Draw final validation loss against the learning rate, the spikes below: a column for each point of the others.
 
-    Bands span the seeds, a star marks each scheme's best rate, crosses on top the rates at which a run failed.
+    Bands span the seeds, a star marks each scheme's best rate, crosses on top the rates at which a run failed. Where
+    other seeds judge the best rate, their mean is a diamond, with a bar over them.
     """
-    plt = pyplot()
     at = list(study.axes).index(LEARNING_RATE)
     first = 0 if at else 1
     rows = list(list(study.axes.values())[first]) if len(study.axes) > 1 else [""]
     others = [list(labels) for i, labels in enumerate(study.axes.values()) if i not in (at, first)]
     panels = list(itertools.product(*others))
-    across = min(3, len(panels))
-    down = -(-len(panels) // across)
-    figure, all_axes = plt.subplots(
-        down, across, figsize=_size(2 + 4.5 * across, 4 * down), sharey=True, squeeze=False, layout="constrained"
-    )
-    grid = known.selection
+    grid, judged = known.selection, known.judged if known.judged is not known.selection else {}
     best = tuned(study, grid)
     means = [cell.mean for cell in grid.values() if cell.mean is not None]
     top = max(means, default=1.0) + 0.1
     rates = list(study.axes[LEARNING_RATE])
-    for panel, axes in zip(panels, all_axes.flat, strict=False):
+    with_spikes = any(record.spikes is not None for cell in grid.values() for record in cell.records)
+    figure, columns = _rate_axes(len(panels), with_spikes)
+    for panel, (axes, lower) in zip(panels, columns, strict=True):
         for i, row in enumerate(rows):
             point = [row, *panel] if len(study.axes) > 1 else [*panel]
             cells = [grid[(*point[:at], rate, *point[at:])] for rate in rates]
-            known_at = [(j, c) for j, c in enumerate(cells) if c.mean is not None]
-            label, color = drawn_label(row), f"C{i}"
-            if known_at:
-                where = [j for j, _ in known_at]
-                axes.plot(where, [c.mean for _, c in known_at], color=color, marker="o", label=label)
-                low, high = zip(*((min(c.losses.values()), max(c.losses.values())) for _, c in known_at), strict=True)
-                axes.fill_between(where, low, high, color=color, alpha=0.2)
-            failed = [j + 0.05 * i for j, c in enumerate(cells) if c.failed]
-            axes.plot(failed, [top] * len(failed), "x", color=color, label=None if known_at else label)
+            _draw_losses(axes, cells, drawn_label(row), i, top)
             chosen = best.get(tuple(point))
             if chosen is not None:
-                axes.plot(rates.index(chosen[at]), grid[chosen].mean, "*", color=color, markersize=14)
-        axes.set_xticks(range(len(rates)), [drawn_label(rate) for rate in rates])
-        axes.set(title=drawn_label(" ".join(panel)), xlabel="learning rate")
-        axes.grid(alpha=0.3)
-    all_axes[0, 0].set_ylabel("final validation loss (crosses on top: failed)")
-    handles, labels = all_axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper")
+                axes.plot(rates.index(chosen[at]), grid[chosen].mean, "*", color=f"C{i}", markersize=14)
+                _draw_judged(axes, rates.index(chosen[at]) + 0.1 + 0.04 * i, judged.get(chosen), f"C{i}")
+            if lower is not None:
+                _draw_spikes(lower, cells, f"C{i}")
+        for each in (axes, lower) if lower is not None else (axes,):
+            each.set_xticks(range(len(rates)), [drawn_label(rate) for rate in rates])
+            each.grid(alpha=0.3)
+        axes.set(title=drawn_label(" ".join(panel)))
+        (axes if lower is None else lower).set_xlabel("learning rate")
+    axes, lower = columns[0]
+    axes.set_ylabel("final validation loss (crosses on top: failed)")
+    if lower is not None:
+        lower.set_ylabel("spikes in\n10,000 steps")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
     _save(figure, output)
+
+
+def _rate_axes(panels: int, with_spikes: bool) -> tuple[Any, list[tuple[Any, Any]]]:
+    """Return a figure, and for each panel its axes and those for the spikes below it, or None."""
+    across = min(3, panels)
+    down = -(-panels // across)
+    figure, grid = pyplot().subplots(
+        down * (1 + with_spikes),
+        across,
+        figsize=_size(2 + 4.5 * across, (5.2 if with_spikes else 4) * down),
+        sharey="row",
+        squeeze=False,
+        layout="constrained",
+        height_ratios=([3, 1] if with_spikes else [1]) * down,
+    )
+    uppers, lowers = grid[:: 1 + with_spikes].flat, grid[1::2].flat if with_spikes else itertools.repeat(None)
+    columns = list(zip(uppers, lowers, strict=False))
+    for unused in (axes for column in columns[panels:] for axes in column if axes is not None):
+        unused.axis("off")
+    return figure, columns[:panels]
+
+
+def _draw_losses(axes: Any, cells: Sequence[Cell], label: str, number: int, top: float) -> None:
+    """Draw a scheme's mean at each rate, a band over the seeds, and crosses on top where a run failed."""
+    known, color = [(j, c) for j, c in enumerate(cells) if c.mean is not None], f"C{number}"
+    if known:
+        where = [j for j, _ in known]
+        axes.plot(where, [c.mean for _, c in known], color=color, marker="o", label=label)
+        low, high = zip(*((min(c.losses.values()), max(c.losses.values())) for _, c in known), strict=True)
+        axes.fill_between(where, low, high, color=color, alpha=0.2)
+    failed = [j + 0.05 * number for j, c in enumerate(cells) if c.failed]
+    axes.plot(failed, [top] * len(failed), "x", color=color, label=None if known else label)
+
+
+def _draw_spikes(axes: Any, cells: Sequence[Cell], color: str) -> None:
+    spikes = [[record.spikes for record in cell.records if record.spikes is not None] for cell in cells]
+    counted = [(j, statistics.fmean(found)) for j, found in enumerate(spikes) if found]
+    axes.plot([j for j, _ in counted], [mean for _, mean in counted], color=color, marker=".")
+
+
+def _draw_judged(axes: Any, where: float, cell: Cell | None, color: str) -> None:
+    """Draw the mean of the seeds that judge a rate, and a bar from the lowest to the highest of them."""
+    if cell is None or cell.mean is None:
+        return
+    losses = cell.losses.values()
+    reach = [[cell.mean - min(losses)], [max(losses) - cell.mean]]
+    axes.errorbar(where, cell.mean, reach, color=color, marker="D", markersize=5, capsize=3)
 
 
 def draw_curves(study: Study, grid: Mapping[Point, Cell], output: Path) -> None:
