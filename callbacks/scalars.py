@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 import lightning as L
+import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -11,14 +12,21 @@ MAX_BLOCKS = 16
 
 
 def write_scalars(trainer: L.Trainer, values: Mapping[str, float], step: int) -> None:
-    """Write scalars to every logger.
+    """Write scalars to every logger, and let other callbacks see them in `trainer.callback_metrics`.
 
-    TensorBoard takes them as one event: 4 us a scalar, where `add_scalar` and `log` take over 100.
+    TensorBoard takes them as one event: 4 us a scalar, where `add_scalar` and `log` take over 100. All processes call
+    it: each sees the values of the first one, so that an EarlyStopping or a ModelCheckpoint decides alike everywhere.
 
     Args:
         step: the optimizer step that the values are of, counted from 1; it is written as Lightning counts, from 0.
     """
-    if not values or not trainer.is_global_zero:
+    if trainer.world_size > 1:
+        values = trainer.strategy.broadcast(dict(values))
+    if not values:
+        return
+    metrics = torch.tensor(list(values.values()), dtype=torch.float64).unbind()
+    trainer.callback_metrics.update(zip(values, metrics, strict=True))
+    if not trainer.is_global_zero:
         return
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):

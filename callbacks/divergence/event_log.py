@@ -23,13 +23,14 @@ class EventLog:
         self.path = Path(run_dir) / "events.jsonl"
 
     def write(self, trainer: L.Trainer, line: str, event: dict[str, Any], scalars: dict[str, float]) -> None:
-        """Note one event, during the step it belongs to.
+        """Note one event, during the step it belongs to. All processes call it.
 
         Args:
             line: for people.
             event: for programs; values that are no number become null in the file.
             scalars: for the loggers, by key.
         """
+        write_scalars(trainer, scalars, trainer.global_step + 1)  # by all processes
         if not trainer.is_global_zero:
             return
         print(printable(line, limit=None), flush=True)
@@ -39,7 +40,6 @@ class EventLog:
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("divergence/event", line, trainer.global_step)
-        write_scalars(trainer, scalars, trainer.global_step + 1)
 
 
 def _plain(value: Any) -> Any:
