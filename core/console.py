@@ -18,10 +18,20 @@ _NOISE = (
 )
 
 
+class _Printing(logging.Handler):
+    """Prints what is logged, to wherever the standard output goes at that time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), flush=True)
+
+
 def silence_noise() -> None:
     """Silence Lightning's hardware banner and the warnings that do not apply here; errors and the rest stay."""
     for package in ("lightning.pytorch", "lightning.fabric.utilities.distributed"):
         logging.getLogger(package).setLevel(logging.WARNING)
+    profilers = logging.getLogger("lightning.pytorch.profilers")  # whose table is asked for
+    profilers.setLevel(logging.INFO)
+    profilers.handlers, profilers.propagate = [_Printing()], False  # once, whatever handlers there are above it
     for message in _NOISE:
         warnings.filterwarnings("ignore", message)
 
