@@ -13,6 +13,7 @@ _NOISE = (
     r".*Checkpoint directory .* exists and is not empty.*",  # a resumed run's own folder
     r".*You're resuming from a checkpoint that ended before the epoch ended.*",  # the stream has no epochs
     r".*The dirpath has changed from .*",  # a checkpoint that goes on in another folder
+    r".*WeightAveraging callback with a model that overrides the configure_model.*",  # sharded ones are refused
     r".*treespec, LeafSpec.*",  # a deprecation inside Lightning
     r".*The `srun` command is available.*",
 )

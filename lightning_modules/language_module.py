@@ -191,10 +191,11 @@ class LanguageModule(L.LightningModule):
                     f"and in that one {type(callback).__name__}'s small updates come to nothing"
                 )
                 raise ConfigError("trainer.precision", self.trainer.precision, valid)
-            if isinstance(callback, ModelPruning | BaseFinetuning):
+            if isinstance(callback, ModelPruning | BaseFinetuning | WeightAveraging):
                 sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
-                valid = "no callback that freezes or prunes weights with trainer=fsdp, where they are in parts"
+                valid = "none that freezes, prunes or averages weights with trainer=fsdp, where they are in parts"
                 require(not sharded, "callbacks", type(callback).__name__, valid)
+            if isinstance(callback, ModelPruning | BaseFinetuning):
                 self.configure_model()
             if prunes_when_an_epoch_ends(callback) and self.trainer.max_epochs == -1:
                 reason = (

@@ -38,6 +38,10 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {  # overrides, and what the l
         [f"+callbacks.mine._target_={LIGHTNING}.EMAWeightAveraging", "trainer.precision=bf16-true"],
         ["trainer.precision='bf16-true'", "bf16-mixed", "EMAWeightAveraging"],
     ),
+    "an average of parts": (
+        [f"+callbacks.mine._target_={LIGHTNING}.EMAWeightAveraging", "trainer=fsdp", "trainer.accelerator=cpu"],
+        ["callbacks", "EMAWeightAveraging", "averages weights with trainer=fsdp"],
+    ),
     "a warm-up in the decay": (
         ["optim.schedule=wsd", "optim.warmup_steps=8", "trainer.max_steps=10", "optim.decay_fraction=0.5"],
         ["optim.warmup_steps=8", "at most 5", "wsd decays over the last 5"],

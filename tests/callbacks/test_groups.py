@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from tests.support.composing import composed
-from tests.support.runs import ROOT, scalars, tiny_job, train
+from tests.support.runs import ROOT, load, scalars, tiny_job, train
 
 GROUPS = ("monitors", "divergence", "checkpointing", "console")
 DEFAULT = [
@@ -60,6 +61,7 @@ def test_a_group_holds_the_callbacks_of_its_package(name: str) -> None:
         (["callbacks=[monitors,divergence]"], [*group("monitors"), *group("divergence")]),
         (["callbacks=[default,curvature]"], [*DEFAULT, "curvature"]),
         (["+callbacks=curvature"], [*DEFAULT, "curvature"]),
+        (["callbacks=[default,early_stopping,ema]"], [*DEFAULT, "early_stopping", "ema"]),
         (["callbacks={}"], DEFAULT),
     ],
     ids=lambda value: " ".join(value) if value and "callbacks" in value[0] else "",
@@ -80,10 +82,33 @@ def test_a_run_has_the_callbacks_that_were_chosen(tmp_path: Path) -> None:
     assert not (tmp_path / "run/checkpoints/last.ckpt").exists()
 
 
+def test_a_run_that_stops_early_validates_and_saves_averaged_weights(tmp_path: Path) -> None:
+    chosen = [
+        "callbacks=[default,early_stopping,ema]",
+        "callbacks.ema.decay=0.5",
+        "callbacks.early_stopping.patience=1",
+    ]
+    job = [
+        "callbacks.early_stopping.min_delta=100",
+        "trainer.max_steps=20",
+        "trainer.val_check_interval=2",
+        "run_dir=run",
+    ]
+    finished = train(tmp_path, *tiny_job(*chosen, *job))
+    assert "Ended early, after step 4 of 20: EarlyStopping" in finished.out
+    saved = load(tmp_path / "run/checkpoints/last.ckpt")
+    trained, averaged = saved["current_model_state"], saved["state_dict"]
+    assert trained.keys() == averaged.keys()
+    assert not all(torch.equal(trained[name], averaged[name]) for name in trained)
+
+
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
-        (["callbacks=[monitor]"], "expected one of checkpointing, console, curvature, default, divergence, monitors"),
+        (
+            ["callbacks=[monitor]"],
+            "expected one of checkpointing, console, curvature, default, divergence, early_stopping, ema, monitors",
+        ),
         (["+callbacks=[console,curvatur]"], "(did you mean curvature?)"),
         (["-m", "callbacks=monitors,console", "+callbacks=curvature"], "whole lists where callbacks is swept"),
         (["+callbacks.mine={a: 1}"], "callbacks.mine={'a': 1} is not valid: expected a group with a _target_"),
