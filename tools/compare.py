@@ -1,4 +1,4 @@
-"""Compare runs: how they ended, how stably they trained, and one picture of their curves.
+"""Compare runs: in which settings they differ, how they ended, how stably they trained, and a picture of their curves.
 
     python -m tools.compare RUN1 RUN2                                            # draws runs/compare.png
     python -m tools.compare RUN1 RUN2 tags=moe/max_load,moe/dead_experts output=experts.png
@@ -23,10 +23,13 @@ from core.printable import cell, printable
 from core.status import read_summary
 from tools.curves import Curve, has_curves, read_curves
 from tools.picture import check_picture, save_picture
+from tools.run_facts import as_text, differences, facts
 from tools.stability import COLUMN_NAMES, Stability, stability
 
 COLUMNS = ("train_loss", "val_loss", "val_bits_per_byte", "bigram_loss", "tokens", "tokens_per_second")
 PICTURE = Path("runs/compare.png")
+MAX_DIFFERENCES = 40
+"""Settings that are shown as different."""
 LATE = 0.1
 """The last part of a run, over which a tag's mean is shown: one logged step alone is noise."""
 
@@ -106,6 +109,19 @@ def make_table(runs: Sequence[Run], tags: Sequence[str]) -> Table:
     return table
 
 
+def make_difference_table(runs: Sequence[Run]) -> Table | None:
+    """Make one row for each setting and origin that is not the same in all runs; None: there is none."""
+    found = differences([facts(run.folder) for run in runs])
+    if len(runs) < 2 or not found:
+        return None
+    table = Table("differs in", *(printable(name, 80).replace("[", r"\[") for name in labels(runs)))
+    for name, values in list(found.items())[:MAX_DIFFERENCES]:
+        table.add_row(cell(name), *(cell(as_text(value), 80) for value in values))
+    if len(found) > MAX_DIFFERENCES:
+        table.add_row(f"and {len(found) - MAX_DIFFERENCES} more")
+    return table
+
+
 def make_stability_table(runs: Sequence[Run]) -> Table:
     """Make one row a run: how stably it has trained, as far as it has logged what that takes."""
     table = Table("run", *COLUMN_NAMES.values())
@@ -153,6 +169,9 @@ def main(config: CompareConfig) -> None:
     for tag in config.tags:
         require(any(run.curve(tag)[0] for run in runs), "tags", tag, "a scalar that one of the runs has written")
     console = Console(width=None if Console().is_terminal else 160)
+    difference = make_difference_table(runs)
+    if difference is not None:
+        console.print(difference)
     console.print(make_table(runs, config.tags))
     if not config.tags:
         console.print(make_stability_table(runs))

@@ -3,28 +3,37 @@
     python -m tools.runs                                 all below runs/, the newest last
     python -m tools.runs runs/moe_spannorm sort=loss     the best first
     python -m tools.runs status=running,failed
+    python -m tools.runs where=[model.placement=spannorm,dirty=false] columns=[optim.lr,commit] sort=optim.lr
+    python -m tools.runs output=runs.csv                 and every setting, as a table for a program; or .json
 
 Reads only; a run may go on meanwhile. Age is the time since anything was last written to the run.
 """
 
+import csv
+import json
 import math
 import os
 import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from core import cli
+from core.atomic_write import write_whole
 from core.dataclass_cli import FIRST
 from core.errors import require
 from core.printable import cell, printable
+from core.provenance import FIELDS
 from core.status import DIVERGED, DONE, FAILED, RUNNING, STOPPED, SUMMARY, is_running, read, read_summary
 from core.untrusted import Untrusted, bound
+from tools.run_facts import as_text, facts
 
 STYLES = {RUNNING: "cyan", DONE: "green", STOPPED: "yellow", DIVERGED: "red", FAILED: "red"}
 WRITTEN = ("status.json", "summary.json", "divergence.md", "events.jsonl", "checkpoints", "config.yaml", "tensorboard")
@@ -42,12 +51,18 @@ class RunsConfig:
     Attributes:
         folder: the folder to look in.
         status: list only runs that are this.
-        sort: put the newest last (age), or the best first (loss).
+        where: list only runs of these settings and origins: model.placement=spannorm, or commit=3a5f, its beginning.
+        columns: settings (optim.lr) and origins (commit, torch, device, ...) that are shown as well.
+        sort: put the newest last (age), the best first (loss), or the smallest of a setting or origin.
+        output: a file for the same rows, with all settings and origins: .csv or .json.
     """
 
     folder: Path = field(default=Path("runs"), metadata=FIRST)
     status: tuple[Literal["running", "done", "stopped", "diverged", "failed"], ...] = ()
-    sort: Literal["age", "loss"] = "age"
+    where: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    sort: str = "age"
+    output: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +74,7 @@ class Row:
         val_loss: the last one known, in nats per token.
         seconds: since something was written.
         reason: why it ended early, in a line.
+        facts: its settings and origins, as tools.run_facts has them; empty where nobody asks for them.
     """
 
     folder: Path
@@ -68,6 +84,7 @@ class Row:
     val_loss: float | None
     seconds: float
     reason: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def look(folder: Path, now: float) -> Row | None:
@@ -144,20 +161,75 @@ def find(root: Path) -> list[Path]:
     return sorted(runs)
 
 
-def make_table(rows: list[Row], root: Path) -> Table:
+def is_wanted(row: Row, where: Sequence[str]) -> bool:
+    """Return whether a run has all the settings and origins."""
+    for name, _, value in (condition.partition("=") for condition in where):
+        found = as_text(row.facts[name]) if name in row.facts else None
+        if found != value and not (name == "commit" and found is not None and value and found.startswith(value)):
+            return False
+    return True
+
+
+def in_order(rows: Sequence[Row], by: str) -> list[Row]:
+    """Return the rows, sorted: numbers before text, runs that have no such thing last."""
+    if by == "age":
+        return sorted(rows, key=lambda row: -row.seconds)
+    if by == "loss":
+        return sorted(rows, key=lambda row: math.inf if row.val_loss is None else row.val_loss)
+
+    def key(row: Row) -> tuple[int, float, str]:
+        value = row.facts.get(by)
+        if isinstance(value, int | float) and math.isfinite(value):
+            return 0, value, ""
+        return (2, 0.0, "") if value is None else (1, 0.0, as_text(value))
+
+    return sorted(rows, key=key)
+
+
+def export(rows: Sequence[Row], output: Path) -> None:
+    """Write all that is known of the runs, one after the other, as CSV or JSON by the file's ending."""
+    basic = ("status", "step", "max_steps", "val_loss", "reason")
+    content = [{"run": str(row.folder), **{name: getattr(row, name) for name in basic}, **row.facts} for row in rows]
+    if output.suffix == ".json":
+        text = json.dumps(content, indent=1, default=as_text) + "\n"
+        write_whole(output, lambda unfinished: unfinished.write_text(text))
+        return
+    names = list(dict.fromkeys(name for row in content for name in row))
+
+    def write(unfinished: Path) -> None:
+        with unfinished.open("w", newline="") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows({name: _harmless(value) for name, value in row.items()} for row in content)
+
+    write_whole(output, write)
+
+
+def _harmless(value: Any) -> Any:
+    """Return a cell that no spreadsheet takes for a formula: a run's text may come from anywhere."""
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    text = as_text(value)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
+def make_table(rows: list[Row], root: Path, columns: Sequence[str] = ()) -> Table:
     """Make one row a run."""
     table = Table()
     table.add_column("run", overflow="fold")
     table.add_column("status")
     for column in ("step", "val loss", "age"):
         table.add_column(column, justify="right")
+    for column in columns:
+        table.add_column(cell(column), overflow="fold")
     table.add_column("why")
     for row in rows:
         steps = "-" if row.step is None else f"{row.step}/{row.max_steps}" if row.max_steps else str(row.step)
         loss = "-" if row.val_loss is None else f"{row.val_loss:.4f}"
         name = row.folder.relative_to(root) if row.folder != root else row.folder
         status = Text(row.status, style=STYLES[row.status])
-        table.add_row(cell(name), status, steps, loss, age(row.seconds), cell(row.reason))
+        more = (cell(as_text(row.facts[column])) if column in row.facts else "-" for column in columns)
+        table.add_row(cell(name), status, steps, loss, age(row.seconds), *more, cell(row.reason))
     return table
 
 
@@ -173,15 +245,35 @@ def age(seconds: float) -> str:
 def main(config: RunsConfig) -> None:
     there = os.path.isdir(config.folder)  # unlike Path.is_dir, also of names that no file can have
     require(there, "FOLDER", str(config.folder), "a folder with runs")
+    for condition in config.where:
+        require(
+            "=" in condition[1:], "where", condition, "a list of NAME=VALUE, as [model.placement=spannorm,dirty=false]"
+        )
+    if config.output is not None:
+        require(
+            config.output.suffix in (".csv", ".json"), "output", str(config.output), "a name that ends in .csv or .json"
+        )
     now = time.time()
     seen = [look(folder, now) for folder in find(config.folder)]
     rows = [row for row in seen if row is not None and (not config.status or row.status in config.status)]
-    if config.sort == "loss":
-        rows.sort(key=lambda row: math.inf if row.val_loss is None else row.val_loss)
-    else:
-        rows.sort(key=lambda row: -row.seconds)
+    asked = [*(condition.partition("=")[0] for condition in config.where), *config.columns]
+    asked += [config.sort] if config.sort not in ("age", "loss") else []
+    if asked or config.output is not None:
+        rows = [replace(row, facts=facts(row.folder)) for row in rows]
+        known = {name for row in rows for name in row.facts}
+        for name in asked if rows else ():
+            asked_by = "sort" if name == config.sort else "columns" if name in config.columns else "where"
+            near = "".join(f"; did you mean {found}?" for found in get_close_matches(name, known, 1))
+            valid = f"a setting in one of their config.yaml, as optim.lr, or one of {', '.join(FIELDS)}{near}"
+            require(name in known, asked_by, name, valid)
+    rows = in_order([row for row in rows if is_wanted(row, config.where)], config.sort)
     console = Console(width=None if Console().is_terminal else 160)
-    console.print(make_table(rows, config.folder) if rows else cell(f"No such runs in {config.folder}."))
+    console.print(
+        make_table(rows, config.folder, config.columns) if rows else cell(f"No such runs in {config.folder}.")
+    )
+    if config.output is not None:
+        export(rows, config.output)
+        print(f"Written: {printable(config.output, limit=None)}")
 
 
 if __name__ == "__main__":

@@ -41,8 +41,24 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 
 def row_of(out: str, run: Path, table: int = 0) -> list[str]:
     """The run's cells in the first table, or in the one of its stability, which comes behind it."""
-    line = [line for line in out.splitlines() if str(run) in line][table]
+    line = [line for line in out.splitlines() if line.startswith(f"│ {run} ")][table]
     return [cell.strip() for cell in line.strip("│ ").split("│")][1:]
+
+
+def test_what_the_runs_differ_in_comes_first(
+    runs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder, rate in zip(runs, (0.01, 0.003), strict=True):
+        (folder / "config.yaml").write_text(f"optim: {{lr: {rate}, eps: 1e-8}}\nrun_dir: {folder}\n")
+    compare(monkeypatch, *runs)
+    out = capsys.readouterr().out
+    table = out[: out.index("train loss")]
+    assert [cell.strip() for cell in table.splitlines()[3].strip("│ ").split("│")] == ["optim.lr", "0.01", "0.003"]
+    assert "eps" not in table
+    assert "run_dir" not in table
+    (runs[1] / "config.yaml").write_text((runs[0] / "config.yaml").read_text())
+    compare(monkeypatch, *runs)
+    assert "differs in" not in capsys.readouterr().out
 
 
 def test_the_second_table_says_how_stably_they_trained(

@@ -1,5 +1,6 @@
 """tools.runs: what it says of runs that ended in every way, of one in progress, and of broken folders."""
 
+import csv
 import json
 import os
 import shutil
@@ -146,6 +147,64 @@ def test_the_table_is_sorted_and_filtered(
     assert listed(capsys, "status=failed,diverged") == ["diverged", "failed"]
     assert listed(capsys, "runs/study/done") == ["runs/study/done"]
     assert listed(capsys, "status=running") == []
+
+
+@pytest.fixture
+def schemes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Three runs that differ in scheme and rate; the last one has left no summary."""
+    monkeypatch.chdir(tmp_path)
+    for name, placement, rate in (("a", "prenorm", 0.01), ("b", "spannorm", 0.003), ("c", "spannorm", 0.02)):
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        model = f"{{placement: {placement}, compile: false}}"
+        config = f"model: {model}\nmodule: {{model: {model}}}\noptim: {{lr: {rate}}}\nrun_dir: runs/{name}\n"
+        (folder / "config.yaml").write_text(config)
+        origin = {"commit": f"{name}bcdef", "torch": "=2.13", "threads": 1}
+        if name != "c":
+            (folder / "summary.json").write_text(json.dumps({"steps": 5, "val_loss": 2.0, "provenance": origin}))
+    return tmp_path
+
+
+def test_runs_are_chosen_and_sorted_by_settings_and_origins(schemes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert listed(capsys, "where=[model.placement=spannorm]", "sort=optim.lr") == ["b", "c"]
+    assert listed(capsys, "sort=optim.lr") == ["b", "a", "c"]
+    assert listed(capsys, "sort=commit") == ["a", "b", "c"], "what has none comes last"
+    assert listed(capsys, "where=[commit=bb]") == ["b"], "the beginning of a commit is enough"
+    assert listed(capsys, "where=[model.placement=span]") == [], "and of nothing else"
+    assert listed(capsys, "where=[model.placement=spannorm,model.compile=false,threads=1]") == ["b"]
+    main(["columns=[optim.lr,threads]", "where=[optim.lr=0.02]"])
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "│ c " in line]
+    assert [cell.strip() for cell in row.split("│")][6:8] == ["0.02", "-"]
+
+
+def test_all_that_is_known_of_the_runs_can_be_written(schemes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["where=[model.placement=spannorm]", "sort=optim.lr", "output=all.csv"])
+    main(["output=all.json", "sort=commit"])
+    rows = list(csv.DictReader(Path("all.csv").read_text().splitlines()))
+    assert [row["run"] for row in rows] == ["runs/b", "runs/c"]
+    assert (rows[0]["optim.lr"], rows[0]["val_loss"], rows[1]["val_loss"]) == ("0.003", "2.0", "")
+    assert rows[0]["torch"] == "'=2.13", "no formula in a spreadsheet"
+    assert not any(name.startswith("module.") for name in rows[0])
+    first = json.loads(Path("all.json").read_text())[0]
+    assert (first["run"], first["torch"], first["model.compile"]) == ("runs/a", "=2.13", False)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("columns=[optim.lrr]", "columns='optim.lrr' is not valid: expected a setting in one of their config.yaml"),
+        ("columns=[optim.lrr]", "did you mean optim.lr?"),
+        ("sort=speed", "sort='speed' is not valid"),
+        ("where=[spannorm]", "where='spannorm' is not valid: expected a list of NAME=VALUE"),
+        ("where=[model.placment=spannorm]", "where='model.placment' is not valid"),
+        ("output=all.txt", "output='all.txt' is not valid: expected a name that ends in .csv or .json"),
+    ],
+)
+def test_what_no_run_has_is_said(given: str, message: str, schemes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.run(lambda: main([given]))
+    assert message in capsys.readouterr().err
+    assert sorted(path.name for path in schemes.iterdir()) == ["runs"]
 
 
 def test_a_folder_that_is_not_there_is_said(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,66 @@
+"""Reads what a run says of itself, as one flat mapping: its settings, and where it comes from."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from core.provenance import FIELDS
+from core.run_folder import flatten
+from core.status import PROVENANCE, read_summary
+from core.untrusted import Untrusted, read_yaml
+
+MAX_SETTINGS = 10_000
+"""Of one run; this project's have some 200."""
+OF_THE_RUN_ALONE = ("run_dir", "ckpt_path", "save_dir", "dirpath")
+"""Settings, of whatever part, that any two runs may differ in without being different jobs."""
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    """Return {name: value}: settings as in config.yaml (model.dim), then commit, torch and the like from summary.json.
+
+    Both are read as data. What is not there, or cannot be read, is left out.
+    """
+    return {**_settings(folder), **_provenance(folder)}
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    try:
+        config = read_yaml(folder / "config.yaml")
+    except (Untrusted, OSError):
+        return {}
+    found = flatten(config, ".") if isinstance(config, Mapping) and _is_plain(config) else {}
+    # The module's own group repeats model and optim.
+    found = {
+        name: v for name, v in found.items() if not (name.startswith("module.") and name[len("module.") :] in found)
+    }
+    return found if len(found) <= MAX_SETTINGS else {}
+
+
+def _provenance(folder: Path) -> dict[str, Any]:
+    try:
+        known = read_summary(folder).get(PROVENANCE, {})
+    except (Untrusted, OSError):
+        return {}
+    return {name: known[name] for name in FIELDS if name in known}
+
+
+def _is_plain(config: Mapping[Any, Any]) -> bool:
+    """Return whether all keys are text, which `flatten` joins."""
+    return all(isinstance(key, str) and (not isinstance(v, Mapping) or _is_plain(v)) for key, v in config.items())
+
+
+def differences(runs: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Return {name: its value in each run}, of what is not the same in all; None where a run does not have it.
+
+    Folders are left out, which are never the same.
+    """
+    names = dict.fromkeys(name for run in runs for name in run if name.rpartition(".")[2] not in OF_THE_RUN_ALONE)
+    values = {name: [run.get(name) for run in runs] for name in names}
+    return {name: these for name, these in values.items() if any(value != these[0] for value in these[1:])}
+
+
+def as_text(value: Any) -> str:
+    """Return a setting as one would write it on the command line."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
