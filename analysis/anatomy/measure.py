@@ -1,0 +1,54 @@
+"""The base classes of measures."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from analysis.anatomy.findings import Findings
+from analysis.anatomy.text import Text
+from lightning_modules.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Measure(ABC):
+    """Measures one model on a text. A subclass is a frozen dataclass whose fields are its options.
+
+    The model is in eval mode, uncompiled, in fp32, and is left as it was found. What goes through it is one batch at a
+    time; what is kept of a batch must not grow with the text.
+
+    Attributes:
+        name: by which it is asked for.
+        about: a line on what it says.
+        outcomes: the scalars that it finds; by these names studies and tools.compare ask for it.
+        slow: whether it runs only where it is asked for by name.
+    """
+
+    name: ClassVar[str]
+    about: ClassVar[str]
+    outcomes: ClassVar[tuple[str, ...]] = ()
+    slow: ClassVar[bool] = False
+
+    @abstractmethod
+    def __call__(self, model: Transformer, text: Text) -> Findings:
+        """Return what is found."""
+
+    def lacks(self, model: Transformer) -> str | None:
+        """Say in words why there is nothing to measure of this model; None: there is."""
+        return None
+
+
+@dataclass(frozen=True)
+class Comparison(ABC):
+    """Measures two models together, on the same text; otherwise as Measure."""
+
+    name: ClassVar[str]
+    about: ClassVar[str]
+    slow: ClassVar[bool] = False
+
+    @abstractmethod
+    def __call__(self, first: Transformer, second: Transformer, text: Text) -> Findings:
+        """Return what is found."""
+
+    def lacks(self, first: Transformer, second: Transformer) -> str | None:
+        """Say in words why these two cannot be compared; None: they can."""
+        return None
