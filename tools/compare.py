@@ -70,12 +70,12 @@ class Run:
         return values[-max(1, round(LATE * len(values))) :] if values else []
 
 
-def labels(runs: Sequence[Run]) -> list[str]:
-    """Return a name for each: its experiment, or, where that would stand twice, its folder below it as well."""
-    experiments = [run.folder.resolve().parent.name for run in runs]
-    if len(set(experiments)) == len(runs):
+def labels(folders: Sequence[Path]) -> list[str]:
+    """Return a name for each run: its experiment, or, where that would stand twice, its folder below it as well."""
+    experiments = [folder.resolve().parent.name for folder in folders]
+    if len(set(experiments)) == len(folders):
         return experiments
-    return [f"{name}/{run.folder.resolve().name}" for name, run in zip(experiments, runs, strict=True)]
+    return [f"{name}/{folder.resolve().name}" for name, folder in zip(experiments, folders, strict=True)]
 
 
 def make_table(runs: Sequence[Run], tags: Sequence[str]) -> Table:
@@ -111,7 +111,7 @@ def draw(runs: Sequence[Run], tags: Sequence[str], output: Path) -> None:
     height = 4.5 if not tags else min(3 * len(tags), 100)
     figure, grid = plt.subplots(max(1, len(tags)), squeeze=False, figsize=(8, height), layout="constrained")
     for tag, axes in zip(tags or ["loss (nats per token)"], grid.flat, strict=True):
-        for run, name in zip(runs, labels(runs), strict=True):
+        for run, name in zip(runs, labels([run.folder for run in runs]), strict=True):
             label = f" {printable(name, 80)}" if name.startswith("_") else printable(name, 80)  # "_x" is not shown
             if tags:
                 axes.plot(*run.curve(tag), linewidth=1, label=label)

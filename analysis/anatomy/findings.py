@@ -1,7 +1,8 @@
 """Holds what a measure finds: numbers, and a word on how to draw them."""
 
+import math
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from analysis.anatomy.text import Sums
 
@@ -64,3 +65,22 @@ class Findings:
     by_document: dict[str, Sums] = field(default_factory=dict)
     pictures: tuple[Picture, ...] = ()
     notes: tuple[str, ...] = ()
+
+    def as_plain(self) -> dict[str, Any]:
+        """Return the findings as JSON has them, but the pictures."""
+        return {name: as_plain(getattr(self, name)) for name in vars(self) if name != "pictures"}
+
+
+def as_plain(value: Any) -> Any:
+    """Return a value as JSON has it: numbers to six digits, and what is no finite one as null."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {key: as_plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_plain(part) for part in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value

@@ -26,6 +26,7 @@ class LayerDrop(Measure):
     |---|---|
     | loss | of the whole model, nats per token |
     | layer_drop | mean over blocks of what the loss is more where the block is left out |
+    | late_drop | that over the later half of the blocks |
     | drop_by_block | that of each block |
     | swap_by_block | what it is more where the block and the next change places |
     | cut_by_count | what it is more where so many of the last blocks are left out |
@@ -36,7 +37,7 @@ class LayerDrop(Measure):
 
     name: ClassVar[str] = "layer_drop"
     about: ClassVar[str] = "loss without each block, with neighbours swapped, without the last blocks"
-    outcomes: ClassVar[tuple[str, ...]] = ("loss", "layer_drop")
+    outcomes: ClassVar[tuple[str, ...]] = ("loss", "layer_drop", "late_drop")
 
     skip: Skip = "placement"
 
@@ -60,13 +61,14 @@ class LayerDrop(Measure):
         by_document = {
             "loss": whole.sums,
             "layer_drop": drops.sums.mean(0, keepdims=True),
+            "late_drop": drops.sums[depth // 2 :].mean(0, keepdims=True),
             "drop_by_block": drops.sums,
             "swap_by_block": swaps.sums,
             "cut_by_count": cuts.sums,
         }
         means = {name: (sums.sum(1) / tokens).tolist() for name, sums in by_document.items()}
         return Findings(
-            scalars={"loss": means["loss"][0], "layer_drop": means["layer_drop"][0]},
+            scalars={name: means[name][0] for name in self.outcomes},
             curves={
                 "drop_by_block": Curve(means["drop_by_block"]),
                 "swap_by_block": Curve(means["swap_by_block"]),
@@ -74,7 +76,9 @@ class LayerDrop(Measure):
             },
             by_document=by_document,
             pictures=(
-                Picture("layer_drop", "curves", ("drop_by_block",), "loss without the block, less the loss (nats)"),
+                Picture(
+                    "layer_drop", "curves", ("drop_by_block",), "loss without the block, less the loss (nats)", True
+                ),
                 Picture(
                     "layer_swap", "curves", ("swap_by_block",), "loss with the next one first, less the loss (nats)"
                 ),

@@ -10,11 +10,11 @@ from lightning_modules.transformer import Transformer
 
 
 @dataclass(frozen=True)
-class Measure(ABC):
-    """Measures one model on a text. A subclass is a frozen dataclass whose fields are its options.
+class Instrument(ABC):
+    """Measures models on a text. A subclass is a frozen dataclass whose fields are its options.
 
-    The model is in eval mode, uncompiled, in fp32, and is left as it was found. What goes through it is one batch at a
-    time; what is kept of a batch must not grow with the text.
+    Models are in eval mode, uncompiled, in fp32, and are left as they were found. What goes through them is one batch
+    at a time; what is kept of a batch must not grow with the text.
 
     Attributes:
         name: by which it is asked for.
@@ -28,6 +28,11 @@ class Measure(ABC):
     outcomes: ClassVar[tuple[str, ...]] = ()
     slow: ClassVar[bool] = False
 
+
+@dataclass(frozen=True)
+class Measure(Instrument):
+    """Measures one model."""
+
     @abstractmethod
     def __call__(self, model: Transformer, text: Text) -> Findings:
         """Return what is found."""
@@ -38,12 +43,8 @@ class Measure(ABC):
 
 
 @dataclass(frozen=True)
-class Comparison(ABC):
-    """Measures two models together, on the same text; otherwise as Measure."""
-
-    name: ClassVar[str]
-    about: ClassVar[str]
-    slow: ClassVar[bool] = False
+class Comparison(Instrument):
+    """Measures two models together, on the same text."""
 
     @abstractmethod
     def __call__(self, first: Transformer, second: Transformer, text: Text) -> Findings:

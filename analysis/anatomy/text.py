@@ -38,11 +38,13 @@ class Text:
     Attributes:
         batches: all of them.
         tokenizer: a datamodules.tokenizers.Tokenizer, which says what the ids stand for.
+        fitting: batches of the training split, for measures that fit something before they measure.
         watch: called after each batch; a bar is drawn with it.
     """
 
     batches: tuple[Batch, ...]
     tokenizer: Any
+    fitting: tuple[Batch, ...] = ()
     watch: Callable[[], None] = lambda: None
 
     def __iter__(self) -> Iterator[Batch]:
@@ -93,13 +95,14 @@ class Tally:
         np.add.at(self.sums[row], batch.documents.flatten().numpy(), flat)
 
 
-def held_out(datamodule: Any, num_tokens: int, batch_size: int | None = None) -> Text:
+def held_out(datamodule: Any, num_tokens: int, batch_size: int | None = None, fitting_tokens: int = 0) -> Text:
     """Return the first sequences of a DataModule's validation sample.
 
     Args:
         datamodule: a StreamDataModule whose data are prepared.
         num_tokens: at least so many predicted tokens, in whole sequences; all that there are if they are fewer.
         batch_size: sequences side by side; None: as many as in training.
+        fitting_tokens: so many of the training split beside them.
 
     Raises:
         ConfigError: there is no sequence, or a size is less than 1.
@@ -109,7 +112,14 @@ def held_out(datamodule: Any, num_tokens: int, batch_size: int | None = None) ->
     require(batch_size >= 1, "batch_size", batch_size, "an integer >= 1")
     most = datamodule.num_val_samples
     require(most >= 1, "data.seq_len", datamodule.seq_len, "a length of which the validation split has one sequence")
-    samples, count = datamodule.samples("val"), min(most, -(-num_tokens // datamodule.seq_len))
+    count, fitted = (-(-number // datamodule.seq_len) for number in (num_tokens, fitting_tokens))
+    batches = _read(datamodule.samples("val"), min(most, count), batch_size)
+    fitting = _read(datamodule.samples("train"), fitted, batch_size) if fitted else ()
+    return Text(batches, datamodule.tokenizer, fitting)
+
+
+def _read(samples: Any, count: int, batch_size: int) -> tuple[Batch, ...]:
+    """Return the first sequences of some samples, with documents counted as they come."""
     known: dict[int, int] = {}
     batches = []
     for first in range(0, count, batch_size):
@@ -121,7 +131,7 @@ def held_out(datamodule: Any, num_tokens: int, batch_size: int | None = None) ->
         documents = torch.tensor(counted).view(named.shape)
         positions = torch.from_numpy(rows["positions"]) if "positions" in rows else None
         batches.append(Batch(tokens[:, :-1], tokens[:, 1:], positions, documents))
-    return Text(tuple(batches), datamodule.tokenizer)
+    return tuple(batches)
 
 
 def _documents(samples: Any, numbers: npt.NDArray[np.int64], seq_len: int) -> npt.NDArray[np.int64]:

@@ -83,7 +83,10 @@ def test_a_run_has_the_callbacks_that_were_chosen(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
-        (["callbacks=[monitor]"], "expected one of checkpointing, console, curvature, default, divergence, monitors"),
+        (
+            ["callbacks=[monitor]"],
+            "expected one of anatomy, checkpointing, console, curvature, default, divergence, monitors",
+        ),
         (["+callbacks=[console,curvatur]"], "(did you mean curvature?)"),
         (["-m", "callbacks=monitors,console", "+callbacks=curvature"], "whole lists where callbacks is swept"),
         (["+callbacks.mine={a: 1}"], "callbacks.mine={'a': 1} is not valid: expected a group with a _target_"),
