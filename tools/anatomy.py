@@ -14,7 +14,7 @@ from typing import Literal
 
 from core import cli
 from core.dataclass_cli import FIRST
-from core.errors import require, writing
+from core.errors import require
 from core.printable import printable
 
 OUTPUT = Path("runs/anatomy")
@@ -58,6 +58,7 @@ def main(config: AnatomyConfig) -> None:
     from core.untrusted import within
     from tools.examination.examine import Chosen, by_default, examine
     from tools.examination.report import Report, write
+    from tools.examination.steps import kept_of
 
     silence_noise()
     several = len(config.runs) > 1
@@ -66,6 +67,7 @@ def main(config: AnatomyConfig) -> None:
     if output is None:
         output = OUTPUT if several else within(config.runs[0], config.runs[0] / "anatomy/report", "give output=FOLDER")
     require(not output.exists(), "output", str(output), "a new folder: this one is there already")
+    kept = [kept_of(folder) for folder in config.runs]
     chosen = Chosen(
         config.runs,
         measures,
@@ -78,9 +80,7 @@ def main(config: AnatomyConfig) -> None:
     )
     text, examined = examine(chosen)
     source = f"the validation split of {config.data or config.runs[0]}"
-    with writing("output", output):
-        output.mkdir(parents=True)
-        path = write(Report(text, examined, source), output)
+    path = write(Report(text, examined, source, kept), output)
     print(f"Report: {printable(path, limit=None)}")
 
 

@@ -2,6 +2,7 @@
 
     python -m tools.compare RUN1 RUN2                                            # draws runs/compare.png
     python -m tools.compare RUN1 RUN2 tags=moe/max_load,moe/dead_experts output=experts.png
+    python -m tools.compare RUN1 RUN2 outcomes=layer_drop,late_drop        # of the models: docs/anatomy.md
 
 Reads summaries, TensorBoard's event files and CSV tables; writes the picture and nothing else.
 """
@@ -36,12 +37,17 @@ class CompareConfig:
     Attributes:
         runs: run folders, such as runs/moe_spannorm/TIME.
         tags: scalars to compare instead of the losses.
+        outcomes: measure these of each run's last weights, on the same text, and show them in a table of their own.
         output: the picture that is drawn.
+        allow: what the runs' configurations name, and you vouch for, where outcomes are measured: classes of yours, and
+            addresses.
     """
 
     runs: tuple[Path, ...] = field(metadata=FIRST)
     tags: tuple[str, ...] = ()
+    outcomes: tuple[str, ...] = ()
     output: Path = PICTURE
+    allow: tuple[str, ...] = ()
 
 
 class Run:
@@ -99,6 +105,24 @@ def make_table(runs: Sequence[Run], tags: Sequence[str]) -> Table:
     return table
 
 
+def measure(config: CompareConfig) -> Table:
+    """Measure the outcomes, and make one row a run.
+
+    Raises:
+        ConfigError: no such outcome, a run that cannot be opened, or runs of different tokens.
+    """
+    from tools.examination.examine import Chosen, examine, known_outcomes
+
+    measures = dict.fromkeys(known_outcomes(config.outcomes).values())
+    _, examined = examine(Chosen(config.runs, tuple(measures), allow=config.allow))
+    table = Table("run", *config.outcomes, title="outcomes, measured on the same text")
+    for found in examined:
+        scalars = {name: value for part in found.findings.values() for name, value in part.scalars.items()}
+        values = (scalars.get(name) for name in config.outcomes)
+        table.add_row(cell(found.folder), *("-" if value is None else f"{value:,.4g}" for value in values))
+    return table
+
+
 def draw(runs: Sequence[Run], tags: Sequence[str], output: Path) -> None:
     """Draw one panel a tag; without tags, training loss as a line, validation loss as dots, bigram baseline dashed."""
     import matplotlib
@@ -136,7 +160,11 @@ def main(config: CompareConfig) -> None:
     runs = [Run(folder) for folder in config.runs]
     for tag in config.tags:
         require(any(run.curve(tag)[0] for run in runs), "tags", tag, "a scalar that one of the runs has written")
-    Console(width=None if Console().is_terminal else 160).print(make_table(runs, config.tags))
+    measured = measure(config) if config.outcomes else None
+    console = Console(width=None if Console().is_terminal else 160)
+    console.print(make_table(runs, config.tags))
+    if measured is not None:
+        console.print(measured)
     draw(runs, config.tags, config.output)
     print(f"Curves: {printable(config.output, limit=None)}")
 

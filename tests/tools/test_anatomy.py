@@ -14,10 +14,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from analysis.anatomy.layer_drop import LayerDrop
 from analysis.anatomy.text import held_out
 from core import cli
+from core.errors import ConfigError
 from core.open_run import open_run
 from tests.support.pretrained import saved
 from tests.support.tool_runs import bpe_corpus, bpe_run, byte_run
-from tools import anatomy
+from tools import anatomy, compare
+from tools.examination.examine import Chosen, examine
+from tools.examination.steps import kept_of
 from tools.importing import make_run
 
 
@@ -161,3 +164,39 @@ def test_runs_of_other_tokens_are_not_compared(
     anatomy.main([str(other), f"data={tmp_path / 'bpe/corpus'}", "tokens=100", "measures=lens", f"output={output}"])
     content = json.loads((output / "report.json").read_text())
     assert math.isfinite(content["runs"][0]["findings"]["lens"]["scalars"]["lens_effective_share"])
+
+
+def test_what_was_kept_during_training_is_drawn(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As callbacks.monitors.anatomy keeps it, which its own tests have made by a run."""
+    folder = runs[1] / "anatomy/steps"
+    folder.mkdir(parents=True)
+    for step in (0, 200, 1000):
+        curve = {"values": [step / 1000, 0.0], "over": "block", "first": 1}
+        found = {"scalars": {"loss": 5.0 - step / 500, "late_drop": None}, "curves": {"drop_by_block": curve}}
+        content = {"step": step, "findings": {"layer_drop": {**found, "matrices": {}, "notes": []}}}
+        (folder / f"{step}.json").write_text(json.dumps(content))
+    kept = kept_of(runs[1])
+    assert [part.step for part in kept] == [0, 200, 1000]
+    assert [part.scalars()["loss"] for part in kept] == [5.0, 4.6, 3.0]
+    output = tmp_path / "report"
+    anatomy.main([str(runs[1]), "tokens=50", "measures=lens", f"output={output}"])
+    assert "![scalars over steps](steps_scalars.png)" in (output / "report.md").read_text()
+    assert (output / "steps_drops.png").stat().st_size > 1000
+    (folder / "0.json").write_text('{"step": -1, "findings": {}}')
+    assert "0.json cannot be read" in refused(capsys, runs[1], "tokens=50", f"output={tmp_path / 'again'}")
+
+
+def test_compare_shows_outcomes_of_the_same_text(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "curves.png"
+    compare.main([*map(str, runs), "outcomes=late_drop,lens_overlap_depth", f"output={output}"])
+    out = capsys.readouterr().out
+    _, examined = examine(Chosen(tuple(runs), ("layer_drop",)))
+    for found in examined:
+        value = found.findings["layer_drop"].scalars["late_drop"]
+        assert f"{value:,.4g}" in out[out.index("outcomes, measured on the same text") :]
+    with pytest.raises(ConfigError, match=r"outcomes='late_dorp' is not valid: .*did you mean late_drop"):
+        compare.main([*map(str, runs), "outcomes=late_dorp", f"output={output}"])

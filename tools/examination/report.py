@@ -2,9 +2,11 @@
 
 import json
 import math
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,13 @@ from analysis.anatomy.bootstrap import LEVEL, Interval, Resampled
 from analysis.anatomy.findings import Findings, Picture, as_plain
 from analysis.anatomy.registry import INSTRUMENTS
 from analysis.anatomy.text import Text
-from core.atomic_write import write_whole
+from core.errors import writing
 from studies.document import Block, Bullets, Code, Heading, Paragraph, Table, Words, markdown
 from studies.document import Picture as Shown
 from tools.compare import labels
 from tools.examination.examine import Examined
 from tools.examination.pictures import draw
+from tools.examination.steps import Kept, draw_drops, draw_scalars, has_drops
 
 
 @dataclass(frozen=True)
@@ -28,11 +31,13 @@ class Report:
         text: what was measured on.
         examined: the runs, in order; the others are compared with the first.
         source: where the text comes from, in words.
+        kept: of each run, what was kept while it was trained.
     """
 
     text: Text
     examined: Sequence[Examined]
     source: str
+    kept: Sequence[Sequence[Kept]]
 
     @cached_property
     def labels(self) -> list[str]:
@@ -74,14 +79,25 @@ class Report:
 
 
 def write(report: Report, output: Path) -> Path:
-    """Write the whole report into a folder and return the path of report.md."""
-    blocks = list(_blocks(report, output))
-    path = output / "report.md"
-    write_whole(path, partial(Path.write_text, data=markdown(blocks)))
-    content = json.dumps(content_of(report), allow_nan=False) + "\n"
-    write_whole(output / "report.json", partial(Path.write_text, data=content))
-    write_events(report, output)
-    return path
+    """Write the whole report into a new folder, all of it or nothing, and return the path of report.md.
+
+    Raises:
+        ConfigError: the file system refuses it.
+    """
+    with writing("output", output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+        try:
+            text = markdown(list(_blocks(report, scratch)))
+            (scratch / "report.md").write_text(text)
+            (scratch / "report.json").write_text(json.dumps(content_of(report), allow_nan=False) + "\n")
+            write_events(report, scratch)
+            scratch.chmod(0o755)
+            scratch.rename(output)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+    return output / "report.md"
 
 
 def _blocks(report: Report, output: Path) -> Iterator[Block]:
@@ -122,6 +138,7 @@ def _blocks(report: Report, output: Path) -> Iterator[Block]:
             draw(picture, shown, intervals, output / f"{picture.name}.png")
             yield Shown(picture.title, f"{picture.name}.png")
         yield from _curves(found, intervals)
+    yield from _over_steps(report, output)
     missing = [
         f"{name}, {label}: {reason}"
         for label, run in zip(report.labels, report.examined, strict=True)
@@ -130,6 +147,21 @@ def _blocks(report: Report, output: Path) -> Iterator[Block]:
     if missing:
         yield Heading("Not measured")
         yield Bullets(missing)
+
+
+def _over_steps(report: Report, output: Path) -> Iterator[Block]:
+    """Yield what was kept of the runs while they were trained, of those that have kept something."""
+    kept = {label: steps for label, steps in zip(report.labels, report.kept, strict=True) if len(steps) > 1}
+    if not kept:
+        return
+    yield Heading("Over training")
+    yield Paragraph("What callbacks=anatomy has kept, on a text of its own: the first tokens of validation.")
+    draw_scalars(kept, output / "steps_scalars.png")
+    yield Shown("scalars over steps", "steps_scalars.png")
+    drops = {label: steps for label, steps in kept.items() if has_drops(steps)}
+    if drops:
+        draw_drops(drops, output / "steps_drops.png")
+        yield Shown("loss without each block over steps", "steps_drops.png")
 
 
 def _pictures(found: dict[str, Findings]) -> list[Picture]:
