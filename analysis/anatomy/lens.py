@@ -25,7 +25,7 @@ Translate = Callable[[int, Tensor], Tensor]
 
 
 class Reading(NamedTuple):
-    """What a lens sees, by document: [depths, documents].
+    """Holds what a lens sees, by document: [depths, documents].
 
     Attributes:
         divergence: KL(final distribution | the lens') in nats.
@@ -80,7 +80,8 @@ def effective_depth(divergence: list[float]) -> int:
 
     The number of blocks, where that holds of no depth before.
     """
-    return next(depth for depth, value in enumerate(divergence) if value < CLOSE * max(divergence) or value == 0)
+    near = (depth for depth, value in enumerate(divergence) if value < CLOSE * max(divergence) or value == 0)
+    return next(near, len(divergence) - 1)
 
 
 def _findings(name: str, reading: Reading, text: Text, note: str) -> Findings:
@@ -88,7 +89,7 @@ def _findings(name: str, reading: Reading, text: Text, note: str) -> Findings:
     means = {key: (sums.sum(1) / text.num_tokens).tolist() for key, sums in parts.items()}
     divergence, overlap = means[f"{name}_divergence_by_depth"], means[f"{name}_overlap_by_depth"]
     by_divergence = effective_depth(divergence)
-    by_overlap = next(depth for depth, value in enumerate(overlap) if value > ALIKE)
+    by_overlap = next((depth for depth, value in enumerate(overlap) if value > ALIKE), len(overlap) - 1)
     return Findings(
         scalars={
             f"{name}_effective_depth": by_divergence,

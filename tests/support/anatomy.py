@@ -7,7 +7,11 @@ import torch
 from analysis.anatomy.text import Batch, Text
 from datamodules.tokenizers import NumberTokenizer
 from lightning_modules.transformer import Transformer
+from spannorm import PLACEMENTS
 from tests.support.models import VOCAB_SIZE, make_module
+
+MODELS = [(name, "dense") for name in sorted(PLACEMENTS)] + [(name, "moe") for name in ("attnres", "mhc", "spannorm")]
+"""Every placement, and what it is around."""
 
 
 def make_text(batches: int = 2, sequences: int = 3, seq: int = 12, vocab_size: int = VOCAB_SIZE) -> Text:

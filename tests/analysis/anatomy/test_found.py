@@ -1,5 +1,6 @@
 """What is wrong with a model is found: a dead block, a block twice, a block that undoes the one before."""
 
+import json
 from typing import Any
 
 import pytest
@@ -8,9 +9,9 @@ import torch
 from analysis.anatomy.contribution import Contribution
 from analysis.anatomy.layer_drop import LayerDrop
 from analysis.anatomy.pruning import Pruning
+from analysis.anatomy.registry import MEASURES
 from analysis.anatomy.similarity import Similarity
-from spannorm import PLACEMENTS
-from tests.support.anatomy import make_text, trained_like
+from tests.support.anatomy import MODELS, make_text, trained_like
 
 DEAD = 2  # counted from 1
 
@@ -24,8 +25,7 @@ def with_a_dead_block(**fields: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("ffn", ["dense", "moe"])
-@pytest.mark.parametrize("placement", sorted(PLACEMENTS))
+@pytest.mark.parametrize(("placement", "ffn"), MODELS)
 def test_a_dead_block_is_found_under_every_placement(placement: str, ffn: str) -> None:
     model, text = with_a_dead_block(placement=placement, ffn=ffn), make_text(batches=1)
     drops = LayerDrop()(model, text).curves["drop_by_block"].values
@@ -83,3 +83,13 @@ def test_contribution_is_what_is_added_beside_the_skip() -> None:
     assert found.curves["contribution_by_block"].values == pytest.approx([float(r) for r in ratios], rel=1e-4)
     early, late = (ratios[0] + ratios[1]) / 2, (ratios[2] + ratios[3]) / 2
     assert found.scalars["late_contribution"] == pytest.approx(float(late / early), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name, measure in MEASURES.items() if not measure.slow])
+def test_a_model_that_overflowed_is_measured_as_no_number(name: str) -> None:
+    model, text = trained_like(), make_text(batches=1)
+    with torch.no_grad():
+        model.blocks[1].ffn.down_proj.weight[0, 0] = float("nan")
+    found = MEASURES[name]()(model, text)
+    content = json.dumps(found.as_plain(), allow_nan=False)
+    assert "null" in content

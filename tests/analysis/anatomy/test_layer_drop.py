@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from analysis.anatomy.layer_drop import LayerDrop
 from analysis.anatomy.text import Text
 from lightning_modules.transformer import Transformer
-from spannorm import PLACEMENTS
-from tests.support.anatomy import make_text, trained_like
+from tests.support.anatomy import MODELS, make_text, trained_like
 
 
 class Nothing(nn.Module):
@@ -41,8 +40,7 @@ def loss_of(model: Transformer, text: Text) -> float:
     return float(F.cross_entropy(logits.flatten(0, 1), torch.cat([batch.targets for batch in text]).flatten()))
 
 
-@pytest.mark.parametrize("ffn", ["dense", "moe"])
-@pytest.mark.parametrize("placement", sorted(PLACEMENTS))
+@pytest.mark.parametrize(("placement", "ffn"), MODELS)
 def test_a_block_left_out_is_one_whose_sublayers_put_out_zeros(placement: str, ffn: str) -> None:
     model, text = trained_like(placement=placement, ffn=ffn, num_layers=3), make_text()
     found = LayerDrop()(model, text)
