@@ -1,4 +1,4 @@
-"""How sharply the loss bends: the Hessian's ends of the spectrum, by products with it alone."""
+"""Finds how sharply the loss bends: the ends of the Hessian's spectrum, by products with it alone."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
