@@ -40,7 +40,7 @@ class Outliers(Measure):
     | activation_max_by_block | largest magnitude |
     | activation_dimension_by_block | the dimension, counted from 0, that has it |
     | massive_dimensions_by_block | how many have at least once `ratio` times the median, the mean of batches' medians |
-    | sink_HEAD_by_block | the sink of each head, counted from 1 |
+    | sink_by_head | the sink of each head, block by block |
 
     The first token is the document's where attention keeps documents apart, and else the sequence's. It sees nothing
     but itself, and counts as 0 in all means of sinks.
@@ -95,7 +95,6 @@ class Outliers(Measure):
             "sink_by_block": of_heads.mean(1),
         }
         means = {name: (sums.sum(1) / text.num_tokens).tolist() for name, sums in by_document.items()}
-        of_each = {f"sink_{n}_by_block": Curve(on_first[:, n - 1].tolist()) for n in range(1, heads + 1)}
         return Findings(
             scalars={
                 **found.scalars,
@@ -106,13 +105,14 @@ class Outliers(Measure):
             curves={
                 **found.curves,
                 **{name: Curve(means[name]) for name in ("kurtosis_by_block", "sink_by_block")},
-                **of_each,
             },
+            matrices={"sink_by_head": on_first.tolist()},
             by_document=by_document,
             pictures=(
                 Picture("activations", "curves", ("activation_ratio_by_block",), "largest activation / median", True),
                 Picture("kurtosis", "curves", ("kurtosis_by_block",), "kurtosis of a token's features", True),
                 Picture("sinks", "curves", ("sink_by_block",), "attention's weight on the first token"),
+                Picture("sinks_of_heads", "heat map", ("sink_by_head",), "weight on the first token: block, head"),
             ),
             notes=found.notes,
         )
