@@ -1,7 +1,7 @@
 """Measures how sharply the loss bends: the Hessian's ends, and the largest eigenvalue that Adam sees."""
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,10 @@ class Sharpness(Measure):
     def __post_init__(self) -> None:
         for name in ("sequences", "iterations"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
+
+    def of_run(self, run: Any, checkpoint: dict[str, Any]) -> Self:
+        """Return the measure with the second moments that the checkpoint has kept, where it has."""
+        return replace(self, adam=AdamState.of(checkpoint, run.module.model))
 
     def lacks(self, model: Transformer) -> str | None:
         """Say what keeps the loss from being differentiated twice."""

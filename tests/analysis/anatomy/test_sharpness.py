@@ -1,6 +1,7 @@
 """Sharpness against whole Hessians of tiny models, and Adam's preconditioner against a step of torch's AdamW."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -157,6 +158,11 @@ def test_a_checkpoint_in_pieces_says_the_same(tmp_path: Path) -> None:
         assert torch.equal(moment.square, other.moments[name].square)
         assert moment[1:] == other.moments[name][1:]
         assert moment.rate == (3.0 if name.endswith(("gate_proj.weight", "up_proj.weight")) else 1.0)
+    run: Any = SimpleNamespace(module=module)
+    taken = Sharpness(iterations=3).of_run(run, content)
+    assert taken.iterations == 3
+    assert taken.adam is not None
+    assert taken.adam.moments.keys() == one.moments.keys()
     assert (one.lr, one.peak_lr) == (other.lr, other.peak_lr) == (0.01, 0.01)
 
 
