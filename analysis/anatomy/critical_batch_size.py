@@ -13,7 +13,9 @@ from analysis.anatomy.findings import Curve, Findings, Picture
 from analysis.anatomy.forward import token_losses
 from analysis.anatomy.measure import Measure
 from analysis.anatomy.text import Batch, Tally, Text
+from core.checkpoint import load
 from core.errors import require
+from core.open_run import OpenRun
 from lightning_modules.optimizers import make_optimizer
 from lightning_modules.transformer import Transformer
 
@@ -113,9 +115,9 @@ class CriticalBatchSize(Measure):
         require(self.most >= 0, "most", self.most, "an integer >= 0: the run's own batch is among those tried")
         require(0 <= self.tolerance < math.inf, "tolerance", self.tolerance, "a number >= 0")
 
-    def of_run(self, run: Any, checkpoint: dict[str, Any]) -> Self:
+    def of_run(self, run: OpenRun) -> Self:
         """Return the measure with what the run trains with, where its checkpoint is one file."""
-        states = checkpoint.get("optimizer_states")
+        states = load(run.checkpoint).get("optimizer_states")
         if not states:
             return self
         config = run.config

@@ -1,7 +1,7 @@
 """Measures how sharply the loss bends: the Hessian's ends, and the largest eigenvalue that Adam sees."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,9 @@ from analysis.anatomy.findings import Findings
 from analysis.anatomy.measure import Measure
 from analysis.anatomy.text import Text
 from analysis.curvature import Vector, differentiable_twice, extreme_eigenvalues, hessian_product, obstacle
+from core.checkpoint import load
 from core.errors import require
+from core.open_run import OpenRun
 from lightning_modules.transformer import Transformer
 
 
@@ -49,9 +51,9 @@ class Sharpness(Measure):
         for name in ("sequences", "iterations"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
 
-    def of_run(self, run: Any, checkpoint: dict[str, Any]) -> Self:
-        """Return the measure with the second moments that the checkpoint has kept, where it has."""
-        return replace(self, adam=AdamState.of(checkpoint, run.module.model))
+    def of_run(self, run: OpenRun) -> Self:
+        """Return the measure with the second moments that the run's checkpoint has kept, where it has."""
+        return replace(self, adam=AdamState.of(load(run.checkpoint), run.module.model))
 
     def lacks(self, model: Transformer) -> str | None:
         """Say what keeps the loss from being differentiated twice."""

@@ -142,15 +142,14 @@ def test_what_it_takes_of_a_run(tmp_path: Path) -> None:
     config = OmegaConf.create(
         {"data": {"batch_size": 8}, "trainer": {"accumulate_grad_batches": 3, "gradient_clip_val": 0.5}}
     )
-    run: Any = SimpleNamespace(module=module, config=config)
-    found = CriticalBatchSize(most=1).of_run(run, load(tmp_path / "last.ckpt"))
+    run: Any = SimpleNamespace(module=module, config=config, checkpoint=tmp_path / "last.ckpt")
+    found = CriticalBatchSize(most=1).of_run(run)
     assert found.branching is not None
     assert (found.branching.sequences, found.branching.clip, found.branching.lr) == (24, 0.5, 0.02)
     assert found.most == 1
     model: Any = module.model
     assert found.lacks(model) is None
-    without = CriticalBatchSize().of_run(run, {"optimizer_0": {}})
-    assert without.lacks(model) == "its checkpoint is not one file with the state of an optimizer"
+    assert CriticalBatchSize().lacks(model) == "its checkpoint is not one file with the state of an optimizer"
     state = copy.deepcopy(found.branching.state)
     state["param_groups"][0]["lr"] = 0.0
     still = replace(found, branching=replace(found.branching, state=state))

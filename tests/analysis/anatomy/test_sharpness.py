@@ -158,8 +158,8 @@ def test_a_checkpoint_in_pieces_says_the_same(tmp_path: Path) -> None:
         assert torch.equal(moment.square, other.moments[name].square)
         assert moment[1:] == other.moments[name][1:]
         assert moment.rate == (3.0 if name.endswith(("gate_proj.weight", "up_proj.weight")) else 1.0)
-    run: Any = SimpleNamespace(module=module)
-    taken = Sharpness(iterations=3).of_run(run, content)
+    run: Any = SimpleNamespace(module=module, checkpoint=tmp_path / "last.ckpt")
+    taken = Sharpness(iterations=3).of_run(run)
     assert taken.iterations == 3
     assert taken.adam is not None
     assert taken.adam.moments.keys() == one.moments.keys()
