@@ -66,7 +66,6 @@ class ExpertDrop(Measure):
                 "expert_drop_by_mixture": sums.mean(1),
             },
             pictures=(
-                Picture("expert_drop", "curves", ("expert_drop_by_mixture",), "loss without an expert, less the loss"),
                 Picture(
                     "expert_drop_by_expert",
                     "heat map",

@@ -13,6 +13,8 @@ from analysis.anatomy.text import Text
 from analysis.anatomy.token_kinds import KINDS, token_kinds
 from lightning_modules.transformer import Transformer
 
+NOT_DRAWN = ("expert_share_mixed", "expert_share_other")
+
 
 @dataclass(frozen=True)
 class ExpertShare(Measure):
@@ -72,6 +74,7 @@ class ExpertShare(Measure):
                 *(
                     Picture(name, "heat map", (name,), f"{name.replace('_', ' ')}: mixture, expert (from 0)")
                     for name in shares
+                    if name not in NOT_DRAWN
                 ),
             ),
             notes=mixture_note(model),

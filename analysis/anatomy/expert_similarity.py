@@ -82,9 +82,8 @@ class ExpertSimilarity(Measure):
             pictures=(
                 *(Picture(name, "curves", (f"{name}_by_mixture",), title) for name, title in titles.items()),
                 *(
-                    Picture(f"{name}_{number}", "heat map", (f"{name}_{number}",), f"{title}, mixture {number}")
-                    for name, title in titles.items()
-                    for number in shown
+                    Picture(f"expert_cka_{n}", "heat map", (f"expert_cka_{n}",), f"{titles['expert_cka']}, mixture {n}")
+                    for n in shown
                 ),
             ),
             notes=mixture_note(model),

@@ -51,7 +51,7 @@ class Findings:
     Attributes:
         scalars: numbers of the whole model.
         curves: rows of numbers.
-        matrices: square ones, row by row; over depth they begin with the embedding.
+        matrices: row by row; square ones over depth begin with the embedding.
         by_document: sums by document, [points, documents], of the scalar (one point) or the curve of the same name,
             whose values are these sums over documents, over the text's tokens. Intervals and paired differences between
             runs are made of them.

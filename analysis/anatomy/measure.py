@@ -2,10 +2,11 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from analysis.anatomy.findings import Findings
 from analysis.anatomy.text import Text
+from core.open_run import OpenRun
 from lightning_modules.transformer import Transformer
 
 
@@ -36,6 +37,10 @@ class Measure(Instrument):
     @abstractmethod
     def __call__(self, model: Transformer, text: Text) -> Findings:
         """Return what is found."""
+
+    def of_run(self, run: OpenRun) -> Self:
+        """Return the measure with what it needs of a run beside its model, such as the optimizer's state."""
+        return self
 
     def lacks(self, model: Transformer) -> str | None:
         """Say in words why there is nothing to measure of this model; None: there is."""

@@ -60,7 +60,7 @@ class Sharpness(Measure):
         return obstacle(model)
 
     def __call__(self, model: Transformer, text: Text) -> Findings:
-        device, batch = model.head.weight.device, next(iter(text))
+        device, batch = model.head.weight.device, text.batches[0]
         rows = slice(self.sequences)
         positions = None if batch.positions is None else batch.positions[rows].to(device)
         named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

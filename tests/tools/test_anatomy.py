@@ -53,7 +53,9 @@ def test_two_runs_stand_side_by_side(report: Path, runs: list[Path]) -> None:
     assert content["text"]["tokens"] == 336  # seven sequences of the shorter length
     assert sum(content["text"]["tokens_by_document"]) == 336
     assert [run["placement"] for run in content["runs"]] == ["prenorm", "spannorm"]
-    assert set(content["runs"][1]["findings"]) - set(content["runs"][0]["findings"]) == {"cross_similarity"}
+    first, second = (set(run["findings"]) for run in content["runs"])
+    assert second - first == {"cross_similarity", "expert_share", "expert_drop", "expert_similarity"}
+    assert content["runs"][0]["left_out"]["expert_drop"] == "it has no mixture of experts"
     text = (report / "report.md").read_text()
     pictures = set(re.findall(r"!\[[^]]*\]\((\S+)\)", text))
     assert pictures == {path.name for path in report.glob("*.png")}

@@ -124,6 +124,8 @@ def _examine(run: OpenRun, first: OpenRun | None, text: Text, chosen: Chosen) ->
     left_out: dict[str, str] = {}
     for name in chosen.measures:
         measure: Any = make(INSTRUMENTS[name], chosen.skip)
+        if isinstance(measure, Measure):
+            measure = measure.of_run(run)
         models = (model,) if isinstance(measure, Measure) else (first and first.module.model, model)
         if None in models:
             continue
