@@ -70,7 +70,7 @@ class ExpertDrop(Measure):
                     "expert_drop_by_expert",
                     "heat map",
                     ("expert_drop_by_expert",),
-                    "loss without the expert, less the loss: mixture, expert (from 0)",
+                    "loss without the expert, less the loss: mixture (y) and expert (x), from 0",
                 ),
             ),
             notes=mixture_note(model),

@@ -72,7 +72,7 @@ class ExpertShare(Measure):
             pictures=(
                 Picture("kind_information", "curves", ("kind_information_by_mixture",), "kind and expert (nats)"),
                 *(
-                    Picture(name, "heat map", (name,), f"{name.replace('_', ' ')}: mixture, expert (from 0)")
+                    Picture(name, "heat map", (name,), f"{name.replace('_', ' ')}: mixture (y) and expert (x), from 0")
                     for name in shares
                     if name not in NOT_DRAWN
                 ),

@@ -112,7 +112,12 @@ class Outliers(Measure):
                 Picture("activations", "curves", ("activation_ratio_by_block",), "largest activation / median", True),
                 Picture("kurtosis", "curves", ("kurtosis_by_block",), "kurtosis of a token's features", True),
                 Picture("sinks", "curves", ("sink_by_block",), "attention's weight on the first token"),
-                Picture("sinks_of_heads", "heat map", ("sink_by_head",), "weight on the first token: block, head"),
+                Picture(
+                    "sinks_of_heads",
+                    "heat map",
+                    ("sink_by_head",),
+                    "attention's weight on the first token: block (y) and head (x), from 0",
+                ),
             ),
             notes=found.notes,
         )

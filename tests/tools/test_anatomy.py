@@ -64,6 +64,16 @@ def test_two_runs_stand_side_by_side(report: Path, runs: list[Path]) -> None:
     assert "under SpanNorm N(x)" in text
 
 
+def test_the_second_moments_are_those_of_the_checkpoint(report: Path) -> None:
+    """Both runs went to the end of the schedule, at a tenth of the peak rate of 3e-3."""
+    content = json.loads((report / "report.json").read_text())
+    for run in content["runs"]:
+        scalars = run["findings"]["sharpness"]["scalars"]
+        assert scalars["preconditioned_sharpness"] > 0
+        assert scalars["peak_stability_threshold"] == pytest.approx(38 / 3e-3, rel=1e-4)
+        assert scalars["stability_threshold"] == pytest.approx(38 / 3e-4, rel=1e-4)
+
+
 def test_the_figures_are_those_of_the_measure_by_itself(report: Path, runs: list[Path]) -> None:
     """As a notebook would call it, and the loss is that of tools.evaluate's."""
     content = json.loads((report / "report.json").read_text())

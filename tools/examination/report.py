@@ -215,7 +215,7 @@ def _number(value: float) -> str:
 
 
 def _interval(interval: Interval) -> str:
-    return f"{interval.value:.4f} ({interval.low:.4f} to {interval.high:.4f})"
+    return f"{_number(interval.value)} ({_number(interval.low)} to {_number(interval.high)})"
 
 
 def content_of(report: Report) -> dict[str, Any]:
