@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
@@ -44,7 +44,15 @@ class Branching:
         """Return the learning rate of the next step."""
         return float(self.state["param_groups"][0]["lr"])
 
-    def train(self, model: Transformer, data: dict[str, Tensor], size: int, factor: float, at_once: int) -> Transformer:
+    def train(
+        self,
+        model: Transformer,
+        data: dict[str, Tensor],
+        size: int,
+        factor: float,
+        at_once: int,
+        watch: Callable[[], None] = lambda: None,
+    ) -> Transformer:
         """Return a copy of a model after training on data, in their order; the last batch has to be a whole one.
 
         Args:
@@ -53,6 +61,7 @@ class Branching:
             size: sequences of one optimizer step.
             factor: on the learning rate, which stays what it then is.
             at_once: as many sequences are taken side by side; the gradients of a step are added up.
+            watch: called after each step.
         """
         module = copy.deepcopy(self.module).train()
         module.model.load_state_dict(model.state_dict())
@@ -72,6 +81,7 @@ class Branching:
             module.on_before_optimizer_step(optimizer)  # moves the routers' biases
             optimizer.step()
             optimizer.zero_grad()
+            watch()
         trained: Transformer = module.model.eval()
         return trained
 
@@ -144,7 +154,10 @@ class CriticalBatchSize(Measure):
         data = {name: rows[:used] for name, rows in data.items()}
         tally = Tally(text, len(tried))
         for row, (n, size) in enumerate(tried.items()):
-            branch = self.branching.train(model, data, size, math.sqrt(2.0**n), len(text.batches[0].inputs))
+            at_once, factor = len(text.batches[0].inputs), math.sqrt(2.0**n)
+            with torch.random.fork_rng():  # a router's jitter
+                torch.manual_seed(0)
+                branch = self.branching.train(model, data, size, factor, at_once, text.watch)
             with torch.inference_mode():
                 for batch in text:
                     tally.add(row, batch, token_losses(branch, batch))

@@ -98,7 +98,9 @@ def test_losses_of_branches_against_a_loop(tmp_path: Path) -> None:
     module, made = trained(tmp_path, optim={"lr": 0.01, "weight_decay": 0.0}), text(fitting=33)
     assert module.model is not None
     measure = CriticalBatchSize(branching=branching(tmp_path, module), most=7, tolerance=0.0)
-    found = measure(module.model, made)
+    steps: list[None] = []
+    found = measure(module.model, made.watched(lambda: steps.append(None)))
+    assert len(steps) == 64 + 32 + 16 + 8 + 4 * len(made.batches), "what a bar shows"
     data = rows_of(made)[:64]
     expected = [
         mean_loss(by_a_loop(tmp_path, module.model, data, size, 0.01 * math.sqrt(size / 2)), made)
