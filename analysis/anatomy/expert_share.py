@@ -8,7 +8,7 @@ from torch import Tensor
 
 from analysis.anatomy.findings import Curve, Findings, Picture
 from analysis.anatomy.measure import Measure
-from analysis.anatomy.routing import NO_MIXTURE, chosen_experts, mixture_note
+from analysis.anatomy.routing import NO_MIXTURE, chosen_experts, count, mixture_note
 from analysis.anatomy.text import Text
 from analysis.anatomy.token_kinds import KINDS, token_kinds
 from lightning_modules.transformer import Transformer
@@ -49,8 +49,8 @@ class ExpertShare(Measure):
         for batch in text:
             kinds = token_kinds(batch.inputs, text.tokenizer).flatten()
             for mixture, chosen in zip(counts, chosen_experts(model, batch), strict=True):
-                pairs = kinds[:, None] * experts + chosen
-                mixture += pairs.flatten().bincount(minlength=mixture.numel()).view(mixture.shape)
+                pairs = torch.where(chosen < 0, chosen, kinds[:, None] * experts + chosen)
+                mixture += count(pairs, mixture.numel()).view(mixture.shape)
         busiest = (experts * _shares(counts.sum(1)).amax(-1)).tolist()
         information = mutual_information(counts).tolist()
         of_kinds = {

@@ -17,14 +17,27 @@ NO_MIXTURE = "it has no mixture of experts"
 
 
 def chosen_experts(model: Transformer, batch: Batch) -> list[Tensor]:
-    """Return the experts of every token at each mixture, in order, each int64 [batch x seq, top_k]."""
+    """Return the experts of every token at each mixture, in order, each int64 [batch x seq, top_k]; -1 stands for the
+    choice among what are no numbers.
+    """
     chosen: list[Tensor] = []
+
+    def see(module: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Any]) -> None:
+        weights, experts, _ = output
+        chosen.append(experts.where(weights.isfinite(), -1).cpu())
+
     with ExitStack() as hooks:
         for mixture in model.mixtures().values():
-            handle = mixture.router.register_forward_hook(lambda module, inputs, output: chosen.append(output[1].cpu()))
-            hooks.callback(handle.remove)
+            hooks.callback(mixture.router.register_forward_hook(see).remove)
         run(model, batch)
     return chosen
+
+
+def count(places: Tensor, size: int) -> Tensor:
+    """Return how often each place from 0 to size - 1 occurs, float64 [size]; nan for all, where one is negative."""
+    if (places < 0).any():
+        return torch.full((size,), math.nan, dtype=torch.float64)
+    return places.flatten().bincount(minlength=size).double()
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Measures how often the routers of two models choose the same experts for the same token."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -7,7 +8,7 @@ import torch
 
 from analysis.anatomy.findings import Curve, Findings, Picture
 from analysis.anatomy.measure import Comparison
-from analysis.anatomy.routing import NO_MIXTURE, chosen_experts, mixture_note
+from analysis.anatomy.routing import NO_MIXTURE, chosen_experts, count, mixture_note
 from analysis.anatomy.text import Tally, Text
 from lightning_modules.transformer import Transformer
 
@@ -47,10 +48,10 @@ class RoutingAgreement(Comparison):
         for batch in text:
             pairs = zip(chosen_experts(first, batch), chosen_experts(second, batch), strict=True)
             for number, (ours, theirs) in enumerate(pairs):
-                shared = (ours[:, :, None] == theirs[:, None, :]).any(-1).double().mean(-1)
-                tally.add(number, batch, shared)
+                shared = (ours[:, :, None] == theirs[:, None, :]).any(-1).double()
+                tally.add(number, batch, shared.where((ours >= 0) & (theirs >= 0), math.nan).mean(-1))
                 for load, chosen in zip(loads[:, number], (ours, theirs), strict=True):
-                    load += chosen.flatten().bincount(minlength=moe.num_experts)
+                    load += count(chosen, moe.num_experts)
         shares = loads / text.num_tokens  # how likely an expert is among a token's
         chance = ((shares[0] * shares[1]).sum(-1) / moe.top_k).tolist()
         sums = {"routing_agreement": tally.sums.mean(0, keepdims=True), "routing_agreement_by_mixture": tally.sums}

@@ -241,6 +241,17 @@ def test_agreement_counted_token_by_token() -> None:
         assert found.curves["routing_chance_by_mixture"].values[mixture] == pytest.approx(chance)
 
 
+def test_where_there_are_no_numbers_nothing_agrees() -> None:
+    model, text = trained_like(ffn="moe", num_layers=2), make_text()
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.blocks[1].attn.o_proj.weight[0, 0] = math.nan
+    for pair in ((model, broken), (broken, model), (broken, broken)):
+        first, second = RoutingAgreement()(*pair, text).curves["routing_agreement_by_mixture"].values
+        assert first == 1
+        assert math.isnan(second)
+
+
 def test_the_chosen_experts_are_those_of_the_largest_logits() -> None:
     model, batch = trained_like(ffn="moe", num_layers=1), make_text(1).batches[0]
     seen: list[Tensor] = []
