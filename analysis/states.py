@@ -136,12 +136,17 @@ def mean_square(x: Tensor) -> Tensor:
 
 
 def kurtosis(x: Tensor) -> Tensor:
-    """Return E x^4 / (E x^2)^2 over the features of each token, averaged; x [..., dim].
+    """Return token_kurtosis, averaged over the tokens; x [..., dim]."""
+    return token_kurtosis(x).mean()
+
+
+def token_kurtosis(x: Tensor) -> Tensor:
+    """Return E x^4 / (E x^2)^2 over the features of each token, [...], of x [..., dim].
 
     3 for Gaussian features; dim where one feature is all there is.
     """
     square = x.detach().float().square()
-    return (square.square().mean(-1) / square.mean(-1).square()).mean()
+    return square.square().mean(-1) / square.mean(-1).square()
 
 
 def mean_cosine(x: Tensor) -> Tensor:

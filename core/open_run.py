@@ -28,6 +28,7 @@ class OpenRun:
         module: its LightningModule, weights loaded, in eval mode.
         datamodule: its DataModule; nothing of the corpus is read yet.
         step: optimizer steps that the weights have seen.
+        checkpoint: where the weights come from, with what else it holds: core.checkpoint.load.
     """
 
     folder: Path
@@ -35,6 +36,7 @@ class OpenRun:
     module: Any
     datamodule: Any
     step: int
+    checkpoint: Path
 
 
 def open_run(folder: Path, checkpoint: str = "last", allow: Collection[str] = ()) -> OpenRun:
@@ -86,7 +88,7 @@ def open_run(folder: Path, checkpoint: str = "last", allow: Collection[str] = ()
         module.load_state_dict(weights)
     except RuntimeError as error:
         raise ConfigError("checkpoint", str(path), described) from error
-    return OpenRun(folder, config, module.eval(), open_data(config, allow), step)
+    return OpenRun(folder, config, module.eval(), open_data(config, allow), step, path)
 
 
 def open_data(config: DictConfig, allow: Collection[str] = ()) -> Any:

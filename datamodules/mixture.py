@@ -103,6 +103,12 @@ class MixedSamples:
                 rows.setdefault(name, np.empty((len(numbers), *part.shape[1:]), part.dtype))[here] = part
         return {**rows, "source": sources}
 
+    def documents(self, numbers: Numbers) -> Numbers:
+        """Return a number for the document of each predicted token, [samples, seq_len]: see ShuffledSplit."""
+        sources, within = self.pattern.places(numbers)
+        parts = [self.sources[source].documents(within[n : n + 1])[0] for n, source in enumerate(sources.tolist())]
+        return np.stack(parts) * len(self.sources) + sources[:, None]
+
 
 class Mixture(StreamDataModule):
     """Trains on several prepared corpora at once (data=mixture); all were made with the same tokenizer.

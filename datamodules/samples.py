@@ -48,6 +48,30 @@ class ShuffledSplit:
             return {"tokens": tokens}
         return {"tokens": tokens, "positions": positions(tokens[:, :-1], self.split.index.end_of_document)}
 
+    def documents(self, numbers: Numbers) -> Numbers:
+        """Return the document of each token that samples predict, [samples, seq_len]: the place of its first token.
+
+        The token that ends a document belongs to it. Places count from the beginning of the split.
+        """
+        indices = sample_indices(numbers, self.num_samples, self.seed, self.block)
+        ends = self.split.read(indices, self.seq_len) == self.split.index.end_of_document
+        starts = indices * self.seq_len
+        places = starts[:, None] + np.arange(self.seq_len + 1)
+        begins = np.where(ends, places + 1, 0)
+        begins[:, 0] = np.where(ends[:, 0], begins[:, 0], [self._beginning(start) for start in starts.tolist()])
+        return np.asarray(np.maximum.accumulate(begins, axis=1)[:, :-1])
+
+    def _beginning(self, place: int) -> int:
+        """Return where the document begins that a token of the split belongs to."""
+        stop, length = place, self.seq_len
+        while stop > 0:
+            start = max(0, stop - length)
+            (ends,) = np.nonzero(self.split.slice(start, stop) == self.split.index.end_of_document)
+            if len(ends):
+                return int(start + ends[-1] + 1)
+            stop, length = start, 2 * length
+        return 0
+
     def _announce(self, number: int) -> None:
         """Have the storage fetch, at the beginning of a block, this one's shards, those of the next samples first, and
         then the next one's."""

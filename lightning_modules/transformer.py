@@ -63,6 +63,22 @@ class Block(nn.Module):
 
         The first block takes the embedding output, and the last returns one stream, both [batch, seq, dim].
         """
+        # Inside the block rather than around it, so that sharding and compilation per block cover these norms too.
+        if self.placement.depth.is_first:
+            state = self.enter(state)
+        state, stats = self.transform(state, rope, mask, slots)
+        if self.placement.depth.is_last:
+            state = self.placement.leave(state)
+        return state, stats
+
+    def enter(self, embedded: Tensor) -> Any:
+        """Return the placement's state before the first block, of the embedding output [batch, seq, dim]."""
+        return self.placement.enter(self.embedding_scale(embedded))
+
+    def transform(
+        self, state: Any, rope: Rope, mask: Mask | None = None, slots: Slots | None = None
+    ) -> tuple[Any, RouterStats | None]:
+        """Return what `forward` does, of and as the placement's state at either end of the model too."""
         stats: RouterStats | None = None
 
         def attn(x: Tensor) -> Tensor:
@@ -73,13 +89,7 @@ class Block(nn.Module):
             out, stats = self.ffn(x)
             return self._scaled(out)
 
-        # Inside the block rather than around it, so that sharding and compilation per block cover these norms too.
-        if self.placement.depth.is_first:
-            state = self.placement.enter(self.embedding_scale(state))
-        state = self.placement(state, attn, ffn)
-        if self.placement.depth.is_last:
-            state = self.placement.leave(state)
-        return state, stats
+        return self.placement(state, attn, ffn), stats
 
     def _scaled(self, out: Tensor) -> Tensor:
         return out if self.branch_multiplier == 1 else out * self.branch_multiplier
@@ -167,13 +177,7 @@ class Transformer(nn.Module):
         Returns:
             (logits [batch, seq or logits_to_keep, vocab_size], or the targets' Losses; one RouterStats per MoE layer).
         """
-        length = tokens.size(1) if cache is None else cache.length
-        rope = rope_tables(length, self.config.head_width, self.config.rope_theta, tokens.device)
-        mask: Mask | None = None
-        if positions is not None:
-            rope = at_positions(rope, positions)
-            flex = tokens.is_cuda and self.config.compile
-            mask = document_mask(positions, flex) if cache is None else cache.mask(positions)
+        rope, mask = self.surroundings(tokens, positions, cache)
         router_stats: list[RouterStats] = []
         state = self.embedding(tokens)
         slots = repeat(None) if cache is None or positions is None else cache.at(positions)
@@ -185,13 +189,29 @@ class Transformer(nn.Module):
                 state, stats = block(state, rope, mask, slot)
             if stats is not None:
                 router_stats.append(stats)
+        return self.read_out(state, targets, logits_to_keep), router_stats
+
+    def surroundings(
+        self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None
+    ) -> tuple[Rope, Mask | None]:
+        """Return what every block takes beside its state; the arguments are those of `forward`."""
+        length = tokens.size(1) if cache is None else cache.length
+        rope = rope_tables(length, self.config.head_width, self.config.rope_theta, tokens.device)
+        if positions is None:
+            return rope, None
+        flex = tokens.is_cuda and self.config.compile
+        mask = document_mask(positions, flex) if cache is None else cache.mask(positions)
+        return at_positions(rope, positions), mask
+
+    def read_out(self, state: Tensor, targets: Tensor | None = None, logits_to_keep: int | None = None) -> Any:
+        """Return the logits, or the targets' Losses, of what the last block has returned, [batch, seq, dim]."""
         state = state * self.output_multiplier
         if targets is None:
-            return self.head(state if logits_to_keep is None else state[:, -logits_to_keep:]), router_stats
+            return self.head(state if logits_to_keep is None else state[:, -logits_to_keep:])
         # Here, and not with the head's weight handed out: sharded, it is whole during forward only.
         state, targets = state.flatten(0, 1), targets.flatten()
         product = matmul if self.config.cpu_kernels == "auto" else F.linear
-        return linear_cross_entropy(state, self.head.weight, targets, self.config.compile, product), router_stats
+        return linear_cross_entropy(state, self.head.weight, targets, self.config.compile, product)
 
     def matrices(self) -> Iterator[Matrix]:
         """Yield every weight matrix, with its role. Norm gains and biases are what is left."""

@@ -67,6 +67,7 @@ def _known(status: str) -> str:
 # What a record's file may hold. A loss may be no number, which JSON of this project writes as NaN.
 Amount = Annotated[float, Field(ge=0, le=1e15)]
 Loss = Annotated[float, Field(ge=-1e9, le=1e9)]
+Outcome = Annotated[float, Field(ge=-1e15, le=1e15)]
 Tag = Annotated[str, Field(pattern=r"^[a-z0-9_{}/.-]+$", max_length=200)]
 StepText = Annotated[str, Field(pattern=r"^[0-9]{1,15}$")]
 BlockText = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,3}$")]
@@ -94,6 +95,7 @@ class Record:
         grad_norm_p999: 99.9th percentile of the gradient norm before clipping.
         clipped: share of the steps whose gradient was clipped; None without clipping.
         largest_activation: magnitude in any block's hidden state, at the steps when it was looked at.
+        outcomes: what was measured of the finished model, by name: analysis.anatomy.registry.outcomes.
         provenance: commit, versions, machine and corpus, as core/provenance.py has them; empty in older records.
     """
 
@@ -124,6 +126,7 @@ class Record:
     grad_norm_p999: float | None = None
     clipped: Annotated[float, Field(ge=0, le=1)] | None = None
     largest_activation: float | None = None
+    outcomes: Annotated[dict[Tag, Outcome], Field(max_length=256)] = field(default_factory=dict)
     provenance: Annotated[
         dict[Label, Annotated[str, Field(max_length=MAX_WORD)] | int | bool], Field(max_length=32)
     ] = field(default_factory=dict)

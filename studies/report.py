@@ -160,6 +160,7 @@ def compile_report(study: Study, known: Grids, unfinished: Sequence[str], folder
     if study.baseline is not None:
         blocks += [Heading(f"Against {study.baseline}"), *_comparisons(study, known)]
     blocks += [Heading("Stability"), *_stability(grid)]
+    blocks += _outcomes(grid)
     blocks += [Heading("Training failure"), *_failures(grid)]
     blocks += [Heading("Curves"), draw("curves", "Training loss", partial(figures.draw_curves, study, grid))]
     blocks.append(Heading("Over depth"))
@@ -316,6 +317,29 @@ def _stability(grid: dict[Point, Cell]) -> list[Block]:
             rows.append([" ".join(point), *(_mean(values) for values in columns)])
     header = ["", *COLUMN_NAMES.values()]
     return [Paragraph(words), Table(header, rows)] if rows else [Paragraph("These records have none of its figures.")]
+
+
+def _outcomes(grid: dict[Point, Cell]) -> list[Block]:
+    """Return what was measured of finished models, where something was; a point's runs that failed have nothing."""
+    names = list(dict.fromkeys(name for cell in grid.values() for record in cell.records for name in record.outcomes))
+    if not names:
+        return []
+    words = (
+        "Means over the runs of a point, with their standard deviation and number; docs/anatomy.md says what each is."
+    )
+    rows: list[list[Words]] = []
+    for point, cell in grid.items():
+        columns = [[record.outcomes[name] for record in cell.records if name in record.outcomes] for name in names]
+        if any(columns):
+            rows.append([" ".join(point), *(_spread(values) for values in columns)])
+    return [Heading("Outcomes"), Paragraph(words), Table(["", *names], rows)]
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    deviation = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.4g}{deviation} ({len(values)})"
 
 
 def _mean(values: Sequence[float | None]) -> str:

@@ -9,6 +9,7 @@ failed, and the rest goes on. `python -m studies.status` says how far it is.
 """
 
 import fcntl
+import math
 import os
 import shutil
 import subprocess
@@ -23,7 +24,7 @@ from typing import NamedTuple
 import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
 from core import cli
 from core.dataclass_cli import STUDY_OVERRIDES
@@ -58,12 +59,14 @@ class Plan(NamedTuple):
         whole: with all of its own.
         results: the folder of its records.
         runs: that of its runs.
+        outcomes: scalars that are measured of each finished model.
     """
 
     study: Study
     whole: Study
     results: Path
     runs: Path
+    outcomes: tuple[str, ...] = ()
 
     def record_of(self, run: Planned) -> Path:
         """Return the path of a run's record."""
@@ -79,10 +82,17 @@ def plan_of(config: DictConfig) -> Plan:
         require(isinstance(config[kind], str) and config[kind] != "", kind, config[kind], "the path of a folder")
     threads = config.threads
     require(type(threads) is int and 1 <= threads <= 1024, "threads", threads, "an integer from 1 to 1024")
+    outcomes = config.outcomes
+    is_list = isinstance(outcomes, ListConfig) and all(isinstance(name, str) for name in outcomes)
+    require(is_list, "outcomes", outcomes, "a list of names, as [layer_drop,late_drop]")
+    if outcomes:
+        from tools.examination.examine import known_outcomes
+
+        known_outcomes(outcomes)
     rates_of = partial(selected_rates, Path(config.results_dir), config.scale)
     study, whole = (read(name, config.study, config.scale, seeds, rates_of) for seeds in (config.seeds, None))
     results, runs = (Path(folder) / name / config.scale for folder in (config.results_dir, config.runs_dir))
-    return Plan(study, whole, results, runs)
+    return Plan(study, whole, results, runs, tuple(outcomes))
 
 
 def selected_rates(results: Path, scale: str, name: str) -> list[tuple[dict[str, str], float]]:
@@ -140,9 +150,12 @@ def run_one(config: DictConfig) -> None:
             if record is None:
                 print(f"{run.name}: killed; start the study again and it resumes", flush=True)
                 return
-            record = with_decay(record)
+            record = with_outcomes(with_decay(record), folder, plan.outcomes)
             record.save(path)
             print(f"{run.name}: {record.status}{f', {printable(record.reason)}' if record.reason else ''}", flush=True)
+        elif lacks_outcomes(plan, run):
+            with_outcomes(Record.load(path), folder, plan.outcomes).save(path)
+            print(f"{run.name}: measured", flush=True)
 
 
 def with_decay(record: Record) -> Record:
@@ -159,6 +172,29 @@ def with_decay(record: Record) -> Record:
             f"{record.name}: no gradient at initialization: {printable(one_line(error))}", file=sys.stderr, flush=True
         )
         return record
+
+
+def with_outcomes(record: Record, folder: Path, outcomes: tuple[str, ...]) -> Record:
+    """Return the record with these outcomes of the run's last weights measured, unless it failed or has none."""
+    if not outcomes or record.failed or not (folder / LAST).exists():
+        return record
+    from tools.examination.examine import outcomes_of
+
+    try:
+        found = outcomes_of(folder, outcomes)
+    except Exception as error:  # a trained run keeps its record
+        print(f"{record.name}: no outcomes: {printable(one_line(error))}", file=sys.stderr, flush=True)
+        return record
+    known = {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
+    return replace(record, outcomes={**record.outcomes, **known})
+
+
+def lacks_outcomes(plan: Plan, run: Planned) -> bool:
+    """Return whether there are outcomes to measure of a run that has its record, and whose folder is still there."""
+    if not plan.outcomes or not (plan.runs / run.name / LAST).exists():
+        return False
+    record = Record.load(plan.record_of(run))
+    return not record.failed and not set(plan.outcomes) <= set(record.outcomes)
 
 
 def known_runs(plan: Plan) -> list[Planned]:
@@ -223,10 +259,9 @@ def main(config: StudyConfig) -> None:
         plan.whole.save(folder / "study.yaml")
     for _ in ("the grid", "what its selection leads to") if plan.study.select_seeds else ("the grid",):
         runs = known_runs(plan)
-        todo = [run.name for run in runs if not is_done(plan.record_of(run), run)]
-        print(
-            f"{plan.study.name}, {plan.study.scale}: {len(runs) - len(todo)} of {len(runs)} runs are done", flush=True
-        )
+        done = {run.name: is_done(plan.record_of(run), run) for run in runs}
+        todo = [run.name for run in runs if not done[run.name] or lacks_outcomes(plan, run)]
+        print(f"{plan.study.name}, {plan.study.scale}: {sum(done.values())} of {len(runs)} runs are done", flush=True)
         if todo:
             sys.argv[1:] = ["--multirun", *overrides, f"run={','.join(todo)}"]
             run_one()

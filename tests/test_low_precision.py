@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from callbacks.monitors.curvature import top_eigenvalue
+from analysis.curvature import top_eigenvalue
 from callbacks.monitors.signal_propagation import relative_entropy
 from core.open_run import open_run
 from core.precision import at_least_fp32

@@ -2,6 +2,7 @@
 
     python -m tools.compare RUN1 RUN2                                            # draws runs/compare.png
     python -m tools.compare RUN1 RUN2 tags=moe/max_load,moe/dead_experts output=experts.png
+    python -m tools.compare RUN1 RUN2 outcomes=layer_drop,late_drop        # of the models: docs/anatomy.md
 
 Reads summaries, TensorBoard's event files and CSV tables; writes the picture and nothing else.
 """
@@ -41,12 +42,17 @@ class CompareConfig:
     Attributes:
         runs: run folders, such as runs/moe_spannorm/TIME.
         tags: scalars to compare instead of the losses.
+        outcomes: measure these of each run's last weights, on the same text, and show them in a table of their own.
         output: the picture that is drawn.
+        allow: what the runs' configurations name, and you vouch for, where outcomes are measured: classes of yours, and
+            addresses.
     """
 
     runs: tuple[Path, ...] = field(metadata=FIRST)
     tags: tuple[str, ...] = ()
+    outcomes: tuple[str, ...] = ()
     output: Path = PICTURE
+    allow: tuple[str, ...] = ()
 
 
 class Run:
@@ -80,12 +86,12 @@ class Run:
         return values[-max(1, round(LATE * len(values))) :] if values else []
 
 
-def labels(runs: Sequence[Run]) -> list[str]:
-    """Return a name for each: its experiment, or, where that would stand twice, its folder below it as well."""
-    experiments = [run.folder.resolve().parent.name for run in runs]
-    if len(set(experiments)) == len(runs):
+def labels(folders: Sequence[Path]) -> list[str]:
+    """Return a name for each run: its experiment, or, where that would stand twice, its folder below it as well."""
+    experiments = [folder.resolve().parent.name for folder in folders]
+    if len(set(experiments)) == len(folders):
         return experiments
-    return [f"{name}/{run.folder.resolve().name}" for name, run in zip(experiments, runs, strict=True)]
+    return [f"{name}/{folder.resolve().name}" for name, folder in zip(experiments, folders, strict=True)]
 
 
 def make_table(runs: Sequence[Run], tags: Sequence[str]) -> Table:
@@ -114,7 +120,7 @@ def make_difference_table(runs: Sequence[Run]) -> Table | None:
     found = differences([facts(run.folder) for run in runs])
     if len(runs) < 2 or not found:
         return None
-    table = Table("differs in", *(printable(name, 80).replace("[", r"\[") for name in labels(runs)))
+    table = Table("differs in", *(printable(name, 80).replace("[", r"\[") for name in labels([run.folder for run in runs])))
     for name, values in list(found.items())[:MAX_DIFFERENCES]:
         table.add_row(cell(name), *(cell(as_text(value), 80) for value in values))
     if len(found) > MAX_DIFFERENCES:
@@ -131,6 +137,24 @@ def make_stability_table(runs: Sequence[Run]) -> Table:
     return table
 
 
+def measure(config: CompareConfig) -> Table:
+    """Measure the outcomes, and make one row a run.
+
+    Raises:
+        ConfigError: no such outcome, a run that cannot be opened, or runs of different tokens.
+    """
+    from tools.examination.examine import Chosen, examine, known_outcomes
+
+    measures = dict.fromkeys(known_outcomes(config.outcomes).values())
+    _, examined = examine(Chosen(config.runs, tuple(measures), allow=config.allow))
+    table = Table("run", *config.outcomes, title="outcomes, measured on the same text")
+    for found in examined:
+        scalars = {name: value for part in found.findings.values() for name, value in part.scalars.items()}
+        values = (scalars.get(name) for name in config.outcomes)
+        table.add_row(cell(found.folder), *("-" if value is None else f"{value:,.4g}" for value in values))
+    return table
+
+
 def draw(runs: Sequence[Run], tags: Sequence[str], output: Path) -> None:
     """Draw one panel a tag; without tags, training loss as a line, validation loss as dots, bigram baseline dashed."""
     import matplotlib
@@ -143,7 +167,7 @@ def draw(runs: Sequence[Run], tags: Sequence[str], output: Path) -> None:
     height = 4.5 if not tags else min(3 * len(tags), 100)
     figure, grid = plt.subplots(max(1, len(tags)), squeeze=False, figsize=(8, height), layout="constrained")
     for tag, axes in zip(tags or ["loss (nats per token)"], grid.flat, strict=True):
-        for run, name in zip(runs, labels(runs), strict=True):
+        for run, name in zip(runs, labels([run.folder for run in runs]), strict=True):
             label = f" {printable(name, 80)}" if name.startswith("_") else printable(name, 80)  # "_x" is not shown
             if tags:
                 axes.plot(*run.curve(tag), linewidth=1, label=label)
@@ -168,6 +192,7 @@ def main(config: CompareConfig) -> None:
     runs = [Run(folder) for folder in config.runs]
     for tag in config.tags:
         require(any(run.curve(tag)[0] for run in runs), "tags", tag, "a scalar that one of the runs has written")
+    measured = measure(config) if config.outcomes else None
     console = Console(width=None if Console().is_terminal else 160)
     difference = make_difference_table(runs)
     if difference is not None:
@@ -175,6 +200,8 @@ def main(config: CompareConfig) -> None:
     console.print(make_table(runs, config.tags))
     if not config.tags:
         console.print(make_stability_table(runs))
+    if measured is not None:
+        console.print(measured)
     draw(runs, config.tags, config.output)
     print(f"Curves: {printable(config.output, limit=None)}")
 

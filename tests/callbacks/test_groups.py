@@ -107,7 +107,8 @@ def test_a_run_that_stops_early_validates_and_saves_averaged_weights(tmp_path: P
     [
         (
             ["callbacks=[monitor]"],
-            "expected one of checkpointing, console, curvature, default, divergence, early_stopping, ema, monitors",
+            "expected one of anatomy, checkpointing, console, curvature, default, divergence, early_stopping, "
+            "ema, monitors",
         ),
         (["+callbacks=[console,curvatur]"], "(did you mean curvature?)"),
         (["-m", "callbacks=monitors,console", "+callbacks=curvature"], "whole lists where callbacks is swept"),

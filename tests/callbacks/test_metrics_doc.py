@@ -49,6 +49,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         "trainer.val_check_interval=32",
         "callbacks.throughput.peak_flops=1.0e9",
         "+callbacks.curvature._target_=callbacks.monitors.curvature.Curvature",
+        "+callbacks=anatomy",
+        "callbacks.anatomy.tokens=64",
         f"+callbacks.poison._target_={__name__}.Poison",
     ]
     folders = [run(cwd, name, f"experiment={name}", *everything) for name in ("dense_spannorm", "moe_spannorm")]

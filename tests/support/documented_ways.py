@@ -248,7 +248,9 @@ WAYS: list[tuple[str, Way]] = [
     (r"python -m tools\.prepare input=python_stdlib", calls(input="texts/", tokenizer="bpe:300", output="data/bpe")),
     (r"python -m tools\.prepare input='?(hf:|logs)", listed("needs a network; tests/datamodules prepares such input")),
     (r"python -m tools\.compare .*\{", parses("its runs took hours")),
+    (r"python -m tools\.compare .*outcomes=", parses("tests/tools/test_anatomy.py measures some")),
     (r"python -m tools\.compare", calls()),
+    (r"python -m tools\.anatomy", parses("tests/tools/test_anatomy.py writes reports")),
     (r"python -m tools\.runs", calls()),
     (
         r"python -m tools\.(import|(propagation|plan) init_from=)",

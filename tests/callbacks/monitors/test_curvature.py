@@ -6,31 +6,16 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from callbacks.monitors.curvature import Curvature, top_eigenvalue
+from callbacks.monitors.curvature import Curvature
 from core.errors import ConfigError
 from lightning_modules.language_module import LanguageModule
-from lightning_modules.transformer import Transformer
+from tests.support.curvature import hessian
 from tests.support.fitting import Recorder, loader, make_trainer
 from tests.support.models import tiny_values, tokens
 from tests.support.own_pieces import forget_pieces, write_pieces
 
 VOCAB_SIZE = 5
-
-
-def hessian(model: Transformer, batch: Tensor) -> Tensor:
-    parameters = list(model.parameters())
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        logits, _ = model(batch[:, :-1])
-    loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, create_graph=True)])
-    rows = []
-    for entry in gradient:
-        row = torch.autograd.grad(entry, parameters, retain_graph=True, materialize_grads=True)
-        rows.append(torch.cat([part.flatten() for part in row]))
-    return torch.stack(rows)
 
 
 class Held(L.LightningDataModule):
@@ -105,12 +90,6 @@ def test_a_trainer_without_a_datamodule_is_refused(tmp_path: Path) -> None:
 def test_checkpointed_activations_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"callbacks\.curvature='Curvature' is not valid: it cannot see through"):
         train(tmp_path, make_module(activation_checkpointing=True), Held())
-
-
-def test_of_a_parabola_it_is_exact() -> None:
-    x = torch.ones(3, dtype=torch.float64, requires_grad=True)
-    curvatures = torch.tensor([1.0, -7.0, 2.0], dtype=torch.float64)
-    assert top_eigenvalue((curvatures * x**2).sum() / 2, [x], iterations=40).item() == pytest.approx(-7.0)
 
 
 @pytest.mark.parametrize("field", ["every_n_steps", "sequences", "iterations"])

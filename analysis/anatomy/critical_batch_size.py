@@ -1,0 +1,195 @@
+"""Measures how large a batch may be before tokens are wasted, by training on from a checkpoint with several sizes."""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from analysis.anatomy.findings import Curve, Findings, Picture
+from analysis.anatomy.forward import token_losses
+from analysis.anatomy.measure import Measure
+from analysis.anatomy.text import Batch, Tally, Text
+from core.checkpoint import load
+from core.errors import require
+from core.open_run import OpenRun
+from lightning_modules.optimizers import make_optimizer
+from lightning_modules.transformer import Transformer
+
+MIN_STEPS = 8
+"""A batch of which a branch has fewer steps is not tried."""
+
+
+@dataclass(frozen=True)
+class Branching:
+    """Holds what a run trains with, beside its weights.
+
+    Attributes:
+        module: its LanguageModule, which knows the loss and the optimizer.
+        state: of the optimizer, as a checkpoint of one file has it.
+        sequences: of one optimizer step.
+        clip: the gradient norm that is clipped at; None: none is.
+    """
+
+    module: Any
+    state: dict[str, Any]
+    sequences: int
+    clip: float | None
+
+    @property
+    def lr(self) -> float:
+        """Return the learning rate of the next step."""
+        return float(self.state["param_groups"][0]["lr"])
+
+    def train(
+        self,
+        model: Transformer,
+        data: dict[str, Tensor],
+        size: int,
+        factor: float,
+        at_once: int,
+        watch: Callable[[], None] = lambda: None,
+    ) -> Transformer:
+        """Return a copy of a model after training on data, in their order; the last batch has to be a whole one.
+
+        Args:
+            model: where the branch begins.
+            data: "tokens" and perhaps "positions", as LanguageModule.compute_loss takes them.
+            size: sequences of one optimizer step.
+            factor: on the learning rate, which stays what it then is.
+            at_once: as many sequences are taken side by side; the gradients of a step are added up.
+            watch: called after each step.
+        """
+        module = copy.deepcopy(self.module).train()
+        module.model.load_state_dict(model.state_dict())
+        optimizer = make_optimizer(module.model, module.optim_config)
+        optimizer.load_state_dict(copy.deepcopy(self.state))  # which torch would else go on to write into
+        for group in optimizer.param_groups:
+            group["lr"] *= factor
+        for number in range(len(data["tokens"]) // size):
+            rows = range(number * size, (number + 1) * size)
+            for start in range(rows.start, rows.stop, at_once):
+                part = slice(start, min(start + at_once, rows.stop))
+                share = (part.stop - part.start) / size
+                batch = {name: values[part].to(module.device) for name, values in data.items()}
+                (share * module.training_step(batch, number)).backward()
+            if self.clip:
+                torch.nn.utils.clip_grad_norm_(module.parameters(), self.clip)
+            module.on_before_optimizer_step(optimizer)  # moves the routers' biases
+            optimizer.step()
+            optimizer.zero_grad()
+            watch()
+        trained: Transformer = module.model.eval()
+        return trained
+
+
+@dataclass(frozen=True)
+class CriticalBatchSize(Measure):
+    """Measures the critical batch size by branches of training from the checkpoint (2505.23971).
+
+    Each branch takes weights and optimizer as they are, goes through the same tokens of the training split (those that
+    the text brings for fitting) in batches of 2^n times the run's, at a constant rate, the checkpoint's times
+    sqrt(2^n), and is then measured on the text. The critical size is the largest one up to which no branch's loss is
+    more than `tolerance` above the least of the smaller sizes'. (2410.21676 asks how this number scales, and takes
+    whole runs for it: the size that needs 20 % more tokens.)
+
+    | name | what |
+    |---|---|
+    | critical_batch_size | in sequences; the largest size that was tried, where none is too large |
+    | branch_loss_by_doubling | held-out loss after the branch, by n; n = 0 is the run's own batch |
+
+    A checkpoint from before the rate's decay says more than the last one, whose rate is small. Short branches pay for
+    the change of rate and batch: the more tokens for fitting, the better.
+
+    Attributes:
+        least, most: n of the smallest and largest batch.
+        tolerance: nats per token.
+        branching: what is trained on with; None: there is nothing to measure.
+    """
+
+    name: ClassVar[str] = "critical_batch_size"
+    about: ClassVar[str] = "the largest batch that wastes no tokens, by branches of training"
+    outcomes: ClassVar[tuple[str, ...]] = ("critical_batch_size",)
+    slow: ClassVar[bool] = True
+
+    least: int = -1
+    most: int = 5
+    tolerance: float = 0.01
+    branching: Branching | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        require(self.least <= 0, "least", self.least, "an integer <= 0: the run's own batch is among those tried")
+        require(self.most >= 0, "most", self.most, "an integer >= 0: the run's own batch is among those tried")
+        require(0 <= self.tolerance < math.inf, "tolerance", self.tolerance, "a number >= 0")
+
+    def of_run(self, run: OpenRun) -> Self:
+        """Return the measure with what the run trains with, where its checkpoint is one file."""
+        states = load(run.checkpoint).get("optimizer_states")
+        if not states:
+            return self
+        config = run.config
+        sequences = config.data.batch_size * config.trainer.get("accumulate_grad_batches", 1)
+        branching = Branching(run.module, states[0], sequences, config.trainer.get("gradient_clip_val"))
+        return replace(self, branching=branching)
+
+    def lacks(self, model: Transformer) -> str | None:
+        """Say that there is nothing to train with, or that nothing would move."""
+        if self.branching is None:
+            return "its checkpoint is not one file with the state of an optimizer"
+        return None if self.branching.lr > 0 else "its learning rate has come to 0"
+
+    def __call__(self, model: Transformer, text: Text) -> Findings:
+        assert self.branching is not None, "what `lacks` says"
+        data, own = _sequences(text.fitting), self.branching.sequences
+        sizes = {n: int(own * 2.0**n) for n in range(self.least, self.most + 1)}
+        count = len(data["tokens"])
+        tried = {n: size for n, size in sizes.items() if size >= 1 and count // size >= MIN_STEPS}
+        valid = f"more: of {count} sequences for fitting, {MIN_STEPS} steps of {own} cannot be taken"
+        require(0 in tried, "tokens", text.num_tokens, valid)
+        # All branches go through the same tokens, in whole batches of each.
+        used = count - count % max(tried.values())
+        data = {name: rows[:used] for name, rows in data.items()}
+        tally = Tally(text, len(tried))
+        for row, (n, size) in enumerate(tried.items()):
+            at_once, factor = len(text.batches[0].inputs), math.sqrt(2.0**n)
+            with torch.random.fork_rng():  # a router's jitter
+                torch.manual_seed(0)
+                branch = self.branching.train(model, data, size, factor, at_once, text.watch)
+            with torch.inference_mode():
+                for batch in text:
+                    tally.add(row, batch, token_losses(branch, batch))
+        losses = (tally.sums.sum(1) / text.num_tokens).tolist()
+        found = list(tried.values())[critical(losses, self.tolerance)]
+        seen = (
+            f"Each branch went through {used * data['tokens'].size(1) - used:,} tokens, in batches of "
+            f"{', '.join(map(str, tried.values()))} sequences; the run's own are of {own}."
+        )
+        largest = ("None of the batches was too large: the critical one is larger still.",)
+        return Findings(
+            scalars={"critical_batch_size": float(found)},
+            curves={"branch_loss_by_doubling": Curve(losses, "doublings of the batch", min(tried))},
+            by_document={"branch_loss_by_doubling": tally.sums},
+            pictures=(
+                Picture("branch_loss", "curves", ("branch_loss_by_doubling",), "held-out loss after the branch (nats)"),
+            ),
+            notes=(seen, *(largest if found == max(tried.values()) else ())),
+        )
+
+
+def _sequences(batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """Return the rows of all batches, as a DataModule would give them."""
+    tokens = [torch.cat((batch.inputs, batch.targets[:, -1:]), dim=1) for batch in batches]
+    positions = [batch.positions for batch in batches if batch.positions is not None]
+    rows = {"tokens": torch.cat(tokens)} if tokens else {"tokens": torch.empty(0, 1, dtype=torch.long)}
+    return {**rows, "positions": torch.cat(positions)} if positions else rows
+
+
+def critical(losses: Sequence[float], tolerance: float) -> int:
+    """Return the place of the largest size up to which no loss is more than `tolerance` above the least before it."""
+    for place in range(1, len(losses)):
+        if not losses[place] <= min(losses[:place]) + tolerance:
+            return place - 1
+    return len(losses) - 1

@@ -1,0 +1,60 @@
+"""The base classes of measures."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from analysis.anatomy.findings import Findings
+from analysis.anatomy.text import Text
+from core.open_run import OpenRun
+from lightning_modules.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Instrument(ABC):
+    """Measures models on a text. A subclass is a frozen dataclass whose fields are its options.
+
+    Models are in eval mode, uncompiled, in fp32, and are left as they were found. What goes through them is one batch
+    at a time; what is kept of a batch must not grow with the text.
+
+    Attributes:
+        name: by which it is asked for.
+        about: a line on what it says.
+        outcomes: the scalars that it finds; by these names studies and tools.compare ask for it.
+        slow: whether it runs only where it is asked for by name.
+    """
+
+    name: ClassVar[str]
+    about: ClassVar[str]
+    outcomes: ClassVar[tuple[str, ...]] = ()
+    slow: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class Measure(Instrument):
+    """Measures one model."""
+
+    @abstractmethod
+    def __call__(self, model: Transformer, text: Text) -> Findings:
+        """Return what is found."""
+
+    def of_run(self, run: OpenRun) -> Self:
+        """Return the measure with what it needs of a run beside its model, such as the optimizer's state."""
+        return self
+
+    def lacks(self, model: Transformer) -> str | None:
+        """Say in words why there is nothing to measure of this model; None: there is."""
+        return None
+
+
+@dataclass(frozen=True)
+class Comparison(Instrument):
+    """Measures two models together, on the same text."""
+
+    @abstractmethod
+    def __call__(self, first: Transformer, second: Transformer, text: Text) -> Findings:
+        """Return what is found."""
+
+    def lacks(self, first: Transformer, second: Transformer) -> str | None:
+        """Say in words why these two cannot be compared; None: they can."""
+        return None

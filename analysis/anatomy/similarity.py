@@ -1,0 +1,184 @@
+"""Measures how like each other the states at all depths are, and how much room there is in them."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from analysis.anatomy.findings import Curve, Findings, Picture
+from analysis.anatomy.measure import Comparison, Measure
+from analysis.anatomy.passage import Passage
+from analysis.anatomy.text import Text
+from analysis.states import effective_rank, mean_cosine
+from core.errors import require
+from lightning_modules.transformer import Transformer
+
+
+def hidden_states(passage: Passage) -> list[Tensor]:
+    """Return the hidden state at every depth, as the placement gives it, each fp32 [batch, seq, features]."""
+    placement = passage.blocks()[0].placement
+    return [placement.hidden(state).float() for state in passage.states()]
+
+
+def cosines(states: list[Tensor]) -> Tensor:
+    """Return the cosine of every pair of depths at each token, [depths, depths, tokens]; states [batch, seq, dim]."""
+    units = torch.stack([F.normalize(state.flatten(0, 1), dim=-1) for state in states])
+    return torch.einsum("itd,jtd->ijt", units, units).clamp(-1, 1)
+
+
+def angular_distances(states: list[Tensor]) -> Tensor:
+    """Return arccos(cosine) / pi of every pair of depths at each token, [depths, depths, tokens]: 2403.17887."""
+    return torch.arccos(cosines(states)) / math.pi
+
+
+def linear_cka(first: list[Tensor], second: list[Tensor]) -> Tensor:
+    """Return the linear CKA of each pair of representations of the same tokens: 1905.00414.
+
+    With centered features X and Y it is |Y^T X|^2 / (|X^T X| |Y^T Y|) in Frobenius norms; here of the Gram matrices
+    X X^T, which say the same and have the size of the number of tokens.
+
+    Args:
+        first, second: lists of [tokens, features]; the numbers of features may differ.
+
+    Returns:
+        [len(first), len(second)], from 0 to 1; nan where all tokens are represented alike.
+    """
+    grams = [torch.stack([_unit_gram(x) for x in states]) for states in (first, second)]
+    return grams[0] @ grams[1].mT
+
+
+def _unit_gram(x: Tensor) -> Tensor:
+    centered = x.double() - x.double().mean(0)
+    gram = (centered @ centered.mT).flatten()
+    return (gram / gram.norm()).float()
+
+
+def sampled(text: Text, positions: int) -> Iterator[tuple[Any, Tensor]]:
+    """Yield each batch with the places of its tokens [n], flattened, that are among so many of the whole text.
+
+    They are evenly spaced; a text of fewer tokens gives all.
+    """
+    every = max(1, -(-text.num_tokens // positions))
+    passed = 0
+    for batch in text:
+        size = batch.targets.numel()
+        yield batch, torch.arange(-passed % every, size, every)
+        passed += size
+
+
+def gathered(model: Transformer, text: Text, positions: int) -> list[Tensor]:
+    """Return the hidden states of evenly spaced tokens at every depth, each [tokens, features]."""
+    parts: list[list[Tensor]] = [[] for _ in range(len(model.blocks) + 1)]
+    for batch, places in sampled(text, positions):
+        for part, state in zip(parts, hidden_states(Passage(model, batch)), strict=True):
+            part.append(state.flatten(0, 1)[places.to(state.device)])
+    return [torch.cat(part) for part in parts]
+
+
+@dataclass(frozen=True)
+class Similarity(Measure):
+    """Measures the similarity of all pairs of depths, and of the tokens at each depth.
+
+    | name | what |
+    |---|---|
+    | cka | linear CKA of each pair of depths (1905.00414), over `positions` tokens |
+    | cosine | mean cosine of a token's states at each pair of depths |
+    | angular_distance | arccos of that cosine over pi, mean (2403.17887) |
+    | block_influence | 1 - mean cosine of a token's state before and after the block (2403.03853) |
+    | effective_rank | exp of the entropy of a sequence's normalized singular values, by depth |
+    | token_similarity | mean cosine of two tokens of a sequence, by depth |
+
+    As scalars block_influence is the mean over blocks, the last two are those of the last depth, and late_similarity is
+    the mean CKA of all pairs of depths in the later half.
+
+    Attributes:
+        positions: tokens that CKA is taken over, evenly spaced; memory grows with the square of them.
+    """
+
+    name: ClassVar[str] = "similarity"
+    about: ClassVar[str] = "similarity of all pairs of depths (CKA, cosine, angle), effective rank, token similarity"
+    outcomes: ClassVar[tuple[str, ...]] = ("block_influence", "effective_rank", "token_similarity", "late_similarity")
+
+    positions: int = 1024
+
+    def __post_init__(self) -> None:
+        require(self.positions >= 2, "positions", self.positions, "an integer >= 2")
+
+    @torch.inference_mode()
+    def __call__(self, model: Transformer, text: Text) -> Findings:
+        depths = len(model.blocks) + 1
+        parts: list[list[Tensor]] = [[] for _ in range(depths)]
+        cosine, angle = torch.zeros(depths, depths).double(), torch.zeros(depths, depths).double()
+        rank, alike = torch.zeros(depths).double(), torch.zeros(depths).double()
+        sequences = 0
+        for batch, places in sampled(text, self.positions):
+            states = hidden_states(Passage(model, batch))
+            cosine += cosines(states).sum(-1).cpu()
+            angle += angular_distances(states).sum(-1).cpu()
+            size = len(batch.targets)
+            sequences += size
+            rank += size * torch.stack([effective_rank(state).cpu() for state in states]).double()
+            alike += size * torch.stack([mean_cosine(state).cpu() for state in states]).double()
+            for part, state in zip(parts, states, strict=True):
+                part.append(state.flatten(0, 1)[places.to(state.device)])
+        cosine, angle, rank, alike = (
+            cosine / text.num_tokens,
+            angle / text.num_tokens,
+            rank / sequences,
+            alike / sequences,
+        )
+        kept = [torch.cat(part) for part in parts]
+        cka = linear_cka(kept, kept)
+        influence = (1 - cosine.diagonal(1)).tolist()
+        late = cka[depths // 2 :, depths // 2 :]
+        pairs = late[tuple(torch.triu_indices(len(late), len(late), 1))]
+        return Findings(
+            scalars={
+                "block_influence": sum(influence) / len(influence),
+                "effective_rank": float(rank[-1]),
+                "token_similarity": float(alike[-1]),
+                "late_similarity": float(pairs.mean()),
+            },
+            curves={
+                "block_influence_by_block": Curve(influence),
+                "effective_rank_by_depth": Curve(rank.tolist(), "depth", 0),
+                "token_similarity_by_depth": Curve(alike.tolist(), "depth", 0),
+            },
+            matrices={"cka": cka.tolist(), "cosine": cosine.tolist(), "angular_distance": angle.tolist()},
+            pictures=(
+                Picture("cka", "heat map", ("cka",), "linear CKA of the states at two depths"),
+                Picture("cosine", "heat map", ("cosine",), "cosine of a token's states at two depths"),
+                Picture("block_influence", "curves", ("block_influence_by_block",), "1 - cosine of before and after"),
+                Picture("effective_rank", "curves", ("effective_rank_by_depth",), "effective rank of a sequence"),
+                Picture("token_similarity", "curves", ("token_similarity_by_depth",), "cosine of two tokens"),
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class CrossSimilarity(Comparison):
+    """Measures the linear CKA of each depth of one model with each depth of another (1905.00414).
+
+    Attributes:
+        positions: tokens that it is taken over, evenly spaced.
+    """
+
+    name: ClassVar[str] = "cross_similarity"
+    about: ClassVar[str] = "linear CKA of each depth of the first run with each depth of another"
+
+    positions: int = 1024
+
+    def __post_init__(self) -> None:
+        require(self.positions >= 2, "positions", self.positions, "an integer >= 2")
+
+    @torch.inference_mode()
+    def __call__(self, first: Transformer, second: Transformer, text: Text) -> Findings:
+        cka = linear_cka(*(gathered(model, text, self.positions) for model in (first, second)))
+        title = "linear CKA of depths, the first run's down, the other's across"
+        return Findings(
+            matrices={"cross_cka": cka.tolist()}, pictures=(Picture("cross_cka", "heat map", ("cross_cka",), title),)
+        )

@@ -1,0 +1,116 @@
+"""Keeps, while a run trains, what the instruments for trained models say of it: how depth comes into use."""
+
+import json
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch.distributed.tensor import DTensor
+
+from analysis.anatomy.findings import Findings
+from analysis.anatomy.registry import MEASURES
+from analysis.anatomy.text import Text, held_out
+from callbacks.scalars import write_scalars, written_blocks
+from core.atomic_write import write_whole
+from core.errors import InvalidValue, lookup, require
+
+FOLDER = "anatomy/steps"
+"""Below the run's."""
+
+
+class Anatomy(L.Callback):
+    """Measures the model on a held-out text before the first step, after every n-th and after the last one.
+
+    Writes RUN/anatomy/steps/STEP.json, from which `python -m tools.anatomy` draws depth over steps, and logs:
+
+    | key | unit |
+    |---|---|
+    | anatomy/SCALAR | the measures' scalars: docs/anatomy.md |
+    | anatomy/block_BLOCK/CURVE | their curves over blocks |
+
+    Training stays as it is: nothing is drawn at random, and no gradient is taken. One process measures, with its own
+    copy of the weights.
+
+    Args:
+        run_dir: the run's folder.
+        every_n_steps: optimizer steps between two measurements.
+        measures: names in analysis.anatomy.registry.MEASURES, of which none may be slow.
+        tokens: of the text, the first of validation.
+
+    Raises:
+        ConfigError: one of them is too small, no such measure, parameters are sharded, or the Trainer has no
+            DataModule.
+    """
+
+    def __init__(
+        self,
+        run_dir: str,
+        every_n_steps: int = 1000,
+        measures: Sequence[str] = ("layer_drop", "contribution", "similarity", "lens"),
+        tokens: int = 4096,
+    ) -> None:
+        for field, value in (("every_n_steps", every_n_steps), ("tokens", tokens)):
+            require(value >= 1, f"callbacks.anatomy.{field}", value, "an integer >= 1")
+        self.measures = [lookup("callbacks.anatomy.measures", name, MEASURES)() for name in measures]
+        for measure in self.measures:
+            valid = "one that is not slow: it would hold up training, and can be measured afterwards"
+            require(not measure.slow, "callbacks.anatomy.measures", measure.name, valid)
+        self.folder, self.every_n_steps, self.tokens = Path(run_dir) / FOLDER, every_n_steps, tokens
+        self._text: Text | None = None
+        self._measured: int | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        model: Any = pl_module.model
+        name = type(self).__name__
+        if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+            raise InvalidValue("callbacks.anatomy", name, "it needs every parameter whole in each process")
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if datamodule is None:
+            raise InvalidValue("callbacks.anatomy", name, "it takes its text from a DataModule, and there is none")
+        if trainer.is_global_zero:
+            self._text = held_out(datamodule, self.tokens)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx % trainer.accumulate_grad_batches == 0 and trainer.global_step % self.every_n_steps == 0:
+            self._measure(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._measure(trainer, pl_module)
+
+    def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure the weights after this number of steps, once."""
+        step = trainer.global_step
+        if self._text is None or step == self._measured:
+            return
+        self._measured = step
+        model: Any = pl_module.model
+        compiled = model.config.compile  # nothing inside of a compiled block can be left out
+        stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+        was_training = model.training
+        model.eval()
+        try:
+            with stance, trainer.precision_plugin.forward_context():
+                found = {m.name: m(model, self._text) for m in self.measures if m.lacks(model) is None}
+        finally:
+            model.train(was_training)
+        content = {"step": step, "findings": {name: findings.as_plain() for name, findings in found.items()}}
+        text = json.dumps(content, allow_nan=False) + "\n"
+        write_whole(self.folder / f"{step}.json", partial(Path.write_text, data=text))
+        write_scalars(trainer, self._values(found), max(step, 1))
+
+    def _values(self, found: dict[str, Findings]) -> dict[str, float]:
+        values: dict[str, float] = {}
+        for findings in found.values():
+            values |= {f"anatomy/{name}": value for name, value in findings.scalars.items()}
+            for name, curve in findings.curves.items():
+                if curve.over == "block":
+                    shown = written_blocks(curve.places)
+                    pairs = zip(curve.places, curve.values, strict=True)
+                    values |= {f"anatomy/block_{n}/{name}": value for n, value in pairs if n in shown}
+        return values

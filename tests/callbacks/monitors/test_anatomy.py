@@ -1,0 +1,73 @@
+"""Anatomy during training: what it keeps is what the weights say afterwards, and training does not notice."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from analysis.anatomy.layer_drop import LayerDrop
+from analysis.anatomy.text import held_out
+from callbacks.monitors.anatomy import Anatomy
+from core.checkpoint import load
+from core.errors import ConfigError
+from core.open_run import open_run
+from tests.support.fitting import loader, make_trainer
+from tests.support.models import make_module, tokens
+from tests.support.runs import run, scalars
+
+JOB = ["trainer.max_steps=5", "model.placement=spannorm", "callbacks.text_sample=null"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same job without the callback and with it."""
+    cwd = tmp_path_factory.mktemp("runs")
+    with_it = ["+callbacks=anatomy", "callbacks.anatomy.every_n_steps=2", "callbacks.anatomy.tokens=100"]
+    return run(cwd, "plain", *JOB), run(cwd, "watched", *JOB, *with_it)
+
+
+def test_it_measures_at_first_every_n_steps_and_at_last(runs: tuple[Path, Path]) -> None:
+    steps = sorted(int(path.stem) for path in (runs[1] / "anatomy/steps").iterdir())
+    assert steps == [0, 2, 4, 5]
+
+
+def test_what_is_kept_is_of_the_weights_of_that_step(runs: tuple[Path, Path]) -> None:
+    opened = open_run(runs[1])
+    found = LayerDrop()(opened.module.model, held_out(opened.datamodule, 100))
+    kept = json.loads((runs[1] / "anatomy/steps/5.json").read_text())
+    assert kept["step"] == opened.step == 5
+    assert set(kept["findings"]) == {"layer_drop", "contribution", "similarity", "lens"}
+    values = kept["findings"]["layer_drop"]["curves"]["drop_by_block"]["values"]
+    assert values == pytest.approx(found.curves["drop_by_block"].values, rel=1e-3, abs=1e-6)
+    logged = scalars(runs[1], "anatomy/block_2/drop_by_block")
+    assert list(logged) == [0, 1, 3, 4]
+    assert logged[4] == pytest.approx(values[1], rel=1e-3, abs=1e-6)
+    assert scalars(runs[1], "anatomy/loss")[4] == pytest.approx(found.scalars["loss"], abs=1e-4)
+
+
+def test_training_does_not_notice(runs: tuple[Path, Path]) -> None:
+    plain, watched = (load(folder / "checkpoints/last.ckpt")["state_dict"] for folder in runs)
+    assert all(torch.equal(plain[name], watched[name]) for name in plain)
+    assert scalars(runs[0], "train/loss") == scalars(runs[1], "train/loss")
+
+
+def test_a_trainer_without_a_datamodule_is_refused(tmp_path: Path) -> None:
+    callback = Anatomy(str(tmp_path))
+    trainer = make_trainer(tmp_path, limit_val_batches=0, callbacks=[callback], logger=False, max_steps=1)
+    with pytest.raises(ConfigError, match=r"callbacks\.anatomy='Anatomy' is not valid: it takes its text from a"):
+        trainer.fit(make_module(), loader(tokens(2, 7)), loader(tokens(2, 7)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"every_n_steps": 0}, r"callbacks\.anatomy\.every_n_steps=0 is not valid: expected an integer >= 1"),
+        ({"tokens": 0}, r"callbacks\.anatomy\.tokens=0 is not valid"),
+        ({"measures": ["layer_drip"]}, r"callbacks\.anatomy\.measures='layer_drip' is not valid: .*mean layer_drop"),
+        ({"measures": ["tuned_lens"]}, r"callbacks\.anatomy\.measures='tuned_lens' is not valid: .*not slow"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(arguments: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Anatomy("run", **arguments)  # type: ignore[arg-type]

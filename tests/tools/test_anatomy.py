@@ -1,0 +1,214 @@
+"""tools.anatomy: the report of tiny runs, its figures, pictures and events; and what is refused."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from analysis.anatomy.layer_drop import LayerDrop
+from analysis.anatomy.text import held_out
+from core import cli
+from core.errors import ConfigError
+from core.open_run import open_run
+from tests.support.pretrained import saved
+from tests.support.tool_runs import bpe_corpus, bpe_run, byte_run
+from tools import anatomy, compare
+from tools.examination.examine import Chosen, examine
+from tools.examination.steps import kept_of
+from tools.importing import make_run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A PreNorm and a SpanNorm model of two blocks, on the same bytes; the second of longer sequences."""
+    folders = []
+    for placement, more in (("prenorm", ()), ("spannorm", ("data.seq_len=64", "model.ffn=moe"))):
+        cwd = tmp_path_factory.mktemp(placement)
+        folders.append(byte_run(cwd, f"model.placement={placement}", *more))
+    return folders
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    with pytest.raises(SystemExit) as leaving:
+        cli.run(lambda: anatomy.main([str(argument) for argument in arguments]))
+    assert leaving.value.code == 2
+    return capsys.readouterr().err.strip()
+
+
+@pytest.fixture(scope="module")
+def report(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("report") / "both"
+    anatomy.main([*map(str, runs), "tokens=300", f"output={output}"])
+    return output
+
+
+def test_two_runs_stand_side_by_side(report: Path, runs: list[Path]) -> None:
+    content = json.loads((report / "report.json").read_text())
+    assert content["text"]["tokens"] == 336  # seven sequences of the shorter length
+    assert sum(content["text"]["tokens_by_document"]) == 336
+    assert [run["placement"] for run in content["runs"]] == ["prenorm", "spannorm"]
+    first, second = (set(run["findings"]) for run in content["runs"])
+    assert second - first == {"cross_similarity", "expert_share", "expert_drop", "expert_similarity"}
+    assert content["runs"][0]["left_out"]["expert_drop"] == "it has no mixture of experts"
+    text = (report / "report.md").read_text()
+    pictures = set(re.findall(r"!\[[^]]*\]\((\S+)\)", text))
+    assert pictures == {path.name for path in report.glob("*.png")}
+    assert {"layer_drop.png", "pruning.png", "cka.png", "lens_divergence.png", "cross_cka.png"} <= pictures
+    assert "Less that of" in text
+    assert "under SpanNorm N(x)" in text
+
+
+def test_the_second_moments_are_those_of_the_checkpoint(report: Path) -> None:
+    """Both runs went to the end of the schedule, at a tenth of the peak rate of 3e-3."""
+    content = json.loads((report / "report.json").read_text())
+    for run in content["runs"]:
+        scalars = run["findings"]["sharpness"]["scalars"]
+        assert scalars["preconditioned_sharpness"] > 0
+        assert scalars["peak_stability_threshold"] == pytest.approx(38 / 3e-3, rel=1e-4)
+        assert scalars["stability_threshold"] == pytest.approx(38 / 3e-4, rel=1e-4)
+
+
+def test_the_figures_are_those_of_the_measure_by_itself(report: Path, runs: list[Path]) -> None:
+    """As a notebook would call it, and the loss is that of tools.evaluate's."""
+    content = json.loads((report / "report.json").read_text())
+    for number, folder in enumerate(runs):
+        opened = open_run(folder)
+        opened.datamodule.prepare_data()
+        opened.datamodule.seq_len = 48
+        text = held_out(opened.datamodule, 300)
+        found = LayerDrop()(opened.module.model, text)
+        reported = content["runs"][number]["findings"]["layer_drop"]
+        assert reported["curves"]["drop_by_block"]["values"] == pytest.approx(
+            found.curves["drop_by_block"].values, rel=1e-4, abs=1e-7
+        )
+        with torch.no_grad():
+            losses = [opened.module(b.inputs, b.positions, b.targets)[0].by_token for b in text]
+        assert reported["scalars"]["loss"] == pytest.approx(float(torch.cat(losses).mean()), abs=1e-5)
+
+
+def test_differences_are_paired_document_by_document(report: Path) -> None:
+    content = json.loads((report / "report.json").read_text())
+    first, second = (run["findings"]["layer_drop"]["by_document"]["loss"][0] for run in content["runs"])
+    tokens = np.array(content["text"]["tokens_by_document"])
+    (label,) = content["differences"]["layer_drop"]
+    difference = content["differences"]["layer_drop"][label]["loss"][0]
+    assert difference["value"] == pytest.approx((sum(second) - sum(first)) / tokens.sum(), abs=1e-5)
+    assert difference["low"] <= difference["value"] <= difference["high"]
+
+
+def test_tensorboard_has_curves_and_pictures(report: Path) -> None:
+    def events(name: str) -> Any:
+        accumulator = EventAccumulator(str(report / "tensorboard" / name), size_guidance={"scalars": 0, "images": 0})
+        return accumulator.Reload()
+
+    images = events("pictures")
+    assert {"layer_drop/layer_drop", "similarity/cka"} <= set(images.Tags()["images"])
+    assert images.Images("similarity/cka")[0].encoded_image_string[:4] == b"\x89PNG"
+    content = json.loads((report / "report.json").read_text())
+    label = content["runs"][0]["label"].replace("/", "_")
+    drops = events(label).Scalars("layer_drop/drop_by_block")
+    assert [event.step for event in drops] == [1, 2]
+    expected = content["runs"][0]["findings"]["layer_drop"]["curves"]["drop_by_block"]["values"]
+    assert [event.value for event in drops] == pytest.approx(expected, rel=1e-5)
+
+
+def test_one_run_is_reported_in_its_folder_and_never_again(
+    runs: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    anatomy.main([str(runs[0]), "tokens=100", "measures=layer_drop,tuned_lens", "skip=identity"])
+    folder = runs[0] / "anatomy/report"
+    assert capsys.readouterr().out == f"Report: {folder}/report.md\n"
+    content = json.loads((folder / "report.json").read_text())
+    assert set(content["runs"][0]["findings"]) == {"layer_drop", "tuned_lens"}
+    assert content["differences"] == {"layer_drop": {}, "tuned_lens": {}}
+    assert content["runs"][0]["findings"]["layer_drop"]["notes"] == [
+        "A block is left out as if it were not there, with its norms."
+    ]
+    assert refused(capsys, runs[0]) == (
+        f"Error: output='{folder}' is not valid: expected a new folder: this one is there already"
+    )
+
+
+def test_an_imported_model_takes_a_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(tmp_path / "theirs", "Llama", vocab_size=257)
+    make_run(tmp_path / "theirs", tmp_path / "run")
+    assert "an imported model has no data" in refused(capsys, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["measures=layer_dorp"],
+            r"measures='layer_dorp' is not valid: expected one of .* \(did you mean layer_drop\?\)",
+        ),
+        (
+            ["measures=cross_similarity"],
+            "measures='cross_similarity' is not valid: expected one that measures a single",
+        ),
+        (["tokens=0"], "tokens=0 is not valid: expected an integer >= 1"),
+        (["batch_size=0"], "batch_size=0 is not valid: expected an integer >= 1"),
+        (["skip=nothing"], "skip='nothing' is not valid: expected one of placement, identity"),
+        (["data=nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_are_said_before_anything_is_written(
+    runs: list[Path], arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "report"
+    assert re.search(message, refused(capsys, runs[1], f"output={output}", *arguments))
+    assert not output.exists()
+
+
+def test_runs_of_other_tokens_are_not_compared(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = bpe_run(tmp_path, bpe_corpus(tmp_path / "bpe"))
+    message = refused(capsys, runs[0], other, f"output={tmp_path / 'report'}")
+    assert re.search(r"RUN=.* is not valid: expected a run whose tokens are those of .*, byte; this one has", message)
+    output = tmp_path / "own"
+    anatomy.main([str(other), f"data={tmp_path / 'bpe/corpus'}", "tokens=100", "measures=lens", f"output={output}"])
+    content = json.loads((output / "report.json").read_text())
+    assert math.isfinite(content["runs"][0]["findings"]["lens"]["scalars"]["lens_effective_share"])
+
+
+def test_what_was_kept_during_training_is_drawn(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As callbacks.monitors.anatomy keeps it, which its own tests have made by a run."""
+    folder = runs[1] / "anatomy/steps"
+    folder.mkdir(parents=True)
+    for step in (0, 200, 1000):
+        curve = {"values": [step / 1000, 0.0], "over": "block", "first": 1}
+        found = {"scalars": {"loss": 5.0 - step / 500, "late_drop": None}, "curves": {"drop_by_block": curve}}
+        content = {"step": step, "findings": {"layer_drop": {**found, "matrices": {}, "notes": []}}}
+        (folder / f"{step}.json").write_text(json.dumps(content))
+    kept = kept_of(runs[1])
+    assert [part.step for part in kept] == [0, 200, 1000]
+    assert [part.scalars()["loss"] for part in kept] == [5.0, 4.6, 3.0]
+    output = tmp_path / "report"
+    anatomy.main([str(runs[1]), "tokens=50", "measures=lens", f"output={output}"])
+    assert "![scalars over steps](steps_scalars.png)" in (output / "report.md").read_text()
+    assert (output / "steps_drops.png").stat().st_size > 1000
+    (folder / "0.json").write_text('{"step": -1, "findings": {}}')
+    assert "0.json cannot be read" in refused(capsys, runs[1], "tokens=50", f"output={tmp_path / 'again'}")
+
+
+def test_compare_shows_outcomes_of_the_same_text(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "curves.png"
+    compare.main([*map(str, runs), "outcomes=late_drop,lens_overlap_depth", f"output={output}"])
+    out = capsys.readouterr().out
+    _, examined = examine(Chosen(tuple(runs), ("layer_drop",)))
+    for found in examined:
+        value = found.findings["layer_drop"].scalars["late_drop"]
+        assert f"{value:,.4g}" in out[out.index("outcomes, measured on the same text") :]
+    with pytest.raises(ConfigError, match=r"outcomes='late_dorp' is not valid: .*did you mean late_drop"):
+        compare.main([*map(str, runs), "outcomes=late_dorp", f"output={output}"])

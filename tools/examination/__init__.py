@@ -1,0 +1,1 @@
+"""Runs the measures of analysis.anatomy on runs, and reports on them."""
