@@ -120,7 +120,8 @@ def make_difference_table(runs: Sequence[Run]) -> Table | None:
     found = differences([facts(run.folder) for run in runs])
     if len(runs) < 2 or not found:
         return None
-    table = Table("differs in", *(printable(name, 80).replace("[", r"\[") for name in labels([run.folder for run in runs])))
+    names = labels([run.folder for run in runs])
+    table = Table("differs in", *(printable(name, 80).replace("[", r"\[") for name in names))
     for name, values in list(found.items())[:MAX_DIFFERENCES]:
         table.add_row(cell(name), *(cell(as_text(value), 80) for value in values))
     if len(found) > MAX_DIFFERENCES:
