@@ -7,6 +7,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from callbacks.protocols import HasCharts
 
+OVERVIEW = {
+    "loss": ["^train/loss$", "^val/loss$"],
+    "learning rate": ["^optim/lr$"],
+    "gradient norm": ["^optim/grad_norm$"],
+    "gradient of the first block over the last one's": ["^gradients/first_over_last$"],
+    "tokens per second": ["^train/tokens_per_second$"],
+}
+"""What one looks at first: the lines of each chart."""
 ROUTER_FIGURES = ("max_load", "load_cv", "dead_experts", "entropy", "top1_margin", "logits_norm")
 
 
@@ -15,12 +23,13 @@ class Dashboard(L.Callback):
 
     | tag | |
     |---|---|
-    | the layout of the tab Custom Scalars | the charts of every callback that has some: callbacks.protocols.HasCharts |
+    | the layout of the tab Custom Scalars | first an overview: loss, rate, gradient norm, speed; then the charts of |
+    | | every callback that has some: callbacks.protocols.HasCharts |
     | model (text) | parameters by block and kind, in Markdown |
     """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        layout: dict[str, dict[str, list[Any]]] = {}
+        layout = {"overview": {title: ["Multiline", lines] for title, lines in OVERVIEW.items()}}
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         sources = [callback.charts(pl_module) for callback in callbacks if isinstance(callback, HasCharts)]
         for group, charts in (item for source in [*sources, router_charts(pl_module)] for item in source.items()):

@@ -1,5 +1,7 @@
-"""Fills TensorBoard's HParams tab: the run's settings beside its validation loss."""
+"""Fills TensorBoard's HParams tab: the run's settings beside what it came to."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -7,26 +9,55 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard.summary import hparams
 
 from core.run_folder import flatten
+from core.untrusted import Untrusted, read_yaml
+
+LEADING = (
+    "model/placement",
+    "model/init",
+    "model/norm",
+    "model/ffn",
+    "model/num_layers",
+    "model/dim",
+    "optim/optimizer",
+    "optim/lr",
+)
+"""Settings that most runs are compared by."""
+FURTHER_METRICS = ("train/loss", "train/tokens_per_second")
 
 
 class Hyperparameters(L.Callback):
     """Writes the hyperparameters of module and data, flattened (`model/dim`), when training starts.
 
-    Lightning's own way writes them only together with a made-up first value of the metric, which spoils its curve.
+    The tab shows the first few of them: what the command line overrode comes first, then placement, init, norm, size
+    and rate. Lightning's own way writes them only together with a made-up first value of the metric, which spoils its
+    curve.
 
     Args:
-        metric: the scalar that the tab shows beside them.
+        metric: the scalar that the tab shows beside them, before training loss and speed; its last value counts.
+        run_dir: the run's folder, whose overrides.yaml says what was overridden; None: nothing comes first for that.
     """
 
-    def __init__(self, metric: str = "val/loss") -> None:
-        self.metric = metric
+    def __init__(self, metric: str = "val/loss", run_dir: str | None = None) -> None:
+        self.metric, self.run_dir = metric, run_dir
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # A Trainer of one's own may have DataLoaders instead.
         of_data: Any = getattr(trainer.datamodule, "hparams", {})  # type: ignore[attr-defined]
         settings = flatten({**pl_module.hparams, "data": dict(of_data)}, "/")
         plain = {key: v if isinstance(v, bool | int | float | str) else str(v) for key, v in settings.items()}
+        ordered = dict.fromkeys([*(name for name in (*self._overridden(), *LEADING) if name in plain), *plain])
+        metrics = dict.fromkeys((self.metric, *FURTHER_METRICS), 0.0)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                for summary in hparams(plain, {self.metric: 0.0}):
+                for summary in hparams({name: plain[name] for name in ordered}, metrics):
                     logger.experiment.file_writer.add_summary(summary)
+
+    def _overridden(self) -> Sequence[str]:
+        """Return the fields on the run's command line, as the tab calls them."""
+        path = Path(self.run_dir or "") / "overrides.yaml"
+        try:
+            overrides = read_yaml(path) if self.run_dir is not None and path.is_file() else []
+        except Untrusted:
+            return ()
+        given = [text for text in overrides if isinstance(text, str)] if isinstance(overrides, list) else []
+        return [text.partition("=")[0].lstrip("+").replace(".", "/") for text in given]

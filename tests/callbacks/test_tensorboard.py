@@ -1,13 +1,14 @@
 """What a run writes for TensorBoard, read back and computed again from the batches themselves."""
 
 import math
+from pathlib import Path
 
 import pytest
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from tests.support.job import ACCUMULATE, BATCH_SIZE, SEQ_LEN, STEPS, Job
 from tests.support.recorder import Recorder
-from tests.support.runs import EventAccumulator, events, scalars
+from tests.support.runs import EventAccumulator, events, run, scalars
 
 EVERY_STEP = list(range(STEPS))
 VALIDATED = [1, 3, 4]
@@ -73,6 +74,17 @@ def test_hyperparameters_of_model_optimizer_and_data_are_there(written: EventAcc
     assert settings["model/moe/num_experts"].number_value == 4
     assert settings["optim/lr"].number_value == 3e-3
     assert settings["data/seq_len"].number_value == SEQ_LEN
+
+
+def test_the_hparams_tab_shows_what_was_overridden_first(tmp_path: Path) -> None:
+    folder = run(tmp_path, "run", "model.norm_eps=1e-6", "optim.betas=[0.8,0.9]")
+    content = events(folder).SummaryMetadata("_hparams_/experiment").plugin_data.content
+    experiment = HParamsPluginData.FromString(content).experiment
+    names = [info.name for info in experiment.hparam_infos]
+    assert names.index("optim/betas") == names.index("model/norm_eps") + 1, "in the order of the command line"
+    assert names.index("optim/betas") < names.index("model/placement") < names.index("optim/eps")
+    assert len(set(names)) == len(names)
+    assert [info.name.tag for info in experiment.metric_infos] == ["val/loss", "train/loss", "train/tokens_per_second"]
 
 
 def test_a_sample_of_text_is_there(written: EventAccumulator) -> None:

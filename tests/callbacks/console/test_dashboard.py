@@ -21,6 +21,7 @@ def test_each_chart_has_one_line_a_block_of_one_quantity(written: EventAccumulat
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
     groups = {category.title: [chart.title for chart in category.chart] for category in layout.category}
     assert set(groups) == {
+        "overview",
         "gradient norm",
         "update over parameter norm",
         "parameter norm",
@@ -30,12 +31,25 @@ def test_each_chart_has_one_line_a_block_of_one_quantity(written: EventAccumulat
     }
     assert groups["gradient norm"] == ["all", "norm", "attn_in", "attn_out", "router", "experts"]
     tags = written.Tags()["scalars"]
-    for category in layout.category:
+    for category in layout.category[1:]:
         for chart in category.chart:
             (pattern,) = chart.multiline.tag
             matched = [tag for tag in tags if re.match(pattern, tag)]
             assert [re.findall(r"\d+", tag)[0] for tag in matched] == ["1", "2"], pattern
             assert len({re.sub(r"\d+", "", tag) for tag in matched}) == 1
+
+
+def test_the_overview_comes_first_and_every_line_in_it_is_a_curve(written: EventAccumulator) -> None:
+    (event,) = written.Tensors("custom_scalars__config__")
+    first = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0]).category[0]
+    assert first.title == "overview"
+    tags = written.Tags()["scalars"]
+    lines = {
+        chart.title: [tag for pattern in chart.multiline.tag for tag in tags if re.match(pattern, tag)]
+        for chart in first.chart
+    }
+    assert lines["loss"] == ["train/loss", "val/loss"]
+    assert all(len(matched) == 1 for title, matched in lines.items() if title != "loss"), lines
 
 
 def test_the_table_of_the_model_is_there(written: EventAccumulator, job: Job) -> None:
