@@ -14,6 +14,8 @@ MAX_PANELS = 4
 """Heat maps side by side."""
 SMALL = 1e-3
 """Values below it are drawn on a linear scale where some are not positive."""
+PLAIN = "{x:g}"
+"""Numbers on a logarithmic scale: matplotlib's own are formulas, which the project's pictures have none of."""
 STYLES = ("-", "--", ":", "-.")
 
 
@@ -58,10 +60,11 @@ def _curves(
                 low, high = (drawable([getattr(bound, end) for bound in bounds]) for end in ("low", "high"))
                 axes.fill_between(curve.places, low, high, color=f"C{number}", alpha=0.15, linewidth=0)
             axes.set_xlabel(curve.over)
-    axes.set_ylabel(picture.title)
+    axes.set_title(picture.title, fontsize=10)
     axes.xaxis.get_major_locator().set_params(integer=True)
     if picture.log:
         axes.set_yscale("log") if positive else axes.set_yscale("symlog", linthresh=SMALL)
+        axes.yaxis.set_major_formatter(PLAIN)
     axes.grid(alpha=0.3)
     axes.legend()
     return figure

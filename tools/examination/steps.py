@@ -10,7 +10,7 @@ from pydantic import Field
 
 from core.untrusted import read_json
 from studies.figures import drawable, drawn_label, pyplot
-from tools.examination.pictures import MAX_PANELS
+from tools.examination.pictures import MAX_PANELS, PLAIN
 from tools.picture import save_picture
 
 FOLDER = "anatomy/steps"
@@ -18,6 +18,7 @@ FOLDER = "anatomy/steps"
 MAX_STEPS = 10_000
 Number = float | None
 Name = Annotated[str, Field(pattern=r"^[a-z0-9_]+$", max_length=100)]
+MAX_TICKS = 7
 LEAST = 1e-4
 """Nats below which a block's share of the loss is drawn as this little."""
 
@@ -97,13 +98,13 @@ def draw_drops(kept: Mapping[str, Sequence[Kept]], output: Path) -> None:
     scale = LogNorm(LEAST, max(most, 10 * LEAST))
     for axes, (label, steps) in zip(grid.flat, kept.items(), strict=False):
         image: Any = axes.imshow(list(zip(*drops[label], strict=True)), aspect="auto", origin="lower", norm=scale)
-        ticks = sorted({round(n * (len(steps) - 1) / 4) for n in range(5)})
+        ticks = range(0, len(steps), -(-len(steps) // MAX_TICKS))
         axes.set_xticks(ticks, [f"{steps[tick].step}" for tick in ticks])
         axes.set_yticks(range(len(drops[label][0])), [str(n + 1) for n in range(len(drops[label][0]))], fontsize=7)
         axes.set_title(drawn_label(label), fontsize=10)
         axes.set_xlabel("optimizer step")
     grid[0, 0].set_ylabel("block")
-    figure.colorbar(image, ax=grid, shrink=0.8)
+    figure.colorbar(image, ax=grid, shrink=0.8, format=PLAIN)
     figure.suptitle("loss without the block, less the loss (nats)", fontsize=10)
     save_picture(figure, output, dpi=110)
     plt.close(figure)
