@@ -17,13 +17,19 @@ FOR_TESTS := $(VENV)/.test-$(VERSION)
 BENCH := .venv-bench/bin
 FOR_BENCH := .venv-bench/.made-$(VERSION)
 
-.PHONY: help train test test-slow check-newest bench bench-gpu lint types docs format clean
+.PHONY: help train megablocks test test-slow check-newest bench bench-gpu lint types docs format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 train: $(FOR_TRAINING)  ## set up the environment and run the main job; ARGS="trainer.max_steps=20" hands overrides on
+	@! nvidia-smi -L > /dev/null 2>&1 || $(BIN)/python -c "import grouped_gemm" 2> /dev/null \
+		|| echo "A GPU is here: 'make megablocks' builds MegaBlocks for it, which mixtures then train with in bf16"
 	$(BIN)/python train.py experiment=moe_spannorm $(ARGS)
+
+megablocks: $(FOR_TRAINING)  ## build MegaBlocks for this machine's GPU; needs nvcc of torch's CUDA version
+	$(BIN)/python -m pip install --quiet -r requirements-build.txt
+	$(BIN)/python -m tools.megablocks
 
 # A file at a time, so that what its tests share is made once, and not once in each process.
 test: $(FOR_TESTS) lint types docs  ## lint, types, documentation, and every test that takes no patience
@@ -78,8 +84,8 @@ $(FOR_TESTS): $(wildcard requirements*.txt) | $(MADE)
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	@# Without its dependencies: it asks for Optuna 2. See requirements-sweeps.txt.
 	$(BIN)/python -m pip install --quiet --no-deps hydra-optuna-sweeper==1.3.0
-	@# Without its dependencies: it asks for older versions than ours. Its build needs torch. See docs/megablocks.md.
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation megablocks==0.10.0 stanford-stk==0.7.1
+	@# Its Python files alone, beside any torch and any CUDA toolkit: docs/megablocks.md.
+	$(BIN)/python -m tools.megablocks compiled=false
 	@touch $@ $(FOR_TRAINING)
 
 $(FOR_BENCH): requirements.txt requirements-bench.txt | $(MADE)
