@@ -53,3 +53,27 @@ def test_compiled_in_bf16_it_computes_the_same(backend: str, device: str) -> Non
     with torch.autocast(device, torch.bfloat16):
         expected, actual = layer(x)[0], torch.compile(layer, fullgraph=True, backend=compiler)(x)[0]
     assert (actual - expected).norm() / expected.norm() < CLOSE
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", ["loop", "grouped", "megablocks"])
+def test_experts_without_tokens_get_exactly_no_gradient(backend: str, device: str) -> None:
+    """Whatever the memory held: here NaN, in blocks that the allocator will give out again."""
+    config = tiny_config(ffn="moe", moe={"num_experts": 8, "expert_dim": 128})
+    if backend == "megablocks" and (found := megablocks.obstacle(config, torch.device(device), torch.bfloat16)):
+        pytest.skip(f"megablocks {found}")
+    layer = make_layer(device, backend, top_k=1)
+    with torch.no_grad():
+        layer.router.layer.weight[2:] = 0
+        layer.router.layer.weight[1] = -layer.router.layer.weight[0]
+    x = torch.randn(2, 256, 32, device=device, requires_grad=True)  # as MegaBlocks insists
+    for _ in range(2):
+        held = [torch.full((8, 128, 32), torch.nan, device=device, dtype=torch.bfloat16) for _ in range(16)]
+        del held
+        with torch.autocast(device, torch.bfloat16):
+            out, stats = layer(x)
+        gradients = torch.autograd.grad(out.float().square().sum(), list(layer.experts.mlp.parameters()))
+        assert stats.tokens_per_expert[2:].count_nonzero() == 0
+        for gradient in gradients:
+            assert gradient.isfinite().all()
+            assert gradient.unflatten(0, (8, -1))[2:].count_nonzero() == 0
