@@ -10,6 +10,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.support.devices import without_gpus
 
@@ -37,6 +38,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group_left() -> Iterator[None]:
+    """A run of trainer=fsdp in this process leaves one, and there can be no second."""
+    yield
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

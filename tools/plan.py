@@ -119,6 +119,8 @@ class Plan(NamedTuple):
         gathered: what FSDP has in full at a time: embedding and head, two blocks, and the gradients of one.
         precision: a key of PRECISIONS.
         compiled: whether torch.compile makes the blocks' kernels; what it fuses away is not known.
+        host_copies: of an optimizer step, for which a GPU and its host wait: in fp32 F.grouped_mm fetches the end of
+            each expert's rows, for three products forward and six backward.
     """
 
     parameters: int
@@ -134,6 +136,7 @@ class Plan(NamedTuple):
     mesh: Mesh
     precision: str
     compiled: bool
+    host_copies: int
 
     @property
     def memory(self) -> int:
@@ -185,6 +188,8 @@ def plan(config: DictConfig, vocab_size: int | None = None) -> Plan:
         precision.weights,
     )
     total, active = module.num_parameters
+    on_gpu, wide = config.trainer.accelerator != "cpu", name == "32-true" and model.moe.backend in ("auto", "grouped")
+    looped = len(weightless.mixtures()) * model.moe.num_experts if on_gpu and wide else 0
     sequences = config.trainer.accumulate_grad_batches * datamodule.batch_size
     return Plan(
         parameters=total,
@@ -200,6 +205,7 @@ def plan(config: DictConfig, vocab_size: int | None = None) -> Plan:
         mesh=mesh,
         precision=name,
         compiled=model.compile,
+        host_copies=9 * looped * passes * config.trainer.accumulate_grad_batches,
     )
 
 
@@ -297,6 +303,8 @@ def make_table(planned: Plan, mfu: float, peak_flops: float) -> Table:
     for name in parts:
         label = "memory of a process" if name == "memory" else f"  {name}"
         rows[label] = f"{getattr(planned, name) / GIB:,.2f} GiB"
+    if planned.host_copies:
+        rows["copies to the host"] = f"{planned.host_copies:,} a step: grouped products in fp32; bf16-mixed has none"
     rows["FLOPs per token"] = f"{planned.flops_per_token:.3e}"
     rows["tokens"] = f"{tokens:,} ({tokens / planned.active_parameters:,.1f} per active parameter)"
     rows["hours"] = f"{planned.hours(mfu, peak_flops):,.1f} at {mfu:.0%} of {peak_flops / 1e12:,.0f} TFLOP/s a device"

@@ -216,6 +216,22 @@ def test_the_hours_follow_the_precision(precision: str, peak: int, capsys: pytes
     assert "of 1 TFLOP/s a device" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("overrides", "copies"),
+    [
+        (["trainer.precision=32-true"], 9 * 4 * 2 * 2),
+        (["trainer.precision=32-true", "micro_batch_size=2"], 9 * 4 * 2 * 2 * 4),
+        (["trainer.precision=32-true", "model.moe.backend=loop"], 0),
+        (["trainer.precision=bf16-mixed"], 0),
+        (["trainer.precision=32-true", "trainer.accelerator=cpu"], 0),
+    ],
+)
+def test_copies_to_the_host_are_those_of_grouped_products_in_fp32(overrides: list[str], copies: int) -> None:
+    mixture = ["experiment=moe_spannorm", "data=synthetic", "data.batch_size=8", "model.moe.num_experts=4"]
+    sizes = ["model.num_layers=2", "trainer.accumulate_grad_batches=2", "data.seq_len=16"]
+    assert plan(compose_config([*mixture, *sizes, *overrides])).host_copies == copies
+
+
 def test_a_corpus_that_is_not_here_is_planned_by_its_vocabulary() -> None:
     config = compose_config(["experiment=dense_7b", "trainer=fsdp", "trainer.devices=8", "model.num_layers=1"])
     with pytest.raises(ConfigError, match=r"assumed_vocab_size=None .*data/slimpajama/index.json cannot be read"):
