@@ -13,11 +13,13 @@ VERSION := $(or $(VERSION),$(shell $(PYTHON) -c 'import sys; v = sys.version_inf
 MADE := $(VENV)/.made-$(VERSION)
 FOR_TRAINING := $(VENV)/.train-$(VERSION)
 FOR_TESTS := $(VENV)/.test-$(VERSION)
+GPU := $(if $(wildcard $(BIN)/python),$(BIN),.venv-gpu/bin)
+WHEELS := $(addprefix --no-index --find-links=,$(wildcard wheels))
 # The peers' pins and ours do not go together, so they get an environment of their own.
 BENCH := .venv-bench/bin
 FOR_BENCH := .venv-bench/.made-$(VERSION)
 
-.PHONY: help train megablocks test test-slow check-newest bench bench-gpu lint types docs format clean
+.PHONY: help train megablocks check-gpu test test-slow check-newest bench bench-gpu lint types docs format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,6 +39,17 @@ test: $(FOR_TESTS) lint types docs  ## lint, types, documentation, and every tes
 
 test-slow: $(FOR_TESTS)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+# In .venv, or else beside the torch that the machine has, which stays; from wheels/ where that is there, and from pip.
+check-gpu:  ## what holds on this machine's GPU, in eight minutes: results/gpu-DEVICE.md; ARGS=device=cpu is a dry run
+	test -x $(GPU)/python || $(PYTHON) -m venv --system-site-packages .venv-gpu
+	@$(GPU)/python -c "import torch" 2> /dev/null || $(GPU)/python -m pip install --quiet $(WHEELS) "$$(grep ^torch= requirements.txt)"
+	grep -v ^torch= requirements.txt > $(GPU)/needed.txt
+	grep -hE "^(pytest|pytest-timeout|hypothesis|transformers|tokenizers|pyarrow)==" requirements-[de]*.txt >> $(GPU)/needed.txt
+	-$(GPU)/python -m pip install --quiet $(WHEELS) -r $(GPU)/needed.txt
+	-$(if $(wildcard wheels/grouped_gemm*),$(GPU)/python -m pip install --quiet --no-deps wheels/megablocks* wheels/stanford_stk* \
+		wheels/grouped_gemm*,$(GPU)/python -m pip install --quiet -r requirements-build.txt && $(GPU)/python -m tools.megablocks)
+	$(GPU)/python -m tools.check_gpu $(ARGS)
 
 # The pins are left out, so that pip takes the newest; the tests are those of core/compat.py alone.
 check-newest: | $(MADE)  ## which undocumented uses of Lightning and torch still hold with their newest versions
@@ -69,7 +82,7 @@ format: $(FOR_TESTS)  ## let ruff rewrite the code
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment and caches; data/ and runs/ stay
-	rm -rf $(VENV) .venv-bench .venv-newest site build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-bench .venv-gpu .venv-newest site build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(MADE):
 	@test -n "$(VERSION)" || { echo "$(PYTHON) is not Python 3.11 to 3.13; choose one: make train PYTHON=python3.12"; exit 1; }

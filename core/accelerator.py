@@ -1,4 +1,4 @@
-"""What configurations say of GPUs alone: the resolver `on_gpu`, and how exact products in fp32 are there."""
+"""Says what a configuration has of GPUs alone: the resolver `on_gpu`, and how exact products in fp32 are there."""
 
 from typing import Any
 

@@ -35,5 +35,5 @@ def test_it_is_set_on_a_gpu_alone(
 
 @pytest.mark.parametrize("precision", ["hihg", None, 1])
 def test_another_word_is_refused(precision: object) -> None:
-    with pytest.raises(ConfigError, match="float32_matmul_precision=.* expected one of highest, high, medium"):
+    with pytest.raises(ConfigError, match=r"float32_matmul_precision=.* expected one of highest, high, medium"):
         check_matmul_precision(precision)
