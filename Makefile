@@ -1,6 +1,8 @@
-# Two commands set up everything: `make train` and `make test`. PYTHON=python3.12 picks another interpreter.
+# Two commands set up everything: `make train` and `make test`. PYTHON=python3.12 picks another interpreter, and
+# TORCH=2.14.1 another torch for the tests, in an environment of its own.
 PYTHON ?= python3
-VENV := .venv
+TORCH ?=
+VENV := .venv$(addprefix -torch-,$(TORCH))
 BIN := $(VENV)/bin
 ARGS ?=
 # .venv holds the packages of one interpreter. What was made is noted under its version, so that another interpreter,
@@ -82,7 +84,7 @@ format: $(FOR_TESTS)  ## let ruff rewrite the code
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment and caches; data/ and runs/ stay
-	rm -rf $(VENV) .venv-bench .venv-gpu .venv-newest site build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-torch-* .venv-bench .venv-gpu .venv-newest site build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(MADE):
 	@test -n "$(VERSION)" || { echo "$(PYTHON) is not Python 3.11 to 3.13; choose one: make train PYTHON=python3.12"; exit 1; }
@@ -95,6 +97,7 @@ $(FOR_TRAINING): requirements.txt | $(MADE)
 
 $(FOR_TESTS): $(wildcard requirements*.txt) | $(MADE)
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	@$(if $(TORCH),$(BIN)/python -m pip install --quiet torch==$(TORCH))
 	@# Without its dependencies: it asks for Optuna 2. See requirements-sweeps.txt.
 	$(BIN)/python -m pip install --quiet --no-deps hydra-optuna-sweeper==1.3.0
 	@# Its Python files alone, beside any torch and any CUDA toolkit: docs/megablocks.md.
