@@ -15,8 +15,6 @@ VERSION := $(or $(VERSION),$(shell $(PYTHON) -c 'import sys; v = sys.version_inf
 MADE := $(VENV)/.made-$(VERSION)
 FOR_TRAINING := $(VENV)/.train-$(VERSION)
 FOR_TESTS := $(VENV)/.test-$(VERSION)
-GPU := $(if $(wildcard $(BIN)/python),$(BIN),.venv-gpu/bin)
-WHEELS := $(addprefix --no-index --find-links=,$(wildcard wheels))
 # The peers' pins and ours do not go together, so they get an environment of their own.
 BENCH := .venv-bench/bin
 FOR_BENCH := .venv-bench/.made-$(VERSION)
@@ -44,14 +42,7 @@ test-slow: $(FOR_TESTS)  ## the tests that take minutes
 
 # In .venv, or else beside the torch that the machine has, which stays; from wheels/ where that is there, and from pip.
 check-gpu:  ## what holds on this machine's GPU, in eight minutes: results/gpu-DEVICE.md; ARGS=device=cpu is a dry run
-	test -x $(GPU)/python || $(PYTHON) -m venv --system-site-packages .venv-gpu
-	@$(GPU)/python -c "import torch" 2> /dev/null || $(GPU)/python -m pip install --quiet $(WHEELS) "$$(grep ^torch= requirements.txt)"
-	grep -v ^torch= requirements.txt > $(GPU)/needed.txt
-	grep -hE "^(pytest|pytest-timeout|hypothesis|transformers|tokenizers|pyarrow)==" requirements-[de]*.txt >> $(GPU)/needed.txt
-	-$(GPU)/python -m pip install --quiet $(WHEELS) -r $(GPU)/needed.txt
-	-$(if $(wildcard wheels/grouped_gemm*),$(GPU)/python -m pip install --quiet --no-deps wheels/megablocks* wheels/stanford_stk* \
-		wheels/grouped_gemm*,$(GPU)/python -m pip install --quiet -r requirements-build.txt && $(GPU)/python -m tools.megablocks)
-	$(GPU)/python -m tools.check_gpu $(ARGS)
+	tools/check_gpu.sh $(PYTHON) $(ARGS)
 
 # The pins are left out, so that pip takes the newest; the tests are those of core/compat.py alone.
 check-newest: | $(MADE)  ## which undocumented uses of Lightning and torch still hold with their newest versions

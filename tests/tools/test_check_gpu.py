@@ -1,6 +1,8 @@
 """The check of a GPU, dry: every item at toy size; and that it stops at nothing."""
 
 import json
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 from core.errors import ConfigError, UserError
 from tools import check_gpu, gpu_items
 from tools.check_gpu import report
-from tools.gpu_items import ITEMS, Finding, Place, look_at
+from tools.gpu_items import ITEMS, ROOT, Finding, Place, look_at
 
 
 @pytest.mark.slow
@@ -73,3 +75,21 @@ def test_a_gpu_gets_full_sizes_and_the_dry_run_toys(tmp_path: Path) -> None:
     assert "trainer.accelerator=gpu" in full
     assert not set(full) & {*gpu_items.TOY, "a=1"}
     assert {*gpu_items.TOY, "a=1"} <= set(toy)
+
+
+def test_what_cannot_be_installed_does_not_stop_it(tmp_path: Path) -> None:
+    """Neither pip, nor a new environment, nor MegaBlocks: the check itself is started all the same."""
+    (tmp_path / "tools").mkdir()
+    shutil.copy(ROOT / "tools/check_gpu.sh", tmp_path / "tools")
+    for path in ROOT.glob("requirements*.txt"):
+        shutil.copy(path, tmp_path)
+    python, log = tmp_path / "python", tmp_path / "log"
+    python.write_text(f'#!/bin/sh\necho "$*" >> {log}\ncase "$*" in *check_gpu*) exit 3;; esac\nexit 1\n')
+    python.chmod(0o755)
+    ended = subprocess.run([tmp_path / "tools/check_gpu.sh", python, "device=cpu"], capture_output=True, text=True)
+    calls = log.read_text().splitlines()
+    assert (ended.returncode, calls[-1]) == (3, "-m tools.check_gpu device=cpu")
+    assert calls[0] == "-m venv --system-site-packages .venv-gpu"
+    asked = [call.split()[-1] for call in calls if " pip install " in call]
+    assert any(package.startswith("torch==") for package in asked)
+    assert any(package.startswith("transformers==") for package in asked), "one by one, where all together fail"
