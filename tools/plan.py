@@ -3,6 +3,7 @@
     python -m tools.plan experiment=dense_7b trainer=fsdp trainer.devices=8 trainer.num_nodes=2
     python -m tools.plan experiment=moe_spannorm_gpu mfu=0.35 peak_flops=312e12
     python -m tools.plan experiment=dense_7b trainer=fsdp trainer.devices=8 assumed_vocab_size=32768  # no corpus yet
+    python -m tools.plan experiment=moe_spannorm_gpu device_gb=80            # and the micro batch that fits
 
 Takes the same overrides as train.py, and plans for GPUs unless they say trainer.accelerator=cpu. Weights, gradients and
 optimizer state are counted, activations are traced on shapes (analysis/memory.py); what FSDP gathers is an upper bound.
@@ -43,6 +44,8 @@ from lightning_modules.strategy import ShardedStrategy
 from lightning_modules.transformer import Block, Transformer
 
 GIB = 2**30
+USABLE = 0.9
+"""Of a device's memory: the rest is left to CUDA's context, NCCL's buffers and the allocator's fragments."""
 CHECKED = ("max_steps", "accumulate_grad_batches", "precision")
 
 
@@ -55,12 +58,14 @@ class PlanConfig:
         mfu: the share of the peak that the run reaches.
         peak_flops: FLOP/s of a device in the run's precision; null: an H100's, 989e12 in bf16 and fp16, 67e12 in fp32.
         assumed_vocab_size: the vocabulary of a corpus that is not prepared yet; null: that of the data.
+        device_gb: the memory of a device, in GB of 10^9 bytes: say the largest micro_batch_size for nine tenths of it.
     """
 
     overrides: tuple[str, ...] = field(default=(), metadata=OVERRIDES)
     mfu: float = 0.4
     peak_flops: float | None = None
     assumed_vocab_size: int | None = field(default=None, metadata={"formerly": "vocab_size"})
+    device_gb: float | None = None
 
     def __post_init__(self) -> None:
         peak, vocab_size = self.peak_flops, self.assumed_vocab_size
@@ -68,6 +73,8 @@ class PlanConfig:
         require(peak is None or 0 < peak < math.inf, "peak_flops", peak, "a number > 0")
         require(vocab_size is None or vocab_size >= 2, "assumed_vocab_size", vocab_size, "an integer >= 2")
         require_at_most(MAX_VOCABULARY, "assumed_vocab_size", vocab_size)
+        device = self.device_gb
+        require(device is None or 0 < device < math.inf, "device_gb", device, "a number > 0, in GB")
 
 
 class Precision(NamedTuple):
@@ -209,6 +216,24 @@ def plan(config: DictConfig, vocab_size: int | None = None) -> Plan:
     )
 
 
+def largest_micro_batch(config: DictConfig, device_gb: float, vocab_size: int | None = None) -> int | None:
+    """Return the most sequences that a device takes at once in USABLE of its memory; None: not even one.
+
+    Args:
+        config: as for `plan`; its micro_batch_size does not count.
+        device_gb: the device's memory, in GB of 10^9 bytes.
+        vocab_size: as for `plan`.
+    """
+    share, found = config.data.batch_size // find_mesh(config).data, None
+    for size in (size for size in range(1, share + 1) if share % size == 0):
+        tried = config.copy()
+        tried.micro_batch_size = size
+        if plan(tried, vocab_size).memory > USABLE * device_gb * 1e9:
+            break
+        found = size
+    return found
+
+
 def _vocab_size(datamodule: Any) -> int:
     try:
         size: int = datamodule.vocab_size
@@ -316,8 +341,12 @@ def make_table(planned: Plan, mfu: float, peak_flops: float) -> Table:
 @cli.tool
 def main(config: PlanConfig) -> None:
     console = Console()
-    planned = plan(compose_config(config.overrides), config.assumed_vocab_size)
+    composed = compose_config(config.overrides)
+    planned = plan(composed, config.assumed_vocab_size)
     table = make_table(planned, config.mfu, config.peak_flops or PRECISIONS[planned.precision].peak_flops)
+    if config.device_gb is not None:
+        size = largest_micro_batch(composed, config.device_gb, config.assumed_vocab_size)
+        table.add_row(f"fits into {config.device_gb:g} GB", f"micro_batch_size={size}" if size else "not one sequence")
     Console(width=max(console.width, 100)).print(table)
 
 

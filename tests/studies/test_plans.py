@@ -8,11 +8,11 @@ from core.errors import ConfigError
 from core.overrides import CONFIGS
 from studies.grid import Planned, Study
 from studies.run import planned
-from tools.plan import GIB, compose_config, plan
+from tools.plan import GIB, USABLE, compose_config, plan
 
 STUDIES = sorted(path.stem for path in (CONFIGS / "study").glob("*.yaml"))
-USABLE = 0.9 * 80e9 / GIB
-"""GiB of a GPU of 80 GB: a tenth is left to CUDA's context, NCCL's buffers and the allocator's fragments."""
+ROOM = USABLE * 80e9 / GIB
+"""GiB of a GPU of 80 GB."""
 VOCABULARY = 32768
 WITHOUT_EFFECT = {"optim.lr", "model.init", "init", "width_scaling"}
 """Axes that change no size."""
@@ -28,7 +28,7 @@ def study(name: str, scale: str) -> Study:
 def check(asked: Study, run: Planned) -> None:
     config = compose_config(run.overrides)
     found, devices = plan(config, VOCABULARY), config.trainer.devices * config.trainer.get("num_nodes", 1)
-    assert found.memory / GIB < USABLE, f"{run.name}: {found.memory / GIB:.0f} GiB"
+    assert found.memory / GIB < ROOM, f"{run.name}: {found.memory / GIB:.0f} GiB"
     number, size = re.match(r"(\w+) GPUs? of (\d+) GB", asked.needs).groups()  # type: ignore[union-attr]
     assert ({"one": 1}.get(number) or int(number), int(size)) == (devices, 80)
     assert found.precision == "bf16-mixed"
