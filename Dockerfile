@@ -1,4 +1,4 @@
-# A CUDA machine with MegaBlocks built in: docs/megablocks.md, section CUDA 13, as one image.
+# A CUDA machine with MegaBlocks built in: docs/megablocks.md, as one image.
 #   docker build -t spannorm-suite .
 #   docker run --gpus all -v "$PWD/runs:/workspace/runs" spannorm-suite experiment=moe_spannorm_gpu
 FROM nvidia/cuda:13.0.1-devel-ubuntu24.04
@@ -16,20 +16,15 @@ RUN apt-get update \
     && python3 -m venv /opt/venv
 
 WORKDIR /workspace
-COPY requirements.txt requirements-data.txt ./
-RUN pip install -r requirements.txt -r requirements-data.txt setuptools==84.2.1 wheel==0.48.0 packaging==26.3
+COPY requirements.txt requirements-data.txt requirements-build.txt requirements-megablocks.txt ./
+RUN pip install -r requirements.txt -r requirements-data.txt -r requirements-build.txt
 
-# 8.0 for an A100, 9.0 for an H100 or H200
+# 8.0 for an A100, 9.0 for an H100 or H200, 10.0 for a B200
 ARG TORCH_CUDA_ARCH_LIST="8.0 9.0"
 ARG MAX_JOBS=8
-RUN CPATH="$(python -c 'import nvidia.cu13 as m; print(list(m.__path__)[0])')/include" \
-    && export CPATH TORCH_CUDA_ARCH_LIST MAX_JOBS \
-    && pip download --no-deps --no-build-isolation --no-binary megablocks --dest /tmp/build megablocks==0.10.0 \
-    && tar xf /tmp/build/megablocks-0.10.0.tar.gz --directory /tmp/build \
-    && sed -i -z 's/stream,\s*debug_synchronous/stream/g' /tmp/build/megablocks-0.10.0/csrc/cumsum.h \
-    && pip install --no-deps --no-build-isolation /tmp/build/megablocks-0.10.0 stanford-stk==0.7.1 grouped_gemm==0.3.0 \
-    && python -c "import megablocks.layers.dmoe, grouped_gemm" \
-    && rm -rf /tmp/build
+COPY core ./core
+COPY tools/__init__.py tools/megablocks.py ./tools/
+RUN TORCH_CUDA_ARCH_LIST="$TORCH_CUDA_ARCH_LIST" MAX_JOBS="$MAX_JOBS" python -m tools.megablocks
 
 COPY . .
 ENTRYPOINT ["python", "train.py"]

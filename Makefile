@@ -1,6 +1,8 @@
-# Two commands set up everything: `make train` and `make test`. PYTHON=python3.12 picks another interpreter.
+# Two commands set up everything: `make train` and `make test`. PYTHON=python3.12 picks another interpreter, and
+# TORCH=2.14.1 another torch for the tests, in an environment of its own.
 PYTHON ?= python3
-VENV := .venv
+TORCH ?=
+VENV := .venv$(addprefix -torch-,$(TORCH))
 BIN := $(VENV)/bin
 ARGS ?=
 # .venv holds the packages of one interpreter. What was made is noted under its version, so that another interpreter,
@@ -17,13 +19,19 @@ FOR_TESTS := $(VENV)/.test-$(VERSION)
 BENCH := .venv-bench/bin
 FOR_BENCH := .venv-bench/.made-$(VERSION)
 
-.PHONY: help train test test-slow check-newest bench bench-gpu lint types docs format clean
+.PHONY: help train megablocks check-gpu test test-slow check-newest bench bench-gpu lint types docs format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 train: $(FOR_TRAINING)  ## set up the environment and run the main job; ARGS="trainer.max_steps=20" hands overrides on
+	@! nvidia-smi -L > /dev/null 2>&1 || $(BIN)/python -c "import grouped_gemm" 2> /dev/null \
+		|| echo "A GPU is here: 'make megablocks' builds MegaBlocks for it, which mixtures then train with in bf16"
 	$(BIN)/python train.py experiment=moe_spannorm $(ARGS)
+
+megablocks: $(FOR_TRAINING)  ## build MegaBlocks for this machine's GPU; needs nvcc of torch's CUDA version
+	$(BIN)/python -m pip install --quiet -r requirements-build.txt
+	$(BIN)/python -m tools.megablocks
 
 # A file at a time, so that what its tests share is made once, and not once in each process.
 test: $(FOR_TESTS) lint types docs  ## lint, types, documentation, and every test that takes no patience
@@ -31,6 +39,10 @@ test: $(FOR_TESTS) lint types docs  ## lint, types, documentation, and every tes
 
 test-slow: $(FOR_TESTS)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+# In .venv, or else beside the torch that the machine has, which stays; from wheels/ where that is there, and from pip.
+check-gpu:  ## what holds on this machine's GPU, in eight minutes: results/gpu-DEVICE.md; ARGS=device=cpu is a dry run
+	tools/check_gpu.sh $(PYTHON) $(ARGS)
 
 # The pins are left out, so that pip takes the newest; the tests are those of core/compat.py alone.
 check-newest: | $(MADE)  ## which undocumented uses of Lightning and torch still hold with their newest versions
@@ -63,7 +75,7 @@ format: $(FOR_TESTS)  ## let ruff rewrite the code
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment and caches; data/ and runs/ stay
-	rm -rf $(VENV) .venv-bench .venv-newest site build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-torch-* .venv-bench .venv-gpu .venv-newest site build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(MADE):
 	@test -n "$(VERSION)" || { echo "$(PYTHON) is not Python 3.11 to 3.13; choose one: make train PYTHON=python3.12"; exit 1; }
@@ -76,10 +88,11 @@ $(FOR_TRAINING): requirements.txt | $(MADE)
 
 $(FOR_TESTS): $(wildcard requirements*.txt) | $(MADE)
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	@$(if $(TORCH),$(BIN)/python -m pip install --quiet torch==$(TORCH))
 	@# Without its dependencies: it asks for Optuna 2. See requirements-sweeps.txt.
 	$(BIN)/python -m pip install --quiet --no-deps hydra-optuna-sweeper==1.3.0
-	@# Without its dependencies: it asks for older versions than ours. Its build needs torch. See docs/megablocks.md.
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation megablocks==0.10.0 stanford-stk==0.7.1
+	@# Its Python files alone, beside any torch and any CUDA toolkit: docs/megablocks.md.
+	$(BIN)/python -m tools.megablocks compiled=false
 	@touch $@ $(FOR_TRAINING)
 
 $(FOR_BENCH): requirements.txt requirements-bench.txt | $(MADE)

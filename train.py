@@ -17,6 +17,7 @@ def main(config: DictConfig) -> float:
     # Here and not above, so that --help and shell completion do not wait for torch.
     import lightning as L
 
+    from core.accelerator import check_matmul_precision, set_matmul_precision
     from core.build import build, build_all
     from core.console import silence_noise
     from core.early_end import tell_early_end
@@ -45,6 +46,7 @@ def main(config: DictConfig) -> float:
         if inherited and run.ckpt_path is None and is_main_process():
             print(f"The model of {printable(config.init_from)}: {', '.join(inherited)}")
         require(type(config.seed) is int and 0 <= config.seed < 2**32, "seed", config.seed, "an integer in [0, 2**32)")
+        check_matmul_precision(config.float32_matmul_precision)
         L.seed_everything(config.seed, workers=True, verbose=False)
 
         datamodule = build(config, "data")
@@ -65,6 +67,7 @@ def main(config: DictConfig) -> float:
             default_root_dir=config.run_dir,
             **without_stand_ins(config.trainer, callbacks),
         )
+        set_matmul_precision(trainer, config.float32_matmul_precision)
         take_control(trainer)
         check_length(trainer, config.trainer.val_check_interval)
         if hasattr(module, "check_run"):  # a LightningModule of one's own need not have it

@@ -28,6 +28,7 @@ from benchmarks.contenders import AS_OURS, CHUNKED, DENSE, MIXTURES, PLAIN, Size
 from benchmarks.measure import check_counts, judged, machine, ratio, take_turns
 from benchmarks.workers import RATE, Contender, Result, start
 from core import cli
+from core.device_peaks import known_peak
 
 matplotlib.use("Agg")
 
@@ -35,8 +36,6 @@ OURS = "ours"
 DENSE_1B, MIXTURE_1B = "1B dense, compiled", "1B mixture of 8 experts, compiled"
 KERNELS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_grouped_mm", "aten::_scaled_dot_product")
 """Operators that all peers call alike, by the beginning of their names."""
-PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
-"""FLOP/s of dense products in bf16, by their data sheets (SXM)."""
 MIXTURE_OF_DENSE = 0.6
 """FLOP/s of the mixture that are asked for on a GPU, as a part of the dense model's."""
 TOLERANCE = 0.03
@@ -216,8 +215,9 @@ def goals_of_gpu(ours: dict[str, Row], device: str) -> Iterator[str]:
     """
     done = {title: row.result.flops / row.seconds for title, row in ours.items()}
     for title, row in ours.items():
-        peak = PEAKS.get(device, done[title] / row.mfu)
-        of = "the data sheet" if device in PEAKS else "large products"
+        known = known_peak(device, "bf16", tf32=False)
+        peak = done[title] / row.mfu if known is None else known
+        of = "large products" if known is None else "the data sheet"
         part = done[title] / peak
         yield f"{title}: {done[title] / 1e12:.0f} TFLOP/s, {100 * part:.0f} % of {of} ({peak / 1e12:.0f})."
         if title == DENSE_1B:

@@ -8,6 +8,8 @@ from core.compat import lacks_memory
 from core.errors import InvalidValue, UserError, one_line
 
 GIB = 2**30
+LACK = "The memory is not enough"
+"""How the error begins that ends a run whose machine or device had too little of it."""
 
 
 def check_memory(trainer: Any, module: Any) -> None:
@@ -59,4 +61,4 @@ def explain_lack(error: BaseException) -> UserError | None:
         return None
     said = re.sub(r"^\[enforce fail .*?DefaultCPUAllocator: ", "", one_line(error)).partition(" If reserved but")[0]
     way = "data.batch_size, micro_batch_size, data.seq_len and the model's sizes decide: python -m tools.plan"
-    return UserError(f"The memory is not enough ({said or type(error).__name__}); {way}")
+    return UserError(f"{LACK} ({said or type(error).__name__}); {way}")

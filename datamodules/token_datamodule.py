@@ -83,6 +83,11 @@ class TokenDataModule(StreamDataModule):
         return {**super().stream_identity, "shuffle_block": self.shuffle_block, "corpus": self.index.digest}
 
     @property
+    def num_train_tokens(self) -> int:
+        """Return how many tokens an epoch has."""
+        return self.split("train").num_tokens
+
+    @property
     def num_val_samples(self) -> int:
         return self.split("val").num_samples(self.seq_len)
 

@@ -6,6 +6,8 @@ from typing import Annotated
 
 from pydantic import Field
 
+from studies.composing import composing_anew
+
 LARGEST_BUILT = 50_000_000
 """Parameters of a model that is built anew for it."""
 PerBlock = Annotated[list[float], Field(min_length=1, max_length=4096)]
@@ -26,17 +28,10 @@ class Decay:
 
 def measure(overrides: Sequence[str], seed: int) -> Decay:
     """Build the model that train.py builds under these overrides, which are the user's own, and measure it."""
-    from hydra.core.global_hydra import GlobalHydra
-
     from tools.propagation import report
 
-    job = GlobalHydra.instance().hydra  # a study's run is a job of Hydra's, and composing begins anew
-    GlobalHydra.instance().clear()
-    try:
+    with composing_anew():
         result = report([*overrides, f"seed={seed}"])
-    finally:
-        if job is not None:
-            GlobalHydra.instance().initialize(job)
     unit = result.signals[-1].hidden_gradient or float("nan")
     predicted = result.predicted("hidden_gradient")
     return Decay(

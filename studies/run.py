@@ -1,11 +1,12 @@
 """Run a study: every run of its grid that has no record yet, each in a process of its own.
 
-    python -m studies.run study=placement_by_init                          as many at once as there are cores
+    python -m studies.run study=placement_by_init                          as many at once as there are cores, or GPUs
     python -m studies.run study=learning_rate hydra.launcher.n_jobs=2 'seeds=[0]'
     python -m studies.run study=depth scale=gpu hydra/launcher=submitit_slurm hydra.launcher.partition=NAME
 
-Hydra's launchers do the running. A run that was killed resumes from its last checkpoint; one that failed is recorded as
-failed, and the rest goes on. `python -m studies.status` says how far it is.
+Hydra's launchers do the running; on a machine with GPUs each run has as many as it trains on, and waits for them. A run
+that was killed resumes from its last checkpoint; one that had not the memory is no result either, and is run again; one
+that failed is recorded as failed, and the rest goes on. `python -m studies.status` says how far it is.
 """
 
 import fcntl
@@ -14,7 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -29,10 +30,15 @@ from omegaconf import DictConfig, ListConfig
 from core import cli
 from core.dataclass_cli import STUDY_OVERRIDES
 from core.errors import ConfigError, one_line, require, suggest
+from core.interruption import PEER_LOST
+from core.memory import LACK
 from core.overrides import CONFIGS
 from core.printable import printable
 from core.run_folder import LAST
+from lightning_modules.composing import compose_run
+from studies.composing import composing_anew
 from studies.decay import LARGEST_BUILT, measure
+from studies.devices import gpus_wanted, taken, visible_gpus
 from studies.grid import LEARNING_RATE, Planned, Study, read
 from studies.record import BROKEN, Record, collect
 from studies.tables import grids, judging_runs, selected
@@ -147,8 +153,8 @@ def run_one(config: DictConfig) -> None:
     with held(folder):
         if not is_done(path, run):
             record = train(run, folder, config.threads)
-            if record is None:
-                print(f"{run.name}: killed; start the study again and it resumes", flush=True)
+            if isinstance(record, str):
+                print(f"{run.name}: {printable(record)}", flush=True)
                 return
             record = with_outcomes(with_decay(record), folder, plan.outcomes)
             record.save(path)
@@ -226,8 +232,12 @@ def lock_of(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.lock")
 
 
-def train(run: Planned, folder: Path, threads: int) -> Record | None:
-    """Train in the folder, from its last checkpoint if there is one, to the end; None: it was killed."""
+def train(run: Planned, folder: Path, threads: int) -> Record | str:
+    """Train in the folder, from its last checkpoint if there is one, to the end.
+
+    Returns:
+        What it came to; or why that is no result, and the run is to be made again.
+    """
     if (folder / "summary.json").exists():  # it ended, but was not recorded
         return collect(run, folder)
     resume = ["ckpt_path=last"] if (folder / LAST).exists() else []
@@ -241,14 +251,38 @@ def train(run: Planned, folder: Path, threads: int) -> Record | None:
         f"run_dir='{folder}'",
         *resume,
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, close_fds=False, check=False)
+    with taken(num_gpus(run), visible_gpus()) as gpus:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **gpus}
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, close_fds=False, check=False)
     if ended.returncode == 0:
         return collect(run, folder)
-    if ended.returncode < 0 or ended.returncode == cli.INTERRUPTED:
-        return None
+    # By a signal, or as one of several processes of which another was.
+    if ended.returncode < 0 or ended.returncode > 128 or ended.returncode == PEER_LOST:
+        return "killed; start the study again and it resumes"
     last = (ended.stderr.strip() or ended.stdout.strip() or f"exit code {ended.returncode}").splitlines()[-1]
+    if LACK in last:
+        return f"no result, {last.removeprefix('Error: ')}; start the study again and it is run again"
     return collect(run, folder, broken=last)
+
+
+def num_gpus(run: Planned) -> int:
+    """Return on how many GPUs of this machine a run trains.
+
+    Raises:
+        ConfigError: more than there are.
+    """
+    visible = visible_gpus()
+    try:
+        with composing_anew():
+            trainer = compose_run(run.overrides).trainer
+    except cli.MISTAKES:  # which train.py will say
+        return 0
+    return gpus_wanted(trainer, visible)
+
+
+def launches_elsewhere(overrides: Sequence[str]) -> bool:
+    """Return whether the runs are other machines', whose GPUs this one knows nothing of."""
+    return any(override.startswith("hydra/launcher=submitit") for override in overrides)
 
 
 @cli.tool
@@ -263,6 +297,8 @@ def main(config: StudyConfig) -> None:
         todo = [run.name for run in runs if not done[run.name] or lacks_outcomes(plan, run)]
         print(f"{plan.study.name}, {plan.study.scale}: {sum(done.values())} of {len(runs)} runs are done", flush=True)
         if todo:
+            if not launches_elsewhere(overrides):
+                num_gpus(next(run for run in runs if run.name == todo[0]))
             sys.argv[1:] = ["--multirun", *overrides, f"run={','.join(todo)}"]
             run_one()
 

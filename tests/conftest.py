@@ -1,12 +1,33 @@
-"""What the tests share: models small enough to be free, and the same random numbers for every test."""
+"""What the tests share: models small enough to be free, the same random numbers for each, and which device it is on.
+
+A test sees no GPU, on any machine. One that carries the marker `gpu` sees what is there, and is skipped where there is
+none; warnings do not fail it, as nobody has seen yet which ones others give there.
+"""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.distributed as dist
+
+from tests.support.devices import without_gpus
 
 torch.set_num_threads(1)  # tiny tensors, and xdist runs one worker a core
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Around all fixtures, those of a session too."""
+    with nullcontext() if item.get_closest_marker("gpu") else without_gpus():
+        return (yield)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.filterwarnings("default"))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -17,6 +38,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group_left() -> Iterator[None]:
+    """A run of trainer=fsdp in this process leaves one, and there can be no second."""
+    yield
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

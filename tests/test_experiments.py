@@ -38,7 +38,10 @@ def test_every_shipped_file_composes_and_fits_what_it_configures(choice: Path) -
         inspect.signature(target).bind(**{**filled_in, **node})
 
 
-@pytest.mark.parametrize("choice", ["trainer=ddp", "trainer=fsdp", "trainer=slurm", "experiment=dense_7b"])
+CLUSTERS = ["trainer=auto", "trainer=ddp", "trainer=fsdp", "trainer=slurm", "experiment=dense_7b"]
+
+
+@pytest.mark.parametrize("choice", CLUSTERS)
 @pytest.mark.parametrize(
     ("accelerator", "has_gpu", "expected"),
     [
@@ -49,7 +52,7 @@ def test_every_shipped_file_composes_and_fits_what_it_configures(choice: Path) -
         ("cpu", True, ("32-true", False)),
     ],
 )
-def test_clusters_train_in_bf16_and_compiled_on_gpus(
+def test_on_gpus_they_train_in_bf16_and_compiled(
     choice: str, accelerator: str, has_gpu: bool, expected: tuple[str, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
@@ -73,7 +76,7 @@ def find_targets(node: Any, where: str = "") -> Iterator[tuple[str, dict[str, An
 def test_every_job_trains(job: str | None, tmp_path: Path) -> None:
     chosen = [job, *ON_A_CPU] if job else []
     if job in ON_SHARDS:  # which are not here
-        chosen += ["data=python_stdlib", "~data.path"]
+        chosen += ["data=python_stdlib", "~data.path", "micro_batch_size=null"]
     folder = run(tmp_path, "run", *chosen)
     losses = scalars(folder, "train/loss")
     assert list(losses) == [0, 1]

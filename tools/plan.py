@@ -3,6 +3,7 @@
     python -m tools.plan experiment=dense_7b trainer=fsdp trainer.devices=8 trainer.num_nodes=2
     python -m tools.plan experiment=moe_spannorm_gpu mfu=0.35 peak_flops=312e12
     python -m tools.plan experiment=dense_7b trainer=fsdp trainer.devices=8 assumed_vocab_size=32768  # no corpus yet
+    python -m tools.plan experiment=moe_spannorm_gpu device_gb=80            # and the micro batch that fits
 
 Takes the same overrides as train.py, and plans for GPUs unless they say trainer.accelerator=cpu. Weights, gradients and
 optimizer state are counted, activations are traced on shapes (analysis/memory.py); what FSDP gathers is an upper bound.
@@ -43,6 +44,8 @@ from lightning_modules.strategy import ShardedStrategy
 from lightning_modules.transformer import Block, Transformer
 
 GIB = 2**30
+USABLE = 0.9
+"""Of a device's memory: the rest is left to CUDA's context, NCCL's buffers and the allocator's fragments."""
 CHECKED = ("max_steps", "accumulate_grad_batches", "precision")
 
 
@@ -55,12 +58,14 @@ class PlanConfig:
         mfu: the share of the peak that the run reaches.
         peak_flops: FLOP/s of a device in the run's precision; null: an H100's, 989e12 in bf16 and fp16, 67e12 in fp32.
         assumed_vocab_size: the vocabulary of a corpus that is not prepared yet; null: that of the data.
+        device_gb: the memory of a device, in GB of 10^9 bytes: say the largest micro_batch_size for nine tenths of it.
     """
 
     overrides: tuple[str, ...] = field(default=(), metadata=OVERRIDES)
     mfu: float = 0.4
     peak_flops: float | None = None
     assumed_vocab_size: int | None = field(default=None, metadata={"formerly": "vocab_size"})
+    device_gb: float | None = None
 
     def __post_init__(self) -> None:
         peak, vocab_size = self.peak_flops, self.assumed_vocab_size
@@ -68,6 +73,8 @@ class PlanConfig:
         require(peak is None or 0 < peak < math.inf, "peak_flops", peak, "a number > 0")
         require(vocab_size is None or vocab_size >= 2, "assumed_vocab_size", vocab_size, "an integer >= 2")
         require_at_most(MAX_VOCABULARY, "assumed_vocab_size", vocab_size)
+        device = self.device_gb
+        require(device is None or 0 < device < math.inf, "device_gb", device, "a number > 0, in GB")
 
 
 class Precision(NamedTuple):
@@ -119,6 +126,8 @@ class Plan(NamedTuple):
         gathered: what FSDP has in full at a time: embedding and head, two blocks, and the gradients of one.
         precision: a key of PRECISIONS.
         compiled: whether torch.compile makes the blocks' kernels; what it fuses away is not known.
+        host_copies: of an optimizer step, for which a GPU and its host wait: in fp32 F.grouped_mm fetches the end of
+            each expert's rows, for three products forward and six backward.
     """
 
     parameters: int
@@ -134,6 +143,7 @@ class Plan(NamedTuple):
     mesh: Mesh
     precision: str
     compiled: bool
+    host_copies: int
 
     @property
     def memory(self) -> int:
@@ -185,6 +195,8 @@ def plan(config: DictConfig, vocab_size: int | None = None) -> Plan:
         precision.weights,
     )
     total, active = module.num_parameters
+    on_gpu, wide = config.trainer.accelerator != "cpu", name == "32-true" and model.moe.backend in ("auto", "grouped")
+    looped = len(weightless.mixtures()) * model.moe.num_experts if on_gpu and wide else 0
     sequences = config.trainer.accumulate_grad_batches * datamodule.batch_size
     return Plan(
         parameters=total,
@@ -200,7 +212,26 @@ def plan(config: DictConfig, vocab_size: int | None = None) -> Plan:
         mesh=mesh,
         precision=name,
         compiled=model.compile,
+        host_copies=9 * looped * passes * config.trainer.accumulate_grad_batches,
     )
+
+
+def largest_micro_batch(config: DictConfig, device_gb: float, vocab_size: int | None = None) -> int | None:
+    """Return the most sequences that a device takes at once in USABLE of its memory; None: not even one.
+
+    Args:
+        config: as for `plan`; its micro_batch_size does not count.
+        device_gb: the device's memory, in GB of 10^9 bytes.
+        vocab_size: as for `plan`.
+    """
+    share, found = config.data.batch_size // find_mesh(config).data, None
+    for size in (size for size in range(1, share + 1) if share % size == 0):
+        tried = config.copy()
+        tried.micro_batch_size = size
+        if plan(tried, vocab_size).memory > USABLE * device_gb * 1e9:
+            break
+        found = size
+    return found
 
 
 def _vocab_size(datamodule: Any) -> int:
@@ -297,6 +328,8 @@ def make_table(planned: Plan, mfu: float, peak_flops: float) -> Table:
     for name in parts:
         label = "memory of a process" if name == "memory" else f"  {name}"
         rows[label] = f"{getattr(planned, name) / GIB:,.2f} GiB"
+    if planned.host_copies:
+        rows["copies to the host"] = f"{planned.host_copies:,} a step: grouped products in fp32; bf16-mixed has none"
     rows["FLOPs per token"] = f"{planned.flops_per_token:.3e}"
     rows["tokens"] = f"{tokens:,} ({tokens / planned.active_parameters:,.1f} per active parameter)"
     rows["hours"] = f"{planned.hours(mfu, peak_flops):,.1f} at {mfu:.0%} of {peak_flops / 1e12:,.0f} TFLOP/s a device"
@@ -308,8 +341,12 @@ def make_table(planned: Plan, mfu: float, peak_flops: float) -> Table:
 @cli.tool
 def main(config: PlanConfig) -> None:
     console = Console()
-    planned = plan(compose_config(config.overrides), config.assumed_vocab_size)
+    composed = compose_config(config.overrides)
+    planned = plan(composed, config.assumed_vocab_size)
     table = make_table(planned, config.mfu, config.peak_flops or PRECISIONS[planned.precision].peak_flops)
+    if config.device_gb is not None:
+        size = largest_micro_batch(composed, config.device_gb, config.assumed_vocab_size)
+        table.add_row(f"fits into {config.device_gb:g} GB", f"micro_batch_size={size}" if size else "not one sequence")
     Console(width=max(console.width, 100)).print(table)
 
 

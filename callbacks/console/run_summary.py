@@ -20,6 +20,8 @@ from core.run_folder import resume_command
 from core.status import PROVENANCE
 
 MEASURED = "run_summary"  # in a checkpoint
+FEW_EPOCHS = 4
+"""So often a corpus can be read nearly as well as new text (2305.16264)."""
 
 
 class RunSummary(L.Callback):
@@ -64,6 +66,8 @@ class RunSummary(L.Callback):
                 f"{config.placement}, {config.ffn}, {config.num_layers} blocks of dim {config.dim}: "
                 f"{total:,} parameters, {active:,} active"
             )
+            if (repeats := describe_epochs(trainer)) is not None:
+                print(repeats)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[MEASURED] = self._measure(trainer)  # by all processes together: Lightning may reduce a metric
@@ -139,6 +143,21 @@ class RunSummary(L.Callback):
             "resume": self._resume_command(trainer) if last.exists() else None,
             PROVENANCE: provenance(_device(trainer), getattr(datamodule, "stream_identity", {}).get("corpus")),
         }
+
+
+def describe_epochs(trainer: L.Trainer) -> str | None:
+    """Return a line where a run goes through its corpus more often than new text could be spared; None: it does not."""
+    datamodule: Any = getattr(trainer, "datamodule", None)
+    there = getattr(datamodule, "num_train_tokens", None)
+    if there is None or trainer.max_steps < 1:
+        return None
+    wanted = trainer.max_steps * trainer.accumulate_grad_batches * datamodule.tokens_per_batch
+    if wanted <= FEW_EPOCHS * there:
+        return None
+    return (
+        f"{wanted:,} tokens are {wanted / there:.0f} epochs of a corpus of {there:,}: beyond {FEW_EPOCHS} a model "
+        "learns little from them (2305.16264); docs/data.md has larger ones"
+    )
 
 
 def _device(trainer: L.Trainer) -> str:

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from core.errors import ConfigError, require
@@ -42,7 +43,10 @@ class TextSample(L.Callback):
                 print(f"No text sample: {error}", flush=True)
             return
         try:
-            tokens = module.generate(prompt, self.num_tokens, self.temperature, self.seed, window=datamodule.seq_len)
+            with torch.compiler.set_stance("force_eager"):  # a few short sequences: compiling for them takes minutes
+                tokens = module.generate(
+                    prompt, self.num_tokens, self.temperature, self.seed, window=datamodule.seq_len
+                )
             text = datamodule.tokenizer.decode(tokens)
         except ValueError as error:  # a run that diverged ends well all the same
             text = f"no text: {error}"

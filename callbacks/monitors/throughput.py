@@ -4,17 +4,16 @@ import logging
 import resource
 import sys
 import time
-import warnings
 from collections import deque
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.profilers import PassThroughProfiler
 
 from callbacks.scalars import write_scalars
+from core.device_peaks import peak_of
 from core.errors import require
 from core.parallel import num_data_parts
 from core.steps import completes_step, is_logged
@@ -22,8 +21,6 @@ from core.steps import completes_step, is_logged
 log = logging.getLogger(__name__)
 
 PERCENTILE_STEPS = 100
-PRECISIONS = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32, "64": torch.float64}
-"""The type in which matrices are multiplied, by the first part of trainer.precision."""
 
 
 class DataWait(PassThroughProfiler):
@@ -60,8 +57,8 @@ class Throughput(L.Callback):
     | train/memory_peak | GiB; allocated on a CUDA device, elsewhere the process' resident memory, since it began |
 
     Args:
-        peak_flops: FLOP/s of one device in the run's precision. None: what Lightning knows of the device in it. Of a
-            CPU it knows nothing; where it knows nothing, there is no train/mfu.
+        peak_flops: FLOP/s of one device in the run's precision. None: what core/device_peaks.py knows of it. Where
+            that is nothing, as of a CPU, there is no train/mfu.
 
     Attributes:
         seconds: time spent on training steps in this process.
@@ -96,9 +93,10 @@ class Throughput(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.peak_flops is None:
             device = trainer.strategy.root_device
-            self.peak_flops = known_peak(device, trainer.precision)
+            self.peak_flops = peak_of(device, trainer.precision)
             if self.peak_flops is None and device.type != "cpu" and trainer.is_global_zero:
-                what = f"no peak FLOP/s are known of this {device.type} device in trainer.precision={trainer.precision}"
+                name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+                what = f"no peak FLOP/s are known of {name} in trainer.precision={trainer.precision}"
                 log.warning("No train/mfu: %s; callbacks.throughput.peak_flops can say them", what)
         if type(trainer.profiler) is PassThroughProfiler:  # type: ignore[attr-defined]
             trainer.profiler = self._wait = DataWait()  # type: ignore[attr-defined]
@@ -163,19 +161,6 @@ class Throughput(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.tokens_before = state_dict["tokens"]
-
-
-def known_peak(device: torch.device, precision: str) -> float | None:
-    """Return a device's FLOP/s of matrix products in a Trainer's precision, as Lightning knows it; None: it knows none.
-
-    No figure of another precision stands in for one that is not known.
-    """
-    dtype = PRECISIONS.get(precision.partition("-")[0])
-    if dtype is None:
-        return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # which say no more than the line that follows
-        return get_available_flops(device, dtype) or None
 
 
 def peak_memory(device: torch.device) -> float:

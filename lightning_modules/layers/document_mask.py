@@ -1,11 +1,13 @@
 """Causal attention that does not cross documents packed into one sequence."""
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 Mask = Tensor | BlockMask
@@ -49,4 +51,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, grouped: bool) ->
         out = flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)
         assert isinstance(out, Tensor)
         return out
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+    with _kernels_with_a_gradient(q):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+
+
+def _kernels_with_a_gradient(q: Tensor) -> AbstractContextManager[Any]:
+    """Leave cuDNN out where an explicit mask is trained with.
+
+    Its gradient is NaN at lengths of 64 mod 128 where the logits are far below 0 (pytorch/pytorch, issue 196678).
+    """
+    if not (q.is_cuda and torch.is_grad_enabled()):
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])

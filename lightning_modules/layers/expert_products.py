@@ -103,7 +103,9 @@ def _grouped_matmul(x: Tensor, w: Tensor, counts: Tensor, transpose: bool) -> Te
 
 
 def _grouped_outer(a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
-    return F.grouped_mm(a.contiguous().t(), b.contiguous(), offs=_ends(counts))
+    out = F.grouped_mm(a.contiguous().t(), b.contiguous(), offs=_ends(counts))
+    # Of an expert without rows some kernels leave what the memory held (pytorch/pytorch, issue 172439: B200).
+    return out.masked_fill_((counts == 0)[:, None, None], 0.0)
 
 
 def _ends(counts: Tensor) -> Tensor:

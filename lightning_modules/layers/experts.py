@@ -82,7 +82,7 @@ class Experts(nn.Module):
         order = experts.flatten().argsort(stable=True)
         tokens = order // self.top_k
         out = self.mlp(x.index_select(0, tokens), tokens_per_expert)
-        # Weighted in fp32 and only then cast: what MegaBlocks does, so that checkpoints may change backend.
+        # Weighted in fp32 and only then cast, as by MegaBlocks where autocast has not cast the weights to bf16 before.
         out = (out * weights.flatten().index_select(0, order).unsqueeze(-1)).to(x.dtype)
         return torch.zeros_like(x).index_add_(0, tokens, out)
 

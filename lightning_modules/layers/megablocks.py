@@ -4,6 +4,7 @@ Only its expert computation is used. Routing and losses are this project's, so n
 The package is never required: docs/megablocks.md says how to install it where there is a CUDA device.
 """
 
+import functools
 import importlib
 from typing import Any
 
@@ -40,10 +41,41 @@ def obstacle(config: ModelConfig, device: torch.device, dtype: torch.dtype | Non
     return None
 
 
+def fill_gradients_without_tokens() -> None:
+    """Let grouped_gemm give zeros as the gradient of an expert without tokens, once a process.
+
+    It skips such an expert and leaves its part of the result as the memory was (tgale96/grouped_gemm, issue 36), which
+    MegaBlocks hands on as a gradient.
+    """
+    backend = importlib.import_module("grouped_gemm").backend
+    plain = backend.gmm
+    if hasattr(plain, "__wrapped__"):
+        return
+
+    @functools.wraps(plain)
+    def gmm(
+        a: Tensor,
+        b: Tensor,
+        batch_sizes: Tensor,
+        trans_a: bool = False,
+        trans_b: bool = False,
+        c: Tensor | None = None,
+    ) -> Tensor:
+        out: Tensor = plain(a, b, batch_sizes, trans_a, trans_b, c)
+        if trans_a:  # [experts, ...]; the sizes are on the host
+            for expert in (batch_sizes == 0).nonzero().flatten().tolist():
+                out[expert].zero_()
+        return out
+
+    backend.gmm = gmm
+
+
 def make_experts(config: ModelConfig) -> Any:
     """Make MegaBlocks' ParallelDroplessMLP with grouped SwiGLU, used as an `experts.Experts` is."""
     from megablocks.layers.arguments import Arguments
     from megablocks.layers.dmoe import ParallelDroplessMLP
+
+    fill_gradients_without_tokens()
 
     class MegaBlocksExperts(ParallelDroplessMLP):
         @torch.compiler.disable  # it is not made for being traced: compile around it

@@ -6,14 +6,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datamodules.samples import positions
 from lightning_modules.layers.attention import Attention
-from lightning_modules.layers.document_mask import document_mask
+from lightning_modules.layers.document_mask import attend, document_mask
 from lightning_modules.layers.rope import at_positions, rope_tables
 from lightning_modules.transformer import Transformer
 from spannorm import PLACEMENTS
+from tests.support.devices import DEVICES
 from tests.support.models import VOCAB_SIZE, make_module, tiny_config, tokens
 
 LENGTHS = [[5, 1, 9, 3], [18]]  # of the documents in two sequences
@@ -119,3 +121,37 @@ def test_flex_attention_is_chosen_on_a_gpu_and_compiled_only(
     sequences = tokens(2, 18)
     model(sequences.as_subclass(AsIfOnGPU) if on_gpu else sequences, packed_positions(LENGTHS))
     assert chosen == [compiled and on_gpu]
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_cudnn_is_left_out_where_a_mask_is_trained_with(
+    on_gpu: bool, trained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its gradient may be NaN. All else is as it was, and so are the switches afterwards."""
+    seen, plain = [], F.scaled_dot_product_attention
+
+    def note(*tensors: Tensor, **options: Any) -> Tensor:
+        backends = torch.backends.cuda
+        seen.append((backends.cudnn_sdp_enabled(), backends.flash_sdp_enabled(), backends.mem_efficient_sdp_enabled()))
+        return plain(*tensors, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", note)
+    q, k, v = torch.randn(3, 1, 2, 8, 4)
+    mask = document_mask(packed_positions([[5, 3]]), flex=False)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    with torch.set_grad_enabled(trained):
+        attend(q.as_subclass(AsIfOnGPU) if on_gpu else q, k, v, mask, grouped=False)
+    assert seen == [(before and not (on_gpu and trained), True, True)]
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_are_finite_at_64_mod_128_far_below_zero(device: str) -> None:
+    """Logits of -120, which cuDNN's gradient turned into NaN on an H100 (pytorch/pytorch, issue 196678)."""
+    q, k, v = (torch.randn(1, 1, 192, 64, device=device, dtype=torch.bfloat16) * scale for scale in (0.1, 0.1, 1.0))
+    q[..., 0], k[..., 0] = 1.0, -120 * 8.0
+    inputs = [tensor.requires_grad_() for tensor in (q, k, v)]
+    out = attend(q, k, v, document_mask(packed_positions([[100, 92]]).to(device), flex=False), grouped=False)
+    gradients = torch.autograd.grad(out.float().square().sum(), inputs)
+    assert all(gradient.isfinite().all() for gradient in gradients)

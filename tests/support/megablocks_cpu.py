@@ -70,10 +70,14 @@ def replicate_forward(x: Tensor, bins: Tensor, out: Tensor) -> None:
 def gmm(
     a: Tensor, b: Tensor, sizes: Tensor, trans_a: bool = False, trans_b: bool = False, c: Tensor | None = None
 ) -> Tensor:
-    """Products by groups of rows of a; with trans_a of rows of both. Into c where it is given."""
+    """Products by groups of rows of a; with trans_a of rows of both. Into c where it is given.
+
+    A product over no rows is left out, as by grouped_gemm: what the memory held stays, here NaN.
+    """
     rows = a.split(sizes.tolist())
     if trans_a:
         out = torch.stack([left.T @ right for left, right in zip(rows, b.split(sizes.tolist()), strict=True)])
+        out[sizes == 0] = torch.nan
     else:
         out = torch.cat([left @ (right.T if trans_b else right) for left, right in zip(rows, b, strict=True)])
     if c is not None:

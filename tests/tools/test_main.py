@@ -79,7 +79,7 @@ def test_a_name_starts_a_tool(tmp_path: Path) -> None:
     assert (refused.returncode, refused.stderr) == (2, "Error: --status failed is now status=failed\n")
     unknown = run(tmp_path, "runns")
     assert unknown.returncode == 2
-    assert unknown.stderr.startswith("Error: NAME='runns' is not valid: expected one of anatomy, compare, ")
+    assert unknown.stderr.startswith("Error: NAME='runns' is not valid: expected one of anatomy, check_gpu, ")
     assert unknown.stderr.endswith("(did you mean runs?)\n")
     assert run(tmp_path, "--shell-completion", "fish").returncode == 2
 

@@ -19,7 +19,7 @@ from lightning_modules.layers import expert_products
 from lightning_modules.optimizers import make_optimizer
 from lightning_modules.transformer import Transformer
 from tests.support.models import make_module, tiny_values, tokens
-from tools.plan import PRECISIONS, Plan, compose_config, main, plan
+from tools.plan import PRECISIONS, Plan, compose_config, largest_micro_batch, main, plan
 
 BATCH, SEQ_LEN = 4, 32
 WIDE: dict[str, Any] = {"num_layers": 3, "dim": 64, "ffn_dim": 176}
@@ -214,6 +214,38 @@ def test_the_hours_follow_the_precision(precision: str, peak: int, capsys: pytes
     assert f"{hours:,.1f} at 40% of {peak} TFLOP/s a device" in said
     main([*overrides, "peak_flops=1e12"])
     assert "of 1 TFLOP/s a device" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "copies"),
+    [
+        (["trainer.precision=32-true"], 9 * 4 * 2 * 2),
+        (["trainer.precision=32-true", "micro_batch_size=2"], 9 * 4 * 2 * 2 * 4),
+        (["trainer.precision=32-true", "model.moe.backend=loop"], 0),
+        (["trainer.precision=bf16-mixed"], 0),
+        (["trainer.precision=32-true", "trainer.accelerator=cpu"], 0),
+    ],
+)
+def test_copies_to_the_host_are_those_of_grouped_products_in_fp32(overrides: list[str], copies: int) -> None:
+    mixture = ["experiment=moe_spannorm", "data=synthetic", "data.batch_size=8", "model.moe.num_experts=4"]
+    sizes = ["model.num_layers=2", "trainer.accumulate_grad_batches=2", "data.seq_len=16"]
+    assert plan(compose_config([*mixture, *sizes, *overrides])).host_copies == copies
+
+
+def test_the_micro_batch_that_fits_is_the_largest_one(capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["data=synthetic", "data.batch_size=8", "model.num_layers=1", "trainer=fsdp", "trainer.devices=2"]
+
+    def memory(size: int) -> int:
+        return plan(compose_config([*overrides, f"micro_batch_size={size}"])).memory
+
+    room = {size: memory(size) / 0.9e9 for size in (1, 2, 4)}
+    for size in (2, 4):
+        assert largest_micro_batch(compose_config(overrides), 1.0001 * room[size]) == size
+    assert largest_micro_batch(compose_config(overrides), 0.999 * room[1]) is None
+    main([*overrides, f"device_gb={1.0001 * room[2]}"])
+    assert "micro_batch_size=2" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"device_gb=0\.0 is not valid"):
+        main([*overrides, "device_gb=0"])
 
 
 def test_a_corpus_that_is_not_here_is_planned_by_its_vocabulary() -> None:

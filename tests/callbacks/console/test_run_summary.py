@@ -4,6 +4,7 @@ import json
 import math
 import platform
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from callbacks.console.run_summary import describe_epochs
 from core.status import read_summary
 from datamodules.counting import bigram_loss, unigram_loss
 from datamodules.shards import open_split
@@ -111,3 +113,13 @@ def test_a_loss_that_is_no_number_is_null_and_the_file_stays_json(tmp_path: Path
     summary = json.loads((folder / "summary.json").read_text(), parse_constant=refuse)
     assert summary["val_loss"] is summary["val_bits_per_byte"] is None
     assert summary["steps"] == 2
+
+
+@pytest.mark.parametrize(("max_steps", "said"), [(40, None), (41, "8,200 tokens are 4 epochs of a corpus of 2,000")])
+def test_a_corpus_that_is_read_too_often_is_named(max_steps: int, said: str | None) -> None:
+    data = SimpleNamespace(num_train_tokens=2000, tokens_per_batch=100)
+    trainer: Any = SimpleNamespace(datamodule=data, max_steps=max_steps, accumulate_grad_batches=2)
+    line = describe_epochs(trainer)
+    assert line is None if said is None else (line or "").startswith(said)
+    trainer.datamodule = SimpleNamespace()
+    assert describe_epochs(trainer) is None, "a stream without an end"

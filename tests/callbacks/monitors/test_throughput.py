@@ -98,32 +98,26 @@ def test_of_a_real_run(job: Job) -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "peak"),
+    ("name", "precision", "peak"),
     [
-        ("bf16-mixed", 312e12),
-        ("bf16-true", 312e12),
-        ("16-mixed", 312e12),
-        ("16-true", 312e12),
-        ("32-true", 19.5e12),
-        ("32", 19.5e12),
-        ("64-true", 9.7e12),
-        ("64", 9.7e12),
-        ("transformer-engine", None),  # which is fp8, of which an A100 has none
+        ("NVIDIA A100-SXM4-80GB", "bf16-mixed", 312e12),
+        ("NVIDIA A100-SXM4-80GB", "32-true", 19.5e12),
+        ("NVIDIA H200", "bf16-mixed", 989.4e12),
+        ("NVIDIA H200", "64-true", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bf16-mixed", None),
     ],
 )
-def test_the_peak_is_that_of_the_precision(
-    precision: str, peak: float | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_the_peak_is_that_of_device_and_precision(
+    name: str, precision: str, peak: float | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of an A100, by its maker's data sheet; dense, and without TF32 in fp32."""
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
-    monkeypatch.setattr("lightning.fabric.accelerators.cuda._is_ampere_or_later", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: name)
     trainer: Any = Trainer()
     trainer.precision, trainer.strategy.root_device = precision, torch.device("cuda", 0)
     throughput = Throughput()
     with caplog.at_level("INFO"):
         throughput.on_train_start(trainer, Module())  # type: ignore[arg-type]
     assert throughput.peak_flops == peak
-    said = f"No train/mfu: no peak FLOP/s are known of this cuda device in trainer.precision={precision}"
+    said = f"No train/mfu: no peak FLOP/s are known of {name} in trainer.precision={precision}"
     assert (said in caplog.text) == (peak is None)
 
 

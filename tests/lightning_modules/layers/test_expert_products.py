@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -57,3 +58,23 @@ def test_gradients_in_float64_to_second_order() -> None:
         assert check(lambda x, w: LOOP.matmul(x, w, FEW, True), (x, w))
         assert check(lambda y, w: LOOP.matmul(y, w, FEW, False), (y, w))
         assert check(lambda y, x: LOOP.outer(y, x, FEW), (y, x))
+
+
+def test_what_a_kernel_leaves_of_an_expert_without_rows_is_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As F.grouped_mm does on some devices; the others' gradients are what they were."""
+    _, _, y = operands()
+    x, plain = torch.randn(10, 8), F.grouped_mm
+
+    def leaving(a: Tensor, b: Tensor, *, offs: Tensor) -> Tensor:
+        out = plain(a, b, offs=offs)
+        if b.dim() == 2:
+            out[COUNTS == 0] = torch.nan
+        return out
+
+    expected = GROUPED.outer(y, x, COUNTS)
+    monkeypatch.setattr(F, "grouped_mm", leaving)
+    assert torch.equal(GROUPED.outer(y, x, COUNTS), expected)
+    w = torch.randn(4, 16, 8, requires_grad=True)
+    (gradient,) = torch.autograd.grad(GROUPED.matmul(x, w, COUNTS, True).sum(), w)
+    assert gradient[1].count_nonzero() == 0
+    assert gradient.isfinite().all()

@@ -135,6 +135,24 @@ def test_a_run_goes_on_with_another_backend_and_the_same_optimizer_state(into: s
 
 
 @pytest.mark.usefixtures("megablocks")
+def test_experts_without_tokens_get_no_gradient_and_not_what_the_memory_held() -> None:
+    """The products of the tests leave it as NaN."""
+    theirs, ours = make_ours("megablocks", top_k=1), make_ours("loop", top_k=1)
+    with torch.no_grad():
+        theirs.router.layer.weight[2:] = 0  # beside which either of the first two has the largest logit
+        theirs.router.layer.weight[1] = -theirs.router.layer.weight[0]
+    ours.load_state_dict(theirs.state_dict())
+    x, grads = torch.randn(2, 9, 32, requires_grad=True), []
+    for layer in (theirs, ours):
+        out, stats = layer(x)
+        assert stats.tokens_per_expert.tolist()[2:] == [0.0] * (NUM_EXPERTS - 2)
+        grads.append(torch.autograd.grad(out.square().sum(), list(layer.experts.mlp.parameters())))
+    for actual, expected in zip(*grads, strict=True):
+        assert actual.unflatten(0, (NUM_EXPERTS, -1))[2:].count_nonzero() == 0
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("megablocks")
 def test_under_autocast_the_tokens_are_cast_before_they_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels, copied = importlib.import_module("megablocks.backend.kernels"), []
     gather = kernels.gather

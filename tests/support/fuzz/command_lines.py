@@ -118,7 +118,7 @@ DATACLASSES: dict[str, Any] = {
 OPTIONS: dict[str, tuple[str, ...]] = {
     "tools.compare": ("tags", "output"),
     "tools.consolidate": ("checkpoint", "output"),
-    "tools.plan": ("mfu", "peak_flops", "assumed_vocab_size"),
+    "tools.plan": ("mfu", "peak_flops", "assumed_vocab_size", "device_gb"),
     "tools.replay": ("step", "allow"),
     "tools.runs": ("status", "sort"),
     "tools.propagation": ("output", "all_rows"),

@@ -1,0 +1,129 @@
+"""Look at everything on this machine's GPU that was never run on one, in order of value, and write what held.
+
+    python -m tools.check_gpu                          # make check-gpu; writes results/gpu-DEVICE.md
+    python -m tools.check_gpu only=main_job,one_billion
+    python -m tools.check_gpu device=cpu output=dry.md # every item at toy size, to see that the items work
+
+Stops at nothing: each item is a process of its own, an error is a finding, and what has no time left says so. The exit
+code is 1 where something did not hold.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from core import cli
+from core.atomic_write import write_whole
+from core.errors import UserError, one_line, require, suggest
+from core.printable import cell
+from core.provenance import provenance
+from tools.gpu_items import ITEMS, ROOT, Finding
+
+HELD = {True: "held", False: "**not held**", None: "-"}
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """Holds the fields that `python -m tools.check_gpu` takes.
+
+    Attributes:
+        device: where it looks; cpu: a dry run at toy size.
+        only: the items; none: all.
+        minutes: after which no further item is begun, and the one in progress is ended.
+        output: the report; null: results/gpu-DEVICE.md.
+    """
+
+    device: Literal["cuda", "cpu"] = "cuda"
+    only: tuple[str, ...] = ()
+    minutes: float = 8.0
+    output: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.only:
+            require(name in ITEMS, "only", name, suggest(name, ITEMS))
+        require(self.minutes > 0, "minutes", self.minutes, "a number > 0")
+
+
+def look(name: str, device: str, folder: Path, seconds: float) -> list[Finding]:
+    """Return the findings of an item, which has so many seconds."""
+    findings = folder / f"{name}.jsonl"
+    code = "import sys; from pathlib import Path; from tools.gpu_items import Place, look_at; "
+    code += "look_at(sys.argv[1], Place(sys.argv[2], Path(sys.argv[3])), Path(sys.argv[4]))"
+    command = [sys.executable, "-c", code, name, device, str(folder), str(findings)]
+    # In a session of its own: what it has started ends with it, and leaves the GPU.
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        _, said = process.communicate(timeout=seconds)
+        end = "" if process.returncode == 0 else f"exit code {process.returncode}: {one_line(said)[-200:]}"
+    except subprocess.TimeoutExpired:
+        end = "no time was left"
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    lines = findings.read_text().splitlines() if findings.is_file() else []
+    found = [Finding(*json.loads(line)) for line in lines]
+    return [*found, Finding(name, False, end)] if end else found
+
+
+def report(found: list[Finding], device: str, seconds: float) -> str:
+    """Return the findings as Markdown; figures of several lines stand below the table."""
+    made = provenance(device)
+    lines = [f"# {device}", "", f"`make check-gpu`, {seconds:.0f} s.", ""]
+    lines += [", ".join(f"{name} {value}" for name, value in made.items() if value is not None and value != ""), ""]
+    lines += ["| item | held or not | figure |", "|---|---|---|"]
+    longer = []
+    for finding in found:
+        figure = finding.figure
+        if "\n" in figure:
+            longer += ["", f"## {finding.what}", "", figure.strip()]
+            figure = "below"
+        lines.append(f"| {finding.what} | {HELD[finding.held]} | {one_line(figure).replace('|', '/')} |")
+    return "\n".join([*lines, *longer, ""])
+
+
+@cli.tool
+def main(config: CheckConfig) -> None:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("no CUDA device is here: device=cpu makes a dry run")
+    device = torch.cuda.get_device_name() if config.device == "cuda" else f"dry run on {platform.machine()}"
+    began, found = time.monotonic(), list[Finding]()
+    with tempfile.TemporaryDirectory() as folder:
+        for name in config.only or tuple(ITEMS):
+            left = 60 * config.minutes - (time.monotonic() - began)
+            if left < 5:
+                found.append(Finding(name, None, "not reached: no time was left"))
+                continue
+            print(f"{name} ...", flush=True)
+            found += look(name, config.device, Path(folder), left)
+    table = Table("item", "held or not", "figure", title=device)
+    for finding in found:
+        figure = "in the report" if "\n" in finding.figure else finding.figure
+        table.add_row(cell(finding.what), HELD[finding.held].strip("*"), cell(figure, None))
+    Console(width=None if Console().is_terminal else 160).print(table)
+    name = re.sub(r"\W+", "-", device.lower()).strip("-")
+    output = config.output or ROOT / f"results/gpu-{name}.md"
+    text = report(found, device, time.monotonic() - began)
+    write_whole(output, lambda unfinished: unfinished.write_text(text))
+    print(f"Written: {output}")
+    if any(finding.held is False for finding in found):
+        raise SystemExit(cli.FAULT)
+
+
+if __name__ == "__main__":
+    cli.run(main)
