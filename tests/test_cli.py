@@ -77,7 +77,7 @@ BAD = [  # (arguments, what the message must hold)
     (["ckpt_path=[]"], ("ckpt_path=[]", "last, or the path of a checkpoint")),
     (["data.root="], ("data.root=''", "the path of a folder")),
     (["callbacks.run_summary.run_dir="], ("callbacks.run_summary.run_dir=''", "the path of a folder")),
-    (["callbacks=null"], ("callbacks='null'", "one of checkpointing, console", "~callbacks")),
+    (["callbacks=null"], ("callbacks='null'", "one of anatomy, checkpointing, console", "~callbacks")),
     (["model=0"], ("model='0'", "one of dense, moe, moe_1b")),
     (["model="], ("model=''", "one of dense, moe, moe_1b")),
     (["model=[0]"], ("model='[0]'", "one of dense, moe, moe_1b")),

@@ -75,8 +75,9 @@ def as_plain(value: Any) -> Any:
     """Return a value as JSON has it: numbers to six digits, and what is no finite one as null."""
     if hasattr(value, "tolist"):
         value = value.tolist()
-    if hasattr(value, "_asdict"):
-        value = value._asdict()
+    if isinstance(value, tuple) and type(value) is not tuple:
+        named: Any = value  # a NamedTuple
+        value = named._asdict()
     if isinstance(value, dict):
         return {key: as_plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

@@ -57,10 +57,12 @@ class ConstrainedMapping(nn.Module):
         scales = at_least_fp32(self.scale).unbind()
         scale = torch.cat([one.expand(size) for one, size in zip(scales, self.sizes, strict=True)])
         logits = torch.addcmul(at_least_fp32(self.bias).unsqueeze(-1), projected, scale.unsqueeze(-1))
-        pre, post, *rest = logits.split(self.sizes)
-        pre, post, res = pre.sigmoid().t().contiguous(), (2 * post.sigmoid()).t().contiguous(), None
-        if rest:
-            res = sinkhorn(rest[0].unflatten(0, (self.streams, self.streams)), self.iterations)
+        # Together: four tokens of four streams are 32 numbers, and of fewer torch's sigmoid has another last bit.
+        pre, post = logits[: 2 * self.streams].sigmoid().chunk(2)
+        pre, post, res = pre.t().contiguous(), (2 * post).t().contiguous(), None
+        if len(self.sizes) > 2:
+            rest = logits[2 * self.streams :]
+            res = sinkhorn(rest.unflatten(0, (self.streams, self.streams)), self.iterations)
             res = res.permute(2, 0, 1).contiguous()
         return streams, Mapping(pre, post, res)
 

@@ -50,7 +50,8 @@ class GatedMapping(nn.Module):
         flat, n = normed.flatten(1), len(self.norms)
         gates = F.linear(F.silu(F.linear(flat, self.down) / n), self.up).sigmoid().view_as(normed)
         with without_autocast(flat):
-            post = 2 * (F.linear(at_least_fp32(flat), at_least_fp32(self.weigh)) / n).sigmoid()
+            # 2 sigmoid(z) = 1 + tanh(z / 2), whose last bit does not depend on how many numbers there are.
+            post = 1 + (F.linear(at_least_fp32(flat), at_least_fp32(self.weigh)) / (2 * n)).tanh()
         return (gates * normed).mean(1).to(streams.dtype), Mapping(gates, post, None)
 
     def matrices(self) -> Iterator[Matrix]:

@@ -18,6 +18,11 @@ SHARED = {"num_experts": 8, "num_shared_experts": 1, "first_dense_layers": 1, "b
 MODELS: dict[str, dict[str, Any]] = {
     **{name: {"placement": name} for name in PLACEMENTS},
     **{f"{name}, moe": {"placement": name, "ffn": "moe"} for name in PLACEMENTS},
+    # Of width 32 the gate would have rank 4, too few numbers for the same bits: lightning_modules/generation.py.
+    **{
+        f"gr{end}": {"placement": "gr", "placement_options": {"rank": 8}, **ffn}
+        for end, ffn in (("", {}), (", moe", {"ffn": "moe"}))
+    },
     "grouped queries": {"num_kv_heads": 2, "placement": "hybridnorm"},
     "norms on q and k": {"qk_norm": "width", "head_dim": 16, "num_kv_heads": 2},
     "norms on each head, biases": {"qk_norm": "head", "placement": "hybridnorm", "qkv_bias": True},
