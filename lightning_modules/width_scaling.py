@@ -22,8 +22,9 @@ hidden width. Where it is derived from model.dim, it grows in proportion, and m 
 (model.ffn_dim, model.moe.expert_dim, model.moe.shared_expert_dim), it does not grow, and m is 1, unless
 optim.base_ffn_width says what it was at the base width.
 
-A placement's own matrices (residual) read as many features as its streams have, or fewer that grow in proportion; where
-they read a number that the configuration gives, m is 1. The std that a placement says of one is for any width.
+The matrices of placements and norms (residual) read as many features as the streams have, or fewer that grow in
+proportion; where they read a number that the configuration gives, m is 1. Those of a norm over an FFN's hidden layer
+have the m of its down matrix; of a norm over each head m is 1. The std that is said of one is for any width.
 
 Widen a model by adding heads, not by widening them: the attention logits' scale is then untouched.
 """
@@ -61,6 +62,8 @@ class WidthScaling:
         if self.kind == "none" or matrix.role == "embedding":
             return 1.0  # a lookup sums one row at any width
         if matrix.role == "residual":
+            if matrix.reads_hidden:
+                return self._hidden(matrix)
             return 1.0 if matrix.width_is_explicit else self.dim
         return self._hidden(matrix) if matrix.role == "ffn_down" else self.dim
 

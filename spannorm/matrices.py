@@ -25,6 +25,7 @@ class Matrix(NamedTuple):
             user rather than derived from the model's width, which matters to rules that scale with width.
         std: the standard deviation that it starts with whatever the init and the width; 0: it starts at zero; None: the
             init decides.
+        reads_hidden: whether a matrix of the role residual reads the hidden layer of an FFN, rather than the stream.
     """
 
     role: Role
@@ -33,6 +34,7 @@ class Matrix(NamedTuple):
     fan_out: float
     width_is_explicit: bool = False
     std: float | None = None
+    reads_hidden: bool = False
 
 
 @runtime_checkable

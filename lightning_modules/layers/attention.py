@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from lightning_modules.config import ModelConfig
 from lightning_modules.layers.document_mask import Mask, attend
 from lightning_modules.layers.kv_cache import Slots
-from lightning_modules.layers.norms import make_norm
+from lightning_modules.layers.norms import make_norm, norm_matrices
 from lightning_modules.layers.rope import Rope, rotate
-from spannorm import Matrix, QKVNorm, owned_matrices
+from spannorm import Matrix, QKVNorm
 
 
 class Attention(nn.Module):
@@ -88,4 +88,6 @@ class Attention(nn.Module):
         yield Matrix("key", self.k_proj.weight, self.k_proj.in_features, self.k_proj.out_features)
         yield Matrix("value", self.v_proj.weight, self.v_proj.in_features, self.v_proj.out_features)
         yield Matrix("attn_out", self.o_proj.weight, self.o_proj.in_features, self.o_proj.out_features)
-        yield from owned_matrices(self)
+        for name, norm in self.projection_norms.items():
+            yield from norm_matrices(nn.ModuleList([norm]), width_is_explicit=self.norms_each_head[name])
+        yield from norm_matrices(nn.ModuleList([self.inner_norm]))

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_modules.config import ModelConfig
-from lightning_modules.layers.norms import make_norm
-from spannorm import Matrix, owned_matrices
+from lightning_modules.layers.norms import make_norm, norm_matrices
+from spannorm import Matrix
 
 
 class FeedForward(nn.Module):
@@ -35,4 +35,4 @@ class FeedForward(nn.Module):
         yield Matrix("ffn_up", self.gate_proj.weight, dim, hidden, self.width_is_explicit)
         yield Matrix("ffn_up", self.up_proj.weight, dim, hidden, self.width_is_explicit)
         yield Matrix("ffn_down", self.down_proj.weight, hidden, dim, self.width_is_explicit)
-        yield from owned_matrices(self)
+        yield from norm_matrices(self, self.width_is_explicit, reads_hidden=True)

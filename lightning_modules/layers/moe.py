@@ -9,8 +9,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from lightning_modules.config import ModelConfig
 from lightning_modules.layers.experts import choose_backend, make_experts
 from lightning_modules.layers.ffn import FeedForward
+from lightning_modules.layers.norms import norm_matrices
 from lightning_modules.layers.router import Router, RouterStats
-from spannorm import Matrix, owned_matrices
+from spannorm import Matrix
 
 
 class MoE(nn.Module):
@@ -64,11 +65,12 @@ class MoE(nn.Module):
         yield Matrix("ffn_up", mlp.w1, dim, hidden, explicit)
         yield Matrix("ffn_up", mlp.v1, dim, hidden, explicit)
         yield Matrix("ffn_down", mlp.w2, hidden, dim, explicit)
-        yield from owned_matrices(self.experts)
+        yield from norm_matrices(self.experts, explicit, reads_hidden=True)
         if self.shared_expert is not None:
             explicit = explicit or moe.shared_expert_dim is not None
             for matrix in self.shared_expert.matrices():
-                yield matrix if matrix.role == "residual" else matrix._replace(width_is_explicit=explicit)
+                of_hidden = matrix.role != "residual" or matrix.reads_hidden
+                yield matrix._replace(width_is_explicit=explicit) if of_hidden else matrix
 
     def num_idle_parameters(self) -> int:
         """Return those of the experts that a token does not go to."""

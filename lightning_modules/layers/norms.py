@@ -1,7 +1,7 @@
 """The library's norms, of the kind that a configuration names."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from torch import nn
 
@@ -9,7 +9,7 @@ from core.errors import require
 from core.options import check_arguments
 from lightning_modules.argument_errors import as_config_errors, as_error_of_own
 from lightning_modules.config import ModelConfig
-from spannorm import NormFactory
+from spannorm import Matrix, NormFactory, owned_matrices
 from spannorm.norms import FILLED_IN
 
 
@@ -44,3 +44,18 @@ def norm_factory(config: ModelConfig, dim: int) -> ConfiguredNorms:
 def make_norm(config: ModelConfig, dim: int) -> nn.Module:
     """Make one norm of the configured kind over `dim` features."""
     return norm_factory(config, dim)()
+
+
+def norm_matrices(layer: nn.Module, width_is_explicit: bool = False, reads_hidden: bool = False) -> Iterator[Matrix]:
+    """Yield the matrices of a layer's norms. A norm does not know what its features are, and the layer does.
+
+    Args:
+        layer: has the norms among its parts.
+        width_is_explicit: whether the number of features that they norm over is fixed by the configuration.
+        reads_hidden: whether these are those of an FFN's hidden layer.
+    """
+    for matrix in owned_matrices(layer):
+        if matrix.width_is_explicit:  # reads a number of features of the norm's own, such as a rank
+            yield matrix
+        else:
+            yield matrix._replace(width_is_explicit=width_is_explicit, reads_hidden=reads_hidden)

@@ -137,6 +137,43 @@ def test_every_matrix_counts_with_its_own_fan_in(overrides: list[str], down: dic
     assert seen == set(down)
 
 
+# Of such a model with gated norms, by norm: the fan-in of the gate's first matrix over that at the base.
+GATES = [
+    ([], {"placement": 4, "attn.inner_norm": 4, "ffn.inner_norm": 4}),
+    (["model.ffn_dim=48"], {"placement": 4, "attn.inner_norm": 4, "ffn.inner_norm": 1}),
+    (["optim.base_ffn_width=172"], {"placement": 4, "attn.inner_norm": 4, "ffn.inner_norm": 8}),
+    (["model.qk_norm=head", "model.head_dim=64"], {"attn.projection_norms": 1}),
+    (["model.qk_norm=width"], {"attn.projection_norms": 4}),
+    (["model.placement=hybridnorm"], {"attn.projection_norms": 1}),  # heads are added, not widened
+    (["model=moe", "model.moe.num_shared_experts=1"], {"mlp.inner_norm": 1, "shared_expert.inner_norm": 1}),
+    (
+        ["model=moe", "model.moe={num_shared_experts: 1, expert_dim: null, shared_expert_dim: 256}"],
+        {"mlp.inner_norm": 4, "shared_expert.inner_norm": 1},
+    ),
+    (["model=moe", "optim.base_ffn_width=64"], {"mlp.inner_norm": 2}),
+    (["model.placement=gr", "model.placement_options.rank=8"], {"placement": 4}),
+]
+
+
+@pytest.mark.parametrize(("overrides", "expected"), GATES, ids=lambda value: " ".join(value))
+def test_a_gated_norm_counts_with_the_features_that_it_norms(overrides: list[str], expected: dict[str, int]) -> None:
+    module = composed("model.placement=subln", "model.norm=gatednorm", *overrides)
+    with torch.device("meta"):
+        model = Transformer(module.model_config, 32)
+    names, seen = {id(weight): name for name, weight in model.named_parameters()}, set()
+    for matrix in model.matrices():
+        name = names[id(matrix.weight)]
+        if matrix.role != "residual":
+            continue
+        if name.endswith("up"):
+            assert module.width_scaling.lr_factor(matrix) == 1, name
+        for part, m in expected.items():
+            if part in name and name.endswith("down"):
+                assert module.width_scaling.lr_factor(matrix) == pytest.approx(1 / m), name
+                seen.add(part)
+    assert seen == set(expected)
+
+
 @pytest.mark.parametrize(
     "override",
     [
