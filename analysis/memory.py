@@ -1,10 +1,12 @@
 """Counts what a training step holds, without holding it: shapes alone go through the model, as torch's fake tensors.
 
-Counted is what autograd keeps between forward and backward, each storage once: inputs of products and norms, queries,
-keys, values and output of attention, and under autocast the cast weights. What lives shorter (an operator's workspace)
-is not, nor is it known what a compiler would fuse away.
+Counted as activations is what autograd keeps between forward and backward, each storage once: inputs of products and
+norms, queries, keys, values and output of attention, and under autocast the cast weights. The peak of a step is that of
+all that operators return, gradients among it, for as long as it is there. An operator's workspace is not counted, nor
+is it known what a compiler would fuse away.
 """
 
+import weakref
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from core.compat import FakeTensorMode, tree_leaves
+from core.compat import FakeTensorMode, TorchDispatchMode, tree_leaves
 
 
 @contextmanager
@@ -118,12 +120,105 @@ def saved_activations(
                 if module is not None:
                     module.register_forward_pre_hook(enter_cut)
                     module.register_forward_hook(leave("share", 1))
-        tokens = torch.zeros(batch_size, seq_len + 1, dtype=torch.long)
-        autocast = nullcontext() if dtype is None else torch.autocast("cpu", dtype)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
-            if chunked:
-                model(tokens[:, :-1], targets=tokens[:, 1:])
-            else:
-                logits, _ = model(tokens[:, :-1])
-                F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            _loss(model, batch_size, seq_len, chunked, dtype)
     return Saved([kept[number + 1] for number in range(len(model.blocks))], states, kept[0])
+
+
+def peak_of_step(
+    build: Any,
+    batch_size: int,
+    seq_len: int,
+    chunked: bool,
+    dtype: torch.dtype | None = None,
+    weights: torch.dtype = torch.float32,
+    kept_of_gradients: float = 1.0,
+    accumulated: bool = False,
+) -> int:
+    """Return the most bytes that a training step takes at once beside weights and the optimizer's state.
+
+    Not all gradients of the parameters are there while all activations are, as each block's take the place of its
+    activations; those of what blocks hand on (of all sources of attention residuals) come on top.
+
+    Args:
+        build: makes the model; it may recompute its blocks.
+        batch_size, seq_len, chunked, dtype, weights: as of saved_activations.
+        kept_of_gradients: the share of the parameters' gradients that stays in this process.
+        accumulated: whether they are there from the beginning, and are added to.
+    """
+    with FakeTensorMode():
+        with _default_dtype(weights):
+            model = build()
+        live = _Live([*model.parameters(), *model.buffers()])
+        made = 0.0
+
+        def keep_share(parameter: Tensor) -> None:
+            nonlocal made
+            made += parameter.nbytes * kept_of_gradients
+            live.forget(parameter.grad)
+            parameter.grad = None
+            live.beside = 0 if accumulated else int(made)
+
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(keep_share)
+        with live:
+            _loss(model, batch_size, seq_len, chunked, dtype).backward()
+        return live.most + (int(made) if accumulated else 0)
+
+
+def _loss(model: Any, batch_size: int, seq_len: int, chunked: bool, dtype: torch.dtype | None) -> Tensor:
+    """Return the loss of tokens that are nothing but a shape, under autocast to a dtype, if one is given."""
+    tokens = torch.zeros(batch_size, seq_len + 1, dtype=torch.long)
+    with nullcontext() if dtype is None else torch.autocast("cpu", dtype):
+        if chunked:
+            losses, _ = model(tokens[:, :-1], targets=tokens[:, 1:])
+            loss: Tensor = losses.mean
+            return loss
+        logits, _ = model(tokens[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of what operators return, each storage once, from its making to its end.
+
+    Args:
+        known: what is not counted.
+
+    Attributes:
+        most: the most bytes at once so far, with `beside`.
+        beside: what is there beside them.
+    """
+
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()
+        self.most = self.beside = self._bytes = 0
+        self._counted: dict[int, tuple[weakref.ref[Any], int]] = {}
+        for tensor in known:
+            self._count(tensor.untyped_storage(), 0)
+
+    def forget(self, tensor: Tensor | None) -> None:
+        """Count a tensor's storage no more."""
+        assert tensor is not None
+        storage = tensor.untyped_storage()
+        reference, size = self._counted[id(storage)]
+        self._bytes -= size
+        self._counted[id(storage)] = (reference, 0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self._count(storage, storage.nbytes())
+        self.most = max(self.most, self._bytes + self.beside)
+        return out
+
+    def _count(self, storage: Any, size: int) -> None:
+        key = id(storage)
+        if key not in self._counted:
+            self._counted[key] = (weakref.ref(storage, lambda _: self._end(key)), size)
+            self._bytes += size
+
+    def _end(self, key: int) -> None:
+        _, size = self._counted.pop(key)
+        self._bytes -= size

@@ -18,14 +18,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._functional_collectives import all_reduce, all_to_all_single_autograd, wait_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 if TYPE_CHECKING:
     import lightning as L
 
-__all__ = ["FakeTensorMode", "all_reduce", "all_to_all_single_autograd", "tree_leaves", "wait_tensor"]
-"""FakeTensorMode and tree_leaves: shapes of a model that has no memory, for tools.plan. The collectives: those that
-torch.compile traces, and that have gradients; torch.distributed's own have neither."""
+__all__ = [
+    "FakeTensorMode",
+    "TorchDispatchMode",
+    "all_reduce",
+    "all_to_all_single_autograd",
+    "tree_leaves",
+    "wait_tensor",
+]
+"""FakeTensorMode, TorchDispatchMode and tree_leaves: shapes of a model that has no memory, for tools.plan. The
+collectives: those that torch.compile traces, and that have gradients; torch.distributed's own have neither."""
 
 RESTORING = ("restore_callbacks", "restore_loops", "restore_optimizers_and_schedulers", "restore_datamodule")
 """Lightning's functions that hand out what a checkpoint holds; their names stand in the traceback of what fails there.

@@ -6,7 +6,8 @@
     python -m tools.plan experiment=moe_spannorm_gpu device_gb=80            # and the micro batch that fits
 
 Takes the same overrides as train.py, and plans for GPUs unless they say trainer.accelerator=cpu. Weights, gradients and
-optimizer state are counted, activations are traced on shapes (analysis/memory.py); what FSDP gathers is an upper bound.
+optimizer state are counted, activations and the peak of a step are traced on shapes (analysis/memory.py); what FSDP
+gathers is an upper bound.
 Hours are arithmetic: an H100's peak in the run's precision, times mfu. Not in the memory: the CUDA context, NCCL's
 buffers, and the allocator's fragments. docs/scaling.md says how close it came to what was measured.
 """
@@ -25,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from analysis.memory import saved_activations
+from analysis.memory import peak_of_step, saved_activations
 from core import cli
 from core.build import build
 from core.dataclass_cli import OVERRIDES
@@ -123,6 +124,9 @@ class Plan(NamedTuple):
 
     Attributes:
         buckets: DDP's copies of the gradients.
+        activations: what the forward pass keeps for the backward pass; with recomputed blocks, and one of these.
+        peak: the most that gradients and activations take at once, gradients of activations included. Gradients of
+            parameters come as activations go, unless several passes add to them.
         gathered: what FSDP has in full at a time: embedding and head, two blocks, and the gradients of one.
         precision: a key of PRECISIONS.
         compiled: whether torch.compile makes the blocks' kernels; what it fuses away is not known.
@@ -137,6 +141,7 @@ class Plan(NamedTuple):
     buckets: int
     optimizer: int
     activations: int
+    peak: int
     gathered: int
     flops_per_token: float
     tokens: int
@@ -147,7 +152,7 @@ class Plan(NamedTuple):
 
     @property
     def memory(self) -> int:
-        return self.weights + self.gradients + self.buckets + self.optimizer + self.activations + self.gathered
+        return self.weights + self.buckets + self.optimizer + self.peak + self.gathered
 
     def hours(self, mfu: float, peak_flops: float) -> float:
         """Return the hours at this share of the devices' peak, which is in FLOP/s of one."""
@@ -184,19 +189,30 @@ def plan(config: DictConfig, vocab_size: int | None = None) -> Plan:
         weightless = Transformer(model, module.vocab_size)
 
     size = precision.weights.itemsize
-    held = num_held(weightless, mesh) * size
-    saved = saved_activations(
-        partial(Transformer, replace(model, activation_checkpointing=False, compile=False), module.vocab_size),
-        datamodule.batch_size // mesh.data // passes,
-        datamodule.seq_len,
-        module.vocab_size >= LARGE_VOCABULARY,
-        mesh.tensor,
-        precision.autocast,
-        precision.weights,
+    held, (total, active) = num_held(weightless, mesh) * size, module.num_parameters
+    every = model.activation_checkpoint_every if model.activation_checkpointing else None
+    model = replace(model, compile=False)
+    batch = (datamodule.batch_size // mesh.data // passes, datamodule.seq_len, module.vocab_size >= LARGE_VOCABULARY)
+    types = {"dtype": precision.autocast, "weights": precision.weights}
+
+    def activations(cut: int) -> int:
+        plain = replace(model, activation_checkpointing=False)
+        return saved_activations(partial(Transformer, plain, module.vocab_size), *batch, cut, **types).total(every)
+
+    kept = activations(mesh.tensor)
+    # Where matrices are cut, what is sent between processes is not traced; all gradients, for their part, are counted.
+    accumulated = passes * config.trainer.accumulate_grad_batches > 1 or mesh.tensor > 1
+    peak = peak_of_step(
+        partial(Transformer, model, module.vocab_size),
+        *batch,
+        **types,
+        kept_of_gradients=held / (total * size),
+        accumulated=accumulated,
     )
-    total, active = module.num_parameters
     on_gpu, wide = config.trainer.accelerator != "cpu", name == "32-true" and model.moe.backend in ("auto", "grouped")
     looped = len(weightless.mixtures()) * model.moe.num_experts if on_gpu and wide else 0
+    if mesh.tensor > 1:  # what lives shorter than activations is taken as if it were not cut
+        peak -= activations(1) - kept
     sequences = config.trainer.accumulate_grad_batches * datamodule.batch_size
     return Plan(
         parameters=total,
@@ -205,13 +221,14 @@ def plan(config: DictConfig, vocab_size: int | None = None) -> Plan:
         gradients=held,
         buckets=held if mesh.reduced else 0,
         optimizer=num_kept(weightless, state_sizes(weightless, module.optim_config), mesh) * size,
-        activations=saved.total(model.activation_checkpoint_every if model.activation_checkpointing else None),
+        activations=kept,
+        peak=peak,
         gathered=num_gathered(weightless, mesh) * size,
         flops_per_token=weightless.flops_per_token(datamodule.seq_len),
         tokens=config.trainer.max_steps * sequences * datamodule.seq_len,
         mesh=mesh,
         precision=name,
-        compiled=model.compile,
+        compiled=module.model_config.compile,
         host_copies=9 * looped * passes * config.trainer.accumulate_grad_batches,
     )
 
@@ -224,14 +241,14 @@ def largest_micro_batch(config: DictConfig, device_gb: float, vocab_size: int | 
         device_gb: the device's memory, in GB of 10^9 bytes.
         vocab_size: as for `plan`.
     """
-    share, found = config.data.batch_size // find_mesh(config).data, None
-    for size in (size for size in range(1, share + 1) if share % size == 0):
+    share = config.data.batch_size // find_mesh(config).data
+    # From above: the whole share at once may take less than two parts, as no gradients wait for the second.
+    for size in (size for size in range(share, 0, -1) if share % size == 0):
         tried = config.copy()
         tried.micro_batch_size = size
-        if plan(tried, vocab_size).memory > USABLE * device_gb * 1e9:
-            break
-        found = size
-    return found
+        if plan(tried, vocab_size).memory <= USABLE * device_gb * 1e9:
+            return size
+    return None
 
 
 def _vocab_size(datamodule: Any) -> int:
@@ -324,9 +341,9 @@ def make_table(planned: Plan, mfu: float, peak_flops: float) -> Table:
         "parameters": f"{planned.parameters:,} ({planned.active_parameters:,} active)",
         "precision": f"{planned.precision}, {'compiled' if planned.compiled else 'not compiled'}",
     }
-    parts = ("weights", "gradients", "buckets", "optimizer", "activations", "gathered", "memory")
-    for name in parts:
-        label = "memory of a process" if name == "memory" else f"  {name}"
+    labels = {"peak": "  gradients and activations at once", "memory": "memory of a process"}
+    for name in ("weights", "gradients", "buckets", "optimizer", "activations", "gathered", "peak", "memory"):
+        label = labels.get(name, f"  {name}")
         rows[label] = f"{getattr(planned, name) / GIB:,.2f} GiB"
     if planned.host_copies:
         rows["copies to the host"] = f"{planned.host_copies:,} a step: grouped products in fp32; bf16-mixed has none"
