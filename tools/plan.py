@@ -193,11 +193,11 @@ def plan(config: DictConfig, vocab_size: int | None = None) -> Plan:
     every = model.activation_checkpoint_every if model.activation_checkpointing else None
     model = replace(model, compile=False)
     batch = (datamodule.batch_size // mesh.data // passes, datamodule.seq_len, module.vocab_size >= LARGE_VOCABULARY)
-    types = {"dtype": precision.autocast, "weights": precision.weights}
 
     def activations(cut: int) -> int:
         plain = replace(model, activation_checkpointing=False)
-        return saved_activations(partial(Transformer, plain, module.vocab_size), *batch, cut, **types).total(every)
+        build, (autocast, weights, _) = partial(Transformer, plain, module.vocab_size), precision
+        return saved_activations(build, *batch, cut, autocast, weights).total(every)
 
     kept = activations(mesh.tensor)
     # Where matrices are cut, what is sent between processes is not traced; all gradients, for their part, are counted.
@@ -205,7 +205,8 @@ def plan(config: DictConfig, vocab_size: int | None = None) -> Plan:
     peak = peak_of_step(
         partial(Transformer, model, module.vocab_size),
         *batch,
-        **types,
+        precision.autocast,
+        precision.weights,
         kept_of_gradients=held / (total * size),
         accumulated=accumulated,
     )

@@ -78,6 +78,9 @@ def test_dyt_starts_as_steep_as_its_authors_have_it_at_that_width(
         ("spannorm", ["0.placement.first_norm"]),
         ("hybridnorm_star", ["0.placement.norm_attn"]),
         ("siamesenorm", ["0.placement.norms_attn.in", "1.placement.norms_attn.in"]),
+        ("hc", ["0.placement.norm_attn", "1.placement.norm_attn"]),
+        ("attnres", ["0.placement.norm_attn", "1.placement.norm_attn"]),
+        ("gr", [f"{block}.placement.map_attn.norms.{stream}" for block in (0, 1) for stream in range(4)]),
         ("postnorm", []),  # attention reads the stream, and so do others
     ],
 )

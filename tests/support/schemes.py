@@ -1,6 +1,7 @@
 """Every scheme a second time: its equation as the paper prints it, and the numbers that follow from it."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -141,16 +142,17 @@ def mixed(b: At, streams: Tensor, of_mapping: Callable[[At, str, Tensor], tuple[
     return streams
 
 
-def copies(b: At, state: Tensor) -> Tensor:
-    return torch.stack([state] * 4, 1) if b.l == 1 else state
+def copies(b: At, state: Tensor, n: int) -> Tensor:
+    return torch.stack([state] * n, 1) if b.l == 1 else state
 
 
 def of_hc(b: At, name: str, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As algorithm 2 has it: alpha [seq, n, 1 + n] is of the old streams, and R' = alpha^T R."""
-    static_alpha = torch.cat((b.P[f"{name}.bias"][:4, None], b.P[f"{name}.bias"][8:].view(4, 4).T), 1)
-    static_beta = b.P[f"{name}.bias"][4:8]
+    n, bias = streams.size(1), b.P[f"{name}.bias"]
+    static_alpha = torch.cat((bias[:n, None], bias[2 * n :].view(n, n).T), 1)
+    static_beta = bias[n : 2 * n]
     if f"{name}.phi" not in b.P:
-        alpha, beta = static_alpha.expand(len(streams), 4, 5), static_beta.expand(len(streams), 4)
+        alpha, beta = static_alpha.expand(len(streams), n, 1 + n), static_beta.expand(len(streams), n)
     else:
         th = b.P[f"{name}.phi"]
         alpha_fn, beta_fn = torch.stack((th[0], *th[2:]), 1), th[1]
@@ -161,8 +163,8 @@ def of_hc(b: At, name: str, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return alpha[:, :, 0], beta, alpha[:, :, 1:].mT
 
 
-def hc(b: At, state: Tensor) -> Tensor:
-    return mixed(b, copies(b, state), of_hc)
+def hc(b: At, state: Tensor, n: int = 4) -> Tensor:
+    return mixed(b, copies(b, state, n), of_hc)
 
 
 def sinkhorn_knopp(logits: Tensor, iterations: int) -> Tensor:
@@ -174,29 +176,29 @@ def sinkhorn_knopp(logits: Tensor, iterations: int) -> Tensor:
     return m
 
 
-def of_mhc(b: At, name: str, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    v = streams.flatten(1)
+def of_mhc(b: At, name: str, streams: Tensor, iterations: int = 20) -> tuple[Tensor, Tensor, Tensor]:
+    n, v = streams.size(1), streams.flatten(1)
     h = (v / rms(v)) @ b.P[f"{name}.phi"].T
     a, bias = b.P[f"{name}.scale"], b.P[f"{name}.bias"]
-    pre, post = sigmoid(a[0] * h[:, :4] + bias[:4]), 2 * sigmoid(a[1] * h[:, 4:8] + bias[4:8])
+    pre, post = sigmoid(a[0] * h[:, :n] + bias[:n]), 2 * sigmoid(a[1] * h[:, n : 2 * n] + bias[n : 2 * n])
     if len(a) == 2:
-        return pre, post, torch.eye(4, dtype=streams.dtype).expand(len(streams), 4, 4)
-    logits = (a[2] * h[:, 8:] + bias[8:]).unflatten(1, (4, 4))
-    return pre, post, torch.stack([sinkhorn_knopp(matrix, 20) for matrix in logits])
+        return pre, post, torch.eye(n, dtype=streams.dtype).expand(len(streams), n, n)
+    logits = (a[2] * h[:, 2 * n :] + bias[2 * n :]).unflatten(1, (n, n))
+    return pre, post, torch.stack([sinkhorn_knopp(matrix, iterations) for matrix in logits])
 
 
-def mhc(b: At, state: Tensor) -> Tensor:
-    return mixed(b, copies(b, state), of_mhc)
+def mhc(b: At, state: Tensor, n: int = 4, iterations: int = 20) -> Tensor:
+    return mixed(b, copies(b, state, n), partial(of_mhc, iterations=iterations))
 
 
-def gr(b: At, state: Tensor) -> Tensor:
-    streams = copies(b, state)
+def gr(b: At, state: Tensor, n: int = 4) -> Tensor:
+    streams = copies(b, state, n)
     for at, f in (("map_attn", b.A), ("map_ffn", b.F)):
-        hat = torch.stack([b.N(f"{at}.norms.{i}", streams[:, i]) for i in range(4)], 1)
-        inner = hat.flatten(1) @ b.P[f"{at}.down"].T / 4
+        hat = torch.stack([b.N(f"{at}.norms.{i}", streams[:, i]) for i in range(n)], 1)
+        inner = hat.flatten(1) @ b.P[f"{at}.down"].T / n
         gates = sigmoid((inner * sigmoid(inner)) @ b.P[f"{at}.up"].T).view_as(hat)
-        weights = 2 * sigmoid(hat.flatten(1) @ b.P[f"{at}.weigh"].T / 4)
-        y = f((gates * hat).sum(1) / 4)
+        weights = 2 * sigmoid(hat.flatten(1) @ b.P[f"{at}.weigh"].T / n)
+        y = f((gates * hat).sum(1) / n)
         streams = streams + weights[:, :, None] * y[:, None]
     return streams
 

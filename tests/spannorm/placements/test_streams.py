@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,6 +23,14 @@ SEQ = 9
 NAMES = [name for name, scheme in PLACEMENTS.items() if issubclass(scheme, ManyStreams)]
 VARIANTS: list[tuple[str, dict[str, Any]]] = [*((name, {}) for name in NAMES), ("hc", {"static": True})]
 each = pytest.mark.parametrize(("name", "options"), VARIANTS, ids=[*NAMES, "hc, static"])
+OF_OTHER_SIZES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("hc", {"streams": 3}, {"n": 3}),
+    ("hc", {"streams": 2, "static": True}, {"n": 2}),
+    ("mhc", {"streams": 3, "iterations": 2, "start": "uniform"}, {"n": 3, "iterations": 2}),
+    ("ihc", {"streams": 5}, {"n": 5}),
+    ("gr", {"streams": 3, "rank": 5}, {"n": 3}),
+]
+"""Schemes with other options than the defaults, and what their equations are told of it."""
 of_names = pytest.mark.parametrize("name", NAMES)
 
 
@@ -29,9 +38,14 @@ def test_these_are_the_schemes_with_many_streams() -> None:
     assert NAMES == ["hc", "mhc", "ihc", "gr"]
 
 
-@each
-def test_the_stack_is_the_equation_in_double_precision(name: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("name", "options", "told"), [*((name, options, {}) for name, options in VARIANTS), *OF_OTHER_SIZES], ids=str
+)
+def test_the_stack_is_the_equation_in_double_precision(
+    name: str, options: dict[str, Any], told: dict[str, Any]
+) -> None:
     """With sublayers that are as exact: attention's rotary tables are in fp32. Each is called once."""
+    equation = partial(SCHEMES[name].equation, **told)
     weights = 0.3 * torch.randn(2, 16, 16, dtype=torch.float64)
     calls: list[int] = []
 
@@ -49,7 +63,7 @@ def test_the_stack_is_the_equation_in_double_precision(name: str, options: dict[
         norms, parameters = norms_of(placement), dict(placement.named_parameters())
         assert calls == [0, 1]
         at = At(index, 4, sublayer(0), sublayer(1), lambda n, x, norms=norms: norms[n](x), None, parameters)
-        expected = [SCHEMES[name].equation(at, sequence) for sequence in expected]
+        expected = [equation(at, sequence) for sequence in expected]
         calls.clear()
         torch.testing.assert_close(state, torch.stack(expected), atol=1e-10, rtol=1e-10)
     out = torch.stack([SCHEMES[name].leave(at, sequence) for sequence in expected])
@@ -196,6 +210,31 @@ def test_the_start_of_each_coefficient() -> None:
         torch.testing.assert_close(post, torch.ones(6, 4), atol=0.2, rtol=0)
         assert res is None
         assert mapping.down.shape == (2, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("hc", {"scale": 0.5}),
+        ("mhc", {"scale": 0.5, "std": 0.1}),
+        ("ihc", {"scale": 0.5, "std": 0.1}),
+        ("gr", {"std": 0.1, "rank": 5}),
+    ],
+)
+def test_options_say_where_coefficients_start(name: str, options: dict[str, Any]) -> None:
+    """By the library alone, and after an init of the suite."""
+    by_itself = PLACEMENTS[name](Depth(1, 2), NormFactory("rmsnorm", 64), **options)
+    model = Transformer(tiny_config(placement=name, dim=64, placement_options=options), VOCAB_SIZE)
+    initialize(model)
+    for placement in (by_itself, model.blocks[1].placement):
+        for mapping in placement.mappings():
+            if "scale" in options:
+                assert set(mapping.scale.tolist()) == {0.5}
+            if "std" in options:
+                for matrix in mapping.matrices():
+                    assert matrix.weight.std().item() == pytest.approx(0.1, rel=0.1)
+            if name == "gr":
+                assert (tuple(mapping.down.shape), tuple(mapping.up.shape)) == ((5, 256), (256, 5))
 
 
 @of_names

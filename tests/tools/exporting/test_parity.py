@@ -26,6 +26,11 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "keel": [{"alpha": "sqrt"}, {"alpha": 3.0, "ease_in": True}],
     **{name: [{"gpas": True}] for name in ("prenorm", "sandwich", "lnscaling", "deepnorm")},
     "mixln": [{"post_fraction": 0.5, "gpas": True}],
+    "hc": [{"streams": 3}, {"static": True, "streams": 2}],
+    "mhc": [{"streams": 3, "iterations": 2}],
+    "ihc": [{"streams": 5}],
+    "gr": [{"streams": 3, "rank": 7}],
+    "attnres": [{"group": 2}],
     "siamesenorm": [{"count_sublayers": True, "normed_sum": True}, {"head_norms": True}],
 }
 """For each placement with options of its own, values that are not the defaults."""
