@@ -196,8 +196,8 @@ def plan(config: DictConfig, vocab_size: int | None = None) -> Plan:
 
     def activations(cut: int) -> int:
         plain = replace(model, activation_checkpointing=False)
-        build, (autocast, weights, _) = partial(Transformer, plain, module.vocab_size), precision
-        return saved_activations(build, *batch, cut, autocast, weights).total(every)
+        build = partial(Transformer, plain, module.vocab_size)
+        return saved_activations(build, *batch, cut, precision.autocast, precision.weights).total(every)
 
     kept = activations(mesh.tensor)
     # Where matrices are cut, what is sent between processes is not traced; all gradients, for their part, are counted.

@@ -1,5 +1,6 @@
 """Each norm kind against its formula."""
 
+import copy
 import math
 from typing import Any
 
@@ -235,6 +236,20 @@ def test_the_gate_is_computed_in_fp32() -> None:
         out, gates = norm(x), norm.gates(x)
     assert (out.dtype, gates.dtype) == (torch.bfloat16, torch.float32)
     torch.testing.assert_close(out, (norm.norm(x).float() * norm.gates(x)).bfloat16(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32], ids=["bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16 input", "fp32 input"])
+def test_gates_are_no_narrower_than_what_they_are_made_of(stored: torch.dtype, dtype: torch.dtype) -> None:
+    norm = NormFactory("gatednorm", 32, options={"kind": "none"})()
+    for parameter in norm.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    norm, x = norm.to(stored), torch.randn(4, 32).to(dtype)
+    exact = copy.deepcopy(norm).double().gates(x.double())
+    with torch.autocast("cpu", torch.bfloat16, enabled=stored == torch.float32):
+        gates, out = norm.gates(x), norm(x)
+    assert (gates.dtype, out.dtype) == (torch.float32, dtype)
+    torch.testing.assert_close(gates.double(), exact, atol=1e-6, rtol=1e-5)
 
 
 def test_unknown_kind() -> None:

@@ -1,5 +1,6 @@
 """Schemes against their equations in double precision, forward and backward, around sublayers of a few numbers."""
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -202,13 +203,18 @@ def test_attention_over_sources_lives_within_a_token_and_keeps_nothing_but_the_s
     assert torch.allclose(reader.weights(sources).sum(0), torch.ones(2, SEQ))
 
 
-def test_weights_of_sources_are_computed_in_fp32_under_bf16() -> None:
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32], ids=["bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16 sources", "fp32 sources"])
+def test_weights_of_sources_are_computed_in_fp32_under_bf16(stored: torch.dtype, dtype: torch.dtype) -> None:
+    """From what sources and parameters are stored in, and no narrower."""
     torch.set_default_dtype(torch.float32)
     reader = SourceAttention(64, 1e-6)
-    nn.init.normal_(reader.query)
-    sources = tuple(torch.randn(2, SEQ, 64, dtype=torch.bfloat16) for _ in range(3))
-    exact = reader.double().weights(tuple(source.double() for source in sources))
-    with torch.autocast("cpu", torch.bfloat16):
-        weights, mean = reader.float().weights(sources), reader(sources)
-    assert (weights.dtype, mean.dtype) == (torch.float32, torch.bfloat16)
+    for parameter in reader.parameters():
+        nn.init.normal_(parameter)
+    reader = reader.to(stored)
+    sources = tuple(torch.randn(2, SEQ, 64).to(dtype) for _ in range(3))
+    exact = copy.deepcopy(reader).double().weights(tuple(source.double() for source in sources))
+    with torch.autocast("cpu", torch.bfloat16, enabled=stored == torch.float32):
+        weights, mean = reader.weights(sources), reader(sources)
+    assert (weights.dtype, mean.dtype) == (torch.float32, dtype)
     torch.testing.assert_close(weights.double(), exact, rtol=1e-5, atol=1e-6)
