@@ -1,12 +1,18 @@
 """Tells of options that were set and have no effect beside the others."""
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lightning_modules.config import ModelConfig, MoEConfig, OptimConfig
 from lightning_modules.width_scaling import KNOWN
-from spannorm import NormFactory
+from spannorm import PLACEMENTS, NormFactory
+from spannorm.import_path import is_import_path
 from spannorm.norms import POINTWISE
+
+DIVIDING = ("attnres", "hc", "ihc", "mhc")
+"""The placements that divide by a root mean square of their own, whatever the kind of the norms."""
+HC_SCALE = inspect.signature(PLACEMENTS["hc"]).parameters["scale"].default
 
 Unused = tuple[str, Any, str]
 """(name of the field, its value, why it has no effect)."""
@@ -20,7 +26,7 @@ def describe_unused(model: ModelConfig, optim: OptimConfig) -> list[str]:
     Returns:
         One line for each of them.
     """
-    found = [*_of_model(model), *_of_optim(optim)]
+    found = [*_of_model(model), *_of_placement(model.placement, model.placement_options), *_of_optim(optim)]
     if model.ffn == "moe":
         found += _of_mixture(model.moe)
     else:
@@ -42,12 +48,20 @@ def _of_model(model: ModelConfig) -> Iterator[Unused]:
             "model.activation_checkpointing is false",
         )
     kind, _ = NormFactory(model.norm, model.dim, options=model.norm_options).base
-    if _is_set(model, "norm_eps") and kind in (*POINTWISE, "none"):
+    static = model.placement == "hc" and model.placement_options.get("static", False)
+    divides = (model.placement in DIVIDING and not static) or is_import_path(model.placement)
+    if _is_set(model, "norm_eps") and kind in (*POINTWISE, "none") and not divides:
         yield "model.norm_eps", model.norm_eps, f"model.norm={kind} divides by nothing"
     if _is_set(model, "qk_norm") and model.norm == "none":
         yield "model.qk_norm", model.qk_norm, "model.norm=none is no norm here either"
     if model.ffn_dim is not None and model.ffn_dim not in model.hidden_dims:
         yield "model.ffn_dim", model.ffn_dim, "all FFNs are experts, whose widths model.moe sets"
+
+
+def _of_placement(name: str, options: Mapping[str, Any]) -> Iterator[Unused]:
+    if name == "hc" and options.get("static", False) and options.get("scale", HC_SCALE) != HC_SCALE:
+        reason = "with model.placement_options.static=true there is nothing to scale"
+        yield "model.placement_options.scale", options["scale"], reason
 
 
 def _of_mixture(moe: MoEConfig) -> Iterator[Unused]:

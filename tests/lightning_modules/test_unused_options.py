@@ -4,9 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lightning_modules.config import ModelConfig, OptimConfig, parse
+from lightning_modules.transformer import Transformer
 from lightning_modules.unused_options import describe_unused
+from spannorm import PLACEMENTS
+from tests.support.models import VOCAB_SIZE, tiny_config, tokens
 from tests.support.runs import tiny_job, train
 
 SILENT: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -22,6 +26,8 @@ SILENT: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {"min_lr_ratio": 0.0}),
     ({}, {"optimizer": "torch.optim.SGD", "betas": [0.9, 0.95]}),  # the default, as a configuration has it
     ({"norm": "layernorm", "norm_eps": 1e-5}, {}),
+    *(({"norm": "dyt", "norm_eps": 1e-3, "placement": name}, {}) for name in ("hc", "mhc", "ihc", "attnres")),
+    *(({"placement": "hc", "placement_options": options}, {}) for options in ({"static": True}, {"scale": 0.5})),
     ({}, {"schedule": "wsd", "decay_fraction": 0.0}),
     ({"ffn_dim": 48}, {}),
     ({"ffn": "moe", "ffn_dim": 48}, {}),
@@ -64,6 +70,16 @@ UNUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         {},
         "model.activation_checkpoint_every=2 has no effect: model.activation_checkpointing",
     ),
+    (
+        {"placement": "hc", "placement_options": {"static": True, "scale": 0.5}},
+        {},
+        "model.placement_options.scale=0.5 has no effect: with model.placement_options.static=true",
+    ),
+    (
+        {"placement": "hc", "placement_options": {"static": True}, "norm": "derf", "norm_eps": 1e-3},
+        {},
+        "model.norm_eps=0.001 has no effect: model.norm=derf",
+    ),
     *(({"norm": kind, "norm_eps": 1e-3}, {}, "model.norm_eps=0.001 has no effect") for kind in ("dyt", "derf", "none")),
     ({"norm": "none", "placement": "prenorm", "qk_norm": "head"}, {}, "model.qk_norm=head has no effect: model.norm"),
     ({"ffn": "moe", "ffn_dim": 48, "moe": {"expert_dim": 16}}, {}, "model.ffn_dim=48 has no effect: all FFNs"),
@@ -93,6 +109,23 @@ def test_a_default_that_is_not_used_is_no_news(model: dict[str, Any], optim: dic
 def test_what_was_set_without_effect_is_named(model: dict[str, Any], optim: dict[str, Any], line: str) -> None:
     (found,) = described(model, optim)
     assert found.startswith(line)
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_eps_is_said_to_have_no_effect_where_it_has_none(name: str) -> None:
+    """Under norms that divide by nothing: what the model computes with another eps decides."""
+    if "dyt" not in PLACEMENTS[name].norms:
+        return
+    values = {"placement": name, "norm": "dyt", "placement_options": {"start": "uniform"} if name == "mhc" else {}}
+    model, sequence = Transformer(tiny_config(**values), VOCAB_SIZE), tokens(1, 5)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    logits = []
+    for eps in (1e-6, 0.3):
+        other = Transformer(tiny_config(**values, norm_eps=eps), VOCAB_SIZE)
+        other.load_state_dict(model.state_dict())
+        logits.append(other(sequence)[0])
+    assert torch.equal(*logits) == bool(described({**values, "norm_eps": 0.3}, {}))
 
 
 def test_a_run_says_it_once(tmp_path: Path) -> None:
