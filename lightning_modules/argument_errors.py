@@ -11,6 +11,7 @@ from spannorm.import_path import is_import_path
 
 FIELDS = {
     **{"placement": "model.placement", "norm": "model.norm", "init": "model.init"},
+    "norm_options.kind": "model.norm_options.kind",
     **{"schedule": "optim.schedule", "optimizer": "optim.optimizer"},
 }
 """The arguments that name what takes the options, and the field of each."""

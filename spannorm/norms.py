@@ -296,6 +296,11 @@ class NormFactory:
             return self.kind, self.options
         return self.options.get("kind", "rmsnorm"), self.options.get("kind_options") or {}
 
+    @property
+    def base_argument(self) -> str:
+        """Return what says the kind of `base`, for an error about it: the kind, or the option of a gated norm."""
+        return "norm" if self.kind != "gatednorm" else "norm_options.kind"
+
     def constructor(self) -> Callable[..., nn.Module]:
         """Return what makes a norm of this kind. A subclass may put a faster equivalent in its place."""
         return find_norm(self.kind)
@@ -315,7 +320,7 @@ class NormFactory:
         least = LEAST_FEATURES.get(kind, 1)
         if self.dim < least:
             valid = f"dyt, derf, none, or {least} features and more: over {self.dim} nothing but a sign is left"
-            raise InvalidArgument("norm", kind, valid)
+            raise InvalidArgument(self.base_argument, kind, valid)
         make = self.constructor()
         taken = inspect.signature(make).parameters
         ours = {"eps": self.eps, "before_attention": before_attention, "width": self.width}
@@ -338,5 +343,6 @@ class NormFactory:
             return EmbeddingScale(None)
         start = (self.dim if self.width is None else self.width) ** 0.5 if start == "sqrt" else start
         if not isinstance(start, int | float) or not 0 < start < math.inf:
-            raise InvalidArgument("embedding_scale", start, "a number > 0, unit, sqrt or null")
+            name = "embedding_scale" if self.kind != "gatednorm" else "kind_options.embedding_scale"
+            raise InvalidArgument(name, start, "a number > 0, unit, sqrt or null")
         return EmbeddingScale(start)

@@ -10,23 +10,26 @@ from core.options import check_arguments
 from lightning_modules.argument_errors import as_config_errors, as_error_of_own
 from lightning_modules.config import ModelConfig
 from spannorm import Matrix, NormFactory, owned_matrices
-from spannorm.norms import FILLED_IN
+from spannorm.norms import FILLED_IN, NORMS
 
 
 class ConfiguredNorms(NormFactory):
     """Makes norms of the configured kind; what cannot work is a ConfigError of model.norm or model.norm_options."""
 
     def constructor(self) -> Callable[..., nn.Module]:
-        """Return what makes a norm of this kind."""
+        """Return what makes a norm of this kind, which takes the options that it is given."""
         with as_config_errors("model.norm_options"):
-            return super().constructor()
+            make = super().constructor()
+        first = next(iter(inspect.signature(make).parameters), "")
+        require(bool(first), "model.norm", self.kind, "a class or function that takes the number of features")
+        check_arguments("model.norm_options", make, self.options, first, *FILLED_IN)
+        kind, options = self.base
+        if self.kind == "gatednorm" and kind in NORMS:  # another one it refuses itself
+            check_arguments("model.norm_options.kind_options", NORMS[kind], options, "dim", *FILLED_IN)
+        return make
 
     def __call__(self, before_attention: bool = False) -> nn.Module:
         """Make one norm; see NormFactory."""
-        make = self.constructor()
-        dim = next(iter(inspect.signature(make).parameters), "")
-        require(bool(dim), "model.norm", self.kind, "a class or function that takes the number of features")
-        check_arguments("model.norm_options", make, self.options, dim, *FILLED_IN)
         with as_config_errors("model.norm_options"), as_error_of_own("model.norm", self.kind):
             return super().__call__(before_attention)
 

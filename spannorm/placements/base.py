@@ -99,7 +99,7 @@ class Placement(nn.Module):
         kind, _ = norm.base
         if not is_import_path(kind) and kind in NORMS and kind not in self.norms:
             valid = f"one of {', '.join(sorted(self.norms))} under {type(self).__name__}"
-            raise InvalidArgument("norm", kind, valid)
+            raise InvalidArgument(norm.base_argument, kind, valid)
         self.depth = depth
         wants_final = self.has_final_norm if final_norm is None else final_norm
         self.final_norm = norm() if wants_final and depth.is_last else nn.Identity()

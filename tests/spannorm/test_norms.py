@@ -137,7 +137,18 @@ def test_pointwise_kinds_scale_the_embedding_by_one_learned_number(
         ("gatednorm", {"rank": 0}, "rank", "an integer >= 1"),
         ("gatednorm", {"up_std": -0.1}, "up_std", "a number >= 0"),
         ("gatednorm", {"kind": "dyt", "kind_options": {"alpha": 0.0}}, "kind_options.alpha", "a number > 0, or null"),
-        ("gatednorm", {"kind_options": {"alpha": 0.5}}, "kind_options.alpha", "no options"),
+        ("gatednorm", {"kind": "derf", "kind_options": {"alpha": -1.0}}, "kind_options.alpha", "a number > 0"),
+        ("gatednorm", {"kind": "derf", "kind_options": {"alpha": "x"}}, "kind_options.alpha", "a number"),
+        (
+            "gatednorm",
+            {"kind": "derf", "kind_options": {"embedding_scale": -1}},
+            "kind_options.embedding_scale",
+            "a number > 0, unit, sqrt or null",
+        ),
+        ("gatednorm", {"kind": "derf", "kind_options": {"width": 1}}, "kind_options.width", "no such field"),
+        ("gatednorm", {"kind": "derf", "kind_options": {"apha": 1.0}}, "kind_options.apha", "did you mean alpha"),
+        ("gatednorm", {"kind_options": {"alpha": 0.5}}, "kind_options.alpha", "no such field"),
+        ("gatednorm", {"kind": 3}, "kind", "text"),
         ("rmsnorm", {"alpha": 1.0}, "alpha", "no such field"),
         ("none", {"alpha": 1.0}, "alpha", "no such field"),
     ],
@@ -217,8 +228,23 @@ def test_gatednorm_starts_half_open_and_its_matrices_have_a_role(ffn: str) -> No
 
 def test_a_gated_kind_is_refused_where_that_kind_is() -> None:
     Transformer(tiny_config(norm="gatednorm", placement="deepnorm"), VOCAB_SIZE)
-    with pytest.raises(ConfigError, match=r"model\.norm='dyt' is not valid: .* under DeepNorm"):
+    with pytest.raises(ConfigError, match=r"model\.norm_options\.kind='dyt' is not valid: .* under DeepNorm"):
         Transformer(tiny_config(norm="gatednorm", norm_options={"kind": "dyt"}, placement="deepnorm"), VOCAB_SIZE)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"placement": "attnres", "norm_options": {"kind": "none"}}, "model.norm_options.kind='none' .* under AttnRes"),
+        (
+            {"ffn_dim": 2, "placement": "subln", "norm_options": {"kind": "layernorm"}},
+            "model.norm_options.kind='layernorm' .* nothing but a sign",
+        ),
+    ],
+)
+def test_what_a_gated_kind_cannot_be_names_the_option(overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Transformer(tiny_config(norm="gatednorm", **overrides), VOCAB_SIZE)
 
 
 def test_a_gated_dyt_scales_the_embedding_as_dyt_does() -> None:
