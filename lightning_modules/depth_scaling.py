@@ -15,7 +15,10 @@ depth itself would count it twice.
 
 The rules are AdamW's. Steps of Lion and Muon, too, do not shrink with the gradient that the factor makes smaller; that
 the same serves them is derived here, not published. They make sense where a branch is added to the stream as it is,
-x + f(N x): behind a norm the factor would come to nothing.
+x + f(N x): behind a norm the factor would come to nothing. With several streams, R_i + s_i f(x) (ihc, gr), s and what
+makes x are of the branch: a step changes each by the rate, and the stream by 1/m_L of it. That is derived here too.
+Where a learned matrix or number multiplies the streams themselves (res of hc and mhc, GPAS), a step of the rate in
+every block changes the product of all by more the more there are, and no factor on branches bounds it.
 """
 
 from dataclasses import dataclass
@@ -61,7 +64,8 @@ def depth_scaling(model: ModelConfig, optim: OptimConfig) -> DepthScaling:
     """Return the scaling that a configuration asks for.
 
     Raises:
-        ConfigError: an optimizer of the user's own, or a placement whose branches are not added as they are.
+        ConfigError: an optimizer of the user's own, or a placement whose branches are not added as they are, or that
+            multiplies its streams.
     """
     if optim.depth_scaling == "none":
         return DepthScaling("none", 1.0, 1.0, model.num_layers)
@@ -70,8 +74,11 @@ def depth_scaling(model: ModelConfig, optim: OptimConfig) -> DepthScaling:
     plain = ", ".join(sorted(name for name, placement in PLACEMENTS.items() if placement.plain_branches))
     with as_config_errors("model"):
         scheme = find_placement(model.placement)
-    valid = f"none with model.placement={model.placement}: branches are added as they are under {plain}"
-    require(scheme.plain_branches, "optim.depth_scaling", optim.depth_scaling, valid)
+    reason = f"branches are added as they are, to streams that nothing learned multiplies, under {plain}"
+    gpas = bool(model.placement_options.get("gpas", False))
+    of_what = f"model.placement={model.placement}" + (" and model.placement_options.gpas=true" if gpas else "")
+    valid = f"none with {of_what}: {reason}" + (" without gpas" if gpas else "")
+    require(scheme.plain_branches and not gpas, "optim.depth_scaling", optim.depth_scaling, valid)
     widths = width_scaling(model, optim)
     width = 1.0 if widths.kind == "none" else widths.dim
     ratio = model.num_layers / optim.base_num_layers

@@ -12,7 +12,7 @@ completep (2505.01618, figure 7).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -115,13 +115,20 @@ def check(ffn: str, widths: tuple[int, ...] = WIDTHS, lr: float = 3e-3) -> list[
     return sizes
 
 
-def check_depth(ffn: str, depths: tuple[int, ...] = DEPTHS, lr: float = 3e-3, dim: int = WIDTHS[0]) -> list[Size]:
-    """Return the sizes at every depth, with and without CompleteP; PreNorm of one width."""
+def check_depth(
+    ffn: str,
+    depths: tuple[int, ...] = DEPTHS,
+    lr: float = 3e-3,
+    dim: int = WIDTHS[0],
+    placement: str = "prenorm",
+) -> list[Size]:
+    """Return the sizes at every depth, with and without CompleteP; one placement of one width."""
     sizes = []
     for kind in SCALINGS["depth"]:
         optim = OptimConfig(lr=lr, depth_scaling=kind, base_num_layers=depths[0], warmup_steps=0)
         for depth in depths:
-            sizes += sizes_at(_prenorm(ffn, depth, dim), optim, axis="depth")
+            model = replace(_prenorm(ffn, depth, dim), placement=placement)
+            sizes += sizes_at(model, optim, axis="depth")
     return sizes
 
 

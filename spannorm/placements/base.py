@@ -75,8 +75,9 @@ class Placement(nn.Module):
             held against them, a gated norm by the kind that is gated.
         qkv_norm: the norms that this block's attention is to put on its projections; None for none.
         inner_norm: whether each sublayer of this block is to have one more norm before its output matrix.
-        plain_branches: whether each sublayer's output is added to the stream as it is, x + f(N x). Scaling with depth
-            multiplies what a sublayer puts out, and has to reach the stream.
+        plain_branches: whether each sublayer's output is added to the stream as it is, x + f(N x), or to each of
+            several times a coefficient, and nothing that is learned multiplies a stream. Scaling with depth multiplies
+            what a sublayer puts out: it has to reach the stream, and is all that bounds what learning changes there.
         state_grows: whether each block adds to the tensors of the state. torch.compile makes a graph for each number of
             them: a model then compiles the sublayers, and not the block around them.
 

@@ -75,6 +75,8 @@ class GR(ManyStreams):
         std: the standard deviation that W_d, W_u and W_w start with; not published. G starts near 1/2, s near 1.
     """
 
+    plain_branches = True
+
     def __init__(
         self,
         depth: Depth,

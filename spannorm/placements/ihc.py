@@ -21,6 +21,8 @@ class IHC(MixedStreams):
         std: the standard deviation that phi starts with; not published, as with `mhc`.
     """
 
+    plain_branches = True
+
     def __init__(
         self,
         depth: Depth,

@@ -18,7 +18,7 @@ from tools.coordinate_check import STEPS, check_depth, spread
 from tools.exporting import remote_code
 from tools.exporting.modeling_placement import PlacementConfig, PlacementForCausalLM
 
-PLAIN = {"prenorm", "subln"}
+PLAIN = {"gr", "ihc", "prenorm", "subln"}
 
 
 def adamw_eps(name: str, width: float, depth: float) -> float:
@@ -105,6 +105,17 @@ def test_it_is_for_placements_that_add_branches_as_they_are(name: str) -> None:
         depth_scaling(config, optim)
 
 
+@pytest.mark.parametrize("name", ["prenorm", "subln"])
+def test_gpas_which_multiplies_the_stream_is_refused(name: str) -> None:
+    config = tiny_config(placement=name, placement_options={"gpas": True})
+    message = rf"completep' .* model\.placement={name} and model\.placement_options\.gpas=true: .* without gpas"
+    with pytest.raises(ConfigError, match=message):
+        depth_scaling(config, OptimConfig(depth_scaling="completep"))
+    depth_scaling(
+        tiny_config(placement=name, placement_options={"gpas": False}), OptimConfig(depth_scaling="completep")
+    )
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -121,8 +132,9 @@ def test_what_cannot_be_is_refused(values: dict[str, Any], message: str) -> None
         depth_scaling(tiny_config(placement="prenorm"), parse(OptimConfig, "optim", values))
 
 
-def test_an_update_is_as_large_at_any_depth_and_grows_without() -> None:
-    sizes = check_depth("dense", depths=(2, 8))
+@pytest.mark.parametrize("placement", ["prenorm", "ihc", "gr"])
+def test_an_update_is_as_large_at_any_depth_and_grows_without(placement: str) -> None:
+    sizes = check_depth("dense", depths=(2, 8), placement=placement)
     for step in STEPS:
         assert spread(sizes, "completep", step, "logits", "update") < 1.15
     assert spread(sizes, "none", STEPS[0], "logits", "update") > 1.4  # later the final norm bounds it
