@@ -22,6 +22,7 @@ class Forking:
         return subprocess.CompletedProcess(command, 0, ended.out, ended.err)
 
 
+@pytest.mark.slow
 def test_it_runs_and_writes_its_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "DOCUMENT", 1 << 12)
     sizes = ["tokens=9000,40000", "window=64", "windows_per_batch=2", "batches=3", "rounds=2"]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
@@ -30,7 +30,7 @@ def test_shares_are_the_weights_to_one_place(weights: list[float]) -> None:
         assert abs(count - BLOCK * weight / sum(weights)) < 1
 
 
-@settings(deadline=None, max_examples=30)
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None, max_examples=30)
 @given(weights=WEIGHTS, seed=st.integers(0, 2**32 - 1), data=st.data())
 def test_every_source_gives_its_samples_one_after_the_other(weights: list[float], seed: int, data: Any) -> None:
     sources, within = Pattern(weights, seed).places(np.arange(2 * BLOCK))
@@ -64,7 +64,7 @@ def test_huge_weights_have_the_shares_of_their_ratios() -> None:
 
 
 @given(weights=st.lists(st.integers(1, 9), min_size=2, max_size=3), data=st.data())
-@settings(deadline=None, max_examples=20)
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None, max_examples=20)
 def test_validation_ends_before_a_source_repeats_itself(weights: list[float], data: Any) -> None:
     sizes = data.draw(st.lists(st.integers(1, 9000), min_size=len(weights), max_size=len(weights)))
     pattern = Pattern(weights, 0)

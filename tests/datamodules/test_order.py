@@ -6,7 +6,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from datamodules.order import block_bounds, permute, sample_indices
@@ -18,14 +18,14 @@ SEEDS = st.integers(0, 2**32 - 1)
 @example(num_samples=1, seed=0, epoch=0)
 @example(num_samples=256, seed=0, epoch=0)
 @example(num_samples=257, seed=0, epoch=0)
-@settings(deadline=None)
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 def test_every_epoch_is_a_permutation(num_samples: int, seed: int, epoch: int) -> None:
     order = permute(np.arange(num_samples), num_samples, seed, epoch)
     assert sorted(order.tolist()) == list(range(num_samples))
 
 
 @given(num_samples=st.integers(1, 50), seed=SEEDS, first=st.integers(0, 100), length=st.integers(0, 60))
-@settings(deadline=None)
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 def test_any_window_of_the_stream_is_that_part_of_the_epochs(
     num_samples: int, seed: int, first: int, length: int
 ) -> None:
@@ -85,7 +85,7 @@ def pieces(values: list[int], size: int) -> list[list[int]]:
 
 @given(num_samples=st.integers(1, 300), block=st.integers(1, 320), seed=SEEDS)
 @example(num_samples=12, block=5, seed=0)
-@settings(deadline=None)
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 def test_blocks_are_shuffled_and_so_is_what_is_in_them(num_samples: int, block: int, seed: int) -> None:
     """Two epochs, each a permutation; every block is a stretch of neighbours, over the end to the beginning if need
     be, and it is the stretch that block_bounds tells."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from datamodules.index import CorpusError, parse_index
@@ -27,7 +27,7 @@ def folder(corpus: Path, tmp_path: Path) -> Path:
     return shutil.copytree(corpus, tmp_path / "corpus")
 
 
-@settings(deadline=None)
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(seq_len=st.integers(1, 3 * SHARD), data=st.data())
 def test_windows_overlap_by_one_token_and_do_not_end_with_a_shard(corpus: Path, seq_len: int, data: Any) -> None:
     split = open_split(corpus, "train")

@@ -39,6 +39,7 @@ def test_all_save_and_leave_with_the_code(tmp_path: Path) -> None:
         assert load_beside_weights(tmp_path / name / "checkpoints/last.ckpt")["global_step"] == 2
 
 
+@pytest.mark.slow
 def test_a_slurm_job_saves_is_requeued_and_goes_on(tmp_path: Path) -> None:
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(f'#!/bin/sh\nsleep 1\necho "$@" > {tmp_path}/requeued\n')

@@ -280,8 +280,11 @@ def test_the_best_learning_rate_at_a_small_width_is_the_best_at_a_large_one_and_
 
 @pytest.mark.parametrize(
     ("optimizer", "options", "lr"),
-    [("lion", {}, 1e-3), ("muon", {}, 3e-3), ("muon", {"scale": "original"}, 2e-2)],
-    ids=["lion", "muon", "muon, original"],
+    [
+        pytest.param("lion", {}, 1e-3, id="lion"),
+        pytest.param("muon", {}, 3e-3, id="muon", marks=pytest.mark.slow),
+        pytest.param("muon", {"scale": "original"}, 2e-2, id="muon, original", marks=pytest.mark.slow),
+    ],
 )
 def test_updates_of_other_optimizers_do_not_depend_on_the_width_with_mup(
     optimizer: str, options: dict[str, str], lr: float

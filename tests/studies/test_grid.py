@@ -20,11 +20,12 @@ STUDIES = sorted(path.stem for path in (CONFIGS / "study").glob("*.yaml"))
 
 
 def scales() -> list[Any]:
-    """Return every study with every scale that it has; the large ones are slow to build."""
+    """Return every study with every scale that it has; the large ones are slow to build, and one small one will do."""
     found = []
     for name in STUDIES:
         for scale in OmegaConf.load(CONFIGS / f"study/{name}.yaml").scales:
-            slow = [pytest.mark.slow] if scale in ("gpu", "paper") else []
+            quick = (name, scale) in (("main", "day"), ("stress", "laptop"), ("placement_by_init", "laptop"))
+            slow = [] if quick else [pytest.mark.slow]
             found.append(pytest.param(name, str(scale), marks=slow, id=f"{name}-{scale}"))
     return found
 

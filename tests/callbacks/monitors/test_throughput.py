@@ -33,7 +33,8 @@ class Trainer:
     is_global_zero, precision, is_last_batch = True, "32-true", False
 
     def __init__(self) -> None:
-        self.strategy = SimpleNamespace(root_device=torch.device("cpu"))
+        self.strategy = SimpleNamespace(root_device=torch.device("cpu"), broadcast=dict)
+        self.callback_metrics: dict[str, torch.Tensor] = {}
         self.profiler = PassThroughProfiler()
         self.written: list[dict[str, float]] = []
         self.loggers = [SimpleNamespace(log_metrics=lambda values, step: self.written.append(values))]

@@ -51,6 +51,7 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_example_trains_dense_and_moe_compiled_and_not(tree: Path) -> None:
     sweep = ("model=dense,moe", "model.compile=false,true")
     call(tree, "-c", TRAIN, "-m", *tiny_job("model.placement=halfnorm", "trainer.max_steps=2", *sweep))
