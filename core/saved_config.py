@@ -138,6 +138,11 @@ def _refuse_foreign_code(content: Any, allow: Collection[str]) -> None:
     raise InvalidValue(next(iter(foreign)), next(iter(foreign.values())), reason)
 
 
+def texts(content: Any) -> Iterator[str]:
+    """Yield every text in a configuration, as plain values: what its author names, among them."""
+    return (value for _, value in _leaves(content) if isinstance(value, str))
+
+
 def _names_foreign_code(field: str, value: Any) -> bool:
     """Return whether a value of the configuration is the name of code that is neither this project's nor allowed."""
     key = field.rpartition(".")[2]

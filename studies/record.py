@@ -67,7 +67,8 @@ def _known(status: str) -> str:
 # What a record's file may hold. A loss may be no number, which JSON of this project writes as NaN.
 Amount = Annotated[float, Field(ge=0, le=1e15)]
 Loss = Annotated[float, Field(ge=-1e9, le=1e9)]
-Outcome = Annotated[float, Field(ge=-1e15, le=1e15)]
+MOST_OUTCOME = 1e15
+Outcome = Annotated[float, Field(ge=-MOST_OUTCOME, le=MOST_OUTCOME)]
 Tag = Annotated[str, Field(pattern=r"^[a-z0-9_{}/.-]+$", max_length=200)]
 StepText = Annotated[str, Field(pattern=r"^[0-9]{1,15}$")]
 BlockText = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,3}$")]
@@ -95,7 +96,8 @@ class Record:
         grad_norm_p999: 99.9th percentile of the gradient norm before clipping.
         clipped: share of the steps whose gradient was clipped; None without clipping.
         largest_activation: magnitude in any block's hidden state, at the steps when it was looked at.
-        outcomes: what was measured of the finished model, by name: analysis.anatomy.registry.outcomes.
+        outcomes: what was measured of the finished model, by name: analysis.anatomy.registry.outcomes. None: it was no
+            finite number, too large a one, or its model has nothing of the kind.
         provenance: commit, versions, machine and corpus, as core/provenance.py has them; empty in older records.
     """
 
@@ -126,7 +128,7 @@ class Record:
     grad_norm_p999: float | None = None
     clipped: Annotated[float, Field(ge=0, le=1)] | None = None
     largest_activation: float | None = None
-    outcomes: Annotated[dict[Tag, Outcome], Field(max_length=256)] = field(default_factory=dict)
+    outcomes: Annotated[dict[Tag, Outcome | None], Field(max_length=256)] = field(default_factory=dict)
     provenance: Annotated[
         dict[Label, Annotated[str, Field(max_length=MAX_WORD)] | int | bool], Field(max_length=32)
     ] = field(default_factory=dict)
@@ -233,6 +235,11 @@ def judge(
     if bigram_loss is not None and val_loss >= bigram_loss:
         return SLOW
     return SPIKING if spikes is not None and spikes > MANY_SPIKES else FINISHED
+
+
+def storable(value: float | None) -> float | None:
+    """Return an outcome as a record holds it."""
+    return value if value is not None and abs(value) <= MOST_OUTCOME else None  # no comparison holds of NaN
 
 
 def _by_block(run: Run) -> dict[str, dict[str, dict[str, float]]]:

@@ -321,18 +321,23 @@ def _stability(grid: dict[Point, Cell]) -> list[Block]:
 
 def _outcomes(grid: dict[Point, Cell]) -> list[Block]:
     """Return what was measured of finished models, where something was; a point's runs that failed have nothing."""
-    names = list(dict.fromkeys(name for cell in grid.values() for record in cell.records for name in record.outcomes))
+    found = [(point, [_numbers(record.outcomes) for record in cell.records]) for point, cell in grid.items()]
+    names = list(dict.fromkeys(name for _, records in found for outcomes in records for name in outcomes))
     if not names:
         return []
     words = (
         "Means over the runs of a point, with their standard deviation and number; docs/anatomy.md says what each is."
     )
     rows: list[list[Words]] = []
-    for point, cell in grid.items():
-        columns = [[record.outcomes[name] for record in cell.records if name in record.outcomes] for name in names]
+    for point, records in found:
+        columns = [[outcomes[name] for outcomes in records if name in outcomes] for name in names]
         if any(columns):
             rows.append([" ".join(point), *(_spread(values) for values in columns)])
     return [Heading("Outcomes"), Paragraph(words), Table(["", *names], rows)]
+
+
+def _numbers(outcomes: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: value for name, value in outcomes.items() if value is not None}
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -10,7 +10,6 @@ that failed is recorded as failed, and the rest goes on. `python -m studies.stat
 """
 
 import fcntl
-import math
 import os
 import shutil
 import subprocess
@@ -25,7 +24,7 @@ from typing import NamedTuple
 import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from core import cli
 from core.dataclass_cli import STUDY_OVERRIDES
@@ -35,12 +34,13 @@ from core.memory import LACK
 from core.overrides import CONFIGS
 from core.printable import printable
 from core.run_folder import LAST
+from core.saved_config import texts
 from lightning_modules.composing import compose_run
 from studies.composing import composing_anew
 from studies.decay import LARGEST_BUILT, measure
 from studies.devices import gpus_wanted, taken, visible_gpus
 from studies.grid import LEARNING_RATE, Planned, Study, read
-from studies.record import BROKEN, Record, collect
+from studies.record import BROKEN, Record, collect, storable
 from studies.tables import grids, judging_runs, selected
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -181,18 +181,27 @@ def with_decay(record: Record) -> Record:
 
 
 def with_outcomes(record: Record, folder: Path, outcomes: tuple[str, ...]) -> Record:
-    """Return the record with these outcomes of the run's last weights measured, unless it failed or has none."""
+    """Return the record with these outcomes of the run's last weights measured, unless it failed or has none.
+
+    One that is no number is kept as None: it would be none again.
+    """
     if not outcomes or record.failed or not (folder / LAST).exists():
         return record
     from tools.examination.examine import outcomes_of
 
     try:
-        found = outcomes_of(folder, outcomes)
+        found = outcomes_of(folder, outcomes, allow=named(record))
     except Exception as error:  # a trained run keeps its record
         print(f"{record.name}: no outcomes: {printable(one_line(error))}", file=sys.stderr, flush=True)
         return record
-    known = {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
-    return replace(record, outcomes={**record.outcomes, **known})
+    kept = {name: storable(value) for name, value in found.items()}
+    return replace(record, outcomes={**record.outcomes, **kept})
+
+
+def named(record: Record) -> frozenset[str]:
+    """Return the texts in a run's configuration as its overrides compose it: what they name, the user vouches for."""
+    with composing_anew():
+        return frozenset(texts(OmegaConf.to_container(compose_run(record.overrides))))
 
 
 def lacks_outcomes(plan: Plan, run: Planned) -> bool:

@@ -1,10 +1,13 @@
 """What a study measures of finished models: kept in the record, shown in the report, measured later where it lacks."""
 
+import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from analysis.anatomy.layer_drop import LayerDrop
 from analysis.anatomy.text import held_out
@@ -16,6 +19,7 @@ from studies.report import write
 from studies.run import Plan, lacks_outcomes, planned, with_outcomes
 from tests.support.runs import run
 from tests.support.tool_runs import SMALL
+from tools.examination import examine
 
 STUDY = Study("mine", "laptop", "Which?", "little", {"model.norm": {"rmsnorm": [], "layernorm": []}}, None, (0, 1), ())
 
@@ -62,18 +66,53 @@ def test_a_run_that_failed_or_cannot_be_opened_keeps_its_record(
     assert re.match(r"rmsnorm_seed0: no outcomes: .*\n$", capsys.readouterr().err)
 
 
+def test_classes_of_the_users_own_are_made_where_the_overrides_name_them(
+    plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(plan.runs / "rmsnorm_seed0", tmp_path / "rmsnorm_seed0")
+    placement = "spannorm.placements.spannorm.SpanNorm"  # what has a dot is taken for code of somebody's own
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["module"]["model"]["placement"] = placement
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    record = Record("rmsnorm_seed0", {}, 0, [f"model.placement={placement}"], FINISHED, str(folder))
+    assert with_outcomes(record, folder, ("loss",)).outcomes["loss"] == pytest.approx(math.log(256), abs=1)
+    capsys.readouterr()
+    assert with_outcomes(replace(record, overrides=["model.placement=spannorm"]), folder, ("loss",)).outcomes == {}
+    assert "allow=spannorm.placements.spannorm.SpanNorm runs it" in capsys.readouterr().err
+
+
+def test_what_is_no_number_is_kept_as_none_and_not_measured_again(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """expert_drop is nothing of a dense model; the others are what a diverged one has."""
+    first = STUDY.runs()[0]
+    odd = {"loss": math.nan, "late_drop": math.inf, "hessian_top": 2e15, "layer_drop": -1e15}
+    plan = plan._replace(results=tmp_path, outcomes=(*odd, "expert_drop"))
+    folder, path = plan.runs / first.name, plan.record_of(first)
+    record = Record(first.name, dict(first.point), 0, list(first.overrides), FINISHED, str(folder))
+    measured = with_outcomes(record, folder, ("expert_drop",))
+    assert measured.outcomes == {"expert_drop": None}
+    monkeypatch.setattr(examine, "outcomes_of", lambda *arguments, **options: odd)
+    with_outcomes(measured, folder, tuple(odd)).save(path)
+    expected = {"expert_drop": None, "loss": None, "late_drop": None, "hessian_top": None, "layer_drop": -1e15}
+    assert Record.load(path).outcomes == expected
+    assert not lacks_outcomes(plan, first)
+
+
 def test_the_report_has_a_table_of_them(plan: Plan, tmp_path: Path, undrawn: None) -> None:
     STUDY.save(tmp_path / "study.yaml")
     for planned_run in STUDY.runs():
         point, overrides = dict(planned_run.point), list(planned_run.overrides)
-        outcomes = {"layer_drop": 0.1 + planned_run.seed / 10} if point["model.norm"] == "rmsnorm" else {}
+        drop = {"layer_drop": 0.1 + planned_run.seed / 10} if point["model.norm"] == "rmsnorm" else {"layer_drop": None}
+        outcomes = {**drop, "expert_drop": None}
         made = Record(
             planned_run.name, point, planned_run.seed, overrides, FINISHED, "", outcomes=outcomes, val_loss=2.0
         )
         made.save(tmp_path / f"{planned_run.name}.json")
     text = write(tmp_path).read_text()
     assert "## Outcomes" in text
-    assert "| rmsnorm | 0.15 ± 0.071 (2) |" in text
+    assert "| rmsnorm | 0.15 ± 0.071 (2) |\n" in text
+    assert "expert_drop" not in text
 
 
 def test_names_are_known_before_anything_runs() -> None:

@@ -4,10 +4,12 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,9 +77,6 @@ def test_a_study_from_beginning_to_report(tmp_path: Path) -> None:
     assert good.decay.predicted is not None
     assert len(good.decay.measured) == len(good.decay.predicted) == 2
 
-    written_at = {path: path.stat().st_mtime_ns for path in (tmp_path / RECORDS).glob("*.json")}
-    assert "2 of 2 runs are done" in call(tmp_path, "run", "seeds=[0]", "hydra/launcher=basic")
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / RECORDS).glob("*.json")} == written_at
     assert len(Study.load(tmp_path / RECORDS / "study.yaml").runs()) == 4, (
         "the whole study, also where a part was asked"
     )
@@ -86,10 +85,42 @@ def test_a_study_from_beginning_to_report(tmp_path: Path) -> None:
     assert re.search(r"spannorm_nosuch_seed0 +. broken", status)
     assert re.search(r"spannorm_rmsnorm_seed1 +. to do", status)
     assert "2 of 4 runs have ended" in status
+    check_outcomes(tmp_path, broken, replace(good, status="finished"))
 
     content = events(tmp_path / RUNS / good.name).SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     settings = HParamsPluginData.FromString(content).session_start_info.hparams
     assert settings["model/placement"].string_value == "spannorm"
+
+
+def check_outcomes(folder: Path, broken: Record, good: Record) -> None:
+    """Of a run that is recorded now, and of one that has its record and is measured later; what is done is left alone.
+
+    Two steps are no result, of which nothing is measured: the runs are made out to be of a corpus without counts.
+    """
+
+    def path(record: Record) -> Path:
+        return folder / RECORDS / f"{record.name}.json"
+
+    shutil.copytree(folder / RUNS / good.name, folder / RUNS / "spannorm_rmsnorm_seed1")
+    others = [replace(one, name=one.name.replace("seed0", "seed1"), seed=1) for one in (broken, good)]
+    for record in others:
+        record.save(path(record))
+    summary = folder / RUNS / good.name / "summary.json"
+    counted = json.loads(summary.read_text())
+    summary.write_text(json.dumps({**counted, "bigram_loss": None, "unigram_loss": None}))
+    path(good).unlink()
+
+    written_at = {path(one): path(one).stat().st_mtime_ns for one in (broken, others[0])}
+    out = call(folder, "run", "hydra/launcher=basic", "outcomes=[loss,expert_drop]")
+    assert "3 of 4 runs are done" in out
+    assert "spannorm_rmsnorm_seed0: finished" in out
+    assert "spannorm_rmsnorm_seed1: measured" in out
+    assert {path: path.stat().st_mtime_ns for path in written_at} == written_at
+    for record in (good, others[1]):
+        measured = Record.load(path(record))
+        assert measured.outcomes["loss"] == pytest.approx(record.val_loss, abs=0.2), "of more text than in training"
+        assert measured.outcomes["expert_drop"] is None
+        assert measured.train_loss == record.train_loss
 
 
 @pytest.mark.slow
