@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from analysis.anatomy.text import held_out
 from core import cli
 from core.errors import ConfigError
 from core.open_run import open_run
-from tests.support.pretrained import saved
+from tests.support.pretrained import add_tokenizer, saved
 from tests.support.tool_runs import bpe_corpus, bpe_run, byte_run
 from tools import anatomy, compare
 from tools.examination.examine import Chosen, examine
@@ -139,6 +140,24 @@ def test_an_imported_model_takes_a_corpus(tmp_path: Path, capsys: pytest.Capture
     saved(tmp_path / "theirs", "Llama", vocab_size=257)
     make_run(tmp_path / "theirs", tmp_path / "run")
     assert "an imported model has no data" in refused(capsys, tmp_path / "run")
+
+
+def test_imported_models_are_compared_wherever_their_folders_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path / "theirs", "Llama", vocab_size=300)
+    add_tokenizer(tmp_path / "theirs", 300)
+    corpus = bpe_corpus(tmp_path / "bpe", tokenizer=str(tmp_path / "theirs"))
+    monkeypatch.chdir(tmp_path)
+    make_run(Path("theirs"), Path("one"))
+    shutil.copytree("one", "elsewhere/other")
+    shutil.move("one", "elsewhere/one")
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    names = [f"../elsewhere/{name}" for name in ("one", "other")]
+    anatomy.main([*names, f"data={corpus}", "tokens=50", "measures=lens", "output=report"])
+    first, second = json.loads(Path("report/report.json").read_text())["runs"]
+    assert first["findings"] == second["findings"]
 
 
 @pytest.mark.parametrize(

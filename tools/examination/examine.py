@@ -14,8 +14,7 @@ from analysis.anatomy.measure import Instrument, Measure
 from analysis.anatomy.registry import COMPARISONS, INSTRUMENTS, MEASURES, outcomes
 from analysis.anatomy.text import Text, held_out
 from core.errors import ConfigError, require, suggest
-from core.open_run import OpenRun, open_data, open_run
-from core.saved_config import load_config
+from core.open_run import OpenRun, open_run
 
 FITTING = 4
 """Tokens of the training split that measures may fit something on, for each held-out one."""
@@ -105,7 +104,7 @@ def _text(first: OpenRun, chosen: Chosen) -> Text:
 
     datamodule, length = first.datamodule, first.datamodule.seq_len
     for folder in chosen.runs[1:]:
-        other = open_data(load_config(folder, chosen.allow), chosen.allow)
+        other = open_run(folder, chosen.checkpoint, chosen.allow).datamodule  # with its model, before any is measured
         ours, theirs = datamodule.tokenizer, other.tokenizer
         same = getattr(ours, "content", ours.name) == getattr(theirs, "content", theirs.name)
         valid = f"a run whose tokens are those of {chosen.runs[0]}, {ours.name}; this one has {theirs.name}"
