@@ -1,8 +1,10 @@
 """Paths that a user gives: what no file system would take is refused before anything is written."""
 
 import os
+import tempfile
+from pathlib import Path
 
-from core.errors import require
+from core.errors import require, writing
 
 NAME_BYTES, PATH_BYTES = 255, 4095  # of Linux' and macOS' file systems
 
@@ -20,3 +22,17 @@ def require_path(field: str, value: object, what: str = "the path of a folder") 
     require("\0" not in text, field, value, f"{what}: there is a null character in it")
     long = len(os.fsencode(text)) > PATH_BYTES or any(len(os.fsencode(p)) > NAME_BYTES for p in text.split("/"))
     require(not long, field, value, f"{what}: a name in it has more than {NAME_BYTES} bytes, or all of it {PATH_BYTES}")
+
+
+def require_new_folder(field: str, path: Path) -> None:
+    """Refuse a folder that is there already, or that could not be made; nothing is left of the attempt.
+
+    Raises:
+        ConfigError: says which.
+    """
+    require_path(field, path)
+    with writing(field, path):
+        require(not path.exists(), field, str(path), "a new folder: this one is there already")
+        nearest = next(folder for folder in path.absolute().parents if folder.exists())
+        with tempfile.TemporaryDirectory(dir=nearest):
+            pass

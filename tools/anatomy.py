@@ -15,6 +15,7 @@ from typing import Literal
 from core import cli
 from core.dataclass_cli import FIRST
 from core.errors import require
+from core.paths import require_new_folder
 from core.printable import printable
 
 OUTPUT = Path("runs/anatomy")
@@ -66,7 +67,7 @@ def main(config: AnatomyConfig) -> None:
     output = config.output
     if output is None:
         output = OUTPUT if several else within(config.runs[0], config.runs[0] / "anatomy/report", "give output=FOLDER")
-    require(not output.exists(), "output", str(output), "a new folder: this one is there already")
+    require_new_folder("output", output)
     kept = [kept_of(folder) for folder in config.runs]
     chosen = Chosen(
         config.runs,

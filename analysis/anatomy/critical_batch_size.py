@@ -11,7 +11,7 @@ from torch import Tensor
 
 from analysis.anatomy.findings import Curve, Findings, Picture
 from analysis.anatomy.forward import token_losses
-from analysis.anatomy.measure import Measure
+from analysis.anatomy.measure import Measure, require_fitting
 from analysis.anatomy.text import Batch, Tally, Text
 from core.checkpoint import load
 from core.errors import require
@@ -141,14 +141,17 @@ class CriticalBatchSize(Measure):
             return "its checkpoint is not one file with the state of an optimizer"
         return None if self.branching.lr > 0 else "its learning rate has come to 0"
 
+    def fitting_sequences(self) -> int:
+        """Return those of the fewest steps with the run's own batch."""
+        return 0 if self.branching is None else MIN_STEPS * self.branching.sequences
+
     def __call__(self, model: Transformer, text: Text) -> Findings:
         assert self.branching is not None, "what `lacks` says"
         data, own = _sequences(text.fitting), self.branching.sequences
         sizes = {n: int(own * 2.0**n) for n in range(self.least, self.most + 1)}
         count = len(data["tokens"])
         tried = {n: size for n, size in sizes.items() if size >= 1 and count // size >= MIN_STEPS}
-        valid = f"more: of {count} sequences for fitting, {MIN_STEPS} steps of {own} cannot be taken"
-        require(0 in tried, "tokens", text.num_tokens, valid)
+        require_fitting(self.name, self.fitting_sequences(), count, text.num_tokens)
         # All branches go through the same tokens, in whole batches of each.
         used = count - count % max(tried.values())
         data = {name: rows[:used] for name, rows in data.items()}

@@ -6,6 +6,7 @@ from typing import ClassVar, Self
 
 from analysis.anatomy.findings import Findings
 from analysis.anatomy.text import Text
+from core.errors import require
 from core.open_run import OpenRun
 from lightning_modules.transformer import Transformer
 
@@ -42,9 +43,19 @@ class Measure(Instrument):
         """Return the measure with what it needs of a run beside its model, such as the optimizer's state."""
         return self
 
+    def fitting_sequences(self) -> int:
+        """Return how many sequences it needs at least of the text's part for fitting."""
+        return 0
+
     def lacks(self, model: Transformer) -> str | None:
         """Say in words why there is nothing to measure of this model; None: there is."""
         return None
+
+
+def require_fitting(name: str, needed: int, sequences: int, tokens: int) -> None:
+    """Raise ConfigError where a text of so many tokens has fewer sequences for fitting than a measure needs."""
+    valid = f"more: {name} needs {needed} sequences for fitting, and there are {sequences}"
+    require(sequences >= needed, "tokens", tokens, valid)
 
 
 @dataclass(frozen=True)

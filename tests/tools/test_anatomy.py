@@ -185,6 +185,36 @@ def test_mistakes_are_said_before_anything_is_written(
     assert not output.exists()
 
 
+def test_what_would_be_refused_in_the_end_is_refused_before_anything_is_measured(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*_: object) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(LayerDrop, "__call__", measured)
+    one = [runs[0], "measures=layer_drop,critical_batch_size", f"output={tmp_path / 'report'}"]
+    assert refused(capsys, *one, "tokens=100") == (
+        "Error: tokens=100 is not valid: expected more: critical_batch_size needs 32 sequences for fitting, and there "
+        "are 9"
+    )
+    second = shutil.copytree(runs[1], tmp_path / "second")
+    two = [runs[0], runs[1], second, "measures=layer_drop,critical_batch_size", f"output={tmp_path / 'report'}"]
+    config = (second / "config.yaml").read_text()
+    (second / "config.yaml").write_text(config.replace("accumulate_grad_batches: 1", "accumulate_grad_batches: 16"))
+    assert "needs 512 sequences for fitting" in refused(capsys, *two, "tokens=4000")
+    (second / "checkpoints/last.ckpt").write_bytes(b"broken")
+    assert "a whole checkpoint; this file cannot be read as one" in refused(capsys, *two)
+    (second / "checkpoints/last.ckpt").unlink()
+    assert "last.ckpt is not there" in refused(capsys, *two)
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file/report", "/proc/nowhere/report", tmp_path / ("long" * 100)):
+        assert re.match(r"Error: output=.* is not valid", refused(capsys, *one[:-1], f"output={output}"))
+    assert not (tmp_path / "report").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"second", "file"}
+    with pytest.raises(AssertionError, match="measured"):
+        anatomy.main([str(runs[0]), "measures=layer_drop", f"output={tmp_path / 'new/report'}"])
+
+
 def test_runs_of_other_tokens_are_not_compared(
     runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

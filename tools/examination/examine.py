@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from analysis.anatomy.findings import Findings
-from analysis.anatomy.measure import Instrument, Measure
+from analysis.anatomy.measure import Instrument, Measure, require_fitting
 from analysis.anatomy.registry import COMPARISONS, INSTRUMENTS, MEASURES, outcomes
 from analysis.anatomy.text import Text, held_out
 from core.errors import ConfigError, require, suggest
@@ -91,7 +91,14 @@ def examine(chosen: Chosen) -> tuple[Text, list[Examined]]:
         ConfigError: a run cannot be opened, its tokens are not the first one's, or there is no text.
     """
     first = open_run(chosen.runs[0], chosen.checkpoint, chosen.allow)
-    text = _text(first, chosen)
+    length, needed = _wants(first, chosen)
+    for folder in chosen.runs[1:]:  # all are opened before any is measured: a refusal after that loses what was found
+        their_length, theirs = _wants_beside(first, folder, chosen)
+        length = min(length, their_length)
+        needed |= {name: max(count, needed.get(name, 0)) for name, count in theirs.items()}
+    text = _text(first, length, chosen)
+    for name, count in needed.items():
+        require_fitting(name, count, sum(len(batch.inputs) for batch in text.fitting), chosen.tokens)
     examined = []
     for number, folder in enumerate(chosen.runs):
         run = first if number == 0 else open_run(folder, chosen.checkpoint, chosen.allow)
@@ -99,22 +106,36 @@ def examine(chosen: Chosen) -> tuple[Text, list[Examined]]:
     return text, examined
 
 
-def _text(first: OpenRun, chosen: Chosen) -> Text:
+def _wants(run: OpenRun, chosen: Chosen) -> tuple[int, dict[str, int]]:
+    """Return the length of a run's sequences, and how many of them its measures want for fitting, by their names."""
+    made = (_of_run(name, run, chosen) for name in chosen.measures if name in MEASURES)
+    wanting = (measure for measure in made if measure.lacks(run.module.model) is None)
+    return run.datamodule.seq_len, {measure.name: measure.fitting_sequences() for measure in wanting}
+
+
+def _wants_beside(first: OpenRun, folder: Path, chosen: Chosen) -> tuple[int, dict[str, int]]:
+    """Return the same of another run, which is opened and let go again."""
+    other = open_run(folder, chosen.checkpoint, chosen.allow)
+    ours, theirs = first.datamodule.tokenizer, other.datamodule.tokenizer
+    same = getattr(ours, "content", ours.name) == getattr(theirs, "content", theirs.name)
+    same = same and first.datamodule.vocab_size == other.datamodule.vocab_size
+    valid = f"a run whose tokens are those of {first.folder}, {ours.name}; this one has {theirs.name}"
+    require(same, "RUN", str(folder), valid)
+    return _wants(other, chosen)
+
+
+def _text(first: OpenRun, length: int, chosen: Chosen) -> Text:
     from tools.evaluation.corpora import open_corpus
 
-    datamodule, length = first.datamodule, first.datamodule.seq_len
-    for folder in chosen.runs[1:]:
-        other = open_run(folder, chosen.checkpoint, chosen.allow).datamodule  # with its model, before any is measured
-        ours, theirs = datamodule.tokenizer, other.tokenizer
-        same = getattr(ours, "content", ours.name) == getattr(theirs, "content", theirs.name)
-        valid = f"a run whose tokens are those of {chosen.runs[0]}, {ours.name}; this one has {theirs.name}"
-        require(same and datamodule.vocab_size == other.vocab_size, "RUN", str(folder), valid)
-        length = min(length, other.seq_len)
-    if chosen.data is not None:
-        datamodule = open_corpus(first, chosen.data)
+    datamodule = first.datamodule if chosen.data is None else open_corpus(first, chosen.data)
     datamodule.prepare_data()
     datamodule.seq_len = length
     return held_out(datamodule, chosen.tokens, chosen.batch_size, FITTING * chosen.tokens)
+
+
+def _of_run(name: str, run: OpenRun, chosen: Chosen) -> Any:
+    measure = make(INSTRUMENTS[name], chosen.skip)
+    return measure.of_run(run) if isinstance(measure, Measure) else measure
 
 
 def _examine(run: OpenRun, first: OpenRun | None, text: Text, chosen: Chosen) -> Examined:
@@ -122,9 +143,7 @@ def _examine(run: OpenRun, first: OpenRun | None, text: Text, chosen: Chosen) ->
     found: dict[str, Findings] = {}
     left_out: dict[str, str] = {}
     for name in chosen.measures:
-        measure: Any = make(INSTRUMENTS[name], chosen.skip)
-        if isinstance(measure, Measure):
-            measure = measure.of_run(run)
+        measure = _of_run(name, run, chosen)
         models = (model,) if isinstance(measure, Measure) else (first and first.module.model, model)
         if None in models:
             continue

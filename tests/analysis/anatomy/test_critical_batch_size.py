@@ -162,7 +162,7 @@ def test_too_little_to_train_on_is_refused(tmp_path: Path) -> None:
     module = trained(tmp_path)
     assert module.model is not None
     for fitting in (7, 0):
-        with pytest.raises(ConfigError, match=rf"more: of {2 * fitting} sequences for fitting, 8 steps of 2 cannot"):
+        with pytest.raises(ConfigError, match=rf"needs 16 sequences for fitting, and there are {2 * fitting}$"):
             CriticalBatchSize(branching=branching(tmp_path, module))(module.model, text(fitting))
 
 
