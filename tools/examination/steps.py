@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from core.untrusted import read_json
+from core.untrusted import MIB, Untrusted, beyond, bound, parse_json, read_bytes
 from studies.figures import drawable, drawn_label, pyplot
 from tools.examination.pictures import MAX_PANELS, PLAIN
 from tools.picture import save_picture
@@ -16,7 +16,11 @@ from tools.picture import save_picture
 FOLDER = "anatomy/steps"
 """Below the run's: callbacks.monitors.anatomy.FOLDER."""
 MAX_STEPS = 10_000
-Number = float | None
+MAX_BYTES = 64 * MIB
+"""Of all the files of a run."""
+MAX_SCALARS = 64
+"""Of a run; each has a panel of its own, and all measures together have about forty."""
+Number = Annotated[float, Field(allow_inf_nan=False)] | None
 Name = Annotated[str, Field(pattern=r"^[a-z0-9_]+$", max_length=100)]
 MAX_TICKS = 7
 LEAST = 1e-4
@@ -34,8 +38,8 @@ class KeptCurve:
 class KeptFindings:
     """Holds what one measure has found at a step; only what is drawn is read."""
 
-    scalars: dict[Name, Number] = field(default_factory=dict)
-    curves: dict[Name, KeptCurve] = field(default_factory=dict)
+    scalars: Annotated[dict[Name, Number], Field(max_length=MAX_SCALARS)] = field(default_factory=dict)
+    curves: Annotated[dict[Name, KeptCurve], Field(max_length=64)] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Kept:
     """Holds what was found after so many steps."""
 
     step: Annotated[int, Field(ge=0, le=10**15)]
-    findings: dict[Name, KeptFindings]
+    findings: Annotated[dict[Name, KeptFindings], Field(max_length=64)]
 
     def scalars(self) -> dict[str, float]:
         """Return the scalars of all measures."""
@@ -55,10 +59,25 @@ def kept_of(folder: Path) -> list[Kept]:
     """Return what was kept of a run, in the order of its steps; nothing, where nothing was.
 
     Raises:
-        Untrusted: a file is not what the callback writes.
+        Untrusted: a file is not what the callback writes, or all together are more than is read.
     """
-    paths = sorted((folder / FOLDER).glob("*.json"))[:MAX_STEPS]
-    return sorted((read_json(path, Kept) for path in paths), key=lambda kept: kept.step)
+    kept: list[Kept] = []
+    left, names, blocks = bound(MAX_BYTES), set[str](), set[int]()
+    for path in sorted((folder / FOLDER).glob("*.json"))[:MAX_STEPS]:
+        content = read_bytes(path)
+        left -= len(content)
+        if left < 0:
+            raise Untrusted(beyond(f"{path.parent} has more than {bound(MAX_BYTES):,} bytes", MAX_BYTES))
+        part: Kept = parse_json(content, path, Kept)
+        names |= part.scalars().keys()
+        blocks |= {len(curve.values) for curve in [_drop_curve(part)] if curve is not None}
+        if len(names) > bound(MAX_SCALARS):
+            raise Untrusted(beyond(f"{path.parent} has {len(names)} scalars", MAX_SCALARS))
+        if len(blocks) > 1 or 0 in blocks:
+            counts = " and ".join(map(str, sorted(blocks)))
+            raise Untrusted(f"{path} cannot be read: drop_by_block has values of {counts} blocks")
+        kept.append(part)
+    return sorted(kept, key=lambda part: part.step)
 
 
 def draw_scalars(kept: Mapping[str, Sequence[Kept]], output: Path) -> None:
@@ -94,7 +113,8 @@ def draw_drops(kept: Mapping[str, Sequence[Kept]], output: Path) -> None:
     for axes in grid.flat[len(kept) :]:
         axes.axis("off")
     drops = {label: [_drops(part) for part in steps] for label, steps in kept.items()}
-    most = max((value for steps in drops.values() for values in steps for value in values), default=1.0)
+    known = (value for steps in drops.values() for values in steps for value in values if not math.isnan(value))
+    most = max(known, default=1.0)
     scale = LogNorm(LEAST, max(most, 10 * LEAST))
     for axes, (label, steps) in zip(grid.flat, kept.items(), strict=False):
         image: Any = axes.imshow(list(zip(*drops[label], strict=True)), aspect="auto", origin="lower", norm=scale)
@@ -110,11 +130,17 @@ def draw_drops(kept: Mapping[str, Sequence[Kept]], output: Path) -> None:
     plt.close(figure)
 
 
+def _drop_curve(part: Kept) -> KeptCurve | None:
+    return part.findings.get("layer_drop", KeptFindings()).curves.get("drop_by_block")
+
+
 def _drops(part: Kept) -> list[float]:
-    values = part.findings["layer_drop"].curves["drop_by_block"].values
-    return [max(LEAST, value) if value is not None else LEAST for value in values]
+    curve = _drop_curve(part)
+    assert curve is not None, "what `has_drops` says"
+    values = drawable([math.nan if value is None else value for value in curve.values])
+    return [value if math.isnan(value) else max(LEAST, value) for value in values]
 
 
 def has_drops(steps: Sequence[Kept]) -> bool:
     """Return whether every step has the loss without each block."""
-    return all("drop_by_block" in part.findings.get("layer_drop", KeptFindings()).curves for part in steps)
+    return all(_drop_curve(part) is not None for part in steps)
