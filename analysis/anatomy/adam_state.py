@@ -1,5 +1,6 @@
 """Reads Adam's second moments from a checkpoint: what its steps are divided by."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
@@ -51,11 +52,22 @@ class AdamState:
             model: whose parameters that need gradients all are to have a second moment.
 
         Returns:
-            None where some have none: another optimizer, or no state at all.
+            None where some have none, or none that Adam could have kept: another optimizer, no state at all, or one
+            that a stranger has made up.
         """
+        try:
+            return cls._of(checkpoint, model)
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError):
+            return None
+
+    @classmethod
+    def _of(cls, checkpoint: Mapping[str, Any], model: nn.Module) -> Self | None:
         states = checkpoint.get("optimizer_states") or [checkpoint.get("optimizer_0", {})]
-        names = [name for name, _ in model.named_parameters()]
-        name_of: dict[int | str, str] = {**dict(enumerate(names)), **{f"{PREFIX}{name}": name for name in names}}
+        parameters = dict(model.named_parameters())
+        name_of: dict[int | str, str] = {
+            **dict(enumerate(parameters)),
+            **{f"{PREFIX}{name}": name for name in parameters},
+        }
         groups = states[0].get("param_groups", [])
         moments: dict[str, Moment] = {}
         for group in groups:
@@ -64,10 +76,10 @@ class AdamState:
             for key in group["params"]:
                 kept = states[0]["state"].get(key, {})
                 if {"exp_avg_sq", "step"} <= kept.keys() and key in name_of:
-                    square, steps, betas = kept["exp_avg_sq"], int(kept["step"]), tuple(group["betas"])
-                    moments[name_of[key]] = Moment(square, steps, betas, group["eps"], rate)
-        wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        return cls(moments, groups[0]["lr"], _peak(groups[0])) if wanted and wanted <= moments.keys() else None
+                    name = name_of[key]
+                    moments[name] = _moment(kept, group, rate, parameters[name])
+        wanted = {name for name, parameter in parameters.items() if parameter.requires_grad}
+        return cls(moments, _number(groups[0]["lr"]), _peak(groups[0])) if wanted and wanted <= moments.keys() else None
 
     @property
     def beta1(self) -> float:
@@ -99,4 +111,21 @@ class AdamState:
 
 
 def _peak(group: Mapping[str, Any]) -> float:
-    return float(group.get("initial_lr", group["lr"]))
+    return _number(group.get("initial_lr", group["lr"]))
+
+
+def _moment(kept: Mapping[str, Any], group: Mapping[str, Any], rate: float, parameter: Tensor) -> Moment:
+    """Return what is kept of a parameter; raises ValueError where Adam could not have kept it."""
+    square, steps = kept["exp_avg_sq"], int(_number(kept["step"]))
+    beta1, beta2 = map(_number, group["betas"])
+    if square.shape != parameter.shape or not square.is_floating_point() or max(beta1, beta2) >= 1:
+        raise ValueError("no second moment of this parameter")
+    return Moment(square, steps, (beta1, beta2), _number(group["eps"]), rate)
+
+
+def _number(value: Any) -> float:
+    """Return a number that has to be finite and not negative, as all are that Adam goes by."""
+    number = float(value)
+    if isinstance(value, str) or not 0 <= number < math.inf:
+        raise ValueError("no such number")
+    return number

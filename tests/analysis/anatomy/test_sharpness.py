@@ -1,5 +1,7 @@
 """Sharpness against whole Hessians of tiny models, and Adam's preconditioner against a step of torch's AdamW."""
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -187,6 +189,45 @@ def test_without_second_moments_nothing_is_preconditioned(tmp_path: Path) -> Non
     assert AdamState.of({}, model) is None
     (note,) = Sharpness(iterations=3)(model, text()).notes
     assert note == "Without the second moments of Adam nothing is preconditioned."
+
+
+ODD: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "shape": lambda state: state["state"][0].update(exp_avg_sq=torch.zeros(3)),
+    "integers": lambda state: state["state"][0].update(exp_avg_sq=state["state"][0]["exp_avg_sq"].int()),
+    "no tensor": lambda state: state["state"][0].update(exp_avg_sq=[0.0]),
+    "step": lambda state: state["state"][0].update(step="x"),
+    "digits": lambda state: state["state"][0].update(step="3"),
+    "steps": lambda state: state["state"][0].update(step=torch.ones(2)),
+    "endless step": lambda state: state["state"][0].update(step=float("inf")),
+    "long step": lambda state: state["state"][0].update(step=10**400),
+    "no moments": lambda state: state["state"][0].clear(),
+    "kept": lambda state: state["state"].update({0: [1, 2]}),
+    "state": lambda state: state.update(state=None),
+    "no betas": lambda state: [group.pop("betas") for group in state["param_groups"]],
+    "one beta": lambda state: [group.update(betas=(0.9,)) for group in state["param_groups"]],
+    "beta of 1": lambda state: [group.update(betas=(1.0, 0.9)) for group in state["param_groups"]],
+    "eps": lambda state: [group.update(eps=None) for group in state["param_groups"]],
+    "no rate": lambda state: [group.pop("lr") for group in state["param_groups"]],
+    "rate": lambda state: [group.update(lr=float("nan")) for group in state["param_groups"]],
+    "no parameters": lambda state: [group.pop("params") for group in state["param_groups"]],
+    "parameters": lambda state: [group.update(params=[[0]]) for group in state["param_groups"]],
+    "no groups": lambda state: state["param_groups"].clear(),
+    "groups": lambda state: state.update(param_groups=7),
+}
+
+
+def test_a_state_that_adam_has_not_kept_preconditions_nothing(tmp_path: Path) -> None:
+    module = make()
+    content, model = trained(tmp_path, module), module.model
+    assert model is not None
+    assert AdamState.of(content, model) is not None
+    for name, change in ODD.items():
+        odd = copy.deepcopy(content)
+        change(odd["optimizer_states"][0])
+        assert AdamState.of(odd, model) is None, name
+    for states in ("x", 3, [], [None], [[]], {"a": 1}):
+        assert AdamState.of({"optimizer_states": states}, model) is None, states
+    assert AdamState.of({"optimizer_0": "x"}, model) is None
 
 
 def test_what_cannot_be_differentiated_twice_is_said() -> None:
