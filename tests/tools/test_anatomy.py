@@ -12,7 +12,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from analysis.anatomy.layer_drop import LayerDrop
+from analysis.anatomy.layer_drop import SKIPS, LayerDrop
+from analysis.anatomy.sharpness import Sharpness
+from analysis.anatomy.similarity import CrossSimilarity
 from analysis.anatomy.text import held_out
 from core import cli
 from core.errors import ConfigError
@@ -91,6 +93,63 @@ def test_the_figures_are_those_of_the_measure_by_itself(report: Path, runs: list
         with torch.no_grad():
             losses = [opened.module(b.inputs, b.positions, b.targets)[0].by_token for b in text]
         assert reported["scalars"]["loss"] == pytest.approx(float(torch.cat(losses).mean()), abs=1e-5)
+
+
+def test_comparisons_are_of_the_first_run_and_the_other(report: Path, runs: list[Path]) -> None:
+    first, second = (open_run(folder) for folder in runs)
+    first.datamodule.prepare_data()
+    text = held_out(first.datamodule, 300)
+    assert first.datamodule.seq_len == 48
+    found = CrossSimilarity()(first.module.model, second.module.model, text).matrices["cross_cka"]
+    reported = json.loads((report / "report.json").read_text())["runs"][1]["findings"]["cross_similarity"]
+    np.testing.assert_allclose(reported["matrices"]["cross_cka"], found, rtol=1e-4)
+    np.testing.assert_raises(AssertionError, np.testing.assert_allclose, found, np.transpose(found), rtol=1e-2)
+
+
+def test_fields_reach_what_they_are_for(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def found(*arguments: str) -> dict[str, Any]:
+        output = tmp_path / f"report{len(list(tmp_path.iterdir()))}"
+        anatomy.main([*arguments, "tokens=200", f"output={output}"])
+        (run,) = json.loads((output / "report.json").read_text())["runs"]
+        findings: dict[str, Any] = run["findings"]
+        return findings
+
+    folder = runs[1]
+    content = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+    content["state_dict"]["model.head.weight"].zero_()
+    torch.save(content, tmp_path / "blank.ckpt")
+    findings = found(str(folder), "measures=layer_drop", f"checkpoint={tmp_path / 'blank.ckpt'}")
+    assert findings["layer_drop"]["scalars"]["loss"] == pytest.approx(math.log(257), abs=1e-5)
+
+    opened = open_run(folder)
+    opened.datamodule.prepare_data()
+    tops = [
+        Sharpness()(opened.module.model, held_out(opened.datamodule, 200, size)).scalars["hessian_top"]
+        for size in (1, 4)
+    ]
+    assert tops[0] != pytest.approx(tops[1], rel=0.01)
+    findings = found(str(folder), "measures=sharpness", "batch_size=1")
+    assert findings["sharpness"]["scalars"]["hessian_top"] == pytest.approx(tops[0], rel=1e-3)
+
+    without: list[float] = []
+    for skip in ("identity", "placement"):
+        findings = found(str(folder), "measures=layer_drop,pruning", f"skip={skip}")
+        curves = {name: curve for part in findings.values() for name, curve in part["curves"].items()}
+        without.append(curves["pruning_by_count"]["values"][-1])
+        assert without[-1] == pytest.approx(curves["cut_by_count"]["values"][-1], abs=1e-6), "both without all blocks"
+        (note,) = findings["pruning"]["notes"]
+        assert note == SKIPS[skip]
+    assert without[0] != pytest.approx(without[1], abs=1e-3)
+
+    own = shutil.copytree(folder, tmp_path / "own")
+    config = (own / "config.yaml").read_text()
+    placement = "spannorm.placements.spannorm.SpanNorm"  # what has a dot is taken for code of somebody's own
+    (own / "config.yaml").write_text(config.replace("placement: spannorm\n", f"placement: {placement}\n"))
+    assert f"allow={placement} runs it" in refused(capsys, own, f"output={tmp_path / 'none'}")
+    findings = found(str(own), "measures=lens", f"allow={placement}")
+    assert set(findings) == {"lens"}
+    beside = tmp_path / "beside"  # the second run's too
+    anatomy.main([str(folder), str(own), "tokens=50", "measures=lens", f"allow={placement}", f"output={beside}"])
 
 
 def test_differences_are_paired_document_by_document(report: Path) -> None:

@@ -99,7 +99,9 @@ def test_losses_of_branches_against_a_loop(tmp_path: Path) -> None:
     assert module.model is not None
     measure = CriticalBatchSize(branching=branching(tmp_path, module), most=7, tolerance=0.0)
     steps: list[None] = []
+    state = torch.get_rng_state()
     found = measure(module.model, made.watched(lambda: steps.append(None)))
+    assert torch.equal(torch.get_rng_state(), state)
     assert len(steps) == 64 + 32 + 16 + 8 + 4 * len(made.batches), "what a bar shows"
     data = rows_of(made)[:64]
     expected = [

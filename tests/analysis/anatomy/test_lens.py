@@ -86,6 +86,18 @@ def test_the_lens_starts_as_the_logit_lens_and_only_improves_what_it_is_fitted_o
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_a_tuned_lens_never_sees_what_it_is_measured_on() -> None:
+    model, here, there = trained_like(num_layers=2), make_text(), make_text(batches=4)
+    tuned = TunedLens(steps=3, lr=1e-2)
+    text = dataclasses.replace(here, fitting=here.batches[:1])
+    ((matrix, _), *_), ((of_another, _), *_) = (
+        tuned.fit(model, dataclasses.replace(text, batches=batches)) for batches in (here.batches, there.batches[2:])
+    )
+    assert torch.equal(matrix, of_another)
+    ((fitted_elsewhere, _), *_) = tuned.fit(model, dataclasses.replace(text, fitting=there.batches[2:]))
+    assert not torch.allclose(matrix, fitted_elsewhere)
+
+
 def test_a_text_without_a_training_part_is_refused() -> None:
     with pytest.raises(ConfigError, match="one to fit the lens on"):
         TunedLens()(trained_like(), make_text())

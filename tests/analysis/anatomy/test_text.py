@@ -25,6 +25,9 @@ def test_the_text_is_the_beginning_of_the_validation_sample(tmp_path: Path) -> N
     assert torch.equal(torch.cat([first.inputs, first.targets[:, -1:]], 1), expected["tokens"])
     assert first.positions is not None
     assert torch.equal(first.positions, expected["positions"])
+    trained_on = torch.from_numpy(data.samples("train").read(np.arange(3))["tokens"])
+    assert torch.equal(torch.cat([batch.inputs for batch in text.fitting]), trained_on[:, :-1])
+    assert not torch.equal(trained_on, expected["tokens"][:3])
     assert text.tokens_by_document.sum() == 224
     assert text.num_documents == len(text.tokens_by_document) == 1  # there is one document to validate on
     again = held_out(data, 200, batch_size=7)

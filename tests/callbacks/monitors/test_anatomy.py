@@ -1,10 +1,15 @@
 """Anatomy during training: what it keeps is what the weights say afterwards, and training does not notice."""
 
 import json
+from functools import partialmethod
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.plugins import Precision
+from torch import nn
 
 from analysis.anatomy.layer_drop import LayerDrop
 from analysis.anatomy.text import held_out
@@ -12,9 +17,10 @@ from callbacks.monitors.anatomy import Anatomy
 from core.checkpoint import load
 from core.errors import ConfigError
 from core.open_run import open_run
+from lightning_modules.language_module import LanguageModule
 from tests.support.fitting import loader, make_trainer
-from tests.support.models import make_module, tokens
-from tests.support.runs import run, scalars
+from tests.support.models import make_module, tiny_values, tokens
+from tests.support.runs import TinyData, run, scalars
 
 JOB = ["trainer.max_steps=5", "model.placement=spannorm", "callbacks.text_sample=null"]
 
@@ -57,6 +63,58 @@ def test_a_trainer_without_a_datamodule_is_refused(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, limit_val_batches=0, callbacks=[callback], logger=False, max_steps=1)
     with pytest.raises(ConfigError, match=r"callbacks\.anatomy='Anatomy' is not valid: it takes its text from a"):
         trainer.fit(make_module(), loader(tokens(2, 7)), loader(tokens(2, 7)))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch looks at it while it traces
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own inductor still imports it
+def test_what_is_compiled_is_measured_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No graph is made of blocks, in which nothing could be left out; training makes its own, before and after."""
+    graphs: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(1)
+        return graph.forward
+
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend))
+    data = TinyData(tmp_path)
+    data.prepare_data()
+    torch.manual_seed(0)
+    module = LanguageModule(tiny_values(compile=True, num_layers=1, placement="prenorm"), {}, data.vocab_size)
+    module.configure_model()
+    callback = Anatomy(str(tmp_path), every_n_steps=1, tokens=32, measures=["layer_drop"])
+    trainer: Any = SimpleNamespace(
+        datamodule=data,
+        global_step=0,
+        is_global_zero=True,
+        precision_plugin=Precision(),
+        world_size=1,
+        callback_metrics={},
+        loggers=[],
+    )
+    callback.on_train_start(trainer, module)
+    callback.on_train_batch_start(trainer, module, None, 0)
+    assert (tmp_path / "anatomy/steps/0.json").exists()
+    assert not graphs
+    module.model(next(iter(held_out(data, 32))).inputs)  # type: ignore[misc]
+    assert graphs
+
+
+def test_accumulated_batches_are_measured_once_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = TinyData(tmp_path)
+    module = LanguageModule(tiny_values(num_layers=1), {"warmup_steps": 0}, data.vocab_size)
+    callback = Anatomy(str(tmp_path), every_n_steps=2, tokens=32, measures=["layer_drop"])
+    measured: list[float] = []
+    called = LayerDrop.__call__
+
+    def count(self: LayerDrop, model: Any, text: Any) -> Any:
+        measured.append(model.head.weight.sum().item())
+        return called(self, model, text)
+
+    monkeypatch.setattr(LayerDrop, "__call__", count)
+    options: dict[str, Any] = {"accumulate_grad_batches": 3, "max_steps": 4, "limit_val_batches": 0, "logger": False}
+    make_trainer(tmp_path, callbacks=[callback], **options).fit(module, datamodule=data)
+    assert sorted(int(path.stem) for path in (tmp_path / "anatomy/steps").iterdir()) == [0, 2, 4]
+    assert len(measured) == len(set(measured)) == 3
 
 
 @pytest.mark.parametrize(
