@@ -16,6 +16,7 @@ from core import cli
 from core.dataclass_cli import FIRST
 from core.errors import require
 from core.printable import printable
+from tools.run_labels import labels
 
 OUTPUT = Path("runs/anatomy")
 
@@ -50,6 +51,7 @@ class AnatomyConfig:
         require(self.tokens >= 1, "tokens", self.tokens, "an integer >= 1")
         valid = "an integer >= 1"
         require(self.batch_size is None or self.batch_size >= 1, "batch_size", self.batch_size, valid)
+        labels(self.runs)  # which refuses a run that is given twice
 
 
 @cli.tool

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,21 @@ def test_differences_are_paired_document_by_document(report: Path) -> None:
     assert difference["low"] <= difference["value"] <= difference["high"]
 
 
+def test_runs_whose_folders_end_alike_keep_their_figures(runs: list[Path], tmp_path: Path) -> None:
+    folders = [tmp_path / name / "x/seed0" for name in ("a", "b")]
+    for link, folder in zip(folders, runs, strict=True):
+        shutil.copytree(folder, link)
+    output = tmp_path / "report"
+    anatomy.main([*map(str, folders), "tokens=48", "measures=layer_drop", f"output={output}"])
+    content = json.loads((output / "report.json").read_text())
+    assert [run["label"] for run in content["runs"]] == ["a/x/seed0", "b/x/seed0"]
+    assert set(content["differences"]["layer_drop"]) == {"b/x/seed0"}
+    values = [run["findings"]["layer_drop"]["scalars"]["loss"] for run in content["runs"]]
+    reported = content["intervals"]["layer_drop"]
+    assert [reported[label]["loss"][0]["value"] for label in ("a/x/seed0", "b/x/seed0")] == pytest.approx(values)
+    assert values[0] != values[1]
+
+
 def test_tensorboard_has_curves_and_pictures(report: Path) -> None:
     def events(name: str) -> Any:
         accumulator = EventAccumulator(str(report / "tensorboard" / name), size_guidance={"scalars": 0, "images": 0})
@@ -164,6 +180,14 @@ def test_mistakes_are_said_before_anything_is_written(
     output = tmp_path / "report"
     assert re.search(message, refused(capsys, runs[1], f"output={output}", *arguments))
     assert not output.exists()
+
+
+def test_a_run_is_compared_with_others_only(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "link").symlink_to(runs[0])
+    message = refused(capsys, *runs, tmp_path / "link", f"output={tmp_path / 'report'}")
+    assert message == f"Error: RUN='{runs[0]}' is not valid: expected a folder that is given once"
 
 
 def test_runs_of_other_tokens_are_not_compared(

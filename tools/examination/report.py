@@ -17,10 +17,10 @@ from analysis.anatomy.text import Text
 from core.errors import writing
 from studies.document import Block, Bullets, Code, Heading, Paragraph, Table, Words, markdown
 from studies.document import Picture as Shown
-from tools.compare import labels
 from tools.examination.examine import Examined
 from tools.examination.pictures import draw
 from tools.examination.steps import Kept, draw_drops, draw_scalars, has_drops
+from tools.run_labels import labels
 
 
 @dataclass(frozen=True)
