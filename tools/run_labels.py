@@ -7,17 +7,33 @@ from pathlib import Path
 from core.errors import require
 
 
-def labels(folders: Sequence[Path]) -> list[str]:
+def labels(folders: Sequence[Path], checkpoints: Sequence[Path] = ()) -> list[str]:
     """Return a name for each of several runs' folders: its experiment, or as many of its path's parts as it takes.
 
+    Args:
+        folders: of the runs.
+        checkpoints: one of each, if they count: a folder may then stand several times, and the checkpoints' paths tell
+            it apart.
+
     Raises:
-        ConfigError: a folder stands twice.
+        ConfigError: a folder stands twice, or with the same checkpoint.
     """
     paths = [folder.resolve() for folder in folders]
-    for folder, path in zip(folders, paths, strict=True):
-        require(paths.count(path) == 1, "RUN", str(folder), "a folder that is given once")
-    experiments = [path.parent.name for path in paths]
-    return experiments if len(set(experiments)) == len(paths) else endings(paths, 2)
+    given = list(zip(paths, [checkpoint.resolve() for checkpoint in checkpoints] or paths, strict=True))
+    valid = "one that is given once, or with another checkpoint" if checkpoints else "a folder that is given once"
+    for folder, each in zip(folders, given, strict=True):
+        require(given.count(each) == 1, "RUN", str(folder), valid)
+    different = list(dict.fromkeys(paths))
+    experiments = [path.parent.name for path in different]
+    names = experiments if len(set(experiments)) == len(different) else endings(different, 2)
+    name_of = dict(zip(different, names, strict=True))
+    found = [name_of[path] for path in paths]
+    for path in different:
+        places = [place for place, other in enumerate(paths) if other == path]
+        if len(places) > 1:
+            for place, end in zip(places, endings([checkpoints[place].absolute() for place in places]), strict=True):
+                found[place] += f" {end}"
+    return found
 
 
 def endings(paths: Sequence[Path], least: int = 1) -> list[str]:

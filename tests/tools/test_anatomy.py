@@ -187,7 +187,51 @@ def test_a_run_is_compared_with_others_only(
 ) -> None:
     (tmp_path / "link").symlink_to(runs[0])
     message = refused(capsys, *runs, tmp_path / "link", f"output={tmp_path / 'report'}")
-    assert message == f"Error: RUN='{runs[0]}' is not valid: expected a folder that is given once"
+    assert message == (
+        f"Error: RUN='{runs[0]}' is not valid: expected one that is given once, or with another checkpoint"
+    )
+
+
+def test_two_checkpoints_of_a_run_stand_side_by_side(runs: list[Path], tmp_path: Path) -> None:
+    """The earlier one is the last with other routers."""
+    content = torch.load(runs[1] / "checkpoints/last.ckpt", weights_only=False)
+    for name, weight in content["state_dict"].items():
+        if "router" in name:
+            weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+    earlier = tmp_path / "earlier.ckpt"
+    torch.save(content, earlier)
+    output, alone = tmp_path / "report", tmp_path / "alone"
+    arguments = ["tokens=64", "measures=layer_drop,routing_agreement"]
+    anatomy.main([str(runs[1]), f"checkpoint={earlier},last", f"output={output}", *arguments])
+    anatomy.main([str(runs[1]), f"checkpoint={earlier}", f"output={alone}", "tokens=64", "measures=layer_drop"])
+    found = json.loads((output / "report.json").read_text())["runs"]
+    experiment = runs[1].resolve().parent.name
+    assert [run["label"] for run in found] == [f"{experiment} earlier.ckpt", f"{experiment} last.ckpt"]
+    assert [Path(run["checkpoint"]) for run in found] == [earlier, runs[1] / "checkpoints/last.ckpt"]
+    assert 0 < found[1]["findings"]["routing_agreement"]["scalars"]["routing_agreement"] < 1
+    losses = [run["findings"]["layer_drop"]["scalars"]["loss"] for run in found]
+    assert losses[0] != losses[1]
+    (single,) = json.loads((alone / "report.json").read_text())["runs"]
+    assert single["findings"]["layer_drop"]["scalars"]["loss"] == losses[0]
+
+
+@pytest.mark.parametrize(
+    ("number", "checkpoint", "message"),
+    [
+        (2, "{}/checkpoints/last.ckpt", "expected last or best, where one is for several runs"),
+        (
+            2,
+            "last,best,last",
+            "checkpoint='last,best,last' is not valid: expected last, best or a path: one, or one for each run",
+        ),
+        (1, "[]", "checkpoint='' is not valid: expected last, best or a path: one, or one for each run"),
+        (1, "last,{}/checkpoints/last.ckpt", "expected one that is given once, or with another checkpoint"),
+    ],
+)
+def test_a_checkpoint_is_one_run_s(
+    runs: list[Path], number: int, checkpoint: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refused(capsys, *runs[:number], f"checkpoint={checkpoint.format(runs[0])}")
 
 
 def test_runs_of_other_tokens_are_not_compared(

@@ -26,12 +26,12 @@ class Chosen:
     """Says what is measured of which runs, and on what.
 
     Attributes:
-        runs: their folders.
+        runs: their folders; one may stand there several times, with different checkpoints.
         measures: names in MEASURES and COMPARISONS.
         tokens: of the text, at least.
         data: a prepared corpus; None: the first run's own validation data.
         batch_size: sequences side by side; None: as many as the first run was trained on.
-        checkpoint: last, best, or a path.
+        checkpoints: last, best, or a path: one for all, or one for each.
         skip: how blocks are left out.
         allow: as core.open_run has it.
     """
@@ -41,7 +41,7 @@ class Chosen:
     tokens: int = 16384
     data: str | None = None
     batch_size: int | None = None
-    checkpoint: str = "last"
+    checkpoints: tuple[str, ...] = ("last",)
     skip: str = "placement"
     allow: Collection[str] = ()
 
@@ -52,6 +52,7 @@ class Examined:
 
     Attributes:
         folder: the run's.
+        checkpoint: where its weights come from.
         step: optimizer steps that its weights have seen.
         placement, num_layers, dim, ffn, parameters: of its model.
         findings: by measure; of comparisons, with the first run.
@@ -59,6 +60,7 @@ class Examined:
     """
 
     folder: Path
+    checkpoint: Path
     step: int
     placement: str
     num_layers: int
@@ -91,11 +93,12 @@ def examine(chosen: Chosen) -> tuple[Text, list[Examined]]:
     Raises:
         ConfigError: a run cannot be opened, its tokens are not the first one's, or there is no text.
     """
-    first = open_run(chosen.runs[0], chosen.checkpoint, chosen.allow)
+    checkpoints = chosen.checkpoints * len(chosen.runs) if len(chosen.checkpoints) == 1 else chosen.checkpoints
+    first = open_run(chosen.runs[0], checkpoints[0], chosen.allow)
     text = _text(first, chosen)
     examined = []
-    for number, folder in enumerate(chosen.runs):
-        run = first if number == 0 else open_run(folder, chosen.checkpoint, chosen.allow)
+    for number, (folder, checkpoint) in enumerate(zip(chosen.runs, checkpoints, strict=True)):
+        run = first if number == 0 else open_run(folder, checkpoint, chosen.allow)
         examined.append(_examine(run, first if number else None, text, chosen))
     return text, examined
 
@@ -137,7 +140,7 @@ def _examine(run: OpenRun, first: OpenRun | None, text: Text, chosen: Chosen) ->
             found[name] = measure(*models, watched)
     size = sum(parameter.numel() for parameter in model.parameters())
     shape = (config.placement, config.num_layers, config.dim, config.ffn, size)
-    return Examined(run.folder, run.step, *shape, found, left_out)
+    return Examined(run.folder, run.checkpoint, run.step, *shape, found, left_out)
 
 
 def make(measure: type[Instrument], skip: str) -> Instrument:

@@ -42,7 +42,7 @@ class Report:
     @cached_property
     def labels(self) -> list[str]:
         """A name for each run."""
-        return labels([run.folder for run in self.examined])
+        return labels([run.folder for run in self.examined], [run.checkpoint for run in self.examined])
 
     @cached_property
     def resampled(self) -> Resampled:
@@ -108,11 +108,12 @@ def _blocks(report: Report, output: Path) -> Iterator[Block]:
         f"Losses are in nats per token. In brackets: {LEVEL:.0%} intervals by bootstrap over documents, which say how "
         "much hangs on the text, and nothing of how another seed of training would have come out."
     )
-    header = ["run", "folder", "step", "placement", "FFN", "blocks", "dim", "parameters"]
+    header = ["run", "folder", "checkpoint", "step", "placement", "FFN", "blocks", "dim", "parameters"]
     rows: list[list[Words]] = [
         [
             label,
             Code(str(run.folder)),
+            Code(run.checkpoint.name),
             f"{run.step:,}",
             run.placement,
             run.ffn,
@@ -228,6 +229,7 @@ def content_of(report: Report) -> dict[str, Any]:
             {
                 "label": label,
                 "folder": str(run.folder),
+                "checkpoint": str(run.checkpoint),
                 **shape,
                 "findings": {name: findings.as_plain() for name, findings in run.findings.items()},
                 "left_out": run.left_out,
