@@ -12,6 +12,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from analysis.anatomy.bootstrap import FEWEST
 from analysis.anatomy.layer_drop import LayerDrop
 from analysis.anatomy.text import held_out
 from core import cli
@@ -100,7 +101,11 @@ def test_differences_are_paired_document_by_document(report: Path) -> None:
     (label,) = content["differences"]["layer_drop"]
     difference = content["differences"]["layer_drop"][label]["loss"][0]
     assert difference["value"] == pytest.approx((sum(second) - sum(first)) / tokens.sum(), abs=1e-5)
-    assert difference["low"] <= difference["value"] <= difference["high"]
+    assert len(tokens) < FEWEST
+    assert difference["low"] is difference["high"] is None
+    text = (report / "report.md").read_text()
+    assert "There are no intervals: bootstrap over documents takes at least 8" in text
+    assert " to " not in text[text.index("## In numbers") : text.index("## layer drop")]
 
 
 def test_runs_whose_folders_end_alike_keep_their_figures(runs: list[Path], tmp_path: Path) -> None:
@@ -241,8 +246,14 @@ def test_runs_of_other_tokens_are_not_compared(
     message = refused(capsys, runs[0], other, f"output={tmp_path / 'report'}")
     assert re.search(r"RUN=.* is not valid: expected a run whose tokens are those of .*, byte; this one has", message)
     output = tmp_path / "own"
-    anatomy.main([str(other), f"data={tmp_path / 'bpe/corpus'}", "tokens=100", "measures=lens", f"output={output}"])
+    chosen = ["tokens=6000", "measures=layer_drop,lens"]
+    anatomy.main([str(other), f"data={tmp_path / 'bpe/corpus'}", f"output={output}", *chosen])
     content = json.loads((output / "report.json").read_text())
+    assert len(content["text"]["tokens_by_document"]) >= FEWEST
+    (loss,) = content["intervals"]["layer_drop"][content["runs"][0]["label"]]["loss"]
+    assert loss["low"] < loss["value"] < loss["high"]
+    shown = f"{loss['value']:.4g} ({loss['low']:.4g} to {loss['high']:.4g})"
+    assert shown in (output / "report.md").read_text()
     assert math.isfinite(content["runs"][0]["findings"]["lens"]["scalars"]["lens_effective_share"])
 
 

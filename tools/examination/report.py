@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from analysis.anatomy.bootstrap import LEVEL, Interval, Resampled
+from analysis.anatomy.bootstrap import FEWEST, LEVEL, Interval, Resampled
 from analysis.anatomy.findings import Findings, Picture, as_plain
 from analysis.anatomy.registry import INSTRUMENTS
 from analysis.anatomy.text import Text
@@ -105,8 +105,7 @@ def _blocks(report: Report, output: Path) -> Iterator[Block]:
     yield Heading("Anatomy", 1)
     yield Paragraph(
         f"{text.num_tokens:,} tokens of {text.num_documents:,} documents, of {report.source}; the same for every run. "
-        f"Losses are in nats per token. In brackets: {LEVEL:.0%} intervals by bootstrap over documents, which say how "
-        "much hangs on the text, and nothing of how another seed of training would have come out."
+        f"Losses are in nats per token. {_about_intervals(text)}"
     )
     header = ["run", "folder", "checkpoint", "step", "placement", "FFN", "blocks", "dim", "parameters"]
     rows: list[list[Words]] = [
@@ -148,6 +147,18 @@ def _blocks(report: Report, output: Path) -> Iterator[Block]:
     if missing:
         yield Heading("Not measured")
         yield Bullets(missing)
+
+
+def _about_intervals(text: Text) -> str:
+    if text.num_documents < FEWEST:
+        return (
+            f"There are no intervals: bootstrap over documents takes at least {FEWEST}, as those of fewer come out too "
+            "narrow, and that of one without any width. More tokens= have more documents."
+        )
+    return (
+        f"In brackets: {LEVEL:.0%} intervals by bootstrap over documents, which say how much hangs on the text, and "
+        "nothing of how another seed of training would have come out."
+    )
 
 
 def _over_steps(report: Report, output: Path) -> Iterator[Block]:
@@ -216,7 +227,8 @@ def _number(value: float) -> str:
 
 
 def _interval(interval: Interval) -> str:
-    return f"{_number(interval.value)} ({_number(interval.low)} to {_number(interval.high)})"
+    bounds = "" if math.isnan(interval.low) else f" ({_number(interval.low)} to {_number(interval.high)})"
+    return f"{_number(interval.value)}{bounds}"
 
 
 def content_of(report: Report) -> dict[str, Any]:
