@@ -257,6 +257,30 @@ def test_runs_of_other_tokens_are_not_compared(
     assert math.isfinite(content["runs"][0]["findings"]["lens"]["scalars"]["lens_effective_share"])
 
 
+def test_attention_crosses_documents_where_it_did_in_training(tmp_path: Path) -> None:
+    """Whichever run comes first, the losses are those of each by itself."""
+    corpus, folders = bpe_corpus(tmp_path / "bpe"), []
+    for mask in ("true", "false"):
+        (tmp_path / mask).mkdir()
+        folders.append(bpe_run(tmp_path / mask, corpus, f"data.document_mask={mask}"))
+
+    def report_of(*chosen: Path) -> tuple[dict[Path, float], str]:
+        output = tmp_path / "_".join(folder.parent.name for folder in chosen) / "report"
+        measures = ["layer_drop", *(["cross_similarity"] if len(chosen) > 1 else [])]
+        anatomy.main([*map(str, chosen), "tokens=3000", f"measures={','.join(measures)}", f"output={output}"])
+        found = json.loads((output / "report.json").read_text())["runs"]
+        assert [run["document_mask"] for run in found] == [folder == folders[0] for folder in chosen]
+        losses = [run["findings"]["layer_drop"]["scalars"]["loss"] for run in found]
+        return dict(zip(chosen, losses, strict=True)), (output / "report.md").read_text()
+
+    alone = report_of(folders[0])[0] | report_of(folders[1])[0]
+    for order in (folders, folders[::-1]):
+        losses, text = report_of(*order)
+        assert losses == alone
+        assert "Each run reads the text as it was trained: attention keeps documents apart" in text
+        assert "Both read the text with data.document_mask as the first run was trained" in text
+
+
 def test_what_was_kept_during_training_is_drawn(
     runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,19 +6,22 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from analysis.anatomy.findings import Findings
-from analysis.anatomy.measure import Instrument, Measure
+from analysis.anatomy.measure import Comparison, Instrument, Measure
 from analysis.anatomy.registry import COMPARISONS, INSTRUMENTS, MEASURES, outcomes
-from analysis.anatomy.text import Text, held_out
+from analysis.anatomy.text import Batch, Text, held_out
 from core.errors import ConfigError, require, suggest
 from core.open_run import OpenRun, open_data, open_run
 from core.saved_config import load_config
+from datamodules.samples import positions
 
 FITTING = 4
 """Tokens of the training split that measures may fit something on, for each held-out one."""
+OF_THE_FIRST = "Both read the text with data.document_mask as the first run was trained, the other was not."
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Examined:
         checkpoint: where its weights come from.
         step: optimizer steps that its weights have seen.
         placement, num_layers, dim, ffn, parameters: of its model.
+        document_mask: whether its attention keeps documents apart, as while it was trained.
         findings: by measure; of comparisons, with the first run.
         left_out: why other measures have nothing to say, by measure.
     """
@@ -67,6 +71,7 @@ class Examined:
     dim: int
     ffn: str
     parameters: int
+    document_mask: bool
     findings: dict[str, Findings] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
@@ -121,10 +126,31 @@ def _text(first: OpenRun, chosen: Chosen) -> Text:
     return held_out(datamodule, chosen.tokens, chosen.batch_size, FITTING * chosen.tokens)
 
 
+def as_trained(text: Text, document_mask: bool) -> Text:
+    """Return the same tokens with positions as a run has them that was trained with or without data.document_mask."""
+    if document_mask == is_masked(text):
+        return text
+
+    def changed(batches: tuple[Batch, ...]) -> tuple[Batch, ...]:
+        if not document_mask:
+            return tuple(batch._replace(positions=None) for batch in batches)
+        places = (positions(batch.inputs.numpy(), text.tokenizer.end_of_document) for batch in batches)
+        return tuple(batch._replace(positions=torch.from_numpy(p)) for batch, p in zip(batches, places, strict=True))
+
+    return replace(text, batches=changed(text.batches), fitting=changed(text.fitting))
+
+
+def is_masked(text: Text) -> bool:
+    """Return whether attention keeps documents apart on this text."""
+    return text.batches[0].positions is not None
+
+
 def _examine(run: OpenRun, first: OpenRun | None, text: Text, chosen: Chosen) -> Examined:
     model, config = run.module.model, run.module.model_config
     found: dict[str, Findings] = {}
     left_out: dict[str, str] = {}
+    mask = getattr(run.datamodule, "document_mask", False) if first else is_masked(text)
+    own = as_trained(text, mask)
     for name in chosen.measures:
         measure: Any = make(INSTRUMENTS[name], chosen.skip)
         if isinstance(measure, Measure):
@@ -136,10 +162,12 @@ def _examine(run: OpenRun, first: OpenRun | None, text: Text, chosen: Chosen) ->
         if reason is not None:
             left_out[name] = reason
             continue
-        with _bar(f"{run.folder.name}: {name}", text) as watched:
+        with _bar(f"{run.folder.name}: {name}", own if isinstance(measure, Measure) else text) as watched:
             found[name] = measure(*models, watched)
+        if isinstance(measure, Comparison) and own is not text:
+            found[name] = replace(found[name], notes=(*found[name].notes, OF_THE_FIRST))
     size = sum(parameter.numel() for parameter in model.parameters())
-    shape = (config.placement, config.num_layers, config.dim, config.ffn, size)
+    shape = (config.placement, config.num_layers, config.dim, config.ffn, size, mask)
     return Examined(run.folder, run.checkpoint, run.step, *shape, found, left_out)
 
 

@@ -22,6 +22,8 @@ from tools.examination.pictures import draw
 from tools.examination.steps import Kept, draw_drops, draw_scalars, has_drops
 from tools.run_labels import labels
 
+SHAPE = ("step", "placement", "num_layers", "dim", "ffn", "parameters", "document_mask")
+
 
 @dataclass(frozen=True)
 class Report:
@@ -123,6 +125,12 @@ def _blocks(report: Report, output: Path) -> Iterator[Block]:
         for label, run in zip(report.labels, report.examined, strict=True)
     ]
     yield Table(header, rows)
+    apart = [label for label, run in zip(report.labels, report.examined, strict=True) if run.document_mask]
+    if 0 < len(apart) < len(report.examined):
+        yield Paragraph(
+            f"Each run reads the text as it was trained: attention keeps documents apart (data.document_mask) in "
+            f"{', '.join(apart)}, and crosses them in the others."
+        )
     yield Heading("In numbers")
     yield from _scalars(report)
     for name, found in report.measures():
@@ -236,7 +244,7 @@ def content_of(report: Report) -> dict[str, Any]:
     runs = []
     measured = dict(report.measures())
     for label, run in zip(report.labels, report.examined, strict=True):
-        shape = {name: getattr(run, name) for name in ("step", "placement", "num_layers", "dim", "ffn", "parameters")}
+        shape = {name: getattr(run, name) for name in SHAPE}
         runs.append(
             {
                 "label": label,
