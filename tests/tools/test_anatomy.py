@@ -18,11 +18,13 @@ from analysis.anatomy.text import held_out
 from core import cli
 from core.errors import ConfigError
 from core.open_run import open_run
+from tests.support.anatomy import make_text
 from tests.support.pretrained import saved
 from tests.support.tool_runs import bpe_corpus, bpe_run, byte_run
 from tools import anatomy, compare
-from tools.examination.examine import Chosen, examine
-from tools.examination.steps import kept_of
+from tools.examination.examine import Chosen, Examined, examine
+from tools.examination.report import Report, write
+from tools.examination.steps import FOLDER, kept_of
 from tools.importing import make_run
 
 
@@ -301,6 +303,29 @@ def test_what_was_kept_during_training_is_drawn(
     assert (output / "steps_drops.png").stat().st_size > 1000
     (folder / "0.json").write_text('{"step": -1, "findings": {}}')
     assert "0.json cannot be read" in refused(capsys, runs[1], "tokens=50", f"output={tmp_path / 'again'}")
+
+
+@pytest.mark.parametrize(
+    ("scalars", "curves", "pictures"),
+    [
+        ({}, ([], []), []),
+        ({"loss": 1.0}, ([1.0], [1.0, 2.0]), ["steps_scalars.png"]),
+        ({}, ([1.0, 2.0], [0.5, None]), ["steps_drops.png"]),
+    ],
+)
+def test_what_was_not_kept_is_not_drawn(
+    scalars: dict[str, float], curves: tuple[list[float | None], ...], pictures: list[str], tmp_path: Path
+) -> None:
+    """Files by hand: no scalars, no blocks, or other blocks at each step."""
+    (tmp_path / FOLDER).mkdir(parents=True)
+    for step, values in enumerate(curves):
+        found = {"layer_drop": {"scalars": scalars, "curves": {"drop_by_block": {"values": values}}}}
+        (tmp_path / FOLDER / f"{step}.json").write_text(json.dumps({"step": step, "findings": found}))
+    examined = Examined(tmp_path, tmp_path / "last.ckpt", 2, "prenorm", 2, 8, "dense", 100, False)
+    output = tmp_path / "report"
+    write(Report(make_text(), [examined], "somewhere", [kept_of(tmp_path)]), output)
+    assert [path.name for path in output.glob("steps_*.png")] == pictures
+    assert ("## Over training" in (output / "report.md").read_text()) is bool(pictures)
 
 
 def test_compare_shows_outcomes_of_the_same_text(

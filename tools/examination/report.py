@@ -19,7 +19,7 @@ from studies.document import Block, Bullets, Code, Heading, Paragraph, Table, Wo
 from studies.document import Picture as Shown
 from tools.examination.examine import Examined
 from tools.examination.pictures import draw
-from tools.examination.steps import Kept, draw_drops, draw_scalars, has_drops
+from tools.examination.steps import Kept, draw_drops, draw_scalars, has_drops, has_scalars
 from tools.run_labels import labels
 
 SHAPE = ("step", "placement", "num_layers", "dim", "ffn", "parameters", "document_mask")
@@ -172,13 +172,15 @@ def _about_intervals(text: Text) -> str:
 def _over_steps(report: Report, output: Path) -> Iterator[Block]:
     """Yield what was kept of the runs while they were trained, of those that have kept something."""
     kept = {label: steps for label, steps in zip(report.labels, report.kept, strict=True) if len(steps) > 1}
-    if not kept:
+    scalars = {label: steps for label, steps in kept.items() if has_scalars(steps)}
+    drops = {label: steps for label, steps in kept.items() if has_drops(steps)}
+    if not scalars and not drops:
         return
     yield Heading("Over training")
     yield Paragraph("What callbacks=anatomy has kept, on a text of its own: the first tokens of validation.")
-    draw_scalars(kept, output / "steps_scalars.png")
-    yield Shown("scalars over steps", "steps_scalars.png")
-    drops = {label: steps for label, steps in kept.items() if has_drops(steps)}
+    if scalars:
+        draw_scalars(scalars, output / "steps_scalars.png")
+        yield Shown("scalars over steps", "steps_scalars.png")
     if drops:
         draw_drops(drops, output / "steps_drops.png")
         yield Shown("loss without each block over steps", "steps_drops.png")

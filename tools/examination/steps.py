@@ -115,6 +115,13 @@ def _drops(part: Kept) -> list[float]:
     return [max(LEAST, value) if value is not None else LEAST for value in values]
 
 
+def has_scalars(steps: Sequence[Kept]) -> bool:
+    """Return whether some step has a scalar."""
+    return any(part.scalars() for part in steps)
+
+
 def has_drops(steps: Sequence[Kept]) -> bool:
-    """Return whether every step has the loss without each block."""
-    return all("drop_by_block" in part.findings.get("layer_drop", KeptFindings()).curves for part in steps)
+    """Return whether every step has the loss without each block, of as many blocks."""
+    curves = [part.findings.get("layer_drop", KeptFindings()).curves.get("drop_by_block") for part in steps]
+    numbers = {0 if curve is None else len(curve.values) for curve in curves}
+    return len(numbers) == 1 and 0 not in numbers
