@@ -1,6 +1,7 @@
 """Names runs by as much of their folders' paths as tells them apart."""
 
 import itertools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,8 +19,8 @@ def labels(folders: Sequence[Path], checkpoints: Sequence[Path] = ()) -> list[st
     Raises:
         ConfigError: a folder stands twice, or with the same checkpoint.
     """
-    paths = [folder.resolve() for folder in folders]
-    given = list(zip(paths, [checkpoint.resolve() for checkpoint in checkpoints] or paths, strict=True))
+    paths = [_real(folder) for folder in folders]
+    given = list(zip(paths, [_real(checkpoint) for checkpoint in checkpoints] or paths, strict=True))
     valid = "one that is given once, or with another checkpoint" if checkpoints else "a folder that is given once"
     for folder, each in zip(folders, given, strict=True):
         require(given.count(each) == 1, "RUN", str(folder), valid)
@@ -34,6 +35,10 @@ def labels(folders: Sequence[Path], checkpoints: Sequence[Path] = ()) -> list[st
             for place, end in zip(places, endings([checkpoints[place].absolute() for place in places]), strict=True):
                 found[place] += f" {end}"
     return found
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # unlike Path.resolve, also of links that lead in a circle
 
 
 def endings(paths: Sequence[Path], least: int = 1) -> list[str]:

@@ -12,3 +12,10 @@ def test_runs_have_names_of_their_own(tmp_path: Path) -> None:
     assert labels(x[1:]) == ["x/seed0", "x/seed1"]
     assert labels([tmp_path / "a/x", tmp_path / "b/y"]) == ["a", "b"]
     assert labels([Path("/x/seed0"), Path("/a/x/seed0")]) == ["x/seed0", "a/x/seed0"]
+
+
+def test_links_in_a_circle_are_names_too(tmp_path: Path) -> None:
+    """What is not there is said by whoever opens it."""
+    (tmp_path / "x").symlink_to(tmp_path / "y")
+    (tmp_path / "y").symlink_to(tmp_path / "x")
+    assert len(set(labels([tmp_path / "x", tmp_path / "z/x"]))) == 2
