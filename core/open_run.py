@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from core.build import build
+from core.checkpoint_path import checkpoint_path
 from core.errors import ConfigError, one_line, require
 from core.saved_config import load_config, refuse_addresses
 
@@ -56,8 +57,7 @@ def open_run(folder: Path, checkpoint: str = "last", allow: Collection[str] = ()
     from core.checkpoint import load
 
     config = load_config(folder, allow)
-    named = checkpoint in ("last", "best")
-    path = folder / f"checkpoints/{checkpoint}.ckpt" if named else Path(checkpoint)
+    path = checkpoint_path(folder, checkpoint)
     require(path.exists(), "checkpoint", checkpoint, f"last, best, or the path of a checkpoint; {path} is not there")
     module_config = config.get("module")
     known = isinstance(module_config, DictConfig) and isinstance(module_config.get("model"), DictConfig)

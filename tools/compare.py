@@ -25,6 +25,7 @@ from core.status import read_summary
 from tools.curves import Curve, has_curves, read_curves
 from tools.picture import check_picture, save_picture
 from tools.run_facts import as_text, differences, facts
+from tools.run_labels import labels
 from tools.stability import COLUMN_NAMES, Stability, stability
 
 COLUMNS = ("train_loss", "val_loss", "val_bits_per_byte", "bigram_loss", "tokens", "tokens_per_second")
@@ -53,6 +54,9 @@ class CompareConfig:
     outcomes: tuple[str, ...] = ()
     output: Path = PICTURE
     allow: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        labels(self.runs)  # which refuses a run that is given twice
 
 
 class Run:
@@ -84,14 +88,6 @@ class Run:
         """Return the scalar's values in the last part of the run."""
         _, values = self.curve(tag)
         return values[-max(1, round(LATE * len(values))) :] if values else []
-
-
-def labels(folders: Sequence[Path]) -> list[str]:
-    """Return a name for each run: its experiment, or, where that would stand twice, its folder below it as well."""
-    experiments = [folder.resolve().parent.name for folder in folders]
-    if len(set(experiments)) == len(folders):
-        return experiments
-    return [f"{name}/{folder.resolve().name}" for name, folder in zip(experiments, folders, strict=True)]
 
 
 def make_table(runs: Sequence[Run], tags: Sequence[str]) -> Table:

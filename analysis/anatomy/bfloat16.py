@@ -1,6 +1,7 @@
 """Measures what the loss, and each prediction, become in bfloat16."""
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -45,7 +46,7 @@ class Bfloat16(Measure):
                 p = _log_probabilities(model, first)
                 q = _log_probabilities(narrow, second)
                 losses = F.nll_loss(q, targets, reduction="none") - F.nll_loss(p, targets, reduction="none")
-                same = p.argmax(-1) == q.argmax(-1)
+                same = (p.argmax(-1) == q.argmax(-1)).float().where(~losses.isnan(), math.nan)
                 rows.append(torch.stack((losses, (p.exp() * (p - q)).sum(-1), same)))
             for row, values in enumerate(torch.stack(rows, dim=1)):
                 tally.add(row, batch, values)

@@ -1,5 +1,6 @@
 """Intervals by bootstrap over documents, of one model's figures and of the differences between two models'."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -7,10 +8,15 @@ import numpy as np
 from analysis.anatomy.text import Sums
 
 RESAMPLES, LEVEL = 2000, 0.95
+FEWEST = 8
+"""Documents below which there is no interval: the fewer, the narrower than they should be, and of one without width."""
 
 
 class Interval(NamedTuple):
-    """A figure, and the bounds between which it is in 95 % of the resamples (percentiles)."""
+    """A figure, and the bounds between which it is in 95 % of the resamples (percentiles).
+
+    The bounds are nan where there are fewer than FEWEST documents.
+    """
 
     value: float
     low: float
@@ -40,6 +46,8 @@ class Resampled:
             sums: of each document, [figures, documents]: analysis.anatomy.findings.Findings.by_document.
         """
         values = sums.sum(1) / self.tokens.sum()
+        if len(self.tokens) < FEWEST:
+            return [Interval(float(value), math.nan, math.nan) for value in values]
         drawn = (self.draws @ sums.T) / (self.draws @ self.tokens)[:, None]
         tail = 100 * (1 - LEVEL) / 2
         low, high = np.percentile(drawn, [tail, 100 - tail], axis=0)

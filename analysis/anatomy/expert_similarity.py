@@ -18,6 +18,7 @@ from core.errors import require
 from lightning_modules.layers.experts import ExpertMLP
 from lightning_modules.layers.moe import MoE
 from lightning_modules.transformer import Transformer
+from spannorm.precision import without_autocast
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,12 @@ class ExpertSimilarity(Measure):
 
 
 def weight_cosines(mixture: MoE) -> Tensor:
-    """Return the cosine of each pair of experts' weights, [experts, experts]."""
+    """Return the cosine of each pair of experts' weights, [experts, experts]; autocast does not round them."""
     mlp = mixture.experts.mlp
     parts = [weight.unflatten(0, (-1, mlp.hidden_dim)).flatten(1) for weight in (mlp.w1, mlp.v1, mlp.w2)]
     units = F.normalize(torch.cat(parts, dim=1).float(), dim=1)
-    return units @ units.mT
+    with without_autocast(units):
+        return units @ units.mT
 
 
 def expert_outputs(mixture: MoE, x: Tensor) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """Measures what the head would say at every depth: the logit lens, and the tuned lens."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -69,17 +70,19 @@ def _look(model: Transformer, batch: Batch, translate: Translate) -> Iterator[tu
             shared = (seen.topk(best.size(-1), -1).indices.unsqueeze(-1) == best.unsqueeze(-2)).any(-1)
             divergence = (final.exp() * (final - seen)).sum(-1)
             loss = F.nll_loss(seen, targets[here], reduction="none")
-            part.append((divergence, shared.float().mean(-1), loss))
+            part.append((divergence, shared.float().mean(-1).where(~divergence.isnan(), math.nan), loss))
     for part in parts:
         divergences, overlaps, losses = zip(*part, strict=True)
         yield torch.cat(divergences), torch.cat(overlaps), torch.cat(losses)
 
 
-def effective_depth(divergence: list[float]) -> int:
+def effective_depth(divergence: list[float]) -> float:
     """Return the first depth whose divergence from the final distribution is below a tenth of the largest: 2512.14064.
 
-    The number of blocks, where that holds of no depth before.
+    The number of blocks, where that holds of no depth before; nan, where a divergence is.
     """
+    if any(map(math.isnan, divergence)):
+        return math.nan
     near = (depth for depth, value in enumerate(divergence) if value < CLOSE * max(divergence) or value == 0)
     return next(near, len(divergence) - 1)
 
@@ -89,7 +92,8 @@ def _findings(name: str, reading: Reading, text: Text, note: str) -> Findings:
     means = {key: (sums.sum(1) / text.num_tokens).tolist() for key, sums in parts.items()}
     divergence, overlap = means[f"{name}_divergence_by_depth"], means[f"{name}_overlap_by_depth"]
     by_divergence = effective_depth(divergence)
-    by_overlap = next((depth for depth, value in enumerate(overlap) if value > ALIKE), len(overlap) - 1)
+    known = not any(map(math.isnan, overlap))
+    by_overlap = next((n for n, value in enumerate(overlap) if value > ALIKE), len(overlap) - 1) if known else math.nan
     return Findings(
         scalars={
             f"{name}_effective_depth": by_divergence,

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -99,7 +100,7 @@ class Outliers(Measure):
             scalars={
                 **found.scalars,
                 **{name: means[name][0] for name in ("kurtosis", "sink")},
-                "sink_heads": float((on_first > SINK_HEAD).mean()),
+                "sink_heads": float(np.where(np.isnan(on_first), np.nan, on_first > SINK_HEAD).mean()),
                 "sink_uniform": uniform,
             },
             curves={
@@ -156,6 +157,7 @@ def _activations(largest: Tensor, medians: Tensor, ratio: float, dim: int) -> Fi
         dim: features of one stream.
     """
     times = largest / medians[:, None]
+    known = ~(largest.isnan().any(1) | medians.isnan())
     massive = times >= ratio
     blocks = massive.sum(0)
     persistent = blocks * 2 >= len(massive)
@@ -169,13 +171,13 @@ def _activations(largest: Tensor, medians: Tensor, ratio: float, dim: int) -> Fi
     return Findings(
         scalars={
             "activation_ratio": float(times.amax()),
-            "persistent_dimensions": float(persistent.sum()),
+            "persistent_dimensions": float(persistent.sum()) if known.all() else math.nan,
         },
         curves={
             "activation_max_by_block": Curve(largest.amax(1).tolist()),
             "activation_ratio_by_block": Curve(times.amax(1).tolist()),
-            "activation_dimension_by_block": Curve(largest.argmax(1).double().tolist()),
-            "massive_dimensions_by_block": Curve(massive.sum(1).double().tolist()),
+            "activation_dimension_by_block": Curve(largest.argmax(1).double().where(known, math.nan).tolist()),
+            "massive_dimensions_by_block": Curve(massive.sum(1).double().where(known, math.nan).tolist()),
         },
         notes=tuple(notes),
     )

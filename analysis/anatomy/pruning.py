@@ -1,5 +1,6 @@
 """Measures what the loss becomes as more and more blocks are pruned, those that turn the state least first."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -50,7 +51,8 @@ class Pruning(Measure):
         angles = torch.zeros(depth + 1, depth + 1).double()
         for batch in text:
             angles += angular_distances(hidden_states(Passage(model, batch))).sum(-1).cpu()
-        starts = [int(angles.diagonal(count).argmin()) for count in range(1, depth + 1)]
+        of_counts = [angles.diagonal(count) for count in range(1, depth + 1)]
+        starts = [int(of_count.argmin()) for of_count in of_counts]  # of a nan, where there is one
         increase = Tally(text, depth)
         for batch in text:
             passage = Passage(model, batch)
@@ -61,13 +63,17 @@ class Pruning(Measure):
                 state = passage.through(state, blocks[start + count :])
                 increase.add(count - 1, batch, passage.losses(state) - losses)
         means = (increase.sums.sum(1) / text.num_tokens).tolist()
-        spare = next((count for count, mean in enumerate(means) if mean >= self.tolerance), depth)
+        spare = next((count for count, mean in enumerate(means) if not mean < self.tolerance), depth)
+        unknown = spare < depth and math.isnan(means[spare])
         title = "loss with so many blocks left out, less the loss (nats)"
         return Findings(
-            scalars={"spare_blocks": float(spare)},
+            scalars={"spare_blocks": math.nan if unknown else float(spare)},
             curves={
                 "pruning_by_count": Curve(means, "blocks left out"),
-                "pruned_from": Curve([start + 1.0 for start in starts], "blocks left out"),
+                "pruned_from": Curve(
+                    [math.nan if c[n].isnan() else n + 1.0 for c, n in zip(of_counts, starts, strict=True)],
+                    "blocks left out",
+                ),
             },
             by_document={"pruning_by_count": increase.sums},
             pictures=(Picture("pruning", "curves", ("pruning_by_count",), title),),

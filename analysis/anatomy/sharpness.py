@@ -33,8 +33,8 @@ class Sharpness(Measure):
     (1 - beta1) with beta1 = 0.9. Where groups of parameters have learning rates of their own, P has them in it.
 
     Attributes:
-        sequences: at most so many of the text's first batch, all side by side: the graph of a backward pass through the
-            backward pass is kept.
+        sequences: so many of the text, or all where there are fewer, all side by side: the graph of a backward pass
+            through the backward pass is kept.
         iterations: products with each matrix; close eigenvalues want more.
         adam: second moments and rate; None: nothing preconditioned is measured.
     """
@@ -60,19 +60,21 @@ class Sharpness(Measure):
         return obstacle(model)
 
     def __call__(self, model: Transformer, text: Text) -> Findings:
-        device, batch = model.head.weight.device, text.batches[0]
-        rows = slice(self.sequences)
-        positions = None if batch.positions is None else batch.positions[rows].to(device)
+        device, batch = model.head.weight.device, text.beginning(self.sequences)
+        positions = None if batch.positions is None else batch.positions.to(device)
+        number = len(batch.inputs)
+        notes = [f"Of the first {number} sequences of the text." if number > 1 else "Of one sequence of the text."]
         named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         parameters = list(named.values())
         with differentiable_twice(model):
-            logits, _ = model(batch.inputs[rows].to(device), positions)
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), batch.targets[rows].to(device).flatten())
+            logits, _ = model(batch.inputs.to(device), positions)
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.to(device).flatten())
             multiply = hessian_product(loss, parameters)
             bottom, top = extreme_eigenvalues(multiply, parameters, self.iterations)
             scalars = {"hessian_top": float(top), "hessian_bottom": float(bottom)}
             if self.adam is None:
-                return Findings(scalars, notes=("Without the second moments of Adam nothing is preconditioned.",))
+                notes.append("Without the second moments of Adam nothing is preconditioned.")
+                return Findings(scalars, notes=tuple(notes))
             gradients = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
             scales = list(self.adam.scales(dict(zip(named, gradients, strict=True))).values())
 
@@ -84,4 +86,4 @@ class Sharpness(Measure):
         scalars["preconditioned_sharpness"] = float(preconditioned)
         rates = {"stability_threshold": self.adam.lr, "peak_stability_threshold": self.adam.peak_lr}
         scalars |= {name: self.adam.threshold(lr) for name, lr in rates.items() if lr > 0}
-        return Findings(scalars)
+        return Findings(scalars, notes=tuple(notes))

@@ -16,6 +16,10 @@ from analysis.anatomy.text import Text
 from analysis.states import effective_rank, mean_cosine
 from core.errors import require
 from lightning_modules.transformer import Transformer
+from spannorm.precision import without_autocast
+
+AT_ONCE = 1024
+"""Tokens whose states are in fp64 at once."""
 
 
 def hidden_states(passage: Passage) -> list[Tensor]:
@@ -25,9 +29,23 @@ def hidden_states(passage: Passage) -> list[Tensor]:
 
 
 def cosines(states: list[Tensor]) -> Tensor:
-    """Return the cosine of every pair of depths at each token, [depths, depths, tokens]; states [batch, seq, dim]."""
-    units = torch.stack([F.normalize(state.flatten(0, 1), dim=-1) for state in states])
+    """Return the cosine of every pair of depths at each token, [depths, depths, tokens] in fp64.
+
+    Args:
+        states: of each depth, [batch, seq, dim], in any type; autocast does not round them.
+    """
+    with without_autocast(states[0]):
+        parts = zip(*(state.flatten(0, 1).split(AT_ONCE) for state in states), strict=True)
+        return torch.cat([_cosines(torch.stack([_wide(x) for x in part])) for part in parts], dim=-1)
+
+
+def _cosines(states: Tensor) -> Tensor:
+    units = F.normalize(states, dim=-1)
     return torch.einsum("itd,jtd->ijt", units, units).clamp(-1, 1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return (x.cpu() if x.device.type == "mps" else x).double()  # mps has no fp64
 
 
 def angular_distances(states: list[Tensor]) -> Tensor:
@@ -45,16 +63,17 @@ def linear_cka(first: list[Tensor], second: list[Tensor]) -> Tensor:
         first, second: lists of [tokens, features]; the numbers of features may differ.
 
     Returns:
-        [len(first), len(second)], from 0 to 1; nan where all tokens are represented alike.
+        [len(first), len(second)] in fp64, from 0 to 1; nan where all tokens are represented alike.
     """
-    grams = [torch.stack([_unit_gram(x) for x in states]) for states in (first, second)]
-    return grams[0] @ grams[1].mT
+    with without_autocast(first[0]):
+        grams = [torch.stack([_unit_gram(x) for x in states]) for states in (first, second)]
+        return grams[0] @ grams[1].mT
 
 
 def _unit_gram(x: Tensor) -> Tensor:
-    centered = x.double() - x.double().mean(0)
+    centered = _wide(x) - _wide(x).mean(0)
     gram = (centered @ centered.mT).flatten()
-    return (gram / gram.norm()).float()
+    return gram / gram.norm()
 
 
 def sampled(text: Text, positions: int) -> Iterator[tuple[Any, Tensor]]:

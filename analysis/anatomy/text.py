@@ -70,6 +70,17 @@ class Text:
             tally.add(0, batch, torch.ones(batch.targets.shape))
         return np.asarray(tally.sums[0])
 
+    def beginning(self, sequences: int) -> Batch:
+        """Return so many sequences of the whole text side by side, or all where there are fewer: in any batches."""
+        batches = self.batches[:sequences]
+        known = [batch.positions for batch in batches if batch.positions is not None]
+        return Batch(
+            torch.cat([batch.inputs for batch in batches])[:sequences],
+            torch.cat([batch.targets for batch in batches])[:sequences],
+            torch.cat(known)[:sequences] if known else None,
+            torch.cat([batch.documents for batch in batches])[:sequences],
+        )
+
     def watched(self, watch: Callable[[], None]) -> "Text":
         """Return the same text, which calls `watch` after each batch."""
         return replace(self, watch=watch)

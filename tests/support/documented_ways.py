@@ -12,6 +12,7 @@ import os
 import random
 import re
 import runpy
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -83,7 +84,11 @@ def calls(*more: str, **replaced: str) -> Way:
     """
 
     def way(command: Command, cwd: Path) -> None:
-        arguments = [RUN if re.match(r"RUN\d?$|runs/", word) else word for word in command.arguments]
+        named = dict.fromkeys(word for word in command.arguments if re.match(r"RUN\d?$|runs/", word))
+        run_of = {word: f"{RUN}{number or ''}" for number, word in enumerate(named)}
+        for folder in list(run_of.values())[1:]:
+            shutil.copytree(cwd / RUN, cwd / folder)
+        arguments = [run_of.get(word, word) for word in command.arguments]
         code, out = _call(command, cwd, [*_replace(arguments, replaced), *more])
         assert code in (0, None), out
 

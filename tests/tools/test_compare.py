@@ -166,3 +166,12 @@ def test_of_a_step_that_was_gone_over_again_the_later_value_counts(tmp_path: Pat
     steps, values = Run(tmp_path).curve("train/loss")
     assert (steps, values) == (list(range(13)), [*map(float, range(11)), 10.0, 12.0])
     assert Run(tmp_path).curve("val/loss")[0] == [11]
+
+
+def test_a_run_is_compared_with_others_only(
+    runs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("link").symlink_to(runs[0])
+    with pytest.raises(SystemExit):
+        compare(monkeypatch, *runs, "link")
+    assert capsys.readouterr().err == f"Error: RUN='{runs[0]}' is not valid: expected a folder that is given once\n"

@@ -6,18 +6,21 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from analysis.anatomy.findings import Findings
-from analysis.anatomy.measure import Instrument, Measure, require_fitting
+from analysis.anatomy.measure import Comparison, Instrument, Measure, require_fitting
 from analysis.anatomy.registry import COMPARISONS, INSTRUMENTS, MEASURES, outcomes
-from analysis.anatomy.text import Text, held_out
+from analysis.anatomy.text import Batch, Text, held_out
 from core.errors import ConfigError, require, suggest
 from core.open_run import OpenRun, open_run
+from datamodules.samples import positions
 
 FITTING = 4
 """Tokens of the training split that measures may fit something on, for each held-out one."""
+OF_THE_FIRST = "Both read the text with data.document_mask as the first run was trained, the other was not."
 
 
 @dataclass(frozen=True)
@@ -25,12 +28,12 @@ class Chosen:
     """Says what is measured of which runs, and on what.
 
     Attributes:
-        runs: their folders.
+        runs: their folders; one may stand there several times, with different checkpoints.
         measures: names in MEASURES and COMPARISONS.
         tokens: of the text, at least.
         data: a prepared corpus; None: the first run's own validation data.
         batch_size: sequences side by side; None: as many as the first run was trained on.
-        checkpoint: last, best, or a path.
+        checkpoints: last, best, or a path: one for all, or one for each.
         skip: how blocks are left out.
         allow: as core.open_run has it.
     """
@@ -40,7 +43,7 @@ class Chosen:
     tokens: int = 16384
     data: str | None = None
     batch_size: int | None = None
-    checkpoint: str = "last"
+    checkpoints: tuple[str, ...] = ("last",)
     skip: str = "placement"
     allow: Collection[str] = ()
 
@@ -51,19 +54,23 @@ class Examined:
 
     Attributes:
         folder: the run's.
+        checkpoint: where its weights come from.
         step: optimizer steps that its weights have seen.
         placement, num_layers, dim, ffn, parameters: of its model.
+        document_mask: whether its attention keeps documents apart, as while it was trained.
         findings: by measure; of comparisons, with the first run.
         left_out: why other measures have nothing to say, by measure.
     """
 
     folder: Path
+    checkpoint: Path
     step: int
     placement: str
     num_layers: int
     dim: int
     ffn: str
     parameters: int
+    document_mask: bool
     findings: dict[str, Findings] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
@@ -90,18 +97,20 @@ def examine(chosen: Chosen) -> tuple[Text, list[Examined]]:
     Raises:
         ConfigError: a run cannot be opened, its tokens are not the first one's, or there is no text.
     """
-    first = open_run(chosen.runs[0], chosen.checkpoint, chosen.allow)
+    checkpoints = chosen.checkpoints * len(chosen.runs) if len(chosen.checkpoints) == 1 else chosen.checkpoints
+    first = open_run(chosen.runs[0], checkpoints[0], chosen.allow)
     length, needed = _wants(first, chosen)
-    for folder in chosen.runs[1:]:  # all are opened before any is measured: a refusal after that loses what was found
-        their_length, theirs = _wants_beside(first, folder, chosen)
+    # All are opened before any is measured: a refusal after that loses what was found.
+    for folder, checkpoint in zip(chosen.runs[1:], checkpoints[1:], strict=True):
+        their_length, theirs = _wants_beside(first, folder, checkpoint, chosen)
         length = min(length, their_length)
         needed |= {name: max(count, needed.get(name, 0)) for name, count in theirs.items()}
     text = _text(first, length, chosen)
     for name, count in needed.items():
         require_fitting(name, count, sum(len(batch.inputs) for batch in text.fitting), chosen.tokens)
     examined = []
-    for number, folder in enumerate(chosen.runs):
-        run = first if number == 0 else open_run(folder, chosen.checkpoint, chosen.allow)
+    for number, (folder, checkpoint) in enumerate(zip(chosen.runs, checkpoints, strict=True)):
+        run = first if number == 0 else open_run(folder, checkpoint, chosen.allow)
         examined.append(_examine(run, first if number else None, text, chosen))
     return text, examined
 
@@ -113,9 +122,9 @@ def _wants(run: OpenRun, chosen: Chosen) -> tuple[int, dict[str, int]]:
     return run.datamodule.seq_len, {measure.name: measure.fitting_sequences() for measure in wanting}
 
 
-def _wants_beside(first: OpenRun, folder: Path, chosen: Chosen) -> tuple[int, dict[str, int]]:
+def _wants_beside(first: OpenRun, folder: Path, checkpoint: str, chosen: Chosen) -> tuple[int, dict[str, int]]:
     """Return the same of another run, which is opened and let go again."""
-    other = open_run(folder, chosen.checkpoint, chosen.allow)
+    other = open_run(folder, checkpoint, chosen.allow)
     ours, theirs = first.datamodule.tokenizer, other.datamodule.tokenizer
     same = getattr(ours, "content", ours.name) == getattr(theirs, "content", theirs.name)
     same = same and first.datamodule.vocab_size == other.datamodule.vocab_size
@@ -138,10 +147,31 @@ def _of_run(name: str, run: OpenRun, chosen: Chosen) -> Any:
     return measure.of_run(run) if isinstance(measure, Measure) else measure
 
 
+def as_trained(text: Text, document_mask: bool) -> Text:
+    """Return the same tokens with positions as a run has them that was trained with or without data.document_mask."""
+    if document_mask == is_masked(text):
+        return text
+
+    def changed(batches: tuple[Batch, ...]) -> tuple[Batch, ...]:
+        if not document_mask:
+            return tuple(batch._replace(positions=None) for batch in batches)
+        places = (positions(batch.inputs.numpy(), text.tokenizer.end_of_document) for batch in batches)
+        return tuple(batch._replace(positions=torch.from_numpy(p)) for batch, p in zip(batches, places, strict=True))
+
+    return replace(text, batches=changed(text.batches), fitting=changed(text.fitting))
+
+
+def is_masked(text: Text) -> bool:
+    """Return whether attention keeps documents apart on this text."""
+    return text.batches[0].positions is not None
+
+
 def _examine(run: OpenRun, first: OpenRun | None, text: Text, chosen: Chosen) -> Examined:
     model, config = run.module.model, run.module.model_config
     found: dict[str, Findings] = {}
     left_out: dict[str, str] = {}
+    mask = getattr(run.datamodule, "document_mask", False) if first else is_masked(text)
+    own = as_trained(text, mask)
     for name in chosen.measures:
         measure = _of_run(name, run, chosen)
         models = (model,) if isinstance(measure, Measure) else (first and first.module.model, model)
@@ -151,11 +181,13 @@ def _examine(run: OpenRun, first: OpenRun | None, text: Text, chosen: Chosen) ->
         if reason is not None:
             left_out[name] = reason
             continue
-        with _bar(f"{run.folder.name}: {name}", text) as watched:
+        with _bar(f"{run.folder.name}: {name}", own if isinstance(measure, Measure) else text) as watched:
             found[name] = measure(*models, watched)
+        if isinstance(measure, Comparison) and own is not text:
+            found[name] = replace(found[name], notes=(*found[name].notes, OF_THE_FIRST))
     size = sum(parameter.numel() for parameter in model.parameters())
-    shape = (config.placement, config.num_layers, config.dim, config.ffn, size)
-    return Examined(run.folder, run.step, *shape, found, left_out)
+    shape = (config.placement, config.num_layers, config.dim, config.ffn, size, mask)
+    return Examined(run.folder, run.checkpoint, run.step, *shape, found, left_out)
 
 
 def make(measure: type[Instrument], skip: str) -> Instrument:

@@ -10,17 +10,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from analysis.anatomy.bootstrap import LEVEL, Interval, Resampled
+from analysis.anatomy.bootstrap import FEWEST, LEVEL, Interval, Resampled
 from analysis.anatomy.findings import Findings, Picture, as_plain
 from analysis.anatomy.registry import INSTRUMENTS
 from analysis.anatomy.text import Text
 from core.errors import writing
 from studies.document import Block, Bullets, Code, Heading, Paragraph, Table, Words, markdown
 from studies.document import Picture as Shown
-from tools.compare import labels
 from tools.examination.examine import Examined
 from tools.examination.pictures import draw
-from tools.examination.steps import Kept, draw_drops, draw_scalars, has_drops
+from tools.examination.steps import Kept, draw_drops, draw_scalars, has_drops, has_scalars
+from tools.run_labels import labels
+
+SHAPE = ("step", "placement", "num_layers", "dim", "ffn", "parameters", "document_mask")
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Report:
     @cached_property
     def labels(self) -> list[str]:
         """A name for each run."""
-        return labels([run.folder for run in self.examined])
+        return labels([run.folder for run in self.examined], [run.checkpoint for run in self.examined])
 
     @cached_property
     def resampled(self) -> Resampled:
@@ -105,14 +107,14 @@ def _blocks(report: Report, output: Path) -> Iterator[Block]:
     yield Heading("Anatomy", 1)
     yield Paragraph(
         f"{text.num_tokens:,} tokens of {text.num_documents:,} documents, of {report.source}; the same for every run. "
-        f"Losses are in nats per token. In brackets: {LEVEL:.0%} intervals by bootstrap over documents, which say how "
-        "much hangs on the text, and nothing of how another seed of training would have come out."
+        f"Losses are in nats per token. {_about_intervals(text)}"
     )
-    header = ["run", "folder", "step", "placement", "FFN", "blocks", "dim", "parameters"]
+    header = ["run", "folder", "checkpoint", "step", "placement", "FFN", "blocks", "dim", "parameters"]
     rows: list[list[Words]] = [
         [
             label,
             Code(str(run.folder)),
+            Code(run.checkpoint.name),
             f"{run.step:,}",
             run.placement,
             run.ffn,
@@ -123,6 +125,12 @@ def _blocks(report: Report, output: Path) -> Iterator[Block]:
         for label, run in zip(report.labels, report.examined, strict=True)
     ]
     yield Table(header, rows)
+    apart = [label for label, run in zip(report.labels, report.examined, strict=True) if run.document_mask]
+    if 0 < len(apart) < len(report.examined):
+        yield Paragraph(
+            f"Each run reads the text as it was trained: attention keeps documents apart (data.document_mask) in "
+            f"{', '.join(apart)}, and crosses them in the others."
+        )
     yield Heading("In numbers")
     yield from _scalars(report)
     for name, found in report.measures():
@@ -149,16 +157,30 @@ def _blocks(report: Report, output: Path) -> Iterator[Block]:
         yield Bullets(missing)
 
 
+def _about_intervals(text: Text) -> str:
+    if text.num_documents < FEWEST:
+        return (
+            f"There are no intervals: bootstrap over documents takes at least {FEWEST}, as those of fewer come out too "
+            "narrow, and that of one without any width. More tokens= have more documents."
+        )
+    return (
+        f"In brackets: {LEVEL:.0%} intervals by bootstrap over documents, which say how much hangs on the text, and "
+        "nothing of how another seed of training would have come out."
+    )
+
+
 def _over_steps(report: Report, output: Path) -> Iterator[Block]:
     """Yield what was kept of the runs while they were trained, of those that have kept something."""
     kept = {label: steps for label, steps in zip(report.labels, report.kept, strict=True) if len(steps) > 1}
-    if not kept:
+    scalars = {label: steps for label, steps in kept.items() if has_scalars(steps)}
+    drops = {label: steps for label, steps in kept.items() if has_drops(steps)}
+    if not scalars and not drops:
         return
     yield Heading("Over training")
     yield Paragraph("What callbacks=anatomy has kept, on a text of its own: the first tokens of validation.")
-    draw_scalars(kept, output / "steps_scalars.png")
-    yield Shown("scalars over steps", "steps_scalars.png")
-    drops = {label: steps for label, steps in kept.items() if has_drops(steps)}
+    if scalars:
+        draw_scalars(scalars, output / "steps_scalars.png")
+        yield Shown("scalars over steps", "steps_scalars.png")
     if drops:
         draw_drops(drops, output / "steps_drops.png")
         yield Shown("loss without each block over steps", "steps_drops.png")
@@ -215,7 +237,8 @@ def _number(value: float) -> str:
 
 
 def _interval(interval: Interval) -> str:
-    return f"{_number(interval.value)} ({_number(interval.low)} to {_number(interval.high)})"
+    bounds = "" if math.isnan(interval.low) else f" ({_number(interval.low)} to {_number(interval.high)})"
+    return f"{_number(interval.value)}{bounds}"
 
 
 def content_of(report: Report) -> dict[str, Any]:
@@ -223,11 +246,12 @@ def content_of(report: Report) -> dict[str, Any]:
     runs = []
     measured = dict(report.measures())
     for label, run in zip(report.labels, report.examined, strict=True):
-        shape = {name: getattr(run, name) for name in ("step", "placement", "num_layers", "dim", "ffn", "parameters")}
+        shape = {name: getattr(run, name) for name in SHAPE}
         runs.append(
             {
                 "label": label,
                 "folder": str(run.folder),
+                "checkpoint": str(run.checkpoint),
                 **shape,
                 "findings": {name: findings.as_plain() for name, findings in run.findings.items()},
                 "left_out": run.left_out,

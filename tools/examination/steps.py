@@ -141,6 +141,13 @@ def _drops(part: Kept) -> list[float]:
     return [value if math.isnan(value) else max(LEAST, value) for value in values]
 
 
+def has_scalars(steps: Sequence[Kept]) -> bool:
+    """Return whether some step has a scalar."""
+    return any(part.scalars() for part in steps)
+
+
 def has_drops(steps: Sequence[Kept]) -> bool:
-    """Return whether every step has the loss without each block."""
-    return all(_drop_curve(part) is not None for part in steps)
+    """Return whether every step has the loss without each block, of as many blocks."""
+    curves = [_drop_curve(part) for part in steps]
+    numbers = {0 if curve is None else len(curve.values) for curve in curves}
+    return len(numbers) == 1 and 0 not in numbers

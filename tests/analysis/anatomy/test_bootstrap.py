@@ -1,9 +1,11 @@
 """Intervals by bootstrap, against the theory of means and against draws one by one."""
 
+import math
+
 import numpy as np
 import pytest
 
-from analysis.anatomy.bootstrap import RESAMPLES, Resampled
+from analysis.anatomy.bootstrap import FEWEST, RESAMPLES, Resampled
 
 
 def test_of_equal_documents_it_is_the_interval_of_a_mean() -> None:
@@ -17,10 +19,10 @@ def test_of_equal_documents_it_is_the_interval_of_a_mean() -> None:
 
 
 def test_a_figure_is_a_sum_over_the_tokens_that_were_drawn() -> None:
-    tokens, sums = np.array([10.0, 1.0, 5.0]), np.array([[20.0, 5.0, 5.0], [1.0, 2.0, 3.0]])
+    tokens, sums = np.array([10.0, 1.0, 5.0] * 3), np.array([[20.0, 5.0, 5.0] * 3, [1.0, 2.0, 3.0] * 3])
     resampled = Resampled(tokens)
-    assert resampled.draws.shape == (RESAMPLES, 3)
-    assert (resampled.draws.sum(1) == 3).all()
+    assert resampled.draws.shape == (RESAMPLES, 9)
+    assert (resampled.draws.sum(1) == 9).all()
     by_hand = [
         [sum(count * s for count, s in zip(draw, row, strict=True)) / (draw @ tokens) for draw in resampled.draws]
         for row in sums
@@ -44,3 +46,16 @@ def test_differences_are_paired() -> None:
 
 def test_the_same_draws_serve_every_model() -> None:
     assert (Resampled(np.ones(7)).draws == Resampled(np.ones(7)).draws).all()
+
+
+def test_of_few_documents_there_is_no_interval() -> None:
+    rng = np.random.default_rng(0)
+    for documents in (1, FEWEST - 1):
+        first, second = rng.normal(0, 1, (2, 1, documents))
+        resampled = Resampled(np.ones(documents))
+        for (interval,) in (resampled.intervals(first), resampled.differences(second, first)):
+            assert math.isfinite(interval.value)
+            assert math.isnan(interval.low)
+            assert math.isnan(interval.high)
+    (interval,) = Resampled(np.ones(FEWEST)).intervals(rng.normal(0, 1, (1, FEWEST)))
+    assert interval.low < interval.value < interval.high

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from analysis.anatomy.adam_state import AdamState
 from analysis.anatomy.sharpness import Sharpness
-from analysis.anatomy.text import Text
+from analysis.anatomy.text import Batch, Text
 from core.checkpoint import load
 from core.errors import ConfigError
 from lightning_modules.language_module import LanguageModule
@@ -74,6 +75,23 @@ def test_as_many_sequences_as_asked_for() -> None:
     spectrum = torch.linalg.eigvalsh(hessian(model, whole(rows)[:1]))
     found = Sharpness(sequences=1, iterations=ITERATIONS)(model, rows)
     assert found.scalars["hessian_top"] == pytest.approx(spectrum[-1].item(), rel=1e-3)
+
+
+def test_sequences_are_the_text_s_in_whatever_batches() -> None:
+    """Three, of one batch or of three; and it says how many there were."""
+    model, whole_text = make().model, make_text(batches=1, sequences=3, seq=6, vocab_size=VOCAB_SIZE)
+    assert model is not None
+    (batch,) = whole_text.batches
+    apart = [Batch(*(None if part is None else part[n : n + 1] for part in batch)) for n in range(3)]  # type: ignore
+    for sequences, note in ((2, "Of the first 2 sequences of the text."), (5, "Of the first 3 sequences of the text.")):
+        measure = Sharpness(sequences=sequences, iterations=5)
+        found = [measure(model, text) for text in (whole_text, replace(whole_text, batches=tuple(apart)))]
+        assert found[0].scalars == pytest.approx(found[1].scalars, rel=1e-6)
+        assert found[0].notes[0] == found[1].notes[0] == note
+    with_positions = [part._replace(positions=torch.tensor([[n, 0, 1]])) for n, part in enumerate(apart)]
+    beginning = replace(whole_text, batches=tuple(with_positions)).beginning(2).positions
+    assert beginning is not None
+    assert beginning.tolist() == [[0, 0, 1], [1, 0, 1]]
 
 
 def preconditioner_by_a_step(module: LanguageModule, content: dict[str, Any], rows: Tensor) -> Tensor:
@@ -187,7 +205,7 @@ def test_without_second_moments_nothing_is_preconditioned(tmp_path: Path) -> Non
     assert model is not None
     assert AdamState.of(content, model) is None
     assert AdamState.of({}, model) is None
-    (note,) = Sharpness(iterations=3)(model, text()).notes
+    _, note = Sharpness(iterations=3)(model, text()).notes
     assert note == "Without the second moments of Adam nothing is preconditioned."
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.anatomy.similarity import CrossSimilarity, Similarity, linear_cka
+from analysis.anatomy.expert_similarity import weight_cosines
+from analysis.anatomy.similarity import CrossSimilarity, Similarity, angular_distances, cosines, linear_cka
 from analysis.states import watching
 from tests.support.anatomy import make_text, trained_like
 
@@ -41,7 +42,7 @@ def test_every_pair_of_depths_is_compared_as_the_papers_have_it(placement: str) 
         cosine = (states[i] * states[j]).sum(1) / norms
         assert found.matrices["cosine"][i][j] == pytest.approx(cosine.mean(), abs=1e-5)
         angle = np.arccos(cosine.clip(-1, 1)).mean() / np.pi
-        assert found.matrices["angular_distance"][i][j] == pytest.approx(angle, abs=1e-3)
+        assert found.matrices["angular_distance"][i][j] == pytest.approx(angle, abs=1e-6)
         if j == i + 1:
             assert found.curves["block_influence_by_block"].values[i] == pytest.approx(1 - cosine.mean(), abs=1e-5)
     pairs = [cka_of_features(states[i], states[j]) for i, j in ((2, 3), (2, 4), (3, 4))]
@@ -65,6 +66,30 @@ def test_cka_does_not_see_rotation_and_size_but_sees_another_representation() ->
     rotation = torch.linalg.qr(torch.randn(6, 6, generator=generator))[0]
     assert float(linear_cka([x], [3 * x @ rotation + 1])) == pytest.approx(1, abs=1e-5)
     assert float(linear_cka([x], [y])) < 0.2
+
+
+def test_autocast_does_not_round_what_is_measured() -> None:
+    """Deep states turn by little: in bfloat16 two that are 1e-3 apart are the same. The formulas are numpy's."""
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(2, 40, 32, generator=generator)
+    states = [first, first + 1e-3 * torch.randn(2, 40, 32, generator=generator), first.flip(0)]
+    flat = [state.flatten(0, 1) for state in states]
+    mixture = trained_like(ffn="moe").blocks[0].ffn
+    measures = (
+        lambda: cosines(states),
+        lambda: angular_distances(states),
+        lambda: linear_cka(flat, flat),
+        lambda: weight_cosines(mixture),
+    )
+    for measure in measures:
+        plain = measure()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(measure(), plain)
+    x, y = (state.double().numpy() for state in flat[:2])
+    cosine = (x * y).sum(1) / (np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1))
+    np.testing.assert_allclose(1 - cosines(states)[0, 1].numpy(), 1 - cosine, atol=1e-14)
+    np.testing.assert_allclose(angular_distances(states)[0, 1].numpy(), np.arccos(cosine) / np.pi, rtol=1e-6)
+    np.testing.assert_allclose(1 - linear_cka(flat, flat)[0, 1].numpy(), 1 - cka_of_features(x, y), atol=1e-13)
 
 
 def test_some_of_the_tokens_are_taken_over_the_whole_text() -> None:
