@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,8 @@ def test_the_time_of_a_run_ends_it_with_a_reason(tmp_path: Path) -> None:
 
     again = train(tmp_path, *job, "ckpt_path=last")
     assert again.code == 2
-    assert "trainer.max_time='0:00:02' is not valid: expected more than 0:00:02, which the run has trained" in again.err
+    said = r"trainer.max_time='0:00:02' is not valid: expected more than 0:00:\d\d, which the run has trained"
+    assert re.search(said, again.err)  # a busy machine takes longer than the time it is given
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
 
     step = status["step"]
