@@ -103,7 +103,11 @@ class Study:
 
     def runs_at(self, points: Iterable[Point]) -> list[Planned]:
         """Return the runs of selected points, with `seeds`; only those that are to be judged."""
-        return self._plan((point for point in points if not self.judge or point[0] in self.judge), self.seeds)
+        return self._plan(filter(self.is_judged, points), self.seeds)
+
+    def is_judged(self, point: Point) -> bool:
+        """Return whether a point is one of those that are run with `seeds` once its rate is selected."""
+        return not self.judge or point[0] in self.judge
 
     def _plan(self, points: Iterable[Point], seeds: Sequence[int], more: Sequence[str] = ()) -> list[Planned]:
         """Return the runs seed by seed: a study that is broken off has few seeds of everything, not all of a part."""

@@ -272,7 +272,7 @@ def _comparisons(study: Study, known: Grids) -> list[Block]:
     chosen = tuned(study, known.selection) if tuning else {point: point for point in grid}
     compared: list[tuple[Point, Comparison | None]] = []
     for point, ours in chosen.items():
-        if point[0] != study.baseline:
+        if point[0] != study.baseline and study.is_judged(point):
             theirs = chosen.get((study.baseline, *point[1:]))
             compared.append((point, compare(grid[ours], grid[theirs]) if theirs is not None else None))
     claims = [point for point, _ in compared if point[0] in study.family or not study.family]

@@ -102,7 +102,7 @@ def grids(study: Study, records: Iterable[Record]) -> Grids:
     selection = cells(study, records, study.select_seeds or study.seeds)
     if not study.select_seeds:
         return Grids(selection, selection)
-    chosen = set(selected(study, selection).values())
+    chosen = {point for point in selected(study, selection).values() if study.is_judged(point)}
     judged = cells(study, records, study.seeds)
     return Grids(selection, {point: cell if point in chosen else Cell((), 0) for point, cell in judged.items()})
 

@@ -1,6 +1,7 @@
 """A report's numbers, recomputed with numpy from the stored records; what is missing or failed is shown as such."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -210,6 +211,21 @@ def test_seeds_that_select_a_rate_do_not_judge_it(tmp_path: Path, undrawn: None)
     assert rows(text, "Final validation loss")["prenorm"][0] == "2.100 (1)"
     against = rows(text, "Against prenorm")
     assert against["spannorm"][1].startswith(f"{np.mean([0.02, 0.08, 0.18]):+.3f} (3)")
+
+
+def test_what_is_not_to_be_judged_is_not_missing(tmp_path: Path, undrawn: None) -> None:
+    study = replace(SELECTING, judge=("prenorm", "spannorm"))
+    study.save(tmp_path / "study.yaml")
+    grid = [record(run, selection_loss(run)) for run in study.runs()]
+    judging = judging_runs(study, grid)
+    assert {run.point["model.placement"] for run in judging} == {"prenorm", "spannorm"}
+    for one in (*grid, *(record(run, selection_loss(run)) for run in judging)):
+        one.save(tmp_path / f"{one.name}.json")
+    text = write(tmp_path).read_text()
+    assert "30 runs are planned" in text
+    assert "missing" not in text
+    assert rows(text, "Each at its own best learning rate")["postnorm muon"][1] == "no run yet"
+    assert set(rows(text, "Against prenorm")) == {"spannorm"}
 
 
 def test_intervals_and_corrections_by_their_textbook_formulas() -> None:
