@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from analysis.evaluating import evaluating
 from core.precision import at_least_fp32
 
 Vector = list[Tensor]
@@ -22,14 +23,8 @@ def differentiable_twice(model: Any) -> Iterator[None]:
     Neither compiled blocks nor fused attention can be, and a router's jitter would change the loss from product to
     product.
     """
-    was_training = model.training
-    model.eval()
-    stance = torch.compiler.set_stance("force_eager") if model.config.compile else nullcontext()
-    try:
-        with stance, sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-            yield
-    finally:
-        model.train(was_training)
+    with evaluating(model), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+        yield
 
 
 def obstacle(model: Any) -> str | None:

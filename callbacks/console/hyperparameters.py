@@ -8,8 +8,9 @@ import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard.summary import hparams
 
-from core.run_folder import flatten
-from core.untrusted import Untrusted, read_yaml
+from core.errors import UserError
+from core.overrides import parse
+from core.run_folder import flatten, read_overrides
 
 LEADING = (
     "model/placement",
@@ -54,10 +55,10 @@ class Hyperparameters(L.Callback):
 
     def _overridden(self) -> Sequence[str]:
         """Return the fields on the run's command line, as the tab calls them."""
-        path = Path(self.run_dir or "") / "overrides.yaml"
-        try:
-            overrides = read_yaml(path) if self.run_dir is not None and path.is_file() else []
-        except Untrusted:
+        if self.run_dir is None:
             return ()
-        given = [text for text in overrides if isinstance(text, str)] if isinstance(overrides, list) else []
-        return [text.partition("=")[0].lstrip("+").replace(".", "/") for text in given]
+        try:
+            overrides = read_overrides(Path(self.run_dir))
+        except UserError:  # of a Trainer of one's own there are none
+            return ()
+        return [override.key_or_group.replace(".", "/") for override in parse(overrides)]

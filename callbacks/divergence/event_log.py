@@ -30,7 +30,7 @@ class EventLog:
             event: for programs; values that are no number become null in the file.
             scalars: for the loggers, by key.
         """
-        write_scalars(trainer, scalars, trainer.global_step + 1)  # by all processes
+        write_scalars(trainer, scalars, trainer.global_step + 1)
         if not trainer.is_global_zero:
             return
         print(printable(line, limit=None), flush=True)

@@ -2,18 +2,17 @@
 
 import json
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from torch.distributed.tensor import DTensor
 
 from analysis.anatomy.findings import Findings
 from analysis.anatomy.registry import MEASURES
 from analysis.anatomy.text import Text, held_out
+from analysis.evaluating import evaluating
 from callbacks.scalars import write_scalars, written_blocks
 from core.atomic_write import write_whole
 from core.errors import InvalidValue, lookup, require
@@ -90,15 +89,8 @@ class Anatomy(L.Callback):
             return
         self._measured = step
         model: Any = pl_module.model
-        compiled = model.config.compile  # nothing inside of a compiled block can be left out
-        stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-        was_training = model.training
-        model.eval()
-        try:
-            with stance, trainer.precision_plugin.forward_context():
-                found = {m.name: m(model, self._text) for m in self.measures if m.lacks(model) is None}
-        finally:
-            model.train(was_training)
+        with evaluating(model), trainer.precision_plugin.forward_context():
+            found = {m.name: m(model, self._text) for m in self.measures if m.lacks(model) is None}
         content = {"step": step, "findings": {name: findings.as_plain() for name, findings in found.items()}}
         text = json.dumps(content, allow_nan=False) + "\n"
         write_whole(self.folder / f"{step}.json", partial(Path.write_text, data=text))

@@ -2,13 +2,13 @@
 
 from abc import abstractmethod
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import lightning as L
 import torch
 from torch import Tensor
 
+from analysis.evaluating import evaluating
 from analysis.states import BlockView, watching
 from callbacks.charts import block_chart
 from callbacks.scalars import write_scalars, written_blocks
@@ -111,18 +111,10 @@ class BlockMonitor(L.Callback):
     def _forward(
         self, trainer: L.Trainer, pl_module: L.LightningModule, tokens: Tensor, see: Callable[[BlockView], None]
     ) -> None:
-        """Run the model once, without a graph or random numbers (the jitter is off), so training stays the same."""
+        """Run the model once, without a graph or random numbers, so training stays the same."""
         model: Any = pl_module.model
-        stance: AbstractContextManager[Any] = nullcontext()
-        if model.config.compile:  # nothing inside of a compiled block can be watched
-            stance = torch.compiler.set_stance("force_eager")
-        was_training = model.training
-        model.eval()
-        try:
-            with stance, trainer.precision_plugin.forward_context(), watching(model, see):
-                model(tokens, logits_to_keep=1)  # nobody looks at them
-        finally:
-            model.train(was_training)
+        with evaluating(model), trainer.precision_plugin.forward_context(), watching(model, see):
+            model(tokens, logits_to_keep=1)  # nobody looks at them
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         step = trainer.global_step + 1

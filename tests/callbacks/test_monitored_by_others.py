@@ -3,12 +3,10 @@
 import datetime
 import json
 import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 
@@ -16,8 +14,8 @@ from callbacks.monitors.gradient_health import GradientHealth
 from callbacks.monitors.signal_propagation import SignalPropagation
 from lightning_modules.language_module import LanguageModule
 from tests.support.fitting import fit
-from tests.support.forked import in_processes
 from tests.support.models import VOCAB_SIZE, tiny_values, tokens
+from tests.support.processes import together
 from tests.support.runs import scalars, tiny_job, train
 
 LIGHTNING = "lightning.pytorch.callbacks"
@@ -57,26 +55,20 @@ class Seen(Callback):
         self.values = {name: float(value) for name, value in trainer.callback_metrics.items()}  # type: ignore[attr-defined]
 
 
-def run(rank: int, folder: Path, port: int) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.manual_seed(rank)  # each has texts of its own
+def seen_in(folder: Path, _: None) -> dict[str, float]:
+    """What a callback sees in one of two processes."""
+    torch.manual_seed(int(os.environ["LOCAL_RANK"]))  # each has texts of its own
     batches = [tokens(2, 9) for _ in range(2)]
     torch.manual_seed(0)
     module, seen = LanguageModule(tiny_values(ffn="dense"), {"warmup_steps": 0}, VOCAB_SIZE), Seen()
     two = DDPStrategy(process_group_backend="gloo", timeout=datetime.timedelta(seconds=60))
     callbacks = [GradientHealth(), SignalPropagation(every_n_steps=1), seen]
     fit(folder, module, *batches, callbacks=callbacks, max_steps=2, logger=False, strategy=two, devices=2)
-    (folder / f"{rank}.json").write_text(json.dumps(seen.values))
-    dist.destroy_process_group()
+    return seen.values
 
 
 def test_every_process_sees_what_the_first_has_measured(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    in_processes(run, (tmp_path, port))
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    (first,), (second,) = together(2, tmp_path, seen_in, [None])
     monitored = {name for name in first if name.startswith(("signal/", "gradients/"))}
     assert {"signal/block_1/variance", "gradients/first_over_last"} <= monitored
     assert {name: first[name] for name in monitored} == {name: second[name] for name in monitored}
