@@ -150,7 +150,9 @@ def measured_peak(values: dict[str, Any], dtype: torch.dtype | None, accumulated
     before = sum(p.nbytes for p in module.model.parameters()) if accumulated else 0
     if not accumulated:
         module.model.zero_grad()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    # oneDNN's scratch space depends on what the processor can do: its bf16 products have up to 5 % of the peak.
+    plain = torch.backends.mkldnn.flags(enabled=False)
+    with plain, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = most = before
@@ -160,6 +162,10 @@ def measured_peak(values: dict[str, Any], dtype: torch.dtype | None, accumulated
     return most
 
 
+WITHOUT_ONEDNN = pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")
+
+
+@WITHOUT_ONEDNN
 @pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("name", PEAKS)
 def test_the_peak_of_a_step_is_what_the_allocator_gives_out(name: str, recomputed: bool) -> None:
@@ -172,6 +178,7 @@ def test_the_peak_of_a_step_is_what_the_allocator_gives_out(name: str, recompute
         assert planned == pytest.approx(measured_peak(values, dtype, accumulated), rel=rel)
 
 
+@WITHOUT_ONEDNN
 def test_memory_is_that_of_the_peak() -> None:
     small = ["data=synthetic", "data.batch_size=4", "data.seq_len=32", "data.task=copy", "data.vocab_size=50"]
     small += ["model.dim=64", "model.num_heads=4", "model.ffn_dim=176", "model.num_layers=3", "model.placement=attnres"]
