@@ -82,9 +82,10 @@ def choose(
     if top_k is not None:
         ordered, tokens = ordered[:, :top_k], tokens[:, :top_k]
     probabilities = ordered.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities  # the sum of the likelier ones: 0 of the likeliest
-    rows = probabilities.masked_fill(before >= top_p, 0.0)
-    drawn = [torch.multinomial(row, 1, generator=own) for row, own in zip(rows, generators, strict=True)]
+    if top_p < 1:  # a GPU has no ordered sum for trainer.deterministic=true
+        before = probabilities.cumsum(-1) - probabilities  # the sum of the likelier ones: 0 of the likeliest
+        probabilities = probabilities.masked_fill(before >= top_p, 0.0)
+    drawn = [torch.multinomial(row, 1, generator=own) for row, own in zip(probabilities, generators, strict=True)]
     return tokens.gather(-1, torch.stack(drawn))[:, 0]
 
 
