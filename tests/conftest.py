@@ -4,6 +4,7 @@ A test sees no GPU, on any machine. One that carries the marker `gpu` sees what 
 none; warnings do not fail it, as nobody has seen yet which ones others give there.
 """
 
+import os
 import sys
 from collections.abc import Generator, Iterator
 from contextlib import nullcontext
@@ -14,12 +15,15 @@ import torch.distributed as dist
 
 from tests.support.devices import without_gpus
 
-torch.set_num_threads(1)  # tiny tensors, and xdist runs one worker a core
+# Tiny tensors, and xdist runs one worker a core: threads of two workers that wait for each other take a hundred times as
+# long. Without the variable Lightning's launchers set the number of threads of the process, for all tests after.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Around all fixtures, those of a session too."""
+    torch.set_num_threads(1)  # whatever the test before has set
     with nullcontext() if item.get_closest_marker("gpu") else without_gpus():
         return (yield)
 
