@@ -51,8 +51,6 @@ def run(main: Callable[[], None]) -> None:
     A run that was given up as diverged exits with 3, and one that a signal ended with 128 and its number. A fault of
     the project itself keeps its traceback and exits with 1. A sweep exits as the first of its runs that failed.
     """
-    # Before torch is imported: OpenMP threads that spin without end bring a busy machine to a halt (docs/decisions.md).
-    os.environ.setdefault("GOMP_SPINCOUNT", "100000")
     if not DEBUGGING:  # Hydra then raises instead of printing, so that the message can be better
         os.environ.update({"HYDRA_FULL_ERROR": "1", OURS: "1"})
     sys.path.append(os.getcwd())  # your own classes may lie where you are

@@ -237,6 +237,31 @@ def test_help_does_not_wait_for_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=200).returncode == 0
 
 
+NOTED = """
+import os, runpy, sys
+
+class WaysOfWaiting:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"))
+            os._exit(0)
+
+sys.meta_path.insert(0, WaysOfWaiting())
+sys.argv[1:] = ["run_dir={folder}"]
+runpy.run_module("{module}", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("module", ["train", "tools.propagation", "studies.surgery"])
+@pytest.mark.parametrize("given", [None, "7"])
+def test_how_idle_threads_wait_is_set_before_torch_reads_it(module: str, given: str | None, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    environment |= {} if given is None else {"GOMP_SPINCOUNT": given}
+    code = NOTED.format(module=module, folder=tmp_path / "run")
+    seen = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert seen.stdout.strip() == (given or "100000"), seen.stderr
+
+
 def test_a_fault_of_the_project_keeps_its_traceback(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def faulty(*_: object) -> None:
         raise KeyError("a bug")
