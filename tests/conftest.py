@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from tests.support.devices import without_gpus
 
-# Tiny tensors, and xdist runs one worker a core: threads of two workers that wait for each other take a hundred times as
-# long. Without the variable Lightning's launchers set the number of threads of the process, for all tests after.
+# Tiny tensors, and xdist runs one worker a core: where two workers' threads wait for each other, tests take a hundred
+# times as long. Without the variable Lightning's launchers set the process' number of threads, for all tests after.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 

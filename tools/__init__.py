@@ -1,1 +1,1 @@
-import core  # noqa: F401  # before torch: it says how idle threads wait
+from core import idle_threads  # noqa: F401  # before any module of this package imports torch
