@@ -15,14 +15,10 @@ import pytest
 import torch
 
 from tests.support.comparing import assert_equal
-from tests.support.recovering import RECOVERING, ROLLBACK, done
+from tests.support.recovering import RECOVERING, ROLLBACK, TAKING_BACK, done, nan_gradient
 from tests.support.runs import ROOT, TRAIN, Finished, assert_began, load, run, scalars, tiny_job, train
 
 TAGS = ("train/loss", "optim/grad_norm", "optim/lr", "val/loss")
-
-
-def nan_gradient(first: int, num_steps: int) -> str:
-    return f"+callbacks.nan={{_target_: tests.support.sabotage.NaNGradient, first: {first}, num_steps: {num_steps}}}"
 
 
 def bad_batch(first: int, num_steps: int) -> str:
@@ -64,10 +60,8 @@ def train_on_two(cwd: Path, *arguments: str, seconds: int = 150) -> Finished:
     return Finished(process.returncode, out, err)
 
 
-RECOVERING += ["model.num_layers=1"]
-BAD_WEIGHTS = [*RECOVERING, "model.placement=postnorm"]
+BAD_WEIGHTS = [*TAKING_BACK, "model.placement=postnorm"]
 BAD_WEIGHTS += ["+callbacks.flip={_target_: tests.support.sabotage.FlipBit, step: 18, parameter: head.weight}"]
-RECOVERING += [nan_gradient(18, 2)]
 
 
 @pytest.fixture(scope="module")
