@@ -27,6 +27,7 @@ def main(config: DictConfig) -> float:
     from core.memory import check_memory
     from core.parallel import apply_micro_batching, check_parts
     from core.printable import printable
+    from core.provenance import device_of, origin
     from core.run_control import take_control
     from core.run_folder import check_resumable, entered, folder_name, is_main_process
     from core.steps import check_length
@@ -82,7 +83,8 @@ def main(config: DictConfig) -> float:
         if run.ckpt_path is not None:
             step = check_resumable(run, trainer, module, datamodule, config)
 
-        with run.running(trainer, config, overrides, step), report_failures(trainer, run.path):
+        made_by = origin(device_of(trainer), getattr(datamodule, "stream_identity", {}).get("corpus"))
+        with run.running(trainer, config, overrides, step, made_by), report_failures(trainer, run.path):
             trainer.fit(module, datamodule=datamodule, ckpt_path=run.ckpt_path, weights_only=True)
             tell_early_end(trainer)
         return final_loss(trainer, run.path)

@@ -1,8 +1,9 @@
 """Tells why a run ended before its last step without an error: its time is up, or a callback has stopped it."""
 
+import math
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping, Timer
@@ -10,6 +11,7 @@ from omegaconf import DictConfig
 
 from core.errors import ConfigError, one_line
 from core.lightning_callbacks import field_of
+from core.status import DONE, STOPPED, TIMED_OUT
 from core.steps import at_the_end
 
 
@@ -24,20 +26,44 @@ class SaysWhyItStopped(Protocol):
     stopping_reason: str | None
 
 
-def early_end(trainer: L.Trainer) -> str | None:
-    """Return why training has stopped before the run's last step, in one line; None: it has not."""
+class EarlyEnd(NamedTuple):
+    """An end before the run's last step, without an error.
+
+    Attributes:
+        status: core.status.TIMED_OUT or STOPPED.
+        reason: who has stopped it, and why, in one line.
+    """
+
+    status: str
+    reason: str
+
+
+def early_end(trainer: L.Trainer) -> EarlyEnd | None:
+    """Return how training has stopped before the run's last step; None: it has not."""
     if at_the_end(trainer) or not trainer.should_stop:
         return None
-    reasons = [reason for callback in _callbacks(trainer) if (reason := _reason_of(callback))]
-    return "; ".join(reasons) or "a callback has set trainer.should_stop"
+    found = [(callback, reason) for callback in _callbacks(trainer) if (reason := _reason_of(callback))]
+    timed_out = any(isinstance(callback, Timer) for callback, _ in found)
+    reasons = "; ".join(reason for _, reason in found)
+    return EarlyEnd(TIMED_OUT if timed_out else STOPPED, reasons or "a callback has set trainer.should_stop")
+
+
+def how_it_ended(trainer: L.Trainer) -> tuple[str, str | None]:
+    """Return the status of a run that has ended without an error, and in a line what there is to say of it."""
+    end = early_end(trainer)
+    if end is not None:
+        return end
+    losses = {name: trainer.callback_metrics.get(name) for name in ("train/loss", "val/loss")}
+    bad = [name for name, loss in losses.items() if loss is not None and not math.isfinite(loss)]
+    return DONE, f"not finite at its end: {', '.join(bad)}" if bad else None
 
 
 def tell_early_end(trainer: L.Trainer) -> None:
     """Print it, once for all processes."""
-    reason = early_end(trainer)
-    if reason is not None and trainer.is_global_zero:
+    end = early_end(trainer)
+    if end is not None and trainer.is_global_zero:
         of = f" of {trainer.max_steps}" if trainer.max_steps >= 0 else ""
-        print(f"Ended early, after step {trainer.global_step}{of}: {reason}.", flush=True)
+        print(f"Ended early, after step {trainer.global_step}{of}: {end.reason}.", flush=True)
 
 
 def check_time_left(trainer: L.Trainer, checkpoint: Mapping[str, Any], config: DictConfig | None = None) -> None:
@@ -76,7 +102,7 @@ def _reason_of(callback: Any) -> str | None:
     if isinstance(callback, EarlyStopping) and callback.stopping_reason_message is not None:
         return f"EarlyStopping: {one_line(callback.stopping_reason_message).rstrip('.')}"
     if isinstance(callback, SaysWhyItStopped):
-        return callback.stopping_reason
+        return callback.stopping_reason and f"{type(callback).__name__}: {callback.stopping_reason}"
     return None
 
 

@@ -1,8 +1,11 @@
-"""Says where a result comes from: which code, which versions, which machine."""
+"""Says where a result comes from: which code, which versions, which machine, which command."""
 
 import os
 import platform
+import shlex
 import subprocess
+import sys
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,10 @@ FIELDS = (
     "device",
     "corpus",
 )
+OF_THE_USER = ("host", "command")
+"""What else RUN/provenance.json has; summaries and the records of studies, which are passed on, do not."""
+FILE = "provenance.json"
+"""Of the process that began the run; one that resumes it leaves provenance-resumed-TIME.json."""
 
 
 def provenance(device: str, corpus: Any = None) -> dict[str, Any]:
@@ -32,11 +39,10 @@ def provenance(device: str, corpus: Any = None) -> dict[str, Any]:
     """
     import torch
 
-    commit = _git("rev-parse", "HEAD")
-    changes = _git("status", "--porcelain", "--untracked-files=no")
+    commit, dirty = _checkout(ROOT)
     found = {
-        "commit": commit or None,
-        "dirty": bool(changes) if changes is not None else None,
+        "commit": commit,
+        "dirty": dirty,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "lightning": version("lightning"),
@@ -50,13 +56,36 @@ def provenance(device: str, corpus: Any = None) -> dict[str, Any]:
     return {field: found[field] for field in FIELDS}
 
 
-def _git(*arguments: str) -> str | None:
-    """Return what git says of this project's checkout; None: there is no git, or no checkout of its own."""
-    if not (ROOT / ".git").exists():  # installed, or unpacked inside somebody else's checkout
+def origin(device: str, corpus: Any = None) -> dict[str, Any]:
+    """Return the fields of FIELDS and those of OF_THE_USER: host, and the command line of this process, whole."""
+    command = shlex.join([Path(sys.executable).name, *sys.argv])
+    return {**provenance(device, corpus), "host": platform.node() or None, "command": command}
+
+
+def device_of(trainer: Any) -> str:
+    """Return on what a Trainer computes, in words: `2 x NVIDIA H200`."""
+    import torch
+
+    device = trainer.strategy.root_device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{trainer.world_size} x {name}"
+
+
+@cache  # of the code that was imported: a long run's checkout may have moved on when it ends
+def _checkout(root: Path) -> tuple[str | None, bool | None]:
+    """Return the commit of this project's checkout, and whether tracked files differ from it."""
+    commit = _git(root, "rev-parse", "HEAD")
+    changes = _git(root, "status", "--porcelain", "--untracked-files=no")
+    return commit or None, None if changes is None else bool(changes)
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    """Return what git says of a checkout; None: there is no git, or no checkout of its own."""
+    if not (root / ".git").exists():  # installed, or unpacked inside somebody else's checkout
         return None
     try:
         ended = subprocess.run(
-            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=20, check=True
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -1,6 +1,7 @@
 """A run lives in runs/EXPERIMENT/NAME, with its config, checkpoints, logs and summary."""
 
 import itertools
+import json
 import os
 import re
 import shlex
@@ -23,6 +24,7 @@ from core.file_errors import about_a_file
 from core.moved import override_with_current_names
 from core.paths import require_path
 from core.printable import printable
+from core.provenance import FILE as PROVENANCE
 from core.run_lock import held
 from core.status import FILE as STATUS
 from core.status import LOCK, is_done
@@ -35,7 +37,8 @@ MAX_RETRIES = 100
 WITHOUT_RUN = "a folder without a run in it, or ckpt_path=last beside it to resume that run"
 OVERRIDES = "overrides.yaml"
 LAST, PREVIOUS = Path("checkpoints/last.ckpt"), Path("checkpoints/previous.ckpt")
-BEGINNING = rf"(config|overrides)(-resumed-[\w-]+)?\.yaml|{re.escape(STATUS)}|tensorboard|csv|flight_recorder"
+NOTES = r"((config|overrides)(-resumed-[\w-]+)?\.yaml|provenance(-resumed-[\w-]+)?\.json)"
+BEGINNING = rf"{NOTES}|{re.escape(STATUS)}|tensorboard|csv|flight_recorder"
 """The names of what a run writes into its folder before the end of its first step."""
 WRITTEN = rf"{BEGINNING}|checkpoints|wandb|(divergence|events|summary|status)\..*"
 """The names of all that a run writes into its folder, or removes there."""
@@ -71,7 +74,14 @@ class RunFolder:
     holds_run: bool = False
 
     @contextmanager
-    def running(self, trainer: Any, config: DictConfig, overrides: list[str], step: int = 0) -> Iterator[None]:
+    def running(
+        self,
+        trainer: Any,
+        config: DictConfig,
+        overrides: list[str],
+        step: int = 0,
+        made_by: Mapping[str, Any] | None = None,
+    ) -> Iterator[None]:
         """Let the run train in the context. What is refused before the first step leaves no trace of a run.
 
         Args:
@@ -79,6 +89,7 @@ class RunFolder:
             config: composed.
             overrides: of the command line.
             step: of the checkpoint that the run goes on from; 0: it is a new one.
+            made_by: where the run comes from, as core.provenance.origin has it; None: it is not noted.
 
         Raises:
             ConfigError: the folder cannot be written to, or has become another run's.
@@ -89,7 +100,7 @@ class RunFolder:
         before, resumable = _names(self.path), _resumable(self.path)
         status = (self.path / STATUS).read_bytes() if STATUS in before else None
         try:
-            self.create(config, overrides)
+            self.create(config, overrides, made_by)
             print(f"Run folder: {printable(self.path, limit=None)}")
             yield
         except (UserError, OmegaConfBaseException, OSError, ValueError) as error:
@@ -111,8 +122,13 @@ class RunFolder:
         if status is not None:
             write_whole(self.path / STATUS, lambda unfinished: unfinished.write_bytes(status))
 
-    def create(self, config: DictConfig, overrides: list[str]) -> None:
+    def create(self, config: DictConfig, overrides: list[str], made_by: Mapping[str, Any] | None = None) -> None:
         """Make the folder and note what was asked for. A resumed run keeps the notes of its beginning.
+
+        Args:
+            config: composed.
+            overrides: of the command line.
+            made_by: as in `running`.
 
         Raises:
             ConfigError: the folder cannot be written to; or a run has come into it meanwhile, which the lock prevents
@@ -127,6 +143,10 @@ class RunFolder:
             if noted:
                 read_overrides(self.path)
             suffix = "" if first else time.strftime("-resumed-%Y-%m-%d_%H-%M-%S")
+            if made_by is not None:
+                text = json.dumps(made_by, indent=2) + "\n"
+                stem = Path(PROVENANCE).stem
+                write_whole(self.path / f"{stem}{suffix}.json", lambda unfinished: unfinished.write_text(text))
             # The configuration last: a folder with one is a run's, and has all that a run needs to go on.
             for name, content, resolve in (
                 (f"overrides{suffix if noted else ''}", OmegaConf.create(overrides), False),

@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from core.provenance import FIELDS
+from core.provenance import FIELDS, OF_THE_USER
+from core.provenance import FILE as ORIGIN
 from core.untrusted import MIB, Untrusted, read_json
 
 FILE = "status.json"
@@ -15,7 +16,12 @@ SUMMARY = "summary.json"
 LOCK = "lock"
 FILE_BYTES = MIB
 """The most bytes of either file that is read; they have a few hundred."""
-RUNNING, DONE, STOPPED, DIVERGED, FAILED = "running", "done", "stopped", "diverged", "failed"
+RUNNING, DONE = "running", "done"
+STOPPED, TIMED_OUT = "stopped", "timed_out"  # by a signal or a callback; by its own time
+DIVERGED, FAILED = "diverged", "failed"
+KILLED = "killed"  # which nobody lived to write: `running`, and no process holds the folder's lock
+EARLY = (STOPPED, TIMED_OUT)
+"""Ends before the last step that are no failures."""
 
 
 COUNTS = ("step", "max_steps", "steps", "tokens", "parameters", "active_parameters")
@@ -34,6 +40,8 @@ WORDS = ("status", "reason")
 PROVENANCE = "provenance"
 MAX_WORD = 1000
 """Characters of a text among what a summary says of where it comes from."""
+MAX_COMMAND = 100_000
+"""Characters of a command line."""
 
 
 def read(run_dir: Path) -> dict[str, Any]:
@@ -64,6 +72,26 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
     return found
 
 
+def read_origin(run_dir: Path) -> dict[str, Any]:
+    """Return where a run comes from: core.provenance.FIELDS and OF_THE_USER, as far as they are known.
+
+    Of the process that trained it last. A run that was begun by a script of one's own has it in its summary alone.
+    """
+    try:
+        found = read_summary(run_dir).get(PROVENANCE, {})
+    except Untrusted:
+        found = {}
+    names = (path.name for path in run_dir.glob(f"{Path(ORIGIN).stem}*.json"))
+    newest = max(names, key=lambda name: (name != ORIGIN, name), default=None)  # -resumed-TIME behind the first one
+    try:
+        content = read_json(run_dir / newest, limit=FILE_BYTES) if newest else {}
+    except Untrusted:
+        return found
+    noted = content if isinstance(content, dict) else {}
+    limits = {name: MAX_COMMAND if name == "command" else MAX_WORD for name in (*FIELDS, *OF_THE_USER)}
+    return {**found, **{name: noted[name] for name, limit in limits.items() if _is_short(noted.get(name), limit)}}
+
+
 def _typed(content: Any) -> dict[str, Any]:
     """Return the known fields that are of their type, others left out."""
     found: dict[str, Any] = {}
@@ -80,8 +108,8 @@ def _typed(content: Any) -> dict[str, Any]:
     return found
 
 
-def _is_short(value: Any) -> bool:
-    return (isinstance(value, bool | int) and abs(value) < 2**63) or (isinstance(value, str) and len(value) <= MAX_WORD)
+def _is_short(value: Any, limit: int = MAX_WORD) -> bool:
+    return (isinstance(value, bool | int) and abs(value) < 2**63) or (isinstance(value, str) and len(value) <= limit)
 
 
 def is_done(run_dir: Path, step: int) -> bool:

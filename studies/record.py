@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, ConfigDict, Field
 
 from core.atomic_write import write_whole
-from core.status import MAX_WORD, PROVENANCE, STOPPED
+from core.status import EARLY, MAX_WORD, PROVENANCE
 from core.status import read as read_status
 from core.untrusted import MIB, Untrusted, read_json
 from studies.decay import Decay
@@ -186,7 +186,7 @@ def collect(planned: Planned, folder: Path, broken: str | None = None) -> Record
     summary = run.summary
     val_loss = validation[-1] if validation and math.isfinite(validation[-1]) else None
     ended = read_status(folder)
-    stopped = ended.get("reason") if ended.get("status") == STOPPED else None
+    stopped = ended.get("reason") if ended.get("status") in EARLY else None
     stable = run.stability
     baselines = (summary.get("bigram_loss"), summary.get("unigram_loss"))
     return Record(

@@ -9,16 +9,18 @@ Takes the overrides of studies.run.
 import statistics
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from core import cli
 from core.printable import cell
-from core.status import is_locked
+from core.status import DONE, RUNNING, is_locked
 from studies.grid import Planned
 from studies.record import Record
 from studies.run import Plan, StudyConfig, is_done, known_runs, lock_of, planned
+from tools.runs import look
 
 MAX_STEPS = "trainer.max_steps"
 EVERY = ""
@@ -47,12 +49,19 @@ def show(plan: Plan) -> None:
             )
         else:
             waiting.append(run)
-            table.add_row(cell(run.name), "broken off: resumes" if folder.exists() else "to do")
+            table.add_row(cell(run.name), broken_off(folder) if folder.exists() else "to do")
     console = Console(width=None if Console().is_terminal else 120)
     console.print(table)
     failed = sum(record.failed for record in done)
     print(f"{len(done)} of {len(done) + len(waiting)} runs have ended; training failed in {failed}.")
     print(hours(done, waiting))
+
+
+def broken_off(folder: Path) -> str:
+    """Return in what way a run has ended that the study starts again."""
+    row = look(folder, time.time())
+    how = "broken off" if row is None or row.status in (RUNNING, DONE) else row.status.replace("_", " ")
+    return f"{how}{f' at step {row.step}' if row is not None and row.step else ''}: resumes"
 
 
 def hours(done: Sequence[Record], waiting: Sequence[Planned]) -> str:

@@ -79,7 +79,9 @@ def test_the_time_of_a_run_ends_it_with_a_reason(tmp_path: Path) -> None:
     finished = train(tmp_path, *job)
     status = json.loads((tmp_path / "run/status.json").read_text())
     assert finished.code == 0
-    assert status["status"] == "stopped"
+    assert status["status"] == "timed_out"
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert {key: summary[key] for key in ("status", "reason")} == {key: status[key] for key in ("status", "reason")}
     assert 1 <= status["step"] < 100000
     reason = "the time of 0:00:02 (trainer.max_time or a Timer) is used up, and counts from the run's first step"
     assert status["reason"] == reason

@@ -4,23 +4,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from core.provenance import FIELDS
 from core.run_folder import flatten
-from core.status import PROVENANCE, read_summary
+from core.status import read_origin
 from core.untrusted import Untrusted, read_yaml
 
 MAX_SETTINGS = 10_000
 """Of one run; this project's have some 200."""
-OF_THE_RUN_ALONE = ("run_dir", "ckpt_path", "save_dir", "dirpath")
-"""Settings, of whatever part, that any two runs may differ in without being different jobs."""
+OF_THE_RUN_ALONE = ("run_dir", "ckpt_path", "save_dir", "dirpath", "command")
+"""Settings, of whatever part, and origins that any two runs may differ in without being different jobs."""
 
 
 def facts(folder: Path) -> dict[str, Any]:
-    """Return {name: value}: settings as in config.yaml (model.dim), then commit, torch and the like from summary.json.
+    """Return {name: value}: settings as in config.yaml (model.dim), then commit, torch, command and the like.
 
-    Both are read as data. What is not there, or cannot be read, is left out.
+    All is read as data. What is not there, or cannot be read, is left out.
     """
-    return {**_settings(folder), **_provenance(folder)}
+    return {**_settings(folder), **read_origin(folder)}
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -34,14 +33,6 @@ def _settings(folder: Path) -> dict[str, Any]:
         name: v for name, v in found.items() if not (name.startswith("module.") and name[len("module.") :] in found)
     }
     return found if len(found) <= MAX_SETTINGS else {}
-
-
-def _provenance(folder: Path) -> dict[str, Any]:
-    try:
-        known = read_summary(folder).get(PROVENANCE, {})
-    except (Untrusted, OSError):
-        return {}
-    return {name: known[name] for name in FIELDS if name in known}
 
 
 def _is_plain(config: Mapping[Any, Any]) -> bool:

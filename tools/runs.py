@@ -30,14 +30,34 @@ from core.atomic_write import write_whole
 from core.dataclass_cli import FIRST
 from core.errors import require
 from core.printable import cell, printable
-from core.provenance import FIELDS
-from core.status import DIVERGED, DONE, FAILED, RUNNING, STOPPED, SUMMARY, is_running, read, read_summary
+from core.provenance import FIELDS, OF_THE_USER
+from core.status import (
+    DIVERGED,
+    DONE,
+    FAILED,
+    KILLED,
+    RUNNING,
+    STOPPED,
+    SUMMARY,
+    TIMED_OUT,
+    is_running,
+    read,
+    read_summary,
+)
 from core.untrusted import Untrusted, bound
 from tools.run_facts import as_text, facts
 
-STYLES = {RUNNING: "cyan", DONE: "green", STOPPED: "yellow", DIVERGED: "red", FAILED: "red"}
+STYLES = {
+    RUNNING: "cyan",
+    DONE: "green",
+    STOPPED: "yellow",
+    TIMED_OUT: "yellow",
+    DIVERGED: "red",
+    FAILED: "red",
+    KILLED: "red",
+}
 WRITTEN = ("status.json", "summary.json", "divergence.md", "events.jsonl", "checkpoints", "config.yaml", "tensorboard")
-KILLED = "the process was killed"
+WAS_KILLED = "its process was killed (kill -9, no memory left, or the machine went down)"
 DEEP, BEHIND_LINKS = 8, 2
 """Levels of folders that are looked at, and of those how many behind a link, which may lead anywhere."""
 MOST = 100_000
@@ -52,13 +72,13 @@ class RunsConfig:
         folder: the folder to look in.
         status: list only runs that are this.
         where: list only runs of these settings and origins: model.placement=spannorm, or commit=3a5f, its beginning.
-        columns: settings (optim.lr) and origins (commit, torch, device, ...) that are shown as well.
+        columns: settings (optim.lr) and origins (commit, torch, device, host, command, ...) that are shown as well.
         sort: put the newest last (age), the best first (loss), or the smallest of a setting or origin.
         output: a file for the same rows, with all settings and origins: .csv or .json.
     """
 
     folder: Path = field(default=Path("runs"), metadata=FIRST)
-    status: tuple[Literal["running", "done", "stopped", "diverged", "failed"], ...] = ()
+    status: tuple[Literal["running", "done", "stopped", "timed_out", "diverged", "failed", "killed"], ...] = ()
     where: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
     sort: str = "age"
@@ -70,7 +90,7 @@ class Row:
     """One run.
 
     Attributes:
-        status: running, done, stopped, diverged or failed.
+        status: a word of STYLES.
         val_loss: the last one known, in nats per token.
         seconds: since something was written.
         reason: why it ended early, in a line.
@@ -101,8 +121,10 @@ def look(folder: Path, now: float) -> Row | None:
     state, reason = str(status.get("status")), str(status.get("reason") or "")
     if is_running(folder):
         state, reason = RUNNING, ""
-    elif state not in STYLES or state == RUNNING:
-        state, reason = FAILED, KILLED
+    elif state in (RUNNING, KILLED):
+        state, reason = KILLED, WAS_KILLED
+    elif state not in STYLES:
+        state, reason = FAILED, f"its status is of another version: {state}"
     step, max_steps, val_loss = status.get("step"), status.get("max_steps"), status.get("val_loss")
     return Row(folder, state, step, max_steps, val_loss, now - max(written), reason)
 
@@ -264,7 +286,8 @@ def main(config: RunsConfig) -> None:
         for name in asked if rows else ():
             asked_by = "sort" if name == config.sort else "columns" if name in config.columns else "where"
             near = "".join(f"; did you mean {found}?" for found in get_close_matches(name, known, 1))
-            valid = f"a setting in one of their config.yaml, as optim.lr, or one of {', '.join(FIELDS)}{near}"
+            origins = ", ".join((*FIELDS, *OF_THE_USER))
+            valid = f"a setting in one of their config.yaml, as optim.lr, or one of {origins}{near}"
             require(name in known, asked_by, name, valid)
     rows = in_order([row for row in rows if is_wanted(row, config.where)], config.sort)
     console = Console(width=None if Console().is_terminal else 160)

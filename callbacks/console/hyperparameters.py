@@ -10,7 +10,9 @@ from torch.utils.tensorboard.summary import hparams
 
 from core.errors import UserError
 from core.overrides import parse
+from core.provenance import device_of, origin
 from core.run_folder import flatten, read_overrides
+from core.status import PROVENANCE
 
 LEADING = (
     "model/placement",
@@ -30,8 +32,8 @@ class Hyperparameters(L.Callback):
     """Writes the hyperparameters of module and data, flattened (`model/dim`), when training starts.
 
     The tab shows the first few of them: what the command line overrode comes first, then placement, init, norm, size
-    and rate. Lightning's own way writes them only together with a made-up first value of the metric, which spoils its
-    curve.
+    and rate. Behind them stands where the run comes from (`provenance/commit`, `provenance/host`). Lightning's own way
+    writes them only together with a made-up first value of the metric, which spoils its curve.
 
     Args:
         metric: the scalar that the tab shows beside them, before training loss and speed; its last value counts.
@@ -43,8 +45,11 @@ class Hyperparameters(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # A Trainer of one's own may have DataLoaders instead.
-        of_data: Any = getattr(trainer.datamodule, "hparams", {})  # type: ignore[attr-defined]
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        of_data: Any = getattr(datamodule, "hparams", {})
         settings = flatten({**pl_module.hparams, "data": dict(of_data)}, "/")
+        made_by = origin(device_of(trainer), getattr(datamodule, "stream_identity", {}).get("corpus"))
+        settings |= {f"{PROVENANCE}/{name}": value for name, value in made_by.items()}
         plain = {key: v if isinstance(v, bool | int | float | str) else str(v) for key, v in settings.items()}
         ordered = dict.fromkeys([*(name for name in (*self._overridden(), *LEADING) if name in plain), *plain])
         metrics = dict.fromkeys((self.metric, *FURTHER_METRICS), 0.0)

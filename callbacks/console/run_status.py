@@ -11,9 +11,9 @@ import lightning as L
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from core.cli import RunDiverged
-from core.early_end import early_end
+from core.early_end import how_it_ended
 from core.run_control import TrainingInterrupted
-from core.status import DIVERGED, DONE, FAILED, FILE, RUNNING, STOPPED, read
+from core.status import DIVERGED, FAILED, FILE, RUNNING, STOPPED, read
 from core.steps import completes_step
 
 
@@ -22,10 +22,10 @@ class RunStatus(L.Callback):
 
     | key | |
     |---|---|
-    | status | running, done, stopped (by a signal, by its time, by a callback), diverged, failed |
+    | status | running, done, stopped (by a signal or a callback), timed_out, diverged, failed |
     | step, max_steps | optimizer steps; null where a run of one's own Trainer is so many epochs long |
     | train_loss, val_loss | nats per token, the last ones known; null where there is none that is finite |
-    | reason | why it ended early, in a line; null otherwise |
+    | reason | who has ended it early and why, or what is wrong with its end, in a line; null otherwise |
 
     `running` without the lock on the folder (core/run_lock.py) is a run that was killed: the system gives that back
     however a process dies. Comes behind whatever else writes at the end: `done` is the last word.
@@ -65,8 +65,7 @@ class RunStatus(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._note_losses(trainer)
-        reason = early_end(trainer)
-        self._write(trainer, DONE if reason is None else STOPPED, reason)
+        self._write(trainer, *how_it_ended(trainer))
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         # With the losses noted before: Lightning may reduce a metric when it is asked for, and here one process asks.

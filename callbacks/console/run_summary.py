@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from callbacks.protocols import CountsTokens
 from core.atomic_write import write_whole
+from core.early_end import how_it_ended
 from core.printable import cell
-from core.provenance import provenance
+from core.provenance import device_of, provenance
 from core.run_folder import resume_command
 from core.status import PROVENANCE
 
@@ -32,6 +32,7 @@ class RunSummary(L.Callback):
 
     | key | unit |
     |---|---|
+    | status, reason | as status.json has them: done, stopped or timed_out, and by whom and why |
     | train_loss, val_loss | nats per token; null where not finite |
     | val_perplexity | exp(val_loss) |
     | val_bits_per_byte | bits per byte of the validation text |
@@ -123,7 +124,10 @@ class RunSummary(L.Callback):
         val_loss = measured.get("val_loss")
         best, last = (self.run_dir / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
         curves = self.run_dir / "tensorboard"
+        status, reason = how_it_ended(trainer)
         return {
+            "status": status,
+            "reason": reason,
             "train_loss": measured.get("train_loss"),
             "val_loss": val_loss,
             "val_perplexity": measured.get("val_perplexity"),
@@ -141,7 +145,7 @@ class RunSummary(L.Callback):
             "last_checkpoint": str(last) if last.exists() else None,
             "tensorboard": shlex.join(["tensorboard", "--logdir", str(self.run_dir)]) if curves.exists() else None,
             "resume": self._resume_command(trainer) if last.exists() else None,
-            PROVENANCE: provenance(_device(trainer), getattr(datamodule, "stream_identity", {}).get("corpus")),
+            PROVENANCE: provenance(device_of(trainer), getattr(datamodule, "stream_identity", {}).get("corpus")),
         }
 
 
@@ -158,12 +162,6 @@ def describe_epochs(trainer: L.Trainer) -> str | None:
         f"{wanted:,} tokens are {wanted / there:.0f} epochs of a corpus of {there:,}: beyond {FEW_EPOCHS} a model "
         "learns little from them (2305.16264); docs/data.md has larger ones"
     )
-
-
-def _device(trainer: L.Trainer) -> str:
-    device = trainer.strategy.root_device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{trainer.world_size} x {name}"
 
 
 def _plain(value: Any) -> str:

@@ -62,7 +62,7 @@ class StopHopeless(L.Callback):
             steps = f"the last {len(self.losses)} logged steps"
             reason = f"training loss {mean:.3f} over {steps}, above {self._unigram_loss:.3f} of the tokens' frequencies"
         if trainer.strategy.reduce_boolean_decision(reason is not None, all=False):
-            self.stopping_reason = f"hopeless: {reason or 'another process has found it so'}"
+            self.stopping_reason = reason or "another process has found the run hopeless"
             trainer.should_stop = True
 
     def state_dict(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import pytest
 from core import cli
 from tests.support.forked import started
 from tests.support.runs import TRAIN, run, tiny_job, train
-from tools.runs import Row, age, find, look, main
+from tools.runs import WAS_KILLED, Row, age, find, look, main
 
 NAN = "+callbacks.break._target_=tests.tools.test_runs.Break"
 
@@ -85,7 +85,7 @@ def test_a_resumed_run_is_done_and_keeps_its_last_loss_until_there_is_another(ru
     )
 
 
-def test_a_run_is_running_while_its_process_lives_and_failed_when_it_was_killed(tmp_path: Path) -> None:
+def test_a_run_is_running_while_its_process_lives_and_killed_when_it_was_killed(tmp_path: Path) -> None:
     endless = tiny_job("run_dir=run", "trainer.max_steps=1000000", "callbacks.run_status.every_seconds=0")
     with started(tmp_path, str(TRAIN), *endless) as training:
         deadline = time.monotonic() + 280
@@ -97,7 +97,7 @@ def test_a_run_is_running_while_its_process_lives_and_failed_when_it_was_killed(
         assert (row.status, row.max_steps) == ("running", 1000000)
         assert seen(tmp_path / "run").status == "running", "looking takes no lock away"
     row = seen(tmp_path / "run")
-    assert (row.status, row.reason) == ("failed", "the process was killed")
+    assert (row.status, row.reason) == ("killed", WAS_KILLED)
     assert row.step
 
 
@@ -107,7 +107,7 @@ def test_a_run_is_running_while_its_process_lives_and_failed_when_it_was_killed(
         ({}, ("failed", None)),
         ({"status.json": "{ half"}, ("failed", None)),
         ({"status.json": "[]", "divergence.md": ""}, ("diverged", None)),
-        ({"status.json": '{"status": "running", "step": 7, "max_steps": 9}'}, ("failed", 7)),
+        ({"status.json": '{"status": "running", "step": 7, "max_steps": 9}'}, ("killed", 7)),
         ({"status.json": '{"status": "something newer"}'}, ("failed", None)),
         ({"summary.json": '{"steps": 5, "val_loss": null}'}, ("done", 5)),
         ({"summary.json": "{"}, ("failed", None)),
@@ -169,6 +169,8 @@ def test_runs_are_chosen_and_sorted_by_settings_and_origins(schemes: Path, capsy
     assert listed(capsys, "where=[model.placement=spannorm]", "sort=optim.lr") == ["b", "c"]
     assert listed(capsys, "sort=optim.lr") == ["b", "a", "c"]
     assert listed(capsys, "sort=commit") == ["a", "b", "c"], "what has none comes last"
+    (schemes / "runs/c/provenance.json").write_text(json.dumps({"host": "here", "command": "python train.py seed=1"}))
+    assert listed(capsys, "where=[host=here]", "columns=[command]") == ["c"], "before its summary"
     assert listed(capsys, "where=[commit=bb]") == ["b"], "the beginning of a commit is enough"
     assert listed(capsys, "where=[model.placement=span]") == [], "and of nothing else"
     assert listed(capsys, "where=[model.placement=spannorm,model.compile=false,threads=1]") == ["b"]

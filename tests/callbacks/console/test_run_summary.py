@@ -21,7 +21,8 @@ from lightning_modules.language_module import LanguageModule
 from tests.support.job import ACCUMULATE, BATCH_SIZE, SEQ_LEN, STEPS, Job
 from tests.support.runs import TEXT, corpus_root, load, run, scalars
 
-KEYS = ["train_loss", "val_loss", "val_perplexity", "val_bits_per_byte", "bigram_loss", "unigram_loss"]
+KEYS = ["status", "reason"]
+KEYS += ["train_loss", "val_loss", "val_perplexity", "val_bits_per_byte", "bigram_loss", "unigram_loss"]
 KEYS += ["steps", "tokens"]
 KEYS += ["tokens_per_second", "seconds", "total_seconds", "parameters", "active_parameters"]
 KEYS += ["best_checkpoint", "last_checkpoint", "tensorboard", "resume", "provenance"]
@@ -111,6 +112,8 @@ def test_a_loss_that_is_no_number_is_null_and_the_file_stays_json(tmp_path: Path
         raise AssertionError(constant)
 
     summary = json.loads((folder / "summary.json").read_text(), parse_constant=refuse)
+    assert summary["status"] == "done"
+    assert summary["reason"] == "not finite at its end: train/loss, val/loss"
     assert summary["val_loss"] is summary["val_bits_per_byte"] is None
     assert summary["steps"] == 2
 

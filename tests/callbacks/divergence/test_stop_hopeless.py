@@ -44,7 +44,7 @@ def test_a_run_that_learns_nothing_ends_after_a_fifth(tmp_path: Path) -> None:
     unigram = json.loads((tmp_path / "run/summary.json").read_text())["unigram_loss"]
     mean = sum(losses[4:8]) / 4
     compared = f"training loss {mean:.3f} over the last 4 logged steps, above {unigram:.3f}"
-    reason = f"hopeless: {compared} of the tokens' frequencies"
+    reason = f"StopHopeless: {compared} of the tokens' frequencies"
     assert status["reason"] == reason
     assert f"Ended early, after step 9 of 40: {reason}." in finished.out
     (validation,) = scalars(tmp_path / "run", "val/loss").values()
@@ -56,7 +56,7 @@ def test_a_loss_that_is_no_number_ends_it_at_once(tmp_path: Path) -> None:
     assert status["status"] == "stopped"
     assert isinstance(status["step"], int)
     assert status["step"] < 8
-    assert str(status["reason"]).startswith("hopeless: training loss nan at step")
+    assert str(status["reason"]).startswith("StopHopeless: training loss nan at step")
     assert record(tmp_path)[0] == DIVERGED
 
 

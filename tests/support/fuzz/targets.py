@@ -78,6 +78,7 @@ TARGETS = (
     Target("overrides", "run", "overrides.yaml", (RUNS, RESUME), (mutations.yaml_values,)),
     Target("status", "run", "status.json", (RUNS, RESUME), (mutations.json_values,)),
     Target("summary", "run", "summary.json", (RUNS, COMPARE), (mutations.json_values,)),
+    Target("provenance", "run", "provenance.json", (RUNS,), (mutations.json_values,)),
     Target("event file", "run", "tensorboard/events*", (COMPARE,)),
     Target("table", "run", "csv/version_0/metrics.csv", (COMPARE,), (mutations.table_values,)),
     Target("events", "run", "events.jsonl", (REPLAY, RESUME), (mutations.json_values,)),
