@@ -1,10 +1,10 @@
 """Callbacks ask these things of each other: one finds another by what it can do, whatever its class is.
 
 A callback of your own takes part by having the method; it needs to derive from nothing here.
-core.run_control.SavesBeforeLeaving is the fifth: the run asks for it.
+core.run_control.SavesBeforeLeaving is one more: the run asks for it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -17,6 +17,14 @@ class HasCharts(Protocol):
 
     def charts(self, pl_module: L.LightningModule) -> dict[str, dict[str, str]]:
         """Return {group of charts: {title: pattern of tags}}."""
+
+
+@runtime_checkable
+class ChoosesScalars(Protocol):
+    """Is shown what monitors measure of each block, and chooses what the loggers get of it."""
+
+    def choose_scalars(self, values: Mapping[str, float], step: int) -> Mapping[str, float]:
+        """Return what is to be written; called in every process, with the optimizer step counted from 1."""
 
 
 @runtime_checkable

@@ -32,7 +32,7 @@ KINDS = {
         ),
     ),
     "callbacks": ((L.Callback,), ("callbacks", f"{_LIGHTNING}.callbacks")),
-    "logger": ((Logger,), (f"{_LIGHTNING}.loggers",)),
+    "logger": ((Logger,), ("core.tensorboard", f"{_LIGHTNING}.loggers")),
 }
 """The classes that each group of a run is made of, and the modules that they may come from: no others are imported.
 

@@ -257,6 +257,7 @@ def train(run: Planned, folder: Path, threads: int) -> Record | str:
         str(ROOT / "train.py"),
         *run.overrides,
         f"seed={run.seed}",
+        "blocks=all",  # which records are of
         f"run_dir='{folder}'",
         *resume,
     ]

@@ -47,7 +47,8 @@ def stability(folder: Path, curves: Mapping[str, Curve]) -> Stability:
     every_step = bool(steps) and steps == list(range(steps[0], steps[0] + len(steps)))
     norms = curves.get("optim/grad_norm", ([], []))[1]
     limit = _clip_limit(folder)
-    activations = (curves.get(f"signal/block_{block}/max", ([], []))[1] for block in range(1, MAX_BLOCKS))
+    blocks = (*range(1, MAX_BLOCKS), "worst")
+    activations = (curves.get(f"signal/block_{block}/max", ([], []))[1] for block in blocks)
     largest = max((value for values in activations for value in values), default=math.nan)
     return Stability(
         spikes=spikes_per_10000(losses) if every_step else None,

@@ -1,11 +1,16 @@
-"""TensorBoard's page: one chart a quantity with a line for each block, and a table of the model."""
+"""TensorBoard's page: an overview, one chart a quantity with a line for each block, and what the run is."""
 
+import shlex
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from callbacks.protocols import HasCharts
+from core.errors import UserError
+from core.provenance import device_of, origin
+from core.run_folder import read_overrides
 
 OVERVIEW = {
     "loss": ["^train/loss$", "^val/loss$"],
@@ -25,8 +30,24 @@ class Dashboard(L.Callback):
     |---|---|
     | the layout of the tab Custom Scalars | first an overview: loss, rate, gradient norm, speed; then the charts of |
     | | every callback that has some: callbacks.protocols.HasCharts |
+    | run (text) | what the run is: settings of its command line, length, corpus, where it comes from; in Markdown |
     | model (text) | parameters by block and kind, in Markdown |
+
+    A resumed run that goes on in its folder has both texts already.
+
+    Args:
+        run_dir: the run's folder, whose overrides.yaml says what was asked for; None: it is not told.
     """
+
+    def __init__(self, run_dir: str | None = None) -> None:
+        self.run_dir = run_dir
+        self._described = ""  # the folder of the event files that have the texts
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"described": self._described}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._described = str(state_dict.get("described", "")) if isinstance(state_dict, dict) else ""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         layout = {"overview": {title: ["Multiline", lines] for title, lines in OVERVIEW.items()}}
@@ -38,7 +59,11 @@ class Dashboard(L.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 logger.experiment.add_custom_scalars(layout)
-                logger.experiment.add_text("model", model_table(pl_module), trainer.global_step)
+                folder = str(Path(logger.log_dir).absolute())
+                if folder != self._described:
+                    logger.experiment.add_text("run", run_table(trainer, self.run_dir), trainer.global_step)
+                    logger.experiment.add_text("model", model_table(pl_module), trainer.global_step)
+                    self._described = folder
 
 
 def router_charts(pl_module: L.LightningModule) -> dict[str, dict[str, str]]:
@@ -47,6 +72,23 @@ def router_charts(pl_module: L.LightningModule) -> dict[str, dict[str, str]]:
     if not model.mixtures():
         return {}
     return {"router": {figure.replace("_", " "): rf"^moe/layer_\d+/{figure}$" for figure in ROUTER_FIGURES}}
+
+
+def run_table(trainer: L.Trainer, run_dir: str | None) -> str:
+    """Return Markdown: a row for each setting of the run's command line, its length, and where it comes from."""
+    datamodule: Any = getattr(trainer, "datamodule", None)
+    try:
+        overrides = read_overrides(Path(run_dir)) if run_dir is not None else []
+    except UserError:  # of a Trainer of one's own there are none
+        overrides = []
+    rows = {"asked for": shlex.join(overrides)} if overrides else {}
+    if trainer.max_steps >= 0:
+        per_step = getattr(datamodule, "tokens_per_batch", 0) * trainer.accumulate_grad_batches
+        rows["length"] = f"{trainer.max_steps:,} steps" + (f" of {per_step:,} tokens" if per_step else "")
+    corpus = getattr(datamodule, "stream_identity", {}).get("corpus")
+    rows |= {name: str(v) for name, v in origin(device_of(trainer), corpus).items() if v is not None}
+    cells = ((name, value.replace("|", r"\|").replace("`", "'")) for name, value in rows.items())
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | `{value}` |" for name, value in cells)])
 
 
 def model_table(pl_module: L.LightningModule) -> str:

@@ -13,7 +13,7 @@ from analysis.anatomy.findings import Findings
 from analysis.anatomy.registry import MEASURES
 from analysis.anatomy.text import Text, held_out
 from analysis.evaluating import evaluating
-from callbacks.scalars import write_scalars, written_blocks
+from callbacks.scalars import write_scalars
 from core.atomic_write import write_whole
 from core.errors import InvalidValue, lookup, require
 
@@ -102,7 +102,6 @@ class Anatomy(L.Callback):
             values |= {f"anatomy/{name}": value for name, value in findings.scalars.items()}
             for name, curve in findings.curves.items():
                 if curve.over == "block":
-                    shown = written_blocks(curve.places)
                     pairs = zip(curve.places, curve.values, strict=True)
-                    values |= {f"anatomy/block_{n}/{name}": value for n, value in pairs if n in shown}
+                    values |= {f"anatomy/block_{n}/{name}": value for n, value in pairs}
         return values

@@ -11,7 +11,7 @@ from torch import Tensor
 from analysis.evaluating import evaluating
 from analysis.states import BlockView, watching
 from callbacks.charts import block_chart
-from callbacks.scalars import write_scalars, written_blocks
+from callbacks.scalars import write_scalars
 from callbacks.statistics import add_to_transfer, gradient_statistics
 from core.errors import require
 
@@ -21,7 +21,7 @@ class BlockMonitor(L.Callback):
 
     A subclass says what it measures of a block. Sampled are the first sequences of the step, of the first process;
     documents packed into one are seen as one text, whatever `data.document_mask` is in training. Monitors that sample
-    the same share one forward pass. Blocks count from 1; of more than 16 a choice is written.
+    the same share one forward pass. Blocks count from 1.
 
     Args:
         every_n_steps: optimizer steps between two samples.
@@ -64,7 +64,7 @@ class BlockMonitor(L.Callback):
     def report(self, measured: list[float]) -> dict[str, float]:
         """Return what is logged, by key, of the figures of all blocks in turn."""
         size, values = len(self.figures), {}
-        for number in written_blocks(range(1, len(measured) // size + 1)):
+        for number in range(1, len(measured) // size + 1):
             of_block = dict(zip(self.figures, measured[(number - 1) * size : number * size], strict=True))
             for figure, value in (of_block | self.constants(number)).items():
                 values[f"{self.prefix}/block_{number}/{figure}"] = value

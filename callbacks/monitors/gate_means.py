@@ -8,7 +8,6 @@ from torch import Tensor
 from analysis.states import BlockView, gated_parts
 from callbacks.charts import block_chart
 from callbacks.monitors.block_monitor import BlockMonitor
-from callbacks.scalars import written_blocks
 
 
 class GateMeans(BlockMonitor):
@@ -40,9 +39,8 @@ class GateMeans(BlockMonitor):
         return tuple(view.gates.values())
 
     def report(self, measured: list[float]) -> dict[str, float]:
-        blocks = written_blocks(number for number, _ in self._parts)
         found = zip(self._parts, measured, strict=True)
-        return {f"gates/block_{number}/{part}": value for (number, part), value in found if number in blocks}
+        return {f"gates/block_{number}/{part}": value for (number, part), value in found}
 
     def charts(self, pl_module: L.LightningModule) -> dict[str, dict[str, str]]:
         model: Any = pl_module.model

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from callbacks.charts import block_chart
 from callbacks.monitors.noise_scale import CARRIED, NoiseScale, PartialGradient
-from callbacks.scalars import write_scalars, written_blocks
+from callbacks.scalars import write_scalars
 from callbacks.statistics import (
     GradientStatistics,
     Group,
@@ -45,7 +45,7 @@ class GradientHealth(L.Callback):
     | gradients/noise_scale | sequences (1812.06162); under accumulation, or DDP of several processes |
 
     Kinds: attn_in, attn_out, ffn_up, ffn_down, norm, residual, router, experts. Outside of the blocks:
-    gradients/embedding, ..., gradients/head, .... Blocks count from 1; of more than 16 a choice is written. An update
+    gradients/embedding, ..., gradients/head, .... Blocks count from 1. An update
     is that of the optimizer step before the logged one, so that all is known at one time; a run's first step has none
     before it.
 
@@ -174,10 +174,9 @@ def block_norms(statistics: GradientStatistics) -> dict[int, float]:
 def by_group(statistics: GradientStatistics) -> dict[str, float]:
     """Return what is logged of each group, by key."""
     by_block = block_norms(statistics)
-    written = {0} | written_blocks(by_block)
-    chosen = [(i, group) for i, group in enumerate(statistics.groups) if group.block in written]
+    chosen = list(enumerate(statistics.groups))
     values = {f"gradients/{name(group)}": statistics.norms[i] for i, group in chosen}
-    values |= {f"gradients/block_{block}/all": norm for block, norm in by_block.items() if block in written}
+    values |= {f"gradients/block_{block}/all": norm for block, norm in by_block.items()}
     values |= {f"weights/{name(group)}": statistics.parameter_norms[i] for i, group in chosen}
     if statistics.update_norms:
         for i, group in chosen:

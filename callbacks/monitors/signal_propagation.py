@@ -8,6 +8,7 @@ from torch import Tensor
 
 from analysis.states import BlockView, kurtosis, mean_square
 from analysis.theory import predict_model
+from callbacks.charts import BLOCK
 from callbacks.monitors.block_monitor import BlockMonitor
 
 PREDICTED = ("variance", "attn_ratio", "ffn_ratio")
@@ -64,7 +65,7 @@ class SignalPropagation(BlockMonitor):
 
     def charts(self, pl_module: L.LightningModule) -> dict[str, dict[str, str]]:
         charts = super().charts(pl_module)[self.prefix]
-        predicted = {figure.replace("_", " "): rf"^signal/block_\d+/{figure}(_theory)?$" for figure in PREDICTED}
+        predicted = {figure.replace("_", " "): rf"^signal/{BLOCK}/{figure}(_theory)?$" for figure in PREDICTED}
         return {self.prefix: charts | predicted}
 
     def state_dict(self) -> dict[str, Any]:

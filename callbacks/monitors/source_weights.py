@@ -9,6 +9,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from analysis.states import BlockView
+from callbacks.charts import BLOCK
 from callbacks.monitors.block_monitor import BlockMonitor
 from callbacks.scalars import written_blocks
 
@@ -24,7 +25,7 @@ class SourceWeights(BlockMonitor):
     | sources/block_NUMBER/SUBLAYER/from_SOURCE | weight of a source in what a sublayer reads, mean over tokens |
 
     Sublayers are attn, ffn, and out for the head. Source 0 is the embedding; then come the outputs of sublayers,
-    or the sums of groups of them (model.placement=attnres). Of more than 16 blocks or sources a choice is written.
+    or the sums of groups of them (model.placement=attnres). Of more than 16 sources a choice is written.
 
     TensorBoard gets the whole matrix as a picture, sources/weights: a row for each sublayer, the first at the top, a
     column for each source; white is the largest weight of its row.
@@ -51,12 +52,10 @@ class SourceWeights(BlockMonitor):
         return tuple(weight for weights in view.weights.values() for weight in weights.flatten(1).mean(1))
 
     def report(self, measured: list[float]) -> dict[str, float]:
-        blocks = written_blocks(number for number, _, _ in self._rows)
         return {
             f"sources/block_{number}/{name}/from_{source}": row[source]
             for (number, name, count), row in zip(self._rows, self._split(measured), strict=True)
             for source in sorted(written_blocks(range(count)))
-            if number in blocks
         }
 
     def write(self, trainer: L.Trainer, measured: list[float], step: int) -> None:
@@ -70,7 +69,7 @@ class SourceWeights(BlockMonitor):
         if not self.applies(pl_module):
             return {}
         return {
-            self.prefix: {f"{name} reads": rf"^sources/block_\d+/{name}/from_\d+$" for name in ("attn", "ffn", "out")}
+            self.prefix: {f"{name} reads": rf"^sources/{BLOCK}/{name}/from_\d+$" for name in ("attn", "ffn", "out")}
         }
 
     def _split(self, measured: list[float]) -> list[list[float]]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from analysis.states import BlockView
+from callbacks.charts import BLOCK
 from callbacks.monitors.block_monitor import BlockMonitor
 
 SUBLAYERS = ("attn", "ffn")
@@ -68,7 +69,7 @@ class StreamMixing(BlockMonitor):
             return {}
         figures: tuple[str, ...] = ("gain_forward", "gain_backward", "mapping_rank")
         figures += tuple(f"{name}_{figure}" for name in SUBLAYERS for figure in (r"share_\d+", "write", "gate"))
-        return {self.prefix: {figure.replace(r"_\d+", "s"): rf"^streams/block_\d+/{figure}$" for figure in figures}}
+        return {self.prefix: {figure.replace(r"_\d+", "s"): rf"^streams/{BLOCK}/{figure}$" for figure in figures}}
 
 
 def has_mappings(pl_module: L.LightningModule) -> bool:

@@ -21,6 +21,7 @@ DEFAULT = [
     "source_weights",
     "gate_means",
     "dashboard",
+    "depth_pictures",
     "hyperparameters",
     "random_state",
     "text_sample",

@@ -1,6 +1,9 @@
 """The layout of TensorBoard's page, and the table of the model, as a real run writes them."""
 
+import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 from tensorboard.plugins.custom_scalar import layout_pb2
@@ -8,7 +11,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from callbacks.console.dashboard import model_table
 from tests.support.job import Job
 from tests.support.models import make_module
-from tests.support.runs import EventAccumulator, events
+from tests.support.runs import EventAccumulator, events, run
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +71,24 @@ def test_its_numbers_add_up() -> None:
     assert [row[0] for row in cells] == ["1", "2", "3", "outside"]
     assert sum(int(row[-1]) for row in cells) == total
     assert all(sum(int(cell or 0) for cell in row[1:-1]) == int(row[-1]) for row in cells)
+
+
+def test_what_the_run_is_stands_there_once_also_after_a_resume(tmp_path: Path) -> None:
+    folder = run(tmp_path, "run", "model.placement=prenorm")
+    run(tmp_path, "run", "model.placement=prenorm", "trainer.max_steps=3", "ckpt_path=last")
+    written = events(folder)
+    assert "epoch" not in written.Tags()["scalars"]
+    for tag in ("run", "model"):
+        assert [event.step for event in written.Tensors(f"{tag}/text_summary")] == [0], tag
+    (event,) = written.Tensors("run/text_summary")
+    text = event.tensor_proto.string_val[0].decode()
+    rows = dict(re.findall(r"^\| (.+?) \| `(.*)` \|$", text, re.MULTILINE))
+    assert "model.placement=prenorm" in rows["asked for"]
+    assert rows["length"] == "2 steps of 128 tokens"
+    noted = json.loads((folder / "provenance.json").read_text())
+    assert {name: str(value) for name, value in noted.items() if value is not None}.items() <= rows.items()
+    shutil.copytree(folder / "checkpoints", tmp_path / "elsewhere/checkpoints")
+    moved = run(
+        tmp_path, "new", "model.placement=prenorm", "trainer.max_steps=4", "ckpt_path=elsewhere/checkpoints/last.ckpt"
+    )
+    assert len(events(moved).Tensors("run/text_summary")) == 1, "another folder has none yet"

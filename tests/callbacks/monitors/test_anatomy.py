@@ -89,6 +89,7 @@ def test_what_is_compiled_is_measured_block_by_block(tmp_path: Path, monkeypatch
         precision_plugin=Precision(),
         world_size=1,
         callback_metrics={},
+        callbacks=[],
         loggers=[],
     )
     callback.on_train_start(trainer, module)

@@ -35,6 +35,7 @@ class Trainer:
     def __init__(self) -> None:
         self.strategy = SimpleNamespace(root_device=torch.device("cpu"), broadcast=dict)
         self.callback_metrics: dict[str, torch.Tensor] = {}
+        self.callbacks: list[object] = []
         self.profiler = PassThroughProfiler()
         self.written: list[dict[str, float]] = []
         self.loggers = [SimpleNamespace(log_metrics=lambda values, step: self.written.append(values))]
