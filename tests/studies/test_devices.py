@@ -113,7 +113,7 @@ def ended(code: int, error: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Recor
     called: dict[str, Any] = {}
 
     def call(command: list[str], **options: Any) -> Any:
-        called.update(options)
+        called.update(options, command=command)
         return SimpleNamespace(returncode=code, stderr=error, stdout="")
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
@@ -126,6 +126,7 @@ def test_a_run_that_was_killed_is_no_result(code: int, monkeypatch: pytest.Monke
     record, called = ended(code, "Process 0 stops: another one is gone", monkeypatch)
     assert record == "killed; start the study again and it resumes"
     assert called["env"]["CUDA_VISIBLE_DEVICES"] == "4"
+    assert "blocks=all" in called["command"], "whose curves records are made of"
     assert not called["close_fds"]
 
 
