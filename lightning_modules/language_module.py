@@ -59,6 +59,7 @@ from lightning_modules.sharding import (
     shard_rest,
 )
 from lightning_modules.source_loss import SourceLoss
+from lightning_modules.strategy import ShardedStrategy
 from lightning_modules.transformer import Transformer
 from lightning_modules.unused_options import describe_unused
 from lightning_modules.warm_start import WarmStart, check_logits, warm_start
@@ -221,9 +222,12 @@ class LanguageModule(L.LightningModule):
 
         Raises:
             ConfigError: a learning-rate schedule that the run's length does not fit, an optimizer whose checkpoints
-                could not be read, or a router that cannot learn or never gets balanced.
+                could not be read, a router that cannot learn or never gets balanced, or weights that are sent in
+                another precision than the products'.
         """
         self._check_schedule(trainer)
+        if isinstance(trainer.strategy, ShardedStrategy):
+            trainer.strategy.check_precision(trainer.precision)
         with torch.device("meta"):
             weightless = Transformer(self.model_config, self.vocab_size)
         check_kept(weightless, self.optim_config)
@@ -277,7 +281,9 @@ class LanguageModule(L.LightningModule):
         mesh, built = self.device_mesh, partial(Transformer, self.model_config, self.vocab_size)
         if mesh is not None:
             check_mesh(self.model_config, mesh["data_parallel"].size(), mesh["tensor_parallel"].size())
-            built = partial(built, built=partial(shard_block, mesh=mesh))
+            strategy = self._attached_trainer and self._attached_trainer.strategy
+            precision = getattr(strategy, "mixed_precision", None)  # Lightning's own strategy has none
+            built = partial(built, built=partial(shard_block, mesh=mesh, precision=precision))
         with device, self._precision():
             self.model = built(
                 output_multiplier=self.width_scaling.output_multiplier,

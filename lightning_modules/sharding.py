@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -49,7 +49,7 @@ def check_unsharded(config: ModelConfig) -> None:
     require(experts == 1, "model.moe.expert_parallel", experts, "1 unless trainer=fsdp: docs/scaling.md")
 
 
-def shard_block(block: Block, mesh: DeviceMesh) -> None:
+def shard_block(block: Block, mesh: DeviceMesh, precision: MixedPrecisionPolicy | None = None) -> None:
     """Shard a block in place: all processes hold the same weights before, and their part of each after.
 
     Its attention and dense FFN are cut over the tensor-parallel processes, its experts shared out over the
@@ -57,6 +57,7 @@ def shard_block(block: Block, mesh: DeviceMesh) -> None:
 
     Args:
         mesh: of the dimensions data_parallel and tensor_parallel, as check_mesh has approved it.
+        precision: what its weights are gathered in, and their gradients added up; None: in their own type.
     """
     data, tensor = mesh["data_parallel"], mesh["tensor_parallel"]
     if tensor.size() > 1:
@@ -66,7 +67,7 @@ def shard_block(block: Block, mesh: DeviceMesh) -> None:
         block.ffn.shard_experts(data)
         mlp = block.ffn.experts.mlp
         shared_out = {mlp.w1, mlp.v1, mlp.w2}
-    fully_shard(block, mesh=data, ignored_params=shared_out)
+    fully_shard(block, mesh=data, mp_policy=precision or MixedPrecisionPolicy(), ignored_params=shared_out)
 
 
 def shard_rest(model: Transformer, mesh: DeviceMesh) -> None:

@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -21,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from core.atomic_write import save, unfinished_of
 from core.checkpoint import load, load_beside_weights, put_in_place, remove
@@ -64,6 +66,9 @@ class ShardedStrategy(ModelParallelStrategy):
         asynchronous: false: training waits for what is saved.
         timeout_minutes: after which a process that waits for another in vain gives up.
         process_group_backend: None: nccl on CUDA devices, gloo elsewhere.
+        param_dtype: what the blocks' weights are sent in when they are gathered, float32 or bfloat16, which needs
+            bf16-mixed: half as much is sent, and gains, routers and coefficients are rounded too. Gradients are added
+            up in fp32 either way; embedding and head, from which the stream comes and to which it goes, are sent in it.
 
     Raises:
         ConfigError: a value out of range.
@@ -75,17 +80,41 @@ class ShardedStrategy(ModelParallelStrategy):
         asynchronous: bool = True,
         timeout_minutes: float = 10.0,
         process_group_backend: str | None = None,
+        param_dtype: str = "float32",
     ) -> None:
         valid = "an integer >= 1"
         require(tensor_parallel_size >= 1, "trainer.strategy.tensor_parallel_size", tensor_parallel_size, valid)
+        names = ("float32", "bfloat16")
+        require(param_dtype in names, "trainer.strategy.param_dtype", param_dtype, " or ".join(names))
         super().__init__(
             tensor_parallel_size=tensor_parallel_size,
             process_group_backend=process_group_backend,
             timeout=_timeout(timeout_minutes),
         )
         self.tensor_parallel_size, self.asynchronous = tensor_parallel_size, asynchronous
+        self.param_dtype = param_dtype
         self._saving: Future[Any] | None = None
         self._saving_group: dist.ProcessGroup | None = None
+
+    @property
+    def mixed_precision(self) -> MixedPrecisionPolicy:
+        """FSDP2's policy for the blocks; what goes into them keeps its type, as autocast sees to the products."""
+        if self.param_dtype == "float32":
+            return MixedPrecisionPolicy()
+        return MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+    def check_precision(self, precision: str) -> None:
+        """Refuse weights in bfloat16 where products are not.
+
+        Args:
+            precision: the Trainer's.
+
+        Raises:
+            ConfigError: it is not bf16-mixed.
+        """
+        fits = self.param_dtype == "float32" or precision == "bf16-mixed"
+        valid = f"float32, as trainer.precision={precision} is not bf16-mixed"
+        require(fits, "trainer.strategy.param_dtype", self.param_dtype, valid)
 
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes // self.tensor_parallel_size

@@ -136,7 +136,7 @@ class EmbeddingScale(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    """Root mean square norm (1910.07467), computed in the gain's precision whatever its input has.
+    """Root mean square norm (1910.07467), computed in the wider of the precisions of its input and its gain.
 
     torch's own warns under autocast, where gain and input differ in type, and is not fused there.
     """
@@ -145,7 +145,18 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the norm of x [..., dim], in its shape and dtype."""
-        return F.rms_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.eps).to(x.dtype)
+        wider = torch.promote_types(x.dtype, self.weight.dtype)
+        gain = self.weight.to(wider)
+        return F.rms_norm(x.to(wider), self.normalized_shape, gain, self.eps).to(x.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm (1607.06450) whose gain and bias may be narrower than its input; torch's refuses them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the norm of x [..., dim], in its shape and dtype."""
+        gain, bias = (p.to(torch.promote_types(x.dtype, p.dtype)) for p in (self.weight, self.bias))
+        return F.layer_norm(x, self.normalized_shape, gain, bias, self.eps)
 
 
 def _rms_norm(dim: int, eps: float) -> nn.Module:
@@ -153,7 +164,7 @@ def _rms_norm(dim: int, eps: float) -> nn.Module:
 
 
 def _layer_norm(dim: int, eps: float) -> nn.Module:
-    return nn.LayerNorm(dim, eps=eps)
+    return LayerNorm(dim, eps=eps)
 
 
 def _no_norm(dim: int, eps: float) -> nn.Module:

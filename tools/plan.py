@@ -111,12 +111,14 @@ class Mesh(NamedTuple):
         data, tensor: numbers of data- and tensor-parallel processes.
         sharded: by FSDP2; else each process has all of it.
         reduced: by DDP, which copies the gradients into buckets.
+        halved: whether FSDP2 gathers the blocks' weights in bfloat16.
     """
 
     data: int
     tensor: int
     sharded: bool
     reduced: bool
+    halved: bool = False
 
 
 class Plan(NamedTuple):
@@ -177,8 +179,7 @@ def plan(config: DictConfig, vocab_size: int | None = None) -> Plan:
     tokens = vocab_size or _vocab_size(datamodule)
     module: Any = build(config, "module", vocab_size=tokens)
     model: ModelConfig = module.model_config
-    given = str(config.trainer.precision)
-    name, mesh = SHORT.get(given, given), find_mesh(config)
+    name, mesh = precision_name(config), find_mesh(config)
     precision = lookup("trainer.precision", name, PRECISIONS)
     passes = num_passes(mesh.data * mesh.tensor, mesh.tensor, datamodule.batch_size, config.micro_batch_size)
     if mesh.sharded:
@@ -224,7 +225,7 @@ def plan(config: DictConfig, vocab_size: int | None = None) -> Plan:
         optimizer=num_kept(weightless, state_sizes(weightless, module.optim_config), mesh) * size,
         activations=kept,
         peak=peak,
-        gathered=num_gathered(weightless, mesh) * size,
+        gathered=gathered_bytes(weightless, mesh, size),
         flops_per_token=weightless.flops_per_token(datamodule.seq_len),
         tokens=config.trainer.max_steps * sequences * datamodule.seq_len,
         mesh=mesh,
@@ -261,6 +262,13 @@ def _vocab_size(datamodule: Any) -> int:
     return size
 
 
+def precision_name(config: DictConfig) -> str:
+    """Return a key of PRECISIONS, or what else trainer.precision is."""
+    # Resolved, as the Trainer gets them: ${on_gpu:...} is no precision.
+    given = str(config.trainer.precision)
+    return SHORT.get(given, given)
+
+
 def find_mesh(config: DictConfig) -> Mesh:
     """Return that of the configured trainer, on the devices that it names.
 
@@ -275,7 +283,9 @@ def find_mesh(config: DictConfig) -> Mesh:
     strategy = build(config, "trainer.strategy") if isinstance(trainer.get("strategy"), DictConfig) else None
     if isinstance(strategy, ShardedStrategy):
         tensor = strategy.tensor_parallel_size
-        return Mesh(num_models(world, tensor), tensor, sharded=True, reduced=False)
+        strategy.check_precision(precision_name(config))
+        halved = strategy.param_dtype == "bfloat16"
+        return Mesh(num_models(world, tensor), tensor, sharded=True, reduced=False, halved=halved)
     return Mesh(world, 1, sharded=False, reduced=strategy is not None or world > 1)
 
 
@@ -294,13 +304,21 @@ def num_kept(model: Transformer, sizes: Mapping[Tensor, int], mesh: Mesh) -> int
     return (sum(sizes.values()) - cut + cut // mesh.tensor) // (mesh.data if mesh.sharded else 1)
 
 
-def num_gathered(model: Transformer, mesh: Mesh) -> int:
-    """Return how many parameters, and gradients of some, a process has beyond those for a time."""
+def gathered_bytes(model: Transformer, mesh: Mesh, size: int) -> int:
+    """Return how many bytes of weights and gradients a process has beyond its own for a time.
+
+    They are embedding and head, the weights of two blocks, and the gradients of one.
+
+    Args:
+        model: without weights.
+        mesh: which processes share it.
+        size: bytes of a weight.
+    """
     if not mesh.sharded or mesh.data == 1:
         return 0
     blocks = [num_of_block(block, model, mesh) for block in model.blocks if isinstance(block, Block)]
     rest = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in model.blocks.parameters())
-    return rest + 3 * max(blocks)
+    return size * rest + max(blocks) * (2 * (2 if mesh.halved else size) + size)
 
 
 def num_of_block(block: Block, model: Transformer, mesh: Mesh) -> int:

@@ -31,6 +31,20 @@ def formula(kind: str, x: np.ndarray, p: dict[str, np.ndarray]) -> np.ndarray:
     return x
 
 
+@pytest.mark.parametrize("kind", ["rmsnorm", "layernorm", "dyt", "derf", "gatednorm"])
+@pytest.mark.parametrize("cpu_kernels", ["auto", "off"])
+def test_a_narrower_gain_takes_nothing_from_a_wider_input(kind: str, cpu_kernels: str) -> None:
+    """As weights that FSDP2 gathers in bf16: the stream stays what it is, and so do its gradients."""
+    norm = make_norm(tiny_config(norm=kind, cpu_kernels=cpu_kernels), dim=12).to(torch.bfloat16)
+    wide = copy.deepcopy(norm).float()
+    x = torch.randn(3, 5, 12, requires_grad=True)
+    found, expected = norm(x), wide(x)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    ours, theirs = (torch.autograd.grad(out.square().sum(), x)[0] for out in (found, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["rmsnorm", "layernorm", "dyt", "derf", "none"])
 def test_norm_is_its_formula(kind: str) -> None:
     norm = make_norm(tiny_config(norm=kind, norm_eps=EPS), dim=12)

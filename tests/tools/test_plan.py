@@ -21,7 +21,7 @@ from lightning_modules.layers import expert_products
 from lightning_modules.optimizers import make_optimizer
 from lightning_modules.transformer import Transformer
 from tests.support.models import make_module, tiny_values, tokens
-from tools.plan import PRECISIONS, Plan, compose_config, largest_micro_batch, main, plan
+from tools.plan import PRECISIONS, Mesh, Plan, compose_config, gathered_bytes, largest_micro_batch, main, plan
 
 BATCH, SEQ_LEN = 4, 32
 WIDE: dict[str, Any] = {"num_layers": 3, "dim": 64, "ffn_dim": 176}
@@ -231,6 +231,27 @@ def test_what_another_optimizer_keeps_is_counted(optimizer: str) -> None:
     made.step()
     moments = [x for kept in made.state.values() for name, x in kept.items() if x is not None and name != "step"]
     assert plan(config).optimizer == sum(moment.nbytes for moment in moments)
+
+
+@pytest.mark.parametrize(("size", "halved", "of_a_block"), [(4, False, 12), (4, True, 8), (2, False, 6)])
+def test_bytes_that_are_gathered(size: int, halved: bool, of_a_block: int) -> None:
+    """The weights of two blocks and the gradients of one; embedding, head and the last norm as they are."""
+    model = Transformer(make_module(**WIDE).model_config, 50)
+    largest = max(sum(p.numel() for p in block.parameters()) for block in model.blocks)
+    expected = size * 2 * 50 * 64 + of_a_block * largest
+    assert gathered_bytes(model, Mesh(2, 1, sharded=True, reduced=False, halved=halved), size) == expected
+    assert gathered_bytes(model, Mesh(1, 2, sharded=True, reduced=False, halved=halved), size) == 0
+
+
+def test_weights_are_gathered_in_the_type_that_is_asked_for() -> None:
+    job = ["data=synthetic", "data.vocab_size=50", "trainer=fsdp", "trainer.devices=2", "trainer.precision=bf16-mixed"]
+    whole, half = (
+        plan(compose_config([*job, f"trainer.strategy.param_dtype={name}"])) for name in ("float32", "bfloat16")
+    )
+    assert half.gathered < whole.gathered
+    refused = compose_config([*job, "trainer.strategy.param_dtype=bfloat16", "trainer.precision=32-true"])
+    with pytest.raises(ConfigError, match=r"trainer\.precision=32-true is not bf16-mixed"):
+        plan(refused)
 
 
 def test_a_7b_run_is_planned_without_its_weights() -> None:

@@ -20,7 +20,8 @@ class RMSNorm(spannorm.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the norm of x [..., dim], in its shape and dtype."""
-        return rms_norm(x.to(self.weight.dtype), self.weight, self.eps).to(x.dtype)
+        wider = torch.promote_types(x.dtype, self.weight.dtype)
+        return rms_norm(x.to(wider), self.weight.to(wider), self.eps).to(x.dtype)
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
