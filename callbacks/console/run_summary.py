@@ -14,12 +14,14 @@ from rich.table import Table
 from callbacks.protocols import CountsTokens
 from core.atomic_write import write_whole
 from core.early_end import how_it_ended
-from core.printable import cell
+from core.printable import cell, printable
 from core.provenance import device_of, provenance
 from core.run_folder import resume_command
 from core.status import PROVENANCE
 
 MEASURED = "run_summary"  # in a checkpoint
+COMMANDS = {"tensorboard": "Curves and pictures:", "resume": "Twice as long:"}
+"""Keys of the summary that are command lines, and how they are introduced."""
 FEW_EPOCHS = 4
 """So often a corpus can be read nearly as well as new text (2305.16264)."""
 
@@ -83,13 +85,19 @@ class RunSummary(L.Callback):
         text = json.dumps(summary, indent=2) + "\n"
         write_whole(self.run_dir / "summary.json", lambda unfinished: unfinished.write_text(text))
         table = Table(title="Run summary", show_header=False)
+        table.add_column()
+        table.add_column(overflow="fold")
         for key, value in summary.items():
-            if key == PROVENANCE:  # for files and tools; the terminal has enough to say
+            # Of where it comes from files and tools tell enough; commands are to be copied, and stand below.
+            if key == PROVENANCE or key in COMMANDS:
                 continue
             table.add_row(
                 key.replace("_", " "), f"{value:,.4f}" if isinstance(value, float) else cell(_plain(value), None)
             )
         Console(width=None if Console().is_terminal else 160).print(table)
+        for key, words in COMMANDS.items():
+            if summary[key] is not None:
+                print(f"{words} {printable(summary[key], limit=None)}")
 
     def _resume_command(self, trainer: L.Trainer) -> str | None:
         """Return the command that goes on; None where no command line has begun the run and given its steps."""

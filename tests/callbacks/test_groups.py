@@ -20,6 +20,8 @@ DEFAULT = [
     "stream_mixing",
     "source_weights",
     "gate_means",
+    "slow_steps",
+    "trouble",
     "dashboard",
     "depth_pictures",
     "hyperparameters",

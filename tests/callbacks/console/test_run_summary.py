@@ -103,6 +103,8 @@ def test_the_console_says_the_same(summary: dict[str, Any], job: Job) -> None:
         assert f"{summary[key]:,.4f}" in table
     assert f"{summary['tokens']:,}" in table
     assert "run/checkpoints/last.ckpt" in table
+    assert f"Twice as long: {summary['resume']}\n" in out, "whole, and in one line"
+    assert f"Curves and pictures: {summary['tensorboard']}\n" in out
 
 
 def test_a_loss_that_is_no_number_is_null_and_the_file_stays_json(tmp_path: Path) -> None:

@@ -1,0 +1,86 @@
+"""Says in a line when what a monitor measures leaves the range that docs/metrics.md calls healthy by far."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import lightning as L
+
+from callbacks.scalars import of_block
+from core.run_folder import is_main_process
+from core.steps import completes_step, is_logged
+
+DEAD_EXPERTS, LASTING = "moe/dead_experts", 5
+
+
+class Limit(NamedTuple):
+    """Bounds a figure of a block.
+
+    Attributes:
+        below, above: what is beyond is trouble.
+        words: what that means.
+    """
+
+    below: float
+    above: float
+    words: str
+
+
+LIMITS = {
+    "signal/attn_entropy": Limit(0.02, math.inf, "attention looks at one token alone"),
+    "signal/attn_logit_max": Limit(-math.inf, 100.0, "attention's logits grow; model.qk_norm=head bounds them"),
+    "signal/kurtosis": Limit(-math.inf, 100.0, "a few features carry everything"),
+    "representation/token_cosine": Limit(-math.inf, 0.99, "tokens are told apart no more"),
+    "representation/effective_rank": Limit(1.2, math.inf, "all tokens have become one direction"),
+}
+"""By prefix and figure; wider than what is called healthy, so that a line is worth a look."""
+
+
+class Trouble(L.Callback):
+    """Prints a line the first time that a figure of a block is beyond LIMITS, or that experts stay without a token.
+
+    Of a figure it names the block that is farthest out, and says nothing of that figure again, in a resumed run
+    neither. Experts are named where some got no token in five logged steps in a row. GradientHealth says itself where
+    the gradient vanishes or explodes.
+    """
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+        self._dead = 0  # logged steps in a row
+
+    def choose_scalars(self, values: Mapping[str, float], step: int) -> Mapping[str, float]:
+        """Look at what a monitor has measured, and leave it as it is: callbacks.protocols.ChoosesScalars."""
+        found: dict[str, tuple[float, int, float]] = {}  # how far out, block, value
+        for name, value in values.items():
+            prefix, block, figure = of_block(name) or ("", 0, "")
+            limit = LIMITS.get(key := f"{prefix}/{figure}")
+            if limit is not None and not limit.below <= value <= limit.above:
+                out = max(limit.below - value, value - limit.above) if math.isfinite(value) else math.inf
+                found[key] = max(found.get(key, (-1.0, 0, 0.0)), (out, block, value))
+        for key, (_, block, value) in found.items():
+            self._say(key, f"step {step}: {LIMITS[key].words}: {key} is {value:.3g} in block {block}")
+        return values
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not (completes_step(trainer, batch_idx) and is_logged(trainer, trainer.global_step)):
+            return
+        # LanguageModule logs it behind the callbacks: this is the logged step before.
+        dead = int(trainer.logged_metrics.get(DEAD_EXPERTS, 0))
+        self._dead = self._dead + 1 if dead else 0
+        if self._dead >= LASTING:
+            line = f"step {trainer.global_step}: {dead} experts got no token in {LASTING} logged steps in a row"
+            self._say(DEAD_EXPERTS, f"{line}; depth/moe in TensorBoard's images shows in which layers")
+
+    def _say(self, key: str, line: str) -> None:
+        if key not in self._said and is_main_process():
+            print(line, flush=True)
+        self._said.add(key)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"said": sorted(self._said)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        said = state_dict.get("said") if isinstance(state_dict, dict) else None
+        self._said = {key for key in said if isinstance(key, str)} if isinstance(said, list) else set()
