@@ -10,7 +10,7 @@ import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
@@ -21,6 +21,7 @@ Curve = tuple[list[int], list[float]]
 """Optimizer steps, and the value at each."""
 
 EVENTS = "tensorboard"
+PNG = b"\x89PNG\r\n\x1a\n"
 TABLES = "csv/version_*/metrics.csv"
 FILE_BYTES = 4096 * MIB
 """Of all the files of a run's curves together."""
@@ -99,11 +100,35 @@ def _step(text: str | None) -> int:
     return step
 
 
+def read_pictures(run: Path) -> dict[str, tuple[int, bytes]]:
+    """Return {tag: (step, PNG)}: of each picture in a run's event files the newest.
+
+    Raises:
+        Untrusted: a file is none of TensorBoard's, or beyond a bound.
+    """
+    found: dict[str, tuple[int, bytes]] = {}
+    for path, step, value in _event_values(run):
+        content = value.image.encoded_image_string if value.HasField("image") else b""
+        if content.startswith(PNG) and step >= found.get(value.tag, (0, b""))[0]:
+            found[value.tag] = _event_step(path, value.tag, step), content
+    return found
+
+
 def _of_events(run: Path) -> Iterator[tuple[str, int, float]]:
+    for path, step, value in _event_values(run):
+        if value.HasField("simple_value"):  # neither a histogram nor a text
+            yield value.tag, _event_step(path, value.tag, step), value.simple_value
+
+
+def event_files(run: Path) -> list[Path]:
+    """Return TensorBoard's files of a run, in the order in which they are read."""
     folder = run / EVENTS
-    if not folder.is_dir():
-        return
-    paths = sorted(path for path in folder.iterdir() if "tfevents" in path.name)
+    return sorted(path for path in folder.iterdir() if "tfevents" in path.name) if folder.is_dir() else []
+
+
+def _event_values(run: Path) -> Iterator[tuple[Path, int, Any]]:
+    """Yield (file, step, value) of all that was written for TensorBoard, each of protobuf's kind Summary.Value."""
+    paths = event_files(run)
     _check_sizes(run, paths)
     left = bound(MAX_EVENTS)
     for path in paths:
@@ -114,9 +139,7 @@ def _of_events(run: Path) -> Iterator[tuple[str, int, float]]:
             for event in LegacyEventFileLoader(str(path)).Load():
                 values += len(event.summary.value)
                 _require_at_most(MAX_VALUES, values, f"{path}: the run's event files have too many values")
-                for value in event.summary.value:
-                    if value.HasField("simple_value"):  # neither a histogram nor a text
-                        yield value.tag, _event_step(path, value.tag, event.step), value.simple_value
+                yield from ((path, event.step, value) for value in event.summary.value)
         except Untrusted:
             raise
         except Exception as error:  # of protobuf's and TensorBoard's kinds
