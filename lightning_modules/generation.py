@@ -5,15 +5,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lightning_modules.layers.kv_cache import KVCache
+from lightning_modules.layers.kv_cache import ROWS, KVCache
 from lightning_modules.transformer import Transformer
-
-ROWS = 4
-"""Products are computed so many rows at a time; the rest is left to other kernels, which add up in another order (MKL
-and torch's attention, fp32). In multiples of it a token's logits are, bit for bit, those of `model(tokens)` over a text
-that is filled up to the cache's length, itself a multiple. (Save where 4 tokens have no multiple of 32 numbers, as the
-scores of 4 experts: torch's exponential of the last few of a tensor is another one; and of heads whose width is no
-multiple of 4.)"""
 
 
 def feed(
@@ -46,8 +39,9 @@ def feed(
 
 
 def fed_width(pieces: Sequence[Sequence[int]]) -> int:
-    """Return the positions of each of these pieces that `feed` has the model compute, a multiple of ROWS."""
-    return _rounded_up(max(map(len, pieces)))
+    """Return the positions of each of these pieces that `feed` has the model compute: in all, a multiple of ROWS."""
+    width = max(map(len, pieces))
+    return width if len(pieces) * width % ROWS == 0 else _rounded_up(width)
 
 
 def _rounded_up(number: int) -> int:
@@ -127,13 +121,17 @@ def stream(
     pieces, starts = texts, [0] * len(texts)
     was_training = model.training
     for _ in range(num_tokens):
-        model.eval()
+        if (
+            was_training
+        ):  # else there is nothing to do, and to go through all modules takes a third of a small model's step
+            model.eval()
         try:
             with torch.inference_mode():
                 logits = feed(model, cache, pieces, starts, ROWS)[:, -1].float()
                 new = choose(logits, temperature, top_k, top_p, generators).tolist()
         finally:
-            model.train(was_training)
+            if was_training:
+                model.train()
         yield new
         texts = [[*text, token] for text, token in zip(texts, new, strict=True)]
         pieces, starts = [[token] for token in new], [len(text) - 1 for text in texts]

@@ -195,8 +195,8 @@ class Transformer(nn.Module):
         self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None
     ) -> tuple[Rope, Mask | None]:
         """Return what every block takes beside its state; the arguments are those of `forward`."""
-        length = tokens.size(1) if cache is None else cache.length
-        rope = rope_tables(length, self.config.head_width, self.config.rope_theta, tokens.device)
+        settings = self.config.head_width, self.config.rope_theta, tokens.device
+        rope = rope_tables(tokens.size(1), *settings) if cache is None else cache.rope(*settings)
         if positions is None:
             return rope, None
         flex = tokens.is_cuda and self.config.compile

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lightning_modules.config import ModelConfig
 from lightning_modules.layers.document_mask import Mask, attend
-from lightning_modules.layers.kv_cache import Slots
+from lightning_modules.layers.kv_cache import Slots, filled_up
 from lightning_modules.layers.norms import make_norm, norm_matrices
 from lightning_modules.layers.rope import Rope, rotate
 from spannorm import Matrix, QKVNorm
@@ -59,9 +59,11 @@ class Attention(nn.Module):
         """
         q, k = self._queries_and_keys(x, rope)
         v = self._heads("v", self.v_proj(x))
-        if slots is not None:
+        if slots is None:
+            out = attend(q, k, v, mask, self.grouped)
+        else:
             k, v = slots.put(k, v)
-        out = attend(q, k, v, mask, self.grouped)
+            out = attend(filled_up(q), k, v, mask, self.grouped)[:, :, : q.size(2)]
         return self.o_proj(self.inner_norm(out.transpose(1, 2).flatten(2)))
 
     def logits(self, x: Tensor, rope: Rope) -> Tensor:
@@ -78,10 +80,13 @@ class Attention(nn.Module):
 
     def _heads(self, name: str, projected: Tensor) -> Tensor:
         """Return q, k or v [batch, seq, heads x head_dim] as [batch, heads, seq, head_dim], normed where declared."""
-        norm = self.projection_norms[name] if name in self.projection_norms else nn.Identity()
-        if self.norms_each_head.get(name, False):
-            return norm(projected.unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
-        return norm(projected).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        each_head = self.norms_each_head.get(name)  # None: there is no norm
+        if each_head is False:
+            projected = self.projection_norms[name](projected)
+        heads = projected.unflatten(-1, (-1, self.head_dim))
+        if each_head:
+            heads = self.projection_norms[name](heads)
+        return heads.transpose(1, 2)
 
     def matrices(self) -> Iterator[Matrix]:
         yield Matrix("query", self.q_proj.weight, self.q_proj.in_features, self.q_proj.out_features)

@@ -70,19 +70,30 @@ def _register(name: str, matmul: Callable[..., Tensor], outer: Callable[..., Ten
     outer_op.register_fake(outer_shape)
     outer_op.register_autograd(outer_gradient, setup_context=outer_save)
 
-    def swiglu(x: Tensor, w: Tensor, v: Tensor, counts: Tensor) -> Tensor:
-        return F.silu(matmul_op(x, w, counts, True)) * matmul_op(x, v, counts, True)
+    def product(x: Tensor, w: Tensor, counts: Tensor, transpose: bool) -> Tensor:
+        # Where a text is written token by token, the checks around an operator take longer than its products.
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+            return matmul(x, w, counts, transpose)
+        computed: Tensor = matmul_op(x, w, counts, transpose)
+        return computed
 
-    return Products(matmul_op, outer_op, swiglu)
+    def swiglu(x: Tensor, w: Tensor, v: Tensor, counts: Tensor) -> Tensor:
+        return F.silu(product(x, w, counts, True)) * product(x, v, counts, True)
+
+    return Products(product, outer_op, swiglu)
 
 
 def _loop_matmul(x: Tensor, w: Tensor, counts: Tensor, transpose: bool) -> Tensor:
     out = x.new_empty(x.size(0), w.size(1 if transpose else 2))
-    sizes, at_least = counts.long().tolist(), MIN_ROWS if torch.is_inference_mode_enabled() else 0
-    for rows, matrix, result in zip(x.split(sizes), w.unbind(), out.split(sizes), strict=True):
-        matrix = matrix.t() if transpose else matrix
-        if 0 < len(rows) < at_least:
-            result.copy_(torch.mm(F.pad(rows, (0, 0, 0, at_least - len(rows))), matrix)[: len(rows)])
+    at_least, start = MIN_ROWS if torch.is_inference_mode_enabled() else 0, 0
+    for expert, size in enumerate(counts.long().tolist()):
+        if size == 0:
+            continue
+        matrix = w[expert].t() if transpose else w[expert]
+        rows, result = x[start : start + size], out[start : start + size]
+        start += size
+        if size < at_least:
+            result.copy_(torch.mm(F.pad(rows, (0, 0, 0, at_least - size)), matrix)[:size])
         else:
             torch.mm(rows, matrix, out=result)
     return out

@@ -6,6 +6,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_modules.layers.rope import Rope, rope_tables
+
+ROWS = 4
+"""Products are computed so many rows at a time: in linear layers those of all sequences together, in attention those of
+one. The rest is left to other kernels, which add up in another order (MKL and torch's attention, fp32). In multiples of
+it a token's logits are, bit for bit, those of `model(tokens)` over a text that is filled up to the cache's length,
+itself a multiple. (Save where 4 tokens have no multiple of 32 numbers, as the scores of 4 experts: torch's exponential
+of the last few of a tensor is another one; and of heads whose width is no multiple of 4.)"""
+
 
 class Slots(NamedTuple):
     """Holds what one attention layer keeps, and says where the tokens at hand belong in it.
@@ -30,6 +39,12 @@ class Slots(NamedTuple):
         return self.kept
 
 
+def filled_up(x: Tensor) -> Tensor:
+    """Return queries or a mask [batch, heads or 1, seq, any] with copies of the last one, to a multiple of ROWS."""
+    missing = -x.size(2) % ROWS
+    return torch.cat((x, x[:, :, -1:].expand(-1, -1, missing, -1)), dim=2) if missing else x
+
+
 class KVCache:
     """The slots of all layers. Its length is fixed, and what is not written yet is masked.
 
@@ -41,6 +56,13 @@ class KVCache:
     def __init__(self, num_layers: int, length: int) -> None:
         self.length = length
         self.layers: list[list[Tensor]] = [[] for _ in range(num_layers)]
+        self._rope: Rope | None = None
+
+    def rope(self, head_dim: int, theta: float, device: torch.device) -> Rope:
+        """Return `rope_tables` of the cache's length, made once."""
+        if self._rope is None:
+            self._rope = rope_tables(self.length, head_dim, theta, device)
+        return self._rope
 
     def at(self, positions: Tensor) -> Iterator[Slots]:
         """Yield each layer's slots for tokens at these positions [batch, seq]."""
@@ -48,11 +70,12 @@ class KVCache:
             yield Slots(kept, self.length, positions)
 
     def mask(self, positions: Tensor) -> Tensor:
-        """Return who may look at whom, bool [batch, 1, seq, length]: up to the token's own position."""
-        return positions[:, None, :, None] >= torch.arange(self.length, device=positions.device)
+        """Return who may look at whom, bool [batch, 1, seq, length], filled up: all up to the token's own position."""
+        return filled_up(positions[:, None, :, None]) >= torch.arange(self.length, device=positions.device)
 
     def select(self, rows: Tensor) -> "KVCache":
         """Return a copy with these sequences [rows] of it, each as often as it is named."""
         other = KVCache(len(self.layers), self.length)
+        other._rope = self._rope
         other.layers = [[tensor.index_select(0, rows) for tensor in kept] for kept in self.layers]
         return other

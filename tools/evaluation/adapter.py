@@ -11,8 +11,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from core.errors import ConfigError, UserError, require
-from lightning_modules.generation import ROWS, fed_width, feed, stream
-from lightning_modules.layers.kv_cache import KVCache
+from lightning_modules.generation import fed_width, feed, stream
+from lightning_modules.layers.kv_cache import ROWS, KVCache
 from lightning_modules.transformer import Transformer
 
 Context = tuple[int, ...]

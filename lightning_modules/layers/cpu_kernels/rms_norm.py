@@ -32,19 +32,25 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
         and not torch.compiler.is_compiling()  # which fuses the operators
         and not isinstance(x, DTensor)
     ):
-        normed: Tensor = _RMSNorm.apply(x, gain, eps)
+        normed: Tensor = _RMSNorm.apply(x, gain, eps) if torch.is_grad_enabled() else _normed(x, gain, eps)[0]
         return normed
     return F.rms_norm(x, gain.shape, gain, eps)
+
+
+def _normed(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return (the norm, 1 / rms of each row)."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    inverse = norm.square_().div_(x.size(-1)).add_(eps).rsqrt_()
+    return (x * inverse).mul_(gain), inverse
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        inverse = norm.square_().div_(x.size(-1)).add_(eps).rsqrt_()
+        normed, inverse = _normed(x, gain, eps)
         ctx.save_for_backward(x, gain, inverse)
         ctx.eps = eps
-        return (x * inverse).mul_(gain)
+        return normed
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

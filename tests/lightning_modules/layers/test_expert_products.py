@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+from torch.profiler import profile
 
+from lightning_modules.layers import expert_products
 from lightning_modules.layers.expert_products import GROUPED, LOOP, Products
 from tests.support.expert_rows import COUNTS, EXPERT, FEW
 
@@ -43,12 +45,24 @@ def test_one_gradient_alone(products: Products) -> None:
     torch.testing.assert_close(torch.autograd.grad(loss, (w, y)), expected)
 
 
-@pytest.mark.parametrize("products", [LOOP, GROUPED], ids=["loop", "grouped"])
-def test_the_operators_keep_torchs_rules(products: Products) -> None:
+@pytest.mark.parametrize("name", ["loop", "grouped"])
+def test_the_operators_keep_torchs_rules(name: str) -> None:
+    operators = getattr(torch.ops, expert_products.__name__.replace(".", "_"))
+    matmul, outer = (getattr(operators, f"{name}_{kind}").default for kind in ("matmul", "outer"))
     x, w, y = operands()
-    torch.library.opcheck(products.matmul, (x, w, COUNTS, True))
-    torch.library.opcheck(products.matmul, (y, w, COUNTS, False))
-    torch.library.opcheck(products.outer, (y, x, COUNTS))
+    torch.library.opcheck(matmul, (x, w, COUNTS, True))
+    torch.library.opcheck(matmul, (y, w, COUNTS, False))
+    torch.library.opcheck(outer, (y, x, COUNTS))
+
+
+@pytest.mark.parametrize("products", [LOOP, GROUPED], ids=["loop", "grouped"])
+def test_in_inference_they_are_the_same_and_operators_no_longer(products: Products) -> None:
+    x, w, y = operands()
+    expected = [products.matmul(x, w, COUNTS, True).detach(), products.matmul(y, w, COUNTS, False).detach()]
+    with torch.inference_mode(), profile() as profiled:
+        found = [products.matmul(x, w, COUNTS, True), products.matmul(y, w, COUNTS, False)]
+    assert not [event.name for event in profiled.events() if event.name.startswith("lightning_modules")]
+    torch.testing.assert_close(found, expected)
 
 
 def test_gradients_in_float64_to_second_order() -> None:
