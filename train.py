@@ -18,7 +18,7 @@ def main(config: DictConfig) -> float:
     import lightning as L
 
     from core.accelerator import check_matmul_precision, set_matmul_precision
-    from core.build import build, build_all
+    from core.build import build, build_all, build_module
     from core.console import silence_noise
     from core.early_end import tell_early_end
     from core.errors import require
@@ -53,7 +53,7 @@ def main(config: DictConfig) -> float:
         datamodule = build(config, "data")
         valid = f"a subclass of {StreamDataModule.__module__}.StreamDataModule, at whose position a run is resumed"
         require(isinstance(datamodule, StreamDataModule), "data._target_", config.data["_target_"], valid)
-        module = build(config, "module", vocab_size=datamodule.vocab_size)
+        module = build_module(config, datamodule)
         if config.init_from is not None and run.ckpt_path is None:  # a resumed run has its weights
             valid = "null: the LightningModule has no method start_from"
             require(hasattr(module, "start_from"), "init_from", config.init_from, valid)

@@ -13,7 +13,6 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -167,15 +166,11 @@ def peak_of_step(
 
 
 def _loss(model: Any, batch_size: int, seq_len: int, chunked: bool, dtype: torch.dtype | None) -> Tensor:
-    """Return the loss of tokens that are nothing but a shape, under autocast to a dtype, if one is given."""
-    tokens = torch.zeros(batch_size, seq_len + 1, dtype=torch.long)
+    """Return the loss of inputs that are nothing but a shape, under autocast to a dtype, if one is given."""
+    batch = model.example(batch_size, seq_len)
     with nullcontext() if dtype is None else torch.autocast("cpu", dtype):
-        if chunked:
-            losses, _ = model(tokens[:, :-1], targets=tokens[:, 1:])
-            loss: Tensor = losses.mean
-            return loss
-        logits, _ = model(tokens[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+        loss: Tensor = model.loss(batch, chunked)
+        return loss
 
 
 class _Live(TorchDispatchMode):

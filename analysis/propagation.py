@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from analysis.states import BlockView, effective_rank, mean_cosine, mean_square, streams, watching
-from lightning_modules.transformer import Transformer
+from lightning_modules.trunk import Batch, Trunk
 
 
 @dataclass(frozen=True)
@@ -40,17 +39,16 @@ class BlockSignal:
     effective_rank: float
 
 
-def measure(model: Transformer, tokens: Tensor) -> list[BlockSignal]:
+def measure(model: Trunk, batch: Batch) -> list[BlockSignal]:
     """Measure one forward and one backward pass; the model is left as it was, without gradients.
 
     Args:
         model: neither compiled nor with activation checkpointing: hooks would not see every block once.
-        tokens: ids [batch, seq + 1]; the loss is the mean cross-entropy of the following token.
+        batch: as the model reads it.
     """
     views: list[BlockView] = []
     with watching(model, views.append):
-        logits, _ = model(tokens[:, :-1])
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+        loss = model.loss(batch)
 
     groups: list[list[Tensor]] = []
     for view in views:

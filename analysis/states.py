@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_modules.layers.rope import Rope
-from lightning_modules.transformer import Block, Transformer
+from lightning_modules.trunk import Block, Trunk
 from spannorm import Gated, Mapping
 
 
@@ -54,7 +54,7 @@ class BlockView(NamedTuple):
 
 
 @contextmanager
-def watching(model: Transformer, see: Callable[[BlockView], None]) -> Iterator[None]:
+def watching(model: Trunk, see: Callable[[BlockView], None]) -> Iterator[None]:
     """Call `see` with each block of each forward pass within the context, as soon as the block has run.
 
     Args:

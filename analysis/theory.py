@@ -21,7 +21,8 @@ from analysis.kernels import (
     through_norm,
 )
 from core.precision import at_least_fp32
-from lightning_modules.transformer import Block, Transformer
+from lightning_modules.transformer import Transformer
+from lightning_modules.trunk import Block, Trunk
 
 
 @dataclass(frozen=True)
@@ -179,12 +180,13 @@ def predict(
     return predictions[::-1]
 
 
-def predict_model(model: Transformer, seq_len: int) -> list[Prediction] | None:
+def predict_model(model: Trunk, seq_len: int) -> list[Prediction] | None:
     """Call `predict` for an initialized model and tokens drawn uniformly; None where there is no theory."""
     config = model.config
     covered = config.placement in SCHEMES and config.ffn == "dense" and config.norm in ("rmsnorm", "layernorm")
-    if not covered or config.placement_options or model.branch_multiplier != 1:
+    if not covered or not config.causal or config.placement_options or model.branch_multiplier != 1:
         return None
+    assert isinstance(model, Transformer), "tokens alone are read causally"
     return predict(
         SCHEMES[config.placement](config.num_layers),
         [read_gains(block) for block in model.blocks if isinstance(block, Block)],

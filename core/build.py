@@ -57,6 +57,39 @@ def build(config: DictConfig, field: str, **filled_in: Any) -> Any:
         raise InvalidValue(f"{field}.{name}", node[name], message) from error
 
 
+def build_module(config: DictConfig, data: Any) -> Any:
+    """Return the LightningModule of `config.module`.
+
+    Args:
+        config: the whole composed config.
+        data: has, as attributes, what the class says by `of_data` that it takes of the data rather than of the
+            configuration; a class that says nothing takes vocab_size.
+
+    Raises:
+        ConfigError: as `build`, or the data are not of the module's kind.
+    """
+    return build(config, "module", **of_data(config, lambda name: getattr(data, name, None), type(data).__name__))
+
+
+def of_data(config: DictConfig, find: Callable[[str], Any], where: str) -> dict[str, Any]:
+    """Return the arguments of `config.module` that its data say.
+
+    Args:
+        config: the whole composed config.
+        find: gives the value of one; None: there is none.
+        where: what is searched, for the message.
+
+    Raises:
+        ConfigError: one is not there.
+    """
+    target = OmegaConf.select(config, "module._target_")
+    names: tuple[str, ...] = getattr(import_target("module._target_", target), "of_data", ("vocab_size",))
+    found = {name: find(name) for name in names}
+    for name, value in found.items():
+        require(value is not None, "module._target_", target, f"one that goes with the data: {where} has no {name}")
+    return found
+
+
 def _with_objects(field: str, content: dict[str, Any]) -> Any:
     """Return the arguments with what the `_target_`s among them describe.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from core.build import build
+from core.build import build, of_data
 from core.checkpoint_path import checkpoint_path
 from core.errors import ConfigError, one_line, require
 from core.saved_config import load_config, refuse_addresses
@@ -70,8 +70,7 @@ def open_run(folder: Path, checkpoint: str = "last", allow: Collection[str] = ()
     OmegaConf.update(config, "module.model.moe.backend", "auto")
     try:
         content = load(path)
-        vocab_size, step = content["hyper_parameters"]["vocab_size"], content["global_step"]
-        weights = content["state_dict"]
+        saved, step, weights = dict(content["hyper_parameters"]), content["global_step"], content["state_dict"]
     except Exception as error:  # truncated, no checkpoint at all, or one with code in it
         valid = f"a whole checkpoint; this file cannot be read as one ({one_line(error)})"
         raise ConfigError("checkpoint", str(path), valid) from error
@@ -79,7 +78,7 @@ def open_run(folder: Path, checkpoint: str = "last", allow: Collection[str] = ()
     # Before anything is made of the configuration, which may describe any size: a block has weights of its own.
     layers = config.module.model.get("num_layers")
     require(type(layers) is int and layers <= len(weights), "checkpoint", str(path), described)
-    module = build(config, "module", vocab_size=vocab_size)
+    module = build(config, "module", **of_data(config, saved.get, path.name))
     there = sum(weight.numel() for weight in weights.values())
     require(module.num_parameters[0] <= there, "checkpoint", str(path), described)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):

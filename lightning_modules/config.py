@@ -101,7 +101,7 @@ class MoEConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer. Every field can be overridden as `model.FIELD=VALUE`."""
+    """A transformer. Every field can be overridden as `model.FIELD=VALUE`."""
 
     placement: str = "spannorm"  # where the block normalizes: spannorm/placements, or the import path of a class
     placement_options: dict[str, Any] = field(default_factory=dict)  # arguments of that placement
@@ -118,9 +118,11 @@ class ModelConfig:
     head_dim: int | None = None  # width of one head; None: dim / num_heads
     qk_norm: str = "none"  # norms on q and k before RoPE: head, width (all heads together); none: the placement's own
     qkv_bias: bool = False  # biases on the q, k and v projections, which start at 0
+    bias: bool = False  # biases on all projections of attention and dense FFN, which start at 0
+    causal: bool = True  # attention sees no later positions; false: all, as masked training and images want it
     rope_theta: float = 10000.0
-    ffn: str = "dense"  # dense or moe
-    ffn_dim: int | None = None  # hidden width of the SwiGLU; None: 8/3 dim, rounded up to a multiple of 16
+    ffn: str = "dense"  # dense (SwiGLU), mlp (GELU, two matrices) or moe
+    ffn_dim: int | None = None  # hidden width; None: 8/3 dim, rounded up to a multiple of 16; of mlp 4 dim
     tie_embeddings: bool = False
     vocab_size: int | None = None  # rows of embedding and head; None: the data's vocabulary, which may have fewer
     compile: bool = False  # torch.compile each block
@@ -156,6 +158,8 @@ class ModelConfig:
             raise ConfigError("model.cpu_kernels", self.cpu_kernels, suggest(self.cpu_kernels, CPU_KERNELS))
         if self.qk_norm not in QK_NORMS:
             raise ConfigError("model.qk_norm", self.qk_norm, suggest(self.qk_norm, QK_NORMS))
+        biased = self.bias and self.ffn == "moe"
+        require(not biased, "model.bias", self.bias, "false with model.ffn=moe: experts have no biases")
         even = self.head_dim is None or (self.head_dim >= 2 and self.head_dim % 2 == 0)
         require(even, "model.head_dim", self.head_dim, "an even integer >= 2 (RoPE turns pairs), or null")
         require_at_most(MAX_HIDDEN_DIM // self.num_heads, "model.head_dim", self.head_dim)
@@ -189,6 +193,8 @@ class ModelConfig:
     @property
     def hidden_dim(self) -> int:
         """Width of the dense FFN. 8/3 dim makes three SwiGLU matrices as large as two of 4 dim (2002.05202)."""
+        if self.ffn == "mlp" and self.ffn_dim is None:
+            return 4 * self.dim
         return self.ffn_dim if self.ffn_dim is not None else -(-8 * self.dim // 48) * 16
 
     @property

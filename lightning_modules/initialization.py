@@ -1,12 +1,14 @@
-"""Draws a Transformer's matrices by the init that its configuration names, or its placement."""
+"""Draws a model's matrices by the init that its configuration names, or its placement."""
 
 import inspect
+
+from torch import Tensor
 
 from core.errors import ConfigError, require
 from core.options import check_arguments
 from lightning_modules.argument_errors import as_config_errors, as_error_of_own
 from lightning_modules.config import ModelConfig
-from lightning_modules.transformer import Transformer
+from lightning_modules.trunk import Trunk
 from lightning_modules.width_scaling import UNSCALED, WidthScaling
 from spannorm import (
     INITS,
@@ -57,7 +59,7 @@ def resolve_init(config: ModelConfig, num_layers: int | None = None) -> Init:
     return init
 
 
-def initialize(model: Transformer, scaling: WidthScaling = UNSCALED, num_layers: int | None = None) -> None:
+def initialize(model: Trunk, scaling: WidthScaling = UNSCALED, num_layers: int | None = None) -> None:
     """Draw every matrix of the model anew, from torch's global generator.
 
     A sharded model gets the numbers that it would get in one process: each process draws every matrix in full, one
@@ -72,6 +74,7 @@ def initialize(model: Transformer, scaling: WidthScaling = UNSCALED, num_layers:
         ConfigError: the init gives a matrix a standard deviation that is not positive.
     """
     init, name, options = resolve_init(model.config, num_layers), init_name(model.config), model.config.init_options
+    embedded: dict[Tensor, float] = {}
     for matrix in model.matrices():
         try:
             with as_error_of_own("model.init", name):
@@ -80,4 +83,5 @@ def initialize(model: Transformer, scaling: WidthScaling = UNSCALED, num_layers:
             raise ConfigError("model.init_options", options, "a finite standard deviation > 0") from error
         draw(matrix.weight, std, model.config.init_truncation)
         if matrix.role == "embedding":
-            start_at_unit_variance(model, std)
+            embedded[matrix.weight] = std
+    start_at_unit_variance(model, model.embedding_std(embedded))

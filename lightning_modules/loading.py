@@ -9,6 +9,7 @@ import torch
 
 from core.checkpoint import load
 from core.errors import ConfigError, one_line, require
+from core.options import accepts
 from core.saved_config import refuse_foreign_values
 from core.sharded_checkpoint import open_safetensors
 from core.untrusted import Untrusted, parse_json
@@ -47,13 +48,16 @@ def load_module(
     saved, weights = content["hyper_parameters"], content["state_dict"]
     refuse_foreign_values({name: value for name, value in saved.items() if name not in given}, allow)
     arguments = {**saved, **given}
-    for name, type_ in (("model", dict), ("optim", dict), ("vocab_size", int)):
-        require(isinstance(arguments.get(name), type_), FIELD, str(path), f"{VALID}, with the hyperparameter {name}")
+    parameters = inspect.signature(kind).parameters
+    wanted = [name for name, parameter in parameters.items() if _is_needed(parameter)]
+    for name in dict.fromkeys(("model", "optim", *wanted)):
+        type_ = dict if name in ("model", "optim") else parameters[name].annotation
+        fits = name in arguments and accepts(type_, arguments[name])
+        require(fits, FIELD, str(path), f"{VALID}, with the hyperparameter {name}")
     # A block has weights of its own: what describes more layers than that is not even looked over.
     layers = arguments["model"].get("num_layers", 0)
     fits = "model" in given or (type(layers) is int and layers <= len(weights))
     require(fits, FIELD, str(path), "a checkpoint with the weights of all layers that it describes")
-    parameters = inspect.signature(kind).parameters
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     module: Any = kind(**{name: value for name, value in arguments.items() if takes_any or name in parameters})
     strict = module.strict_loading if strict is None else strict
@@ -71,6 +75,11 @@ def load_module(
         raise ConfigError(FIELD, str(path), f"a checkpoint of the same model ({one_line(error)[:500]})") from error
     loaded: M = module.to(device or "cpu")
     return loaded
+
+
+def _is_needed(parameter: inspect.Parameter) -> bool:
+    collecting = parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return not collecting and parameter.default is inspect.Parameter.empty
 
 
 def read(path: Path) -> dict[str, Any]:

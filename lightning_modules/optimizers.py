@@ -23,7 +23,7 @@ from lightning_modules.config import OptimConfig
 from lightning_modules.depth_scaling import depth_scaling
 from lightning_modules.lion import Lion
 from lightning_modules.muon import COEFFICIENTS, SCALES, Muon, num_rows, width_factor
-from lightning_modules.transformer import Transformer
+from lightning_modules.trunk import Trunk
 from lightning_modules.width_scaling import width_scaling
 from spannorm import Matrix
 from spannorm.import_path import find
@@ -44,7 +44,7 @@ PLAIN = (Tensor, torch.nn.Parameter, bool, int, float, complex, str, bytes, type
 NS_DTYPES = ("bfloat16", "float32", "float64")
 
 
-def make_groups(model: Transformer, config: OptimConfig, extra: Extra | None = None) -> list[Group]:
+def make_groups(model: Trunk, config: OptimConfig, extra: Extra | None = None) -> list[Group]:
     """Return the parameters in groups of one rate and decay, each parameter once.
 
     Matrices decay, those of placements too; embeddings, norms, biases and scalars do not, unless `optim.groups` says
@@ -111,19 +111,19 @@ def check_role_groups(config: OptimConfig, roles: set[str]) -> None:
             require(fits, f"{name}.{field}", value, "a number >= 0")
 
 
-def make_adamw(model: Transformer, config: OptimConfig) -> torch.optim.Optimizer:
+def make_adamw(model: Trunk, config: OptimConfig) -> torch.optim.Optimizer:
     """Return torch's AdamW, fused where torch has that."""
     groups = make_groups(model, config)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=_can_fuse(model))
 
 
-def make_lion(model: Transformer, config: OptimConfig) -> torch.optim.Optimizer:
+def make_lion(model: Trunk, config: OptimConfig) -> torch.optim.Optimizer:
     """Return Lion, by the same groups and rules of width as AdamW: its steps are as large in every entry."""
     return Lion(make_groups(model, config), lr=config.lr, betas=config.betas)
 
 
 def make_muon(
-    model: Transformer,
+    model: Trunk,
     config: OptimConfig,
     scale: str = "match_rms_adamw",
     momentum: float = 0.95,
@@ -172,7 +172,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 """By name; each takes the model, an OptimConfig, and as options what is in its signature beside these."""
 
 
-def make_optimizer(model: Transformer, config: OptimConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: Trunk, config: OptimConfig) -> torch.optim.Optimizer:
     """Return the optimizer of `optim.optimizer`.
 
     Raises:
@@ -189,7 +189,7 @@ def make_optimizer(model: Transformer, config: OptimConfig) -> torch.optim.Optim
     return optimizer
 
 
-def _make_own(make: Callable[..., Any], model: Transformer, config: OptimConfig) -> torch.optim.Optimizer:
+def _make_own(make: Callable[..., Any], model: Trunk, config: OptimConfig) -> torch.optim.Optimizer:
     name, options = config.optimizer, config.optimizer_options
     try:
         parameters = dict(inspect.signature(make).parameters)
@@ -215,11 +215,11 @@ def _make_own(make: Callable[..., Any], model: Transformer, config: OptimConfig)
     return optimizer
 
 
-def _can_fuse(model: Transformer) -> bool:
+def _can_fuse(model: Trunk) -> bool:
     return all(parameter.device.type in ("cpu", "cuda") for parameter in model.parameters())
 
 
-def state_sizes(model: Transformer, config: OptimConfig) -> dict[Tensor, int]:
+def state_sizes(model: Trunk, config: OptimConfig) -> dict[Tensor, int]:
     """Return how many numbers the optimizer keeps of each parameter once it has stepped, counts of steps aside.
 
     Args:
@@ -235,7 +235,7 @@ def state_sizes(model: Transformer, config: OptimConfig) -> dict[Tensor, int]:
     }
 
 
-def check_kept(model: Transformer, config: OptimConfig) -> None:
+def check_kept(model: Trunk, config: OptimConfig) -> None:
     """Refuse an optimizer of the user's own whose checkpoints could not be read: they are read as plain data.
 
     Args:
@@ -267,7 +267,7 @@ def _leaves(node: Any) -> Iterator[Any]:
         yield node
 
 
-def _stepped(model: Transformer, config: OptimConfig) -> torch.optim.Optimizer:
+def _stepped(model: Trunk, config: OptimConfig) -> torch.optim.Optimizer:
     """Return the optimizer after a step on gradients that are nothing."""
     optimizer = make_optimizer(model, config)
     for parameter in model.parameters():

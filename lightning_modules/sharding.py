@@ -15,7 +15,7 @@ from core.errors import require
 from lightning_modules.config import ModelConfig
 from lightning_modules.layers.moe import MoE
 from lightning_modules.tensor_parallel import apply_tensor_parallel
-from lightning_modules.transformer import Block, Transformer
+from lightning_modules.trunk import Block, Trunk
 
 
 def check_mesh(config: ModelConfig, data: int, tensor: int) -> None:
@@ -70,7 +70,7 @@ def shard_block(block: Block, mesh: DeviceMesh, precision: MixedPrecisionPolicy 
     fully_shard(block, mesh=data, mp_policy=precision or MixedPrecisionPolicy(), ignored_params=shared_out)
 
 
-def shard_rest(model: Transformer, mesh: DeviceMesh) -> None:
+def shard_rest(model: Trunk, mesh: DeviceMesh) -> None:
     """Shard what is outside of the blocks: embedding and head. `shard_block` comes first.
 
     Args:

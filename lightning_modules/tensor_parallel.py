@@ -65,7 +65,8 @@ def apply_tensor_parallel(block: Any, mesh: DeviceMesh) -> None:
     ffn = block.ffn.shared_expert if isinstance(block.ffn, MoE) else block.ffn
     if ffn is not None:
         plan = {"gate_proj": ColwiseParallel(), "up_proj": ColwiseParallel(), "down_proj": RowwiseParallel()}
-        _apply(ffn, mesh, {**plan, "inner_norm": WHOLE_INPUT})
+        there = {name: style for name, style in plan.items() if hasattr(ffn, name)}
+        _apply(ffn, mesh, {**there, "inner_norm": WHOLE_INPUT})
         parallelize_module(ffn, mesh, _shared_input(ffn))
 
 

@@ -54,6 +54,8 @@ def _of_model(model: ModelConfig) -> Iterator[Unused]:
         yield "model.norm_eps", model.norm_eps, f"model.norm={kind} divides by nothing"
     if _is_set(model, "qk_norm") and model.norm == "none":
         yield "model.qk_norm", model.qk_norm, "model.norm=none is no norm here either"
+    if model.qkv_bias and model.bias:
+        yield "model.qkv_bias", True, "model.bias=true gives biases to these projections too"
     if model.ffn_dim is not None and model.ffn_dim not in model.hidden_dims:
         yield "model.ffn_dim", model.ffn_dim, "all FFNs are experts, whose widths model.moe sets"
 

@@ -26,7 +26,7 @@ from core.untrusted import Untrusted, parse_json
 from lightning_modules.config import ModelConfig, OptimConfig, parse
 from lightning_modules.pretrained.families import Pretrained, fields_of, find_pretrained
 from lightning_modules.pretrained.weights import INDEX, WHOLE, files_of, read_weights
-from lightning_modules.transformer import Transformer
+from lightning_modules.trunk import Trunk
 from lightning_modules.width_scaling import WidthScaling, width_scaling
 
 FIELD = "init_from"
@@ -114,15 +114,15 @@ def model_of(source: Path) -> dict[str, Any] | None:
     return {name: value for name, value in fields_of(values) if name not in NOT_INHERITED}
 
 
-def vocab_size_of(source: Path) -> int | None:
-    """Return how many tokens the data of a source had, or may have; None: it says nothing of that.
+def data_of(source: Path, names: Iterable[str]) -> dict[str, int]:
+    """Return what a source says of its data: those of these numbers, as vocab_size, that it knows.
 
     Raises:
         ConfigError: see model_of.
     """
     pretrained = _pretrained(source)
-    size = pretrained.model["vocab_size"] if pretrained is not None else _hyper_parameters(source).get("vocab_size")
-    return size if isinstance(size, int) else None
+    said = _hyper_parameters(source) if pretrained is None else pretrained.model
+    return {name: said[name] for name in names if isinstance(said.get(name), int)}
 
 
 def _saved_model(source: Path) -> ModelConfig | None:
@@ -151,7 +151,7 @@ def _hyper_parameters(source: Path) -> dict[str, Any]:
         raise _unreadable(source, error) from error
 
 
-def warm_start(source: str | Path, model: Transformer) -> WarmStart:
+def warm_start(source: str | Path, model: Trunk) -> WarmStart:
     """Read weights and hold them against a model.
 
     Args:
@@ -236,7 +236,7 @@ def _unreadable(path: Path, error: Exception) -> ConfigError:
     return ConfigError(FIELD, str(path), f"{VALID}; it cannot be read as one ({one_line(error)})")
 
 
-def _read(path: Path, model: Transformer) -> dict[str, Tensor]:
+def _read(path: Path, model: Trunk) -> dict[str, Tensor]:
     """Return the weights by the names of a Transformer's parameters, of a model that may be this one."""
     pretrained = _pretrained(path)
     if pretrained is not None:
@@ -258,12 +258,12 @@ def _read(path: Path, model: Transformer) -> dict[str, Tensor]:
         raise _unreadable(path, error) from error
 
 
-def _check_same(model: Transformer, theirs: ModelConfig, names: Iterable[str], where: Path) -> None:
+def _check_same(model: Trunk, theirs: ModelConfig, names: Iterable[str], where: Path) -> None:
     """Raise ConfigError at the first of some fields of `model` in which the source of the weights differs."""
     for name in names:
         here, there = _in_effect(model.config, name), _in_effect(theirs, name)
         if name == "vocab_size":
-            here = model.embedding.num_embeddings
+            here = getattr(model.embedding, "num_embeddings", None)
         require(here == there, f"model.{name}", here, f"{there!r}, as in {printable(where, limit=None)}")
 
 

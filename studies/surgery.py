@@ -104,7 +104,7 @@ def try_placement(config: "DictConfig", run: Path, chosen: SurgeryConfig, placem
     """
     import lightning as L
 
-    from core.build import build
+    from core.build import build_module
     from core.open_run import open_data
 
     config.module.model.placement, config.module.model.placement_options = parse(placement)
@@ -114,7 +114,7 @@ def try_placement(config: "DictConfig", run: Path, chosen: SurgeryConfig, placem
     L.seed_everything(chosen.seed, verbose=False)
     datamodule = open_data(config)
     datamodule.prepare_data()
-    module = build(config, "module", vocab_size=datamodule.vocab_size)
+    module = build_module(config, datamodule)
     start = module.start_from(run)
     right_after = validate(module, datamodule)
     trainer = L.Trainer(

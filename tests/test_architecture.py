@@ -55,13 +55,21 @@ MAY_IMPORT = {
     "lightning_modules.composing": {"core", "lightning_modules.config", "lightning_modules.warm_start"},
     "lightning_modules.argument_errors": {"core", "spannorm"},
     "lightning_modules.layers": {"core", "spannorm", "lightning_modules.config", "lightning_modules.argument_errors"},
-    "lightning_modules.transformer": {
+    # What all modalities share knows nothing of any.
+    "lightning_modules.trunk": {
         "core",
         "spannorm",
         "lightning_modules.argument_errors",
         "lightning_modules.config",
+        "lightning_modules.layers",
+    },
+    "lightning_modules.transformer": {
+        "core",
+        "spannorm",
+        "lightning_modules.config",
         "lightning_modules.cross_entropy",
         "lightning_modules.layers",
+        "lightning_modules.trunk",
     },
     "lightning_modules": {"core", "spannorm"},
 }

@@ -15,9 +15,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from omegaconf import DictConfig, OmegaConf
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -25,18 +26,17 @@ from rich.table import Table
 from analysis.propagation import BlockSignal, measure
 from analysis.theory import Prediction, predict_model
 from core import cli
-from core.build import build
+from core.build import build, import_target
 from core.dataclass_cli import OVERRIDES
 from core.errors import require
 from lightning_modules.composing import compose_run
 from lightning_modules.config import ModelConfig
 from lightning_modules.initialization import init_name
-from lightning_modules.warm_start import vocab_size_of
+from lightning_modules.warm_start import data_of
 from spannorm import PLACEMENTS
 from tools.picture import check_picture, save_picture
 
 PICTURES = Path("runs/signal")
-VOCAB_SIZE = 256
 NUM_ROWS = 16  # printed, of deeper models
 
 COLUMNS = {
@@ -106,17 +106,25 @@ def report(overrides: Sequence[str], batch_size: int = 4, seq_len: int = 64) -> 
     config.model.compile = config.model.activation_checkpointing = False  # hooks see neither well, results are the same
     torch.manual_seed(config.seed)
     source = None if config.init_from is None else Path(config.init_from)
-    vocab_size = (None if source is None else vocab_size_of(source)) or VOCAB_SIZE
-    module = build(config, "module", vocab_size=vocab_size)
+    module = _module(config, source)
     if source is not None:
         module.start_from(source)
     module.configure_model()
     generator = torch.Generator().manual_seed(config.seed)
-    tokens = torch.randint(min(vocab_size, VOCAB_SIZE), (batch_size, seq_len + 1), generator=generator)
-    signals, model_config = measure(module.model, tokens), module.model_config
+    batch = module.model.example(batch_size, seq_len, generator)
+    signals, model_config = measure(module.model, batch), module.model_config
     if source is not None:  # what can be predicted is how weights fare that were drawn
         return Report(model_config, source.absolute().name, signals, None)
     return Report(model_config, init_name(model_config), signals, predict_model(module.model, seq_len))
+
+
+def _module(config: DictConfig, source: Path | None) -> Any:
+    """Return the module of a configuration; of its data nothing is asked, but what weights to start from say."""
+    node = config.module
+    kind: Any = import_target("module._target_", node["_target_"])
+    assumed = kind.assumed(OmegaConf.to_container(node, resolve=True))
+    said = {} if source is None else data_of(source, assumed)
+    return build(config, "module", **{**assumed, **said})
 
 
 def make_table(result: Report, all_rows: bool) -> Table:

@@ -35,7 +35,7 @@ from callbacks.divergence.divergence import Divergence
 from callbacks.divergence.flight_recorder import FOLDER
 from core import cli, tensor_archive
 from core.atomic_write import is_whole
-from core.build import build, build_all, import_target
+from core.build import build, build_all, build_module, import_target
 from core.checkpoint import CheckpointIO, load_beside_weights
 from core.console import silence_noise
 from core.dataclass_cli import FIRST
@@ -192,9 +192,8 @@ def _check_record(content: Any) -> None:
     if samples is not None and not (isinstance(samples, list) and [type(part) for part in samples] == [int, int]):
         raise ValueError("samples is neither null nor two integers")
     for batch in content["batches"]:
-        tensors = isinstance(batch, dict) and all(isinstance(tensor, Tensor) for tensor in batch.values())
-        if not tensors or "tokens" not in batch or batch["tokens"].ndim != 2 or batch["tokens"].is_floating_point():
-            raise ValueError("a batch is no dictionary of tensors with tokens [sequences, seq + 1]")
+        if not isinstance(batch, dict) or not batch or not all(isinstance(part, Tensor) for part in batch.values()):
+            raise ValueError("a batch is no dictionary of tensors")
     for step in content["steps"]:
         known = isinstance(step, dict) and type(step.get("step")) is int and isinstance(step.get("grad_norm"), float)
         numbers = (step.get(name) for name in ("losses", "norms", "nonfinite")) if known else (None,)
@@ -219,7 +218,7 @@ def arrive(config: DictConfig, step: int, checkpoint: Path | None, scratch: Path
         config.trainer[switch] = False
     L.seed_everything(config.seed, workers=True, verbose=False)
     datamodule = open_data(config, allow)
-    module = build(config, "module", vocab_size=datamodule.vocab_size)
+    module = build_module(config, datamodule)
     callbacks = [*build_all(config, "callbacks"), Halt(step)]
     own = {"plugins": [CheckpointIO(), *precision_plugins(config)], "logger": False, "default_root_dir": str(scratch)}
     trainer = build(config, "trainer", callbacks=callbacks, **own)
@@ -327,13 +326,12 @@ def report(module: Any, records: list[dict[str, Any]]) -> None:
         raise UserError(f"the recorded batches of its processes do not fit each other: {one_line(error)}") from error
     require(bool(batches), "step", records[0]["step"], "a step of which all processes have recorded a batch")
     for batch in batches:
-        ids, valid = batch["tokens"], "a step whose recorded tokens are in the model's vocabulary"
-        there = ids.numel() > 0 and int(ids.min()) >= 0 and int(ids.max()) < module.vocab_size
-        require(there, "step", records[0]["step"], valid)
+        valid = "a step whose recorded batches are such as the model reads, its tokens in the model's vocabulary"
+        require(module.model.can_read(batch), "step", records[0]["step"], valid)
     loss, norm = loss_and_norm(module, batches)  # first, with the random numbers that the step had
     module.zero_grad()
     with module.trainer.precision_plugin.forward_context():
-        signals = measure(module.model, torch.cat([batch["tokens"] for batch in batches]))
+        signals = measure(module.model, {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]})
     Console().print(make_table(signals, records[0]))
     line = f"Loss {loss:.4f}, gradient norm {norm:.4g}"
     if not all(of_the_step(record) for record in records):

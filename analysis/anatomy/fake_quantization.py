@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_modules.layers.attention import Attention
 from lightning_modules.layers.experts import ExpertMLP
-from lightning_modules.layers.ffn import FeedForward
+from lightning_modules.layers.ffn import MLP, FeedForward
 from lightning_modules.transformer import Transformer
 
 
@@ -73,8 +73,8 @@ def _layers(model: Transformer) -> Iterator[nn.Linear | ExpertMLP]:
     for module in model.modules():
         if isinstance(module, Attention):
             yield from (module.q_proj, module.k_proj, module.v_proj, module.o_proj)
-        elif isinstance(module, FeedForward):
-            yield from (module.gate_proj, module.up_proj, module.down_proj)
+        elif isinstance(module, FeedForward | MLP):
+            yield from (layer for layer in module.children() if isinstance(layer, nn.Linear))
         elif isinstance(module, ExpertMLP):
             yield module
 

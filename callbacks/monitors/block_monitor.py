@@ -85,9 +85,11 @@ class BlockMonitor(L.Callback):
         monitors = self._sharing(trainer, pl_module)
         if monitors[0] is not self:
             return
-        tokens = batch["tokens"][: self.sequences, :-1][:, : self.positions]
+        model: Any = pl_module.model
+        sample = model.excerpt(batch, self.sequences, self.positions)
+        number = model.count(sample).positions
         valid = f"an integer >= 2 for callbacks.{self.name}, which compares positions"
-        require(tokens.size(1) >= 2, "data.seq_len", tokens.size(1), valid)
+        require(number >= 2, "data.seq_len", number, valid)
         measured: dict[BlockMonitor, list[Tensor]] = {monitor: [] for monitor in monitors}
 
         def see(view: BlockView) -> None:
@@ -95,8 +97,8 @@ class BlockMonitor(L.Callback):
                 figures += [torch.stack(of_block)] if (of_block := monitor.measure(view)) else []
 
         for monitor in monitors:
-            monitor.before_sample(trainer, pl_module, tokens.size(1))
-        self._forward(trainer, pl_module, tokens, see)
+            monitor.before_sample(trainer, pl_module, number)
+        self._forward(trainer, model, sample, see)
         for monitor, figures in measured.items():
             add_to_transfer(pl_module, monitor.prefix, torch.cat(figures))
 
@@ -109,12 +111,11 @@ class BlockMonitor(L.Callback):
 
     @torch.no_grad()
     def _forward(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, tokens: Tensor, see: Callable[[BlockView], None]
+        self, trainer: L.Trainer, model: Any, sample: dict[str, Tensor], see: Callable[[BlockView], None]
     ) -> None:
         """Run the model once, without a graph or random numbers, so training stays the same."""
-        model: Any = pl_module.model
         with evaluating(model), trainer.precision_plugin.forward_context(), watching(model, see):
-            model(tokens, logits_to_keep=1)  # nobody looks at them
+            model.observe(sample)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         step = trainer.global_step + 1

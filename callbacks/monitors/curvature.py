@@ -3,8 +3,7 @@
 from typing import Any
 
 import lightning as L
-import torch
-import torch.nn.functional as F
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from analysis.curvature import differentiable_twice, obstacle, top_eigenvalue
@@ -20,7 +19,7 @@ class Curvature(L.Callback):
 
     | key | unit |
     |---|---|
-    | curvature/top_eigenvalue | of the Hessian of the loss in nats per token, the one of largest magnitude |
+    | curvature/top_eigenvalue | of the Hessian of the loss in nats, the one of largest magnitude |
 
     By Lanczos' iteration from a fixed random vector (analysis/curvature.py) on one held batch, the first of validation:
     for small models, at the memory of a backward pass through the backward pass. Auxiliary losses are left out.
@@ -39,7 +38,7 @@ class Curvature(L.Callback):
         for field, value in (("every_n_steps", every_n_steps), ("sequences", sequences), ("iterations", iterations)):
             require(value >= 1, f"callbacks.curvature.{field}", value, "an integer >= 1")
         self.every_n_steps, self.sequences, self.iterations = every_n_steps, sequences, iterations
-        self._tokens = torch.empty(0)
+        self._held: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         model: Any = pl_module.model
@@ -52,7 +51,8 @@ class Curvature(L.Callback):
         if datamodule is None:
             raise InvalidValue("callbacks.curvature", name, "it takes its batch from a DataModule, and there is none")
         batch = next(iter(datamodule.val_dataloader()))
-        self._tokens = batch["tokens"][: self.sequences].to(pl_module.device)
+        held = model.excerpt(batch, self.sequences)
+        self._held = {name: tensor.to(pl_module.device) for name, tensor in held.items()}
 
     def _is_due(self, step: int) -> bool:
         return step == 1 or step % self.every_n_steps == 0
@@ -64,9 +64,7 @@ class Curvature(L.Callback):
             return
         model: Any = pl_module.model
         with differentiable_twice(model):
-            logits, _ = model(self._tokens[:, :-1])
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), self._tokens[:, 1:].flatten())
-            found = top_eigenvalue(loss, list(model.parameters()), self.iterations)
+            found = top_eigenvalue(model.loss(self._held), list(model.parameters()), self.iterations)
         add_to_transfer(pl_module, CARRIED, found.view(1))
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:

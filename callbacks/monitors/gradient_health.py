@@ -87,7 +87,8 @@ class GradientHealth(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._sequences = len(batch["tokens"])
+        model: Any = pl_module.model
+        self._sequences = model.count(batch).samples
         self._begins_step = batch_idx % trainer.accumulate_grad_batches == 0
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:

@@ -1,5 +1,6 @@
 """Measures what becomes of the hidden state on its way through the blocks, while they train."""
 
+import math
 from typing import Any
 
 import lightning as L
@@ -79,9 +80,10 @@ def relative_entropy(logits: Tensor) -> Tensor:
     """Return the mean, over queries that see at least two keys, of attention's entropy over ln(keys seen).
 
     Args:
-        logits: [batch, heads, seq, seq], causal.
+        logits: [batch, heads, seq, seq], -inf for keys that a query does not see.
     """
     entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
     # Of a declared type: the logarithm of integers would come in torch's default one, bf16 under bf16-true.
-    seen = torch.arange(2, logits.size(-1) + 1, dtype=entropy.dtype, device=logits.device)
-    return (entropy[..., 1:] / seen.log()).mean()
+    seen = (logits != -math.inf).sum(-1, dtype=entropy.dtype)
+    counts = seen > 1
+    return (entropy / seen.log()).where(counts, 0.0).sum() / counts.sum()

@@ -117,13 +117,15 @@ class Throughput(L.Callback):
         self._step_seconds += now - self._started
         self._started = now
         self._waited += self._take_wait()
-        self.tokens += batch["tokens"][:, 1:].numel() * num_data_parts(trainer)
+        model: Any = pl_module.model
+        count = model.count(batch)
+        self.tokens += count.samples * count.positions * num_data_parts(trainer)
         if not completes_step(trainer, batch_idx):
             return
         self._steps.append(self._step_seconds)
         self._step_seconds = 0.0
         if is_logged(trainer, trainer.global_step):
-            self._log(trainer, pl_module, seq_len=batch["tokens"].size(1) - 1)
+            self._log(trainer, pl_module, count.positions)
 
     def _take_wait(self) -> float:
         """Return the seconds waited since the last call."""

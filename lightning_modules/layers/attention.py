@@ -1,4 +1,4 @@
-"""Causal grouped-query self-attention with rotary positions."""
+"""Grouped-query self-attention, causal or not, with rotary positions or none."""
 
 import math
 from collections.abc import Iterator
@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lightning_modules.config import ModelConfig
 from lightning_modules.layers.document_mask import Mask, attend
+from lightning_modules.layers.ffn import linear
 from lightning_modules.layers.kv_cache import Slots, filled_up
 from lightning_modules.layers.norms import make_norm, norm_matrices
 from lightning_modules.layers.rope import Rope, rotate
@@ -17,8 +18,9 @@ class Attention(nn.Module):
     """Projections around `scaled_dot_product_attention`; knows nothing of norms around it.
 
     Args:
-        config: widths, number of heads, grouped-query attention (2305.13245), biases of q, k and v, norm kind, and
-            `model.qk_norm`, whose norms on q and k take the place of those that a placement declares for these two.
+        config: widths, number of heads, grouped-query attention (2305.13245), biases, norm kind, whether attention is
+            causal, and `model.qk_norm`, whose norms on q and k take the place of those that a placement declares for
+            these two.
         qkv_norm: norms on the projections that the placement declares, if any.
         inner_norm: one norm before the output projection (2210.06423).
 
@@ -29,15 +31,13 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, qkv_norm: QKVNorm | None = None, inner_norm: bool = False) -> None:
         super().__init__()
         self.head_dim = config.head_width
-        self.grouped = config.kv_heads != config.num_heads
+        self.grouped, self.causal = config.kv_heads != config.num_heads, config.causal
         q_dim, kv_dim = config.attention_width, config.kv_heads * config.head_width
-        self.q_proj = nn.Linear(config.dim, q_dim, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(q_dim, config.dim, bias=False)
-        for projection in (self.q_proj, self.k_proj, self.v_proj):
-            if config.qkv_bias:
-                nn.init.zeros_(projection.bias)
+        qkv_bias = config.qkv_bias or config.bias
+        self.q_proj = linear(config.dim, q_dim, qkv_bias)
+        self.k_proj = linear(config.dim, kv_dim, qkv_bias)
+        self.v_proj = linear(config.dim, kv_dim, qkv_bias)
+        self.o_proj = linear(q_dim, config.dim, config.bias)
 
         self.norms_each_head = dict.fromkeys(qkv_norm.on, qkv_norm.per_head) if qkv_norm is not None else {}
         if config.qk_norm != "none":
@@ -48,35 +48,38 @@ class Attention(nn.Module):
             self.projection_norms[name] = make_norm(config, config.head_width if each_head else widths[name])
         self.inner_norm = make_norm(config, q_dim) if inner_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rope: Rope, mask: Mask | None = None, slots: Slots | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope | None, mask: Mask | None = None, slots: Slots | None = None) -> Tensor:
         """Return attention's output, [batch, seq, dim].
 
         Args:
             x: the tokens at hand.
-            rope: of their positions.
-            mask: which keys they may look at; None: causal.
+            rope: of their positions; None: nothing is rotated.
+            mask: which keys they may look at; None: all, or where attention is causal those up to their own.
             slots: where keys and values are kept; x then looks at all that is there.
         """
         q, k = self._queries_and_keys(x, rope)
         v = self._heads("v", self.v_proj(x))
         if slots is None:
-            out = attend(q, k, v, mask, self.grouped)
+            out = attend(q, k, v, mask, self.grouped, self.causal)
         else:
             k, v = slots.put(k, v)
             out = attend(filled_up(q), k, v, mask, self.grouped)[:, :, : q.size(2)]
         return self.o_proj(self.inner_norm(out.transpose(1, 2).flatten(2)))
 
-    def logits(self, x: Tensor, rope: Rope) -> Tensor:
-        """Return what forward's softmax takes, [batch, heads, seq, seq], queries by keys; -inf for keys to come."""
+    def logits(self, x: Tensor, rope: Rope | None) -> Tensor:
+        """Return what forward's softmax takes, [batch, heads, seq, seq], queries by keys; -inf for what is not seen."""
         q, k = self._queries_and_keys(x, rope)
         k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)
         products = (q @ k.mT).float() * self.head_dim**-0.5
+        if not self.causal:
+            return products
         return products.masked_fill(products.new_ones(products.shape[-2:]).triu(1).bool(), -math.inf)
 
-    def _queries_and_keys(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        """Return queries and keys, [batch, heads or kv_heads, seq, head_dim], normed where declared, and rotated."""
+    def _queries_and_keys(self, x: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor]:
+        """Return queries and keys, [batch, heads or kv_heads, seq, head_dim], normed where declared, and
+        rotated where positions are rotary."""
         q, k = (self._heads(name, projection(x)) for name, projection in (("q", self.q_proj), ("k", self.k_proj)))
-        return rotate(q, rope), rotate(k, rope)
+        return (q, k) if rope is None else (rotate(q, rope), rotate(k, rope))
 
     def _heads(self, name: str, projected: Tensor) -> Tensor:
         """Return q, k or v [batch, seq, heads x head_dim] as [batch, heads, seq, head_dim], normed where declared."""

@@ -1,4 +1,4 @@
-"""Causal attention that does not cross documents packed into one sequence."""
+"""Attention, causal or not, that does not cross documents packed into one sequence."""
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -14,19 +14,22 @@ Mask = Tensor | BlockMask
 """Who may look at whom: bool [batch, 1, seq, seq], or the same as FlexAttention has it."""
 
 
-def document_mask(positions: Tensor, flex: bool) -> Mask:
+def document_mask(positions: Tensor, flex: bool, causal: bool = True) -> Mask:
     """Return the mask of packed documents.
 
     Args:
         positions: [batch, seq], 0 where a document begins.
         flex: whether attention is FlexAttention, which skips what is masked but pays off only on a GPU and compiled.
+        causal: whether tokens to come are masked, too.
     """
     documents = (positions == 0).cumsum(-1)
     if not flex:
-        return (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
+        same = documents[:, :, None] == documents[:, None, :]
+        return (same.tril() if causal else same)[:, None]
 
     def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & (documents[batch, query] == documents[batch, key])
+        same = documents[batch, query] == documents[batch, key]
+        return (query >= key) & same if causal else same
 
     num_rows, seq_len = positions.shape
     build = _compiled_create_block_mask() if positions.is_cuda else create_block_mask
@@ -38,15 +41,16 @@ def _compiled_create_block_mask() -> Any:
     return torch.compile(create_block_mask)  # uncompiled it holds the whole mask
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, grouped: bool) -> Tensor:
-    """Return causal softmax attention; each tensor is [batch, heads, seq, head_dim].
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, grouped: bool, causal: bool = True) -> Tensor:
+    """Return softmax attention; each tensor is [batch, heads, seq, head_dim].
 
     Args:
         mask: None: one document a sequence.
         grouped: whether k and v have fewer heads.
+        causal: whether a query sees no later keys, where there is no mask that says it.
     """
     if mask is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
     if isinstance(mask, BlockMask):
         out = flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)
         assert isinstance(out, Tensor)

@@ -25,7 +25,7 @@ def build(**fields: object) -> Transformer:
 
 def deep(placement: str, init: str, num_layers: int) -> list[BlockSignal]:
     model = build(placement=placement, init=init, num_layers=num_layers, dim=128)
-    return measure(model, torch.randint(VOCAB_SIZE, (2, 17)))
+    return measure(model, {"tokens": torch.randint(VOCAB_SIZE, (2, 17))})
 
 
 def gradient_ratio(signals: list[BlockSignal]) -> float:
@@ -88,7 +88,7 @@ def test_effective_rank_of_special_states() -> None:
 def test_figures_are_those_of_a_pass_by_hand(placement: str, ffn_kind: str, norm: str) -> None:
     model = build(placement=placement, ffn=ffn_kind, norm=norm, init="fan_in", num_layers=3, dim=32)
     tokens = torch.randint(VOCAB_SIZE, (2, 9))
-    signals = measure(model, tokens)
+    signals = measure(model, {"tokens": tokens})
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -121,7 +121,7 @@ def test_two_streams_are_measured_side_by_side() -> None:
     model = build(placement="residual", init="fan_in", num_layers=2, dim=32)
     tokens, kept = torch.randint(VOCAB_SIZE, (2, 9)), []
     model.blocks[0].placement.register_forward_hook(lambda module, inputs, output: kept.append(output))
-    first = measure(model, tokens)[0]
+    first = measure(model, {"tokens": tokens})[0]
     h, r = kept[0]
     both = torch.cat((h, r), dim=-1).detach()
     assert first.variance == pytest.approx((h.square().mean() + r.square().mean()).item() / 2, rel=1e-5)

@@ -23,6 +23,7 @@ MORE += [Run(strategy, "moe", placement, 2) for placement in PLACEMENTS[1:] for 
 MORE += [Run("tp", "moe", placement, 2) for placement in PLACEMENTS]
 MORE += [Run("tp", "moe", "subln", 2, options=(("tie_embeddings", True), ("num_kv_heads", 2)))]
 MORE += [Run("tp", "dense", "outputnorm", 2, options=(("qk_norm", "head"), ("qkv_bias", True)))]
+MORE += [Run("tp", "mlp", "subln", 2, options=(("bias", True),))]
 MORE += [Run("fsdp", "dense", "hybridnorm", 2, options=NORMED)]
 MORE += [Run("ep", "moe", placement, 2) for placement in PLACEMENTS]
 MORE += [

@@ -57,9 +57,21 @@ def test_compiled_and_checkpointed_it_is_the_same(options: dict[str, Any], monke
         torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4)
 
 
-def attend_both_ways(device: str, dtype: torch.dtype, backward: bool) -> list[list[Tensor]]:
+def test_without_causality_a_document_sees_all_of_itself_and_nothing_else() -> None:
+    model = Transformer(tiny_config(causal=False, num_layers=1), VOCAB_SIZE).eval()
+    text = tokens(1, 8)
+    together = model(text, packed_positions([[5, 3]]))[0]
+    apart = [model(part)[0] for part in (text[:, :5], text[:, 5:])]
+    torch.testing.assert_close(together, torch.cat(apart, dim=1), atol=1e-5, rtol=1e-5)
+    changed = text.clone()
+    changed[0, 4] = (changed[0, 4] + 1) % VOCAB_SIZE
+    seen = (model(changed, packed_positions([[5, 3]]))[0] != together).any(-1)[0]
+    assert seen.tolist() == [True] * 5 + [False] * 3
+
+
+def attend_both_ways(device: str, dtype: torch.dtype, backward: bool, causal: bool = True) -> list[list[Tensor]]:
     """[output and, if wanted, input gradient] by FlexAttention, and the same by the mask."""
-    config = tiny_config(dim=64, num_heads=4, num_kv_heads=2)
+    config = tiny_config(dim=64, num_heads=4, num_kv_heads=2, causal=causal)
     attention = Attention(config).to(device, dtype).requires_grad_(backward)
     places = packed_positions([[100, 28, 128], [1, 255]]).to(device)
     rope = at_positions(rope_tables(256, config.head_width, 1e4, torch.device(device)), places)
@@ -67,16 +79,17 @@ def attend_both_ways(device: str, dtype: torch.dtype, backward: bool) -> list[li
     for flex in (True, False):
         call = torch.compile(attention) if flex and device == "cuda" else attention
         inputs = x.clone().requires_grad_(backward)
-        out = call(inputs, rope, document_mask(places, flex))
+        out = call(inputs, rope, document_mask(places, flex, causal))
         gradients = torch.autograd.grad(out.float().square().sum(), inputs) if backward else ()
         results.append([out.detach(), *gradients])
     return results
 
 
 @pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile.*")
-def test_flex_attention_is_the_same_as_the_mask() -> None:
+@pytest.mark.parametrize("causal", [True, False])
+def test_flex_attention_is_the_same_as_the_mask(causal: bool) -> None:
     """Forward only: on a CPU it has no backward pass."""
-    for ours, theirs in zip(*attend_both_ways("cpu", torch.float32, backward=False), strict=True):
+    for ours, theirs in zip(*attend_both_ways("cpu", torch.float32, backward=False, causal=causal), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
@@ -110,7 +123,7 @@ def test_flex_attention_is_chosen_on_a_gpu_and_compiled_only(
 ) -> None:
     chosen = []
 
-    def note(positions: Tensor, flex: bool) -> Tensor:
+    def note(positions: Tensor, flex: bool, causal: bool) -> Tensor:
         chosen.append(flex)
         mask = document_mask(positions, flex=False)
         assert isinstance(mask, Tensor)

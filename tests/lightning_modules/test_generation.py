@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from core.errors import ConfigError
 from lightning_modules.generation import choose, feed, generate, stream
 from lightning_modules.layers.kv_cache import KVCache
 from lightning_modules.transformer import Transformer
@@ -180,3 +181,9 @@ def test_compiled_and_in_bfloat16_it_is_nearly_the_same() -> None:
         whole = module.model(torch.tensor([prompt]))[0][0, -1]
     assert cache.layers[0][0].dtype == torch.bfloat16
     torch.testing.assert_close(cached, whole, atol=0.05, rtol=0.05)
+
+
+def test_a_cache_wants_causal_attention() -> None:
+    model = Transformer(tiny_config(causal=False), VOCAB_SIZE).eval()
+    with pytest.raises(ConfigError, match=r"model\.causal=False is not valid: expected true with a cache"):
+        generate(model, tokens(3), 2, 0.0, 0, 16)

@@ -49,7 +49,7 @@ def test_the_constructor_allocates_nothing_and_configure_model_builds_once() -> 
         ({"placement_options": {"frist_norm": True}}, {}, "model.placement_options.frist_norm", "first_norm"),
         ({"placement_options": {"depth": 3}}, {}, "model.placement_options.depth", "no such field"),
         ({"norm": "rms"}, {}, "model.norm", "rmsnorm"),
-        ({"ffn": "sparse"}, {}, "model.ffn", "one of dense, moe"),
+        ({"ffn": "sparse"}, {}, "model.ffn", "one of dense, mlp, moe"),
         ({"ffn": "moe", "moe": {"backend": "cuda"}}, {}, "model.moe.backend", "auto, grouped, loop"),
         ({"init": "xavier"}, {}, "model.init", "scale_init"),
         ({"init": "plain", "init_options": {"std": -1.0}}, {}, "model.init_options", "standard deviation > 0"),
@@ -196,3 +196,8 @@ def test_biases_are_stepped_as_norms_are() -> None:
     for group in make_optimizer(module.model, module.optim_config).param_groups:
         assert group["weight_decay"] == 0.0 or not biases & set(group["params"])
     assert {kind for _, kind, p in module.model.parameter_groups() if p in biases} == {"norm"}
+
+
+def test_a_model_that_sees_the_tokens_to_come_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model\.causal=False is not valid: expected true: .*mlm_spannorm"):
+        make_module(causal=False)

@@ -17,8 +17,15 @@ def silu(x: Tensor) -> Tensor:
 
 def swiglu(x: Tensor, weights: dict[str, Tensor], inner: Callable[[Tensor], Tensor] = lambda h: h) -> Tensor:
     """x [..., dim]; weights by the names that FeedForward gives them."""
-    gate, up, down = (weights[f"{name}_proj.weight"] for name in ("gate", "up", "down"))
-    return inner(silu(x @ gate.T) * (x @ up.T)) @ down.T
+    gate, up = (x @ weights[f"{name}_proj.weight"].T + weights.get(f"{name}_proj.bias", 0.0) for name in ("gate", "up"))
+    return inner(silu(gate) * up) @ weights["down_proj.weight"].T + weights.get("down_proj.bias", 0.0)
+
+
+def mlp(x: Tensor, weights: dict[str, Tensor], inner: Callable[[Tensor], Tensor] = lambda h: h) -> Tensor:
+    """down(gelu(up x)), where gelu(z) = z Phi(z). x [..., dim]; weights by the names that MLP gives them."""
+    hidden = x @ weights["up_proj.weight"].T + weights.get("up_proj.bias", 0.0)
+    hidden = hidden * torch.distributions.Normal(0.0, 1.0).cdf(hidden)
+    return inner(hidden) @ weights["down_proj.weight"].T + weights.get("down_proj.bias", 0.0)
 
 
 def turn(x: Tensor, theta: float) -> Tensor:
@@ -35,19 +42,22 @@ def attention(
     weights: dict[str, Tensor],
     num_heads: int,
     num_kv_heads: int,
-    theta: float,
+    theta: float | None,
     norms: dict[str, Callable[[Tensor], Tensor]] | None = None,
     per_head: bool | dict[str, bool] = True,
     inner: Callable[[Tensor], Tensor] = lambda h: h,
+    causal: bool = True,
 ) -> Tensor:
-    """Causal attention of one sequence, a loop over its heads.
+    """Attention of one sequence, a loop over its heads.
 
     Args:
         x: [seq, dim].
         weights: by the names that Attention gives them; biases where there are some.
+        theta: base of the rotation; None: nothing is rotated.
         norms: of q, k and v, before the rotation, each over one head (per_head, of all or of each) or the whole
             projection.
         inner: norm before the output projection.
+        causal: a query sees no later keys.
     """
     q, k, v = (x @ weights[f"{name}_proj.weight"].T + weights.get(f"{name}_proj.bias", 0.0) for name in "qkv")
     each_head = per_head if isinstance(per_head, dict) else dict.fromkeys("qkv", per_head)
@@ -62,9 +72,11 @@ def attention(
             norms.get(name, lambda h: h)(h[:, index * width : (index + 1) * width])
             for name, h, index in (("q", q, mine), ("k", k, shared), ("v", v, shared))
         )
-        scores = turn(q_head, theta) @ turn(k_head, theta).T / math.sqrt(width)
-        outputs.append(scores.masked_fill(future, -math.inf).softmax(dim=-1) @ v_head)
-    return inner(torch.cat(outputs, dim=-1)) @ weights["o_proj.weight"].T
+        q_head, k_head = (h if theta is None else turn(h, theta) for h in (q_head, k_head))
+        scores = q_head @ k_head.T / math.sqrt(width)
+        scores = scores.masked_fill(future, -math.inf) if causal else scores
+        outputs.append(scores.softmax(dim=-1) @ v_head)
+    return inner(torch.cat(outputs, dim=-1)) @ weights["o_proj.weight"].T + weights.get("o_proj.bias", 0.0)
 
 
 def moe(

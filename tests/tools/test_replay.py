@@ -15,6 +15,8 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from core.errors import UserError
+from lightning_modules.transformer import Transformer
+from tests.support.models import tiny_config
 from tests.support.runs import load, run
 from tools import replay
 
@@ -179,7 +181,7 @@ def test_recorded_batches_that_the_model_cannot_take_are_refused(batches: list[l
         {"step": 3, "world_size": len(batches), "batches": [{"tokens": tokens} for tokens in of_rank], "steps": []}
         for of_rank in batches
     ]
-    module = SimpleNamespace(device="cpu", vocab_size=4)
+    module = SimpleNamespace(device="cpu", model=Transformer(tiny_config(), 4))
     with pytest.raises(UserError, match=reason):
         replay.report(module, records)
 

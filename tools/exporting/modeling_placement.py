@@ -41,6 +41,9 @@ class PlacementConfig(PretrainedConfig):
         qk_norm: norms on queries and keys before they are rotated, in the place of the placement's own: head, over each
             head, or width, over all of them together; none leaves what the placement has.
         qkv_bias: whether the projections to queries, keys and values have biases.
+        bias: whether all projections of attention and of dense feed-forward layers have.
+        causal: whether attention sees no later positions.
+        hidden_act: silu, in a dense feed-forward layer of three matrices (SwiGLU), or gelu, in one of two.
         rope_theta: base of the rotary frequencies.
         max_position_embeddings: tokens in a sequence of the training; longer ones are not refused.
         placement: where a block normalizes, by the name in its code.
@@ -89,6 +92,9 @@ class PlacementConfig(PretrainedConfig):
         head_dim: int | None = None,
         qk_norm: str = "none",
         qkv_bias: bool = False,
+        bias: bool = False,
+        causal: bool = True,
+        hidden_act: str = "silu",
         rope_theta: float = 10000.0,
         max_position_embeddings: int = 2048,
         placement: str = "spannorm",
@@ -128,6 +134,9 @@ class PlacementConfig(PretrainedConfig):
         self.head_dim = hidden_size // num_attention_heads if head_dim is None else head_dim
         self.qk_norm = qk_norm
         self.qkv_bias = qkv_bias
+        self.bias = bias
+        self.causal = causal
+        self.hidden_act = hidden_act
         self.rope_theta = rope_theta
         self.max_position_embeddings = max_position_embeddings
 
@@ -203,7 +212,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped queries.
+    """Self-attention with grouped queries.
 
     The placement says whether queries, keys and values are normed, over each head or over all of them together, and
     whether one more norm stands before the output projection.
@@ -214,11 +223,12 @@ class Attention(nn.Module):
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
         q_dim, kv_dim = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.is_grouped = q_dim != kv_dim
-        self.q_proj = nn.Linear(config.hidden_size, q_dim, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_dim, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_dim, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(q_dim, config.hidden_size, bias=False)
+        self.is_grouped, self.causal = q_dim != kv_dim, config.causal
+        qkv_bias = config.qkv_bias or config.bias
+        self.q_proj = nn.Linear(config.hidden_size, q_dim, bias=qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_dim, bias=qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_dim, bias=qkv_bias)
+        self.o_proj = nn.Linear(q_dim, config.hidden_size, bias=config.bias)
 
         require(config.qk_norm in ("none", "head", "width"), "qk_norm", config.qk_norm, "none, head or width")
         declared = placement.qkv_norm
@@ -243,34 +253,41 @@ class Attention(nn.Module):
         return heads.transpose(1, 2)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], attention_mask: Tensor | None, past_key_values: Any
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, attention_mask: Tensor | None, past_key_values: Any
     ) -> Tensor:
-        """Return attention's output, [batch, seq, hidden_size] as x; without a mask, it is causal."""
-        q = rotate(self.split_heads("q", self.q_proj(x)), *rope)
-        k = rotate(self.split_heads("k", self.k_proj(x)), *rope)
+        """Return attention's output, [batch, seq, hidden_size] as x; without a mask, as the configuration says."""
+        q, k = self.split_heads("q", self.q_proj(x)), self.split_heads("k", self.k_proj(x))
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
         v = self.split_heads("v", self.v_proj(x))
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
             width = q.size(2) if attention_mask is None else attention_mask.size(-1)
             require(k.size(2) == width, "past_key_values", type(past_key_values).__name__, GROWING)
+        is_causal = self.causal and attention_mask is None
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=attention_mask, is_causal=attention_mask is None, enable_gqa=self.is_grouped
+            q, k, v, attn_mask=attention_mask, is_causal=is_causal, enable_gqa=self.is_grouped
         )
         return self.o_proj(self.inner_norm(out.transpose(1, 2).flatten(2)))
 
 
 class FeedForward(nn.Module):
-    """SwiGLU, with one more norm before its output projection where the placement says so."""
+    """SwiGLU, or GELU of one product, with one more norm before its output projection where the placement says so."""
 
     def __init__(self, config: PlacementConfig, placement: Placement, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        require(config.hidden_act in ("silu", "gelu"), "hidden_act", config.hidden_act, "silu or gelu")
+        self.is_gated = config.hidden_act == "silu"
+        if self.is_gated:
+            self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=config.bias)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=config.bias)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=config.bias)
         self.inner_norm = inner_norm(config, placement, intermediate_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.inner_norm(F.silu(self.gate_proj(x)) * self.up_proj(x)))
+        hidden = self.up_proj(x)
+        hidden = F.silu(self.gate_proj(x)) * hidden if self.is_gated else F.gelu(hidden)
+        return self.down_proj(self.inner_norm(hidden))
 
 
 class RouterLogits(nn.Linear):
@@ -409,7 +426,11 @@ class Block(GradientCheckpointingLayer):
         self.embedding_scale = norms.embedding_scale() if depth.is_first else nn.Identity()
 
     def forward(
-        self, state: Any, rope: tuple[Tensor, Tensor], attention_mask: Tensor | None, past_key_values: Any = None
+        self,
+        state: Any,
+        rope: tuple[Tensor, Tensor] | None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
     ) -> tuple[Any, Tensor | None]:
         """Return (the placement's state after the block, the router's logits of a mixture), of the state before it.
 
@@ -481,6 +502,7 @@ class PlacementForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: PlacementConfig) -> None:
         super().__init__(config)
+        require(config.causal, "causal", config.causal, "true: a model that sees later tokens cannot predict them")
         if config.router_bias:
             self._keep_in_fp32_modules_strict = ["router"]
         self.model = PlacementModel(config)

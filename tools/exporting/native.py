@@ -70,6 +70,9 @@ def _differences(model: Transformer, family: Family) -> list[str]:
         "a multiplier on the logits of tied embeddings": config.tie_embeddings and model.output_multiplier != 1,
         f"qk_norm {_qk_norm(config)}": _qk_norm(config) != family.qk_norm,
         f"qkv_bias {config.qkv_bias}": config.qkv_bias != family.qkv_bias,
+        "biases on all projections": config.bias,
+        f"ffn {config.ffn}": config.ffn == "mlp",
+        "attention that sees later tokens": not config.causal,
         "heads that are wider together than the model": family.model_type == "olmoe" and _has_other_heads(config),
     }
     if family.mixture is not None:

@@ -12,6 +12,7 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from callbacks.monitors.throughput import DataWait, Throughput
 from core.errors import ConfigError
 from lightning_modules.transformer import Transformer
+from lightning_modules.trunk import Count
 from tests.support.job import ACCUMULATE, STEPS, Job
 from tests.support.models import tiny_config
 from tests.support.runs import scalars
@@ -22,7 +23,10 @@ FLOPS_PER_TOKEN = 1e6
 class Module:
     def __init__(self) -> None:
         self.logged: list[dict[str, float]] = []
-        self.model = SimpleNamespace(flops_per_token=lambda seq_len: FLOPS_PER_TOKEN * seq_len / 32)
+        self.model = SimpleNamespace(
+            flops_per_token=lambda seq_len: FLOPS_PER_TOKEN * seq_len / 32,
+            count=lambda batch: Count(4, 32),  # on each of two ranks
+        )
 
     def log(self, name: str, value: float) -> None:
         self.logged.append({name: value})
@@ -48,7 +52,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> tuple[Throughput, Trainer, Module]
     now = [1000.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     throughput, trainer, module = Throughput(peak_flops=1e9), Trainer(), Module()
-    batch = {"tokens": torch.zeros(4, 33, dtype=torch.int64)}  # on each of two ranks
+    batch = {"tokens": torch.zeros(4, 33, dtype=torch.int64)}
     arguments: tuple[Any, ...] = (trainer, module)
 
     def fetch(seconds: float) -> None:

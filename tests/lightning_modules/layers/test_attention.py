@@ -55,6 +55,16 @@ def test_attention_equals_a_loop_over_heads(qkv_norm: QKVNorm | None, inner_norm
     torch.testing.assert_close(layer(x, rope_tables(9, 8, THETA, CPU)), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("rotary", [True, False])
+def test_attention_that_is_not_causal_sees_all_keys(rotary: bool) -> None:
+    layer, x = make_attention(2, causal=False, bias=True), torch.randn(2, 9, 32)
+    rope, theta = (rope_tables(9, 8, THETA, CPU), THETA) if rotary else (None, None)
+    weights = dict(layer.named_parameters())
+    expected = torch.stack([reference.attention(row, weights, 4, 2, theta, causal=False) for row in x])
+    torch.testing.assert_close(layer(x, rope), expected, atol=1e-5, rtol=1e-5)
+    assert layer.logits(x, rope).isfinite().all()
+
+
 @pytest.mark.parametrize("num_kv_heads", [4, 2])
 @pytest.mark.parametrize("qkv_norm", [None, QKVNorm("qk", per_head=True), QKVNorm("qkv", per_head=False)], ids=str)
 def test_logits_are_those_of_the_forward_pass(qkv_norm: QKVNorm | None, num_kv_heads: int) -> None:

@@ -48,6 +48,9 @@ DENSE: list[dict[str, Any]] = [
     {"qk_norm": "head", "head_dim": 6, "num_kv_heads": 2},
     {"qk_norm": "width", "norm": "layernorm"},
     {"qkv_bias": True, "vocab_size": VOCAB_SIZE},
+    {"ffn": "mlp"},
+    {"ffn": "mlp", "bias": True, "ffn_dim": None, "norm": "layernorm"},
+    {"bias": True},
     {"num_layers": 1},
 ]
 MIXTURES: list[dict[str, Any]] = [
@@ -93,6 +96,7 @@ LEFT_OUT = {
     "backend",
     "expert_parallel",
     "bias_update_rate",  # the bias stays as it is
+    "causal",  # a model that is not predicts no next token: test_image_parity.py
 }
 
 
