@@ -1,4 +1,4 @@
-"""Train a language model: compose the config, build module, data, callbacks and trainer, fit."""
+"""Train a model: compose the config, build module, data, callbacks and trainer, fit."""
 
 import time
 
@@ -33,8 +33,7 @@ def main(config: DictConfig) -> float:
     from core.steps import check_length
     from core.sweep import swept_overrides
     from core.validation_loss import final_loss
-    from datamodules.stream_datamodule import StreamDataModule
-    from datamodules.tokenizer_folder import check_tokenizer
+    from datamodules.endless_datamodule import EndlessDataModule
 
     OmegaConf.to_container(config, resolve=True)  # a reference to nothing is said before anything is written
     hydra_config = HydraConfig.get()
@@ -51,14 +50,14 @@ def main(config: DictConfig) -> float:
         L.seed_everything(config.seed, workers=True, verbose=False)
 
         datamodule = build(config, "data")
-        valid = f"a subclass of {StreamDataModule.__module__}.StreamDataModule, at whose position a run is resumed"
-        require(isinstance(datamodule, StreamDataModule), "data._target_", config.data["_target_"], valid)
+        valid = f"a subclass of {EndlessDataModule.__module__}.EndlessDataModule, at whose position a run is resumed"
+        require(isinstance(datamodule, EndlessDataModule), "data._target_", config.data["_target_"], valid)
         module = build_module(config, datamodule)
         if config.init_from is not None and run.ckpt_path is None:  # a resumed run has its weights
             valid = "null: the LightningModule has no method start_from"
             require(hasattr(module, "start_from"), "init_from", config.init_from, valid)
             module.start_from(config.init_from)
-            check_tokenizer(config.init_from, datamodule.tokenizer)
+            datamodule.check_source(config.init_from)
         callbacks = build_all(config, "callbacks")
         trainer = build(
             config,

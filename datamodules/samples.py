@@ -17,7 +17,10 @@ class Samples(Protocol):
     """Stateless and endless; picklable, so that data-loader workers get one."""
 
     def read(self, numbers: Numbers) -> Rows:
-        """Return samples by number: "tokens" int64 [samples, seq_len + 1], and what else the batch carries."""
+        """Return samples by number: "tokens" int64 [samples, seq_len + 1], and what else the batch carries.
+
+        Of images: "images" fp32 [samples, channels, height, width] and "labels" int64 [samples].
+        """
         ...
 
 

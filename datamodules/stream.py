@@ -15,18 +15,19 @@ from datamodules.samples import Rows, Samples
 
 Batch = dict[str, Tensor]
 
-TOGETHER = 256  # samples read at once: where they are costs the same for few numbers as for many
+TOGETHER = 256
+"""Samples read at once, unless they say otherwise: where tokens are costs the same for few numbers as for many."""
 
 
 class TokenStream(IterableDataset[Batch | UserError]):
-    """Yields {"tokens": int64 [batch_size / world_size, seq_len + 1], ...}, this rank's part of each global batch.
+    """Yields this rank's part of each global batch, as {"tokens": int64 [batch_size / world_size, seq_len + 1], ...}.
 
     In a data-loader process it yields, last of all, what the user can mend, for StreamLoader to raise: raised there, it
     would come out of the loader as that process' traceback.
 
     Args:
-        samples: says which tokens a sample number stands for.
-        batch_size: sequences in a global batch, a multiple of world_size.
+        samples: says what a sample number stands for.
+        batch_size: samples in a global batch, a multiple of world_size.
         first_sample: number of samples already consumed, over all ranks.
         num_batches: where to end; None: never.
         rank: which part of the global batch.
@@ -59,7 +60,7 @@ class TokenStream(IterableDataset[Batch | UserError]):
         start, step = (worker.id, worker.num_workers) if worker else (0, 1)
         batches = itertools.count(start, step) if self.num_batches is None else range(start, self.num_batches, step)
         remaining, size, share = iter(batches), 1, self.batch_size // self.world_size
-        most = max(1, TOGETHER // share)
+        most = max(1, getattr(self.samples, "together", TOGETHER) // share)
         block = getattr(self.samples, "block", None)
         if block is not None:  # not beyond the next block, which is all that is fetched ahead
             most = max(1, min(most, block // (self.batch_size * step)))

@@ -74,7 +74,8 @@ class WidthScaling:
         """Return the matrix as the init would see it at the base width."""
         if self.kind == "none":
             return matrix
-        tied = matrix.role == "embedding" and matrix.fan_in > 1  # scaled as the head that it also is
+        # Scaled as the head that it also is; what reads a number of inputs that is given is no such one.
+        tied = matrix.role == "embedding" and matrix.fan_in > 1 and not matrix.width_is_explicit
         fan_in = matrix.fan_in / (self.dim if tied else self.ratio(matrix))
         if matrix.role in ("head", "router", "residual"):  # their outputs (tokens, experts, coefficients) do not grow
             return matrix._replace(fan_in=fan_in)

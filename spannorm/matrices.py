@@ -22,7 +22,8 @@ class Matrix(NamedTuple):
         fan_in: number of inputs summed into one output (a fraction where width scaling refers to another width).
         fan_out: number of outputs, likewise.
         width_is_explicit: whether its hidden width (ffn_up's outputs, ffn_down's and residual's inputs) is given by the
-            user rather than derived from the model's width, which matters to rules that scale with width.
+            user rather than derived from the model's width, which matters to rules that scale with width. Of an
+            embedding: whether it multiplies, as that of patches does, rather than being looked up or a head as well.
         std: the standard deviation that it starts with whatever the init and the width; 0: it starts at zero; None: the
             init decides.
         reads_hidden: whether a matrix of the role residual reads the hidden layer of an FFN, rather than the stream.

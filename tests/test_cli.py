@@ -203,7 +203,7 @@ def test_a_process_of_its_own_says_the_same(
 def test_help_explains_the_groups_and_the_usual_overrides(cwd: Path) -> None:
     finished = call(cwd, "--help")
     assert finished.returncode == 0
-    for group in ("model", "data", "optim", "trainer", "callbacks", "logger", "experiment"):
+    for group in ("model", "module", "data", "optim", "trainer", "callbacks", "logger", "experiment"):
         names = sorted(path.stem for path in (ROOT / "configs" / group).glob("*.yaml"))
         assert f"\n{group}: {', '.join(names)}\n" in finished.stdout
     assert "\neval" not in finished.stdout, "nor what else lies in configs/, which train.py does not take"

@@ -132,7 +132,7 @@ def test_data_that_keep_no_position_are_refused_before_anything_is_written(tmp_p
     bare = [f"~data.{name}" for name in ("seq_len", "batch_size", "val_batches", "num_workers", "seed")]
     refused = train(tmp_path, "data=own", "data._target_=my_plain.Plain", *bare, "run_dir=run")
     assert refused.code == 2
-    assert "data._target_='my_plain.Plain' is not valid: expected a subclass of datamodules.stream_" in refused.err
+    assert "data._target_='my_plain.Plain' is not valid: expected a subclass of datamodules.endless_" in refused.err
     assert refused.err.count("\n") == 1
     assert not (tmp_path / "run").exists()
     sys.modules.pop("my_plain")

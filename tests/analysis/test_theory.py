@@ -30,7 +30,7 @@ def both(placement: str, init: str, num_layers: int, seed: int = 0) -> tuple[lis
     model = model_of(placement, init, num_layers, seed)
     predictions = predict_model(model, seq_len=32)
     assert predictions is not None
-    return measure(model, torch.randint(VOCAB_SIZE, (6, 33))), predictions
+    return measure(model, {"tokens": torch.randint(VOCAB_SIZE, (6, 33))}), predictions
 
 
 def alone(placement: str, num_layers: int, branch: float) -> list[Prediction]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_modules import language_module
+from lightning_modules import transformer_module
 from lightning_modules.layers.router import RouterStats
 from lightning_modules.router_health import router_health, tally
 from tests.support.fitting import Recorder, fit, loader, make_trainer
@@ -142,7 +142,7 @@ def test_steps_that_are_not_logged_count_only_what_moves_the_bias(
             calls[function.__name__] += 1
             return function(*arguments)
 
-        monkeypatch.setattr(language_module, function.__name__, counted)
+        monkeypatch.setattr(transformer_module, function.__name__, counted)
     module = make_module(ffn="moe", moe={"balancing": balancing})
     fit(tmp_path, module, *[tokens(2, 9)] * 4, max_steps=4, log_every_n_steps=2, logger=Recorder())
     assert calls == {"tally": tallied, "router_health": 2}

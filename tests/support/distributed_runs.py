@@ -9,9 +9,12 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from core.checkpoint import CheckpointIO
 from core.parallel import apply_micro_batching
+from datamodules.images.digits import Digits
 from datamodules.samples import Numbers, Rows, Samples
 from lightning_modules.language_module import LanguageModule
 from lightning_modules.strategy import ShardedStrategy
+from lightning_modules.transformer_module import TransformerModule
+from lightning_modules.vision_module import VisionModule
 from tests.support.models import tiny_values
 from tests.support.processes import QUIET
 from tests.support.runs import TinyData
@@ -31,6 +34,7 @@ class Run(NamedTuple):
         double: in fp64.
         sources: every other sequence is of another source.
         optim: more fields of OptimConfig.
+        images: of digits instead of text.
     """
 
     strategy: str = "one"
@@ -47,6 +51,7 @@ class Run(NamedTuple):
     double: bool = False
     sources: bool = False
     optim: tuple[tuple[str, Any], ...] = ()
+    images: bool = False
 
     def make_strategy(self) -> Any:
         if self.strategy == "one":
@@ -55,13 +60,20 @@ class Run(NamedTuple):
             return DDPStrategy(process_group_backend="gloo")
         return ShardedStrategy(tensor_parallel_size={"tp": self.num_processes, "mesh": 2}.get(self.strategy, 1))
 
-    def make_module(self) -> LanguageModule:
+    def make_module(self) -> TransformerModule:
         shares = {"ep": self.num_processes, "mesh": self.num_processes // 2}
         options = dict(self.options)
         moe = {"expert_parallel": shares.get(self.strategy, 1), **options.pop("moe", {})}
         values = tiny_values(ffn=self.ffn, placement=self.placement, moe=moe, **options)
         optim = {"warmup_steps": 2, "schedule": "constant", "lr": 1e-2, **dict(self.optim)}
+        if self.images:
+            return VisionModule({**values, "causal": False}, optim, 8, 1, 10, patch_size=4)
         return LanguageModule(values, optim, vocab_size=257)
+
+    def make_data(self, folder: Path) -> Any:
+        if self.images:
+            return Digits(batch_size=4, val_batches=2)
+        return (TwoSources if self.sources else TinyData)(folder, seq_len=16)
 
 
 class Sources:
@@ -110,8 +122,7 @@ def train(folder: Path, run: Run) -> list[dict[str, float]]:
     """The metrics of every step."""
     torch.manual_seed(0)
     saving = [SaveAt(folder / run.save, run.save_at)] if run.save else []
-    data = TwoSources if run.sources else TinyData
-    module, datamodule, curve = run.make_module(), data(folder, seq_len=16), Curve()
+    module, datamodule, curve = run.make_module(), run.make_data(folder), Curve()
     trainer = L.Trainer(
         accelerator="cpu",
         devices=run.num_processes,

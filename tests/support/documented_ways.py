@@ -46,7 +46,9 @@ def trains(**replaced: str) -> Way:
     def way(command: Command, cwd: Path) -> None:
         arguments = _replace(command.arguments, replaced)
         own_data = any(argument.startswith("data=") for argument in arguments)
-        tiny = [override for override in tiny_job() if not (own_data and override.startswith(SHARED))]
+        experiment = [argument for argument in arguments if argument.startswith("experiment=")]
+        tiny = [override for override in tiny_job(*experiment) if override not in experiment]
+        tiny = [override for override in tiny if not (own_data and override.startswith(SHARED))]
         if any(argument.startswith("callbacks=") for argument in arguments):  # which may be without that one
             tiny.remove("callbacks.text_sample=null")
         steps = "trainer.max_steps=2"
@@ -235,6 +237,7 @@ WAYS: list[tuple[str, Way]] = [
     (r"python (train\.py|-m tools\.plan) .*(_7b|_gpu|trainer=gpu|=megablocks|bf16)", composes(GPU)),
     (r"python train\.py .*(trainer=(ddp|fsdp|slurm)|trainer\.devices=)", composes("tests/distributed runs several")),
     (r"python train\.py .*\w+://", composes("needs a network; tests/datamodules reads such a corpus")),
+    (r"python train\.py .*data=hf_images", composes("needs a network; tests/datamodules/images reads such a dataset")),
     (r"python CHECKOUT/train\.py ", composes("tests/test_own_pieces.py starts it from elsewhere")),
     (r"PYTHONPATH=CHECKOUT ", parses("tests/test_own_pieces.py starts it from elsewhere")),
     (r"python train\.py .*schedule=wsd", composes("two steps have no room for its decay; test_optim.py trains it")),

@@ -72,10 +72,10 @@ def corpus_root() -> Path:
 
 
 def tiny_job(*overrides: str) -> list[str]:
-    """Overrides that make any experiment free: two blocks of dim 32, 2 steps of 4 sequences of 32 bytes."""
+    """Overrides that make any experiment free: two blocks of dim 32, 2 steps of 4 sequences of 32 bytes, or images."""
+    of_images = any(override.startswith("experiment=vision") for override in overrides)
     return [
-        f"data.root={corpus_root()}",
-        "data.seq_len=32",
+        *([] if of_images else [f"data.root={corpus_root()}", "data.seq_len=32"]),
         "data.batch_size=4",
         "data.val_batches=1",
         "model.dim=32",

@@ -173,6 +173,8 @@ def test_of_the_plugins_those_of_precision_are_kept(plugins: Any) -> None:
         ([[torch.tensor([[0, 4]])]], "in the model's vocabulary"),
         ([[torch.tensor([[-1, 0]])]], "in the model's vocabulary"),
         ([[torch.zeros(0, 2, dtype=torch.int64)]], "in the model's vocabulary"),
+        ([[torch.zeros(5, dtype=torch.int64)]], "in the model's vocabulary"),
+        ([[torch.zeros(2, 5)]], "in the model's vocabulary"),
         ([[torch.tensor([[0, 1]])], [torch.tensor([[0, 1, 2]])]], "do not fit each other"),
     ],
 )

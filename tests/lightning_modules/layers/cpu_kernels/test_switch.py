@@ -8,7 +8,7 @@ import yaml
 from torch import nn
 
 from core.errors import ConfigError
-from lightning_modules import language_module
+from lightning_modules import transformer_module
 from lightning_modules.config import ModelConfig, parse
 from lightning_modules.layers.cpu_kernels import KERNELS, linear, use_cpu_kernels
 from lightning_modules.transformer import Transformer
@@ -65,7 +65,7 @@ def test_a_subclass_of_a_layer_stays_as_it_is() -> None:
 
 def test_memory_is_kept_with_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    monkeypatch.setattr(language_module, "keep_freed_memory", lambda: calls.append(1))
+    monkeypatch.setattr(transformer_module, "keep_freed_memory", lambda: calls.append(1))
     make_module(cpu_kernels="off")
     assert not calls
     make_module()

@@ -1,0 +1,121 @@
+"""The DataModule of a collection of images: shuffled and augmented training stream, fixed validation sample."""
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from core.errors import require
+from core.limits import require_at_most
+from datamodules.endless_datamodule import EndlessDataModule
+from datamodules.images.augmentation import Augmentation
+from datamodules.images.samples import ImageSamples
+from datamodules.images.sources import ImageSource
+
+VALIDATION_SEED = 0  # the order of the validation images does not change with the run's seed
+MAX_IMAGE_SIZE = 2**14
+
+
+class ImageDataModule(EndlessDataModule):
+    """Subclasses say what the images are: `source` and `num_classes`.
+
+    Args:
+        image_size: height and width of what the model gets; images of other sizes are scaled by their shorter side, and
+            their middle is taken.
+        num_channels: 1 or 3; gray images get equal channels, colours become their luma.
+        batch_size, val_batches, num_workers, seed: see EndlessDataModule.
+        mean, std: of pixels from 0 to 1, one number for each channel, to normalize with.
+        augmentation: transforms of torchvision, {RandomCrop: {size: 32, padding: 4}}, of training images; null: none.
+
+    Raises:
+        ConfigError: a value out of range, or no such transform.
+        UserError: torchvision is not installed, and asked for.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        num_channels: int,
+        batch_size: int,
+        val_batches: int,
+        num_workers: int,
+        seed: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        augmentation: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(batch_size, val_batches, num_workers, seed)
+        require(image_size >= 1, "data.image_size", image_size, "an integer >= 1")
+        require_at_most(MAX_IMAGE_SIZE, "data.image_size", image_size)
+        require(num_channels in (1, 3), "data.num_channels", num_channels, "1 or 3")
+        for name, values, least in (("mean", mean, 0.0), ("std", std, 1e-6)):
+            fits = len(values) == num_channels and all(least <= value <= 1 for value in values)
+            require(
+                fits, f"data.{name}", list(values), f"a number from {least:g} to 1 for each of {num_channels} channels"
+            )
+        self.image_size, self.num_channels, self.mean, self.std = image_size, num_channels, mean, std
+        self.augmentation = dict(augmentation) if augmentation else None
+        self._augment = Augmentation(self.augmentation) if self.augmentation else None
+
+    @abstractmethod
+    def source(self, split: str) -> ImageSource:
+        """Return the images of train or val; called when they have been prepared."""
+
+    @property
+    @abstractmethod
+    def num_classes(self) -> int:
+        """Number of classes; known before `prepare_data`."""
+
+    @property
+    def content(self) -> str:
+        """Return what is in the collection, as far as a run that is resumed must find the same: a digest."""
+        return hashlib.sha256(self._train.labels.tobytes()).hexdigest()
+
+    @cached_property
+    def _train(self) -> ImageSource:
+        return self.source("train")
+
+    @cached_property
+    def _val(self) -> ImageSource:
+        return self.source("val")
+
+    def samples(self, split: str) -> ImageSamples:
+        source, seed = (self._train, self.seed) if split == "train" else (self._val, VALIDATION_SEED)
+        augment = self._augment if split == "train" else None
+        return ImageSamples(source, self.image_size, self.num_channels, self.mean, self.std, seed, augment)
+
+    @property
+    def num_val_samples(self) -> int:
+        return len(self._val.labels)
+
+    def check(self) -> None:
+        """Hold the images against the configuration.
+
+        Raises:
+            ConfigError: a split has fewer than one batch, or classes that it should not have.
+            CorpusError: the first image cannot be read.
+        """
+        for name, source in (("train", self._train), ("val", self._val)):
+            number = len(source.labels)
+            require(number >= self.batch_size, "data.batch_size", self.batch_size, f"at most {number}: {name} images")
+            fits = int(source.labels.min()) >= 0 and int(source.labels.max()) < self.num_classes
+            most = f"more than {int(source.labels.max())}: the classes of the {name} images"
+            require(fits, "data.num_classes", self.num_classes, most)
+            self.samples(name).read(np.zeros(1, np.int64))
+
+    @property
+    def stream_identity(self) -> dict[str, Any]:
+        return {
+            **super().stream_identity,
+            "image_size": self.image_size,
+            "augmentation": self.augmentation,
+            "corpus": self.content,
+        }
+
+    def unigram_loss(self) -> float | None:
+        """Return the validation loss, in nats per image, of the classes' frequencies, each counted once more."""
+        counts = np.bincount(self._train.labels, minlength=self.num_classes) + 1.0
+        return -float(np.log(counts / counts.sum())[self._val.labels].mean())

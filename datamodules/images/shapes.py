@@ -1,0 +1,137 @@
+"""Scenes of simple shapes: a task that is made, not found, and that wants comparing and counting."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from core.errors import require
+from datamodules.endless_datamodule import EndlessDataModule
+from datamodules.samples import Numbers, Rows
+
+KINDS = ("disc", "square", "triangle", "cross", "ring")
+CELLS = 4
+"""The scene is a grid of so many cells a side, each of which holds one shape or none."""
+CELL = 8
+"""Pixels of a cell's side."""
+FINE = 4
+"""Points a side at which a pixel is looked at: without, a small disc would be a square."""
+MOST = 5
+"""Shapes that may be like the marked one: the classes are 0 to MOST."""
+VALIDATION_KEY, NUM_VAL_SAMPLES = 1, 1 << 20  # training is key 0 of the seed
+FloatArray = npt.NDArray[np.float32]
+
+
+def draw_shape(kind: str, radius: float, row: float, column: float) -> FloatArray:
+    """Return which share of each of a cell's pixels a shape covers, [CELL, CELL].
+
+    Args:
+        kind: one of KINDS.
+        radius: half of its height, in pixels.
+        row, column: of its middle, in pixels of the cell.
+    """
+    places = (np.arange(CELL * FINE, dtype=np.float32) + 0.5) / FINE
+    y, x = np.meshgrid(places - row, places - column, indexing="ij")
+    distance = np.hypot(y, x)
+    inside = {
+        "disc": distance <= radius,
+        "square": np.maximum(abs(y), abs(x)) <= 0.9 * radius,
+        "triangle": (y <= 0.8 * radius) & (y >= 2 * abs(x) - radius),
+        "cross": (np.minimum(abs(y), abs(x)) <= 0.35 * radius) & (np.maximum(abs(y), abs(x)) <= radius),
+        "ring": (distance <= radius) & (distance >= 0.5 * radius),
+    }
+    return inside[kind].reshape(CELL, FINE, CELL, FINE).mean((1, 3), dtype=np.float32)
+
+
+def draw_scene(rng: np.random.Generator, clutter: int) -> tuple[FloatArray, int]:
+    """Draw one scene.
+
+    Args:
+        rng: draws all of it.
+        clutter: lines that lie over the scene.
+
+    Returns:
+        (brightness [CELLS x CELL, CELLS x CELL], from 0 to 1; how many other shapes are of the marked one's kind).
+    """
+    size = CELLS * CELL
+    scene = np.zeros((size, size), np.float32)
+    label = int(rng.integers(MOST + 1))
+    marked = int(rng.integers(len(KINDS)))
+    others = rng.integers(1, len(KINDS), int(rng.integers(3, CELLS**2 - MOST))) + marked
+    kinds = [marked] * (label + 1) + (others % len(KINDS)).tolist()
+    for number, (cell, kind) in enumerate(zip(rng.permutation(CELLS**2).tolist(), kinds, strict=False)):
+        row, column = divmod(cell, CELLS)
+        radius = rng.uniform(2.4, 3.2)
+        middle = rng.uniform(3.5, 4.5, 2)
+        shape = draw_shape(KINDS[kind], radius, *middle) * rng.uniform(0.5, 0.9)
+        if number == 0:
+            shape[[0, -1], :] = shape[:, [0, -1]] = 1.0
+        scene[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL] = shape
+    for _ in range(clutter):
+        (top, left), angle, length = rng.uniform(0, size, 2), rng.uniform(0, np.pi), rng.uniform(6, 16)
+        steps = np.arange(0, length, 0.5)
+        rows, columns = (top + steps * np.sin(angle)).astype(int), (left + steps * np.cos(angle)).astype(int)
+        seen = (rows >= 0) & (rows < size) & (columns >= 0) & (columns < size)
+        scene[rows[seen], columns[seen]] = rng.uniform(0.3, 0.7)
+    noisy = scene + rng.normal(0, 0.05, scene.shape)
+    return np.clip(noisy, 0, 1).astype(np.float32), label
+
+
+class SceneSamples:
+    """Scene n is drawn with a generator of its own, made of the seed and n."""
+
+    def __init__(self, clutter: int, seed: int, key: int, mean: float, std: float) -> None:
+        self.clutter, self.seed, self.key, self.mean, self.std = clutter, seed, key, mean, std
+
+    def read(self, numbers: Numbers) -> Rows:
+        """Return {"images": fp32 [samples, 1, size, size], "labels": int64 [samples]}."""
+        scenes = [
+            draw_scene(np.random.default_rng([self.seed, self.key, number]), self.clutter)
+            for number in numbers.tolist()
+        ]
+        images = np.stack([scene for scene, _ in scenes])[:, None]
+        return {
+            "images": (images - np.float32(self.mean)) / np.float32(self.std),
+            "labels": np.array([label for _, label in scenes]),
+        }
+
+
+class Shapes(EndlessDataModule):
+    """Scenes of 32 x 32 pixels (data=shapes): one shape is framed; how many of the others are of its kind, 0 to 5?
+
+    Kinds are to be told apart locally, the framed one's is to be found, the others are to be compared with it, and the
+    equal ones counted: what one block cannot do at once. No scene comes twice, so nothing can be learned by heart.
+
+    Args:
+        batch_size, val_batches, num_workers, seed: see EndlessDataModule.
+        clutter: lines that lie over each scene.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    image_size, num_channels, num_classes = CELLS * CELL, 1, MOST + 1
+    mean, std = 0.186, 0.283  # of scenes with three lines
+
+    def __init__(
+        self, batch_size: int, val_batches: int = 16, num_workers: int = 0, seed: int = 0, clutter: int = 3
+    ) -> None:
+        super().__init__(batch_size, val_batches, num_workers, seed)
+        require(0 <= clutter <= 100, "data.clutter", clutter, "an integer from 0 to 100")
+        self.clutter = clutter
+        self.save_hyperparameters()
+
+    def samples(self, split: str) -> SceneSamples:
+        seed, key = (self.seed, 0) if split == "train" else (0, VALIDATION_KEY)
+        return SceneSamples(self.clutter, seed, key, self.mean, self.std)
+
+    @property
+    def num_val_samples(self) -> int:
+        return NUM_VAL_SAMPLES
+
+    @property
+    def stream_identity(self) -> dict[str, Any]:
+        return {**super().stream_identity, "clutter": self.clutter}
+
+    def unigram_loss(self) -> float | None:
+        return float(np.log(self.num_classes))

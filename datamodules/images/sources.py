@@ -1,0 +1,79 @@
+"""Collections of labelled images, which can be asked for any of them by number."""
+
+import warnings
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from core.errors import UserError, one_line
+from datamodules.index import CorpusError
+
+Pixels = npt.NDArray[np.uint8]
+"""One image, [height, width, channels]."""
+Labels = npt.NDArray[np.int64]
+
+
+class ImageSource(Protocol):
+    """Picklable, so that data-loader workers get one.
+
+    Attributes:
+        labels: the class of each image, [images].
+    """
+
+    labels: Labels
+
+    def image(self, index: int) -> Pixels:
+        """Return the pixels of an image.
+
+        Raises:
+            CorpusError: it cannot be read; says which.
+        """
+        ...
+
+
+class ImageArrays:
+    """Images that are in memory already.
+
+    Args:
+        images: uint8 [images, height, width, channels].
+        labels: the class of each.
+    """
+
+    def __init__(self, images: Pixels, labels: Labels) -> None:
+        self.images, self.labels = images, labels
+
+    def image(self, index: int) -> Pixels:
+        pixels: Pixels = self.images[index]
+        return pixels
+
+
+def decode(file: Any, name: str) -> Pixels:
+    """Return the pixels of an image's file, gray or in colours, as PIL reads it.
+
+    Args:
+        file: its path, or an open file.
+        name: what it is called in a message.
+
+    Raises:
+        CorpusError: it is no image, damaged, or has more pixels than PIL takes to be safe.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise UserError("PIL is not installed: pip install -r requirements-vision.txt") from error
+    try:
+        with (
+            warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning),
+            Image.open(file) as image,
+        ):
+            return from_pil(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise CorpusError(f"{name} cannot be read as an image: {one_line(error)}") from error
+
+
+def from_pil(image: Any) -> Pixels:
+    """Return the pixels of an image of PIL's, [height, width, 1 or 3]."""
+    gray = image.mode in ("1", "L", "I;16", "I")
+    pixels = np.asarray(image.convert("L" if gray else "RGB"))
+    return pixels[..., None] if gray else pixels

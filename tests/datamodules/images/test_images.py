@@ -1,0 +1,283 @@
+"""Images by number: the same at any number of processes and after a stop, cut to size, and refused where broken."""
+
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from core.errors import ConfigError, UserError
+from datamodules.images.digits import Digits
+from datamodules.images.hf_images import HFImages
+from datamodules.images.image_datamodule import ImageDataModule
+from datamodules.images.image_folder import ImageFolder
+from datamodules.images.samples import ImageSamples, cut_to_size, with_channels
+from datamodules.images.shapes import CELL, CELLS, KINDS, MOST, Shapes, draw_scene, draw_shape
+from datamodules.images.sources import ImageArrays
+from datamodules.index import CorpusError
+from datamodules.stream import TokenStream
+
+
+def arrays(number: int = 12, size: int = 6, channels: int = 1) -> ImageArrays:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (number, size, size, channels)).astype(np.uint8)
+    return ImageArrays(images, np.arange(number) % 3)
+
+
+def make_folder(root: Path) -> Path:
+    """Two classes, of images whose brightness tells them apart: 6 and 4 to train on, 3 and 2 held out."""
+    for split, numbers in (("train", (6, 4)), ("val", (3, 2))):
+        for label, (name, number) in enumerate(zip(("dark", "light"), numbers, strict=True)):
+            (root / split / name).mkdir(parents=True)
+            for n in range(number):
+                picture = np.full((8, 10, 3), 40 + 150 * label + n, np.uint8)
+                Image.fromarray(picture).save(root / split / name / f"{n}.png")
+    return root
+
+
+def folder_data(path: Path, **arguments: Any) -> ImageFolder:
+    return ImageFolder(**{"path": str(path), "batch_size": 2, "image_size": 4, **arguments})
+
+
+def test_digits_are_scikit_learns_a_fifth_of_them_held_out() -> None:
+    data, known = Digits(batch_size=60), load_digits()
+    train, val = data.source("train"), data.source("val")
+    assert (len(train.labels), len(val.labels)) == (1437, 360)
+    assert val.labels.tolist() == known.target[::5].tolist()
+    assert np.abs(val.images[..., 0] / 255 * 16 - known.images[::5]).max() < 0.04
+    rows = data.samples("train").read(np.arange(1437))
+    assert rows["images"].shape == (1437, 1, 8, 8)
+    assert abs(float(rows["images"].mean())) < 0.01
+    assert abs(float(rows["images"].std()) - 1) < 0.01
+    assert 0.95 < data.linear_accuracy() < 0.98
+    assert data.unigram_loss() == pytest.approx(np.log(10), abs=0.05)
+
+
+@pytest.mark.parametrize("source", ["digits", "shapes"])
+def test_batches_are_the_same_at_any_number_of_ranks_and_after_a_stop(source: str) -> None:
+    samples = (Digits(batch_size=4) if source == "digits" else Shapes(batch_size=4)).samples("train")
+    whole = [TokenStream(samples, 4).read(n) for n in range(4)]
+    for first in (0, 8):
+        parts = [TokenStream(samples, 4, first_sample=first, rank=rank, world_size=2) for rank in (0, 1)]
+        for number in range(2):
+            rows = [part.read(number) for part in parts]
+            for name, expected in whole[number + first // 4].items():
+                assert np.array_equal(np.concatenate([row[name] for row in rows]), expected)
+
+
+def test_every_image_comes_once_an_epoch_in_another_order() -> None:
+    samples = ImageSamples(arrays(), 6, 1, [0.5], [0.5], seed=1)
+    first, second = (samples.read(np.arange(n, n + 12))["images"] for n in (0, 12))
+    assert not np.array_equal(first, second)
+    assert sorted(first.sum((1, 2, 3)).tolist()) == sorted(second.sum((1, 2, 3)).tolist())
+
+
+def test_augmentation_depends_on_the_samples_number_alone() -> None:
+    def shifted(pixels: Any) -> Any:
+        return np.roll(pixels, int(torch.randint(6, ())), axis=0)
+
+    samples = ImageSamples(arrays(), 6, 1, [0.5], [0.5], 0, shifted)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    rows = samples.read(np.arange(40))["images"]
+    assert torch.equal(torch.get_rng_state(), before), "training draws what it would have drawn"
+    torch.manual_seed(6)
+    assert np.array_equal(samples.read(np.array([17, 3]))["images"], rows[[17, 3]])
+    plain = ImageSamples(arrays(), 6, 1, [0.5], [0.5], 0).read(np.arange(40))["images"]
+    same = (rows == plain).all((1, 2, 3))
+    assert 0 < same.sum() < 20
+
+
+def test_images_are_cut_to_their_middle() -> None:
+    wide = np.zeros((8, 16, 3), np.uint8)
+    wide[:, 4:12] = 200
+    assert (cut_to_size(wide, 8) == 200).all()
+    assert cut_to_size(wide, 4).shape == (4, 4, 3)
+    assert (abs(cut_to_size(wide, 4)[:, 1:3].astype(int) - 200) < 10).all(), "bicubic, so not quite"
+    assert cut_to_size(np.zeros((3, 5, 1), np.uint8), 7).shape == (7, 7, 1)
+
+
+def test_channels_are_repeated_or_become_luma() -> None:
+    assert with_channels(np.full((2, 2, 1), 9, np.uint8), 3).tolist() == [[[9, 9, 9]] * 2] * 2
+    colours = np.array([[[255, 0, 0], [0, 255, 0]]], np.uint8)
+    expected = np.asarray(Image.fromarray(colours).convert("L"))
+    assert np.abs(with_channels(colours, 1)[..., 0].astype(int) - expected).max() <= 1
+
+
+def test_a_folder_has_its_classes_by_name(tmp_path: Path) -> None:
+    data = folder_data(make_folder(tmp_path / "images"))
+    data.check()
+    assert (data.classes, data.num_classes, data.num_val_samples) == (["dark", "light"], 2, 5)
+    rows = data.samples("val").read(np.arange(5))
+    assert rows["images"].shape == (5, 3, 4, 4)
+    assert ((rows["images"].mean((1, 2, 3)) > 0) == rows["labels"]).all()
+
+
+def test_other_files_make_another_collection(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "images")
+    before = folder_data(root).stream_identity
+    assert folder_data(root).stream_identity == before
+    (root / "train/dark/0.png").rename(root / "train/dark/9.png")
+    assert folder_data(root).stream_identity != before
+
+
+def test_a_file_that_is_no_image_is_named(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "images")
+    for file in (root / "train").rglob("*.png"):
+        file.write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    with pytest.raises(CorpusError, match=r"train/.*\.png cannot be read as an image"):
+        folder_data(root).check()
+
+
+def test_a_picture_of_too_many_pixels_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make_folder(tmp_path / "images")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)
+    with pytest.raises(CorpusError, match="cannot be read as an image"):
+        folder_data(root).check()
+
+
+@pytest.mark.parametrize(
+    ("remove", "message"),
+    [
+        ("train/light", r"data\.path=.* at least two folders of images"),
+        ("val", r"data\.path=.* images in .*val/CLASS"),
+        ("train", "at least two folders"),
+    ],
+)
+def test_a_folder_without_what_is_needed_is_refused(remove: str, message: str, tmp_path: Path) -> None:
+    import shutil
+
+    root = make_folder(tmp_path / "images")
+    shutil.rmtree(root / remove)
+    with pytest.raises(ConfigError, match=message):
+        folder_data(root).check()
+
+
+def test_what_does_not_fit_a_folder_is_refused(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "images")
+    with pytest.raises(ConfigError, match=r"data\.path='/nowhere' .* train/CLASS and val/CLASS"):
+        folder_data(Path("/nowhere"))
+    with pytest.raises(ConfigError, match=r"data\.batch_size=7 is not valid: expected at most 5: val images"):
+        folder_data(root, batch_size=7).check()
+    with pytest.raises(ConfigError, match=r"data\.mean=\[0.5\] .* each of 3 channels"):
+        folder_data(root, mean=[0.5])
+    with pytest.raises(ConfigError, match=r"data\.num_channels=2"):
+        folder_data(root, num_channels=2)
+    (root / "val/grey").mkdir()
+    with pytest.raises(ConfigError, match="no other classes than train/: grey"):
+        folder_data(root).check()
+
+
+def test_augmentation_without_torchvision_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(UserError, match=r"data\.augmentation is torchvision's.*install the torchvision that goes with"):
+        Digits(batch_size=4, augmentation={"RandomCrop": {"size": 8}})
+
+
+class Shift(torch.nn.Module):
+    """A transform as torchvision's are, for machines without it."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        assert image.dtype == torch.uint8
+        assert image.shape[0] == 1, "[channels, height, width]"
+        return image.roll(int(torch.randint(1, self.most + 1, ())), dims=1)
+
+
+def test_transforms_are_taken_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    v2: Any = types.ModuleType("torchvision.transforms.v2")
+    v2.Shift, v2.functional = Shift, types.ModuleType("functional")
+    transforms: Any = types.ModuleType("torchvision.transforms")
+    transforms.v2 = v2
+    for name, module in (("torchvision", types.ModuleType("torchvision")), ("torchvision.transforms", transforms)):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(sys.modules, "torchvision.transforms.v2", v2)
+
+    def data(augmentation: dict[str, Any] | None) -> ImageDataModule:
+        return Digits(batch_size=4, augmentation=augmentation)
+
+    plain, shifted = (data(one).samples("train").read(np.arange(8)) for one in (None, {"Shift": {"most": 3}}))
+    assert np.array_equal(plain["labels"], shifted["labels"])
+    for before, after in zip(plain["images"], shifted["images"], strict=True):
+        assert any(np.array_equal(np.roll(before, by, axis=1), after) for by in (1, 2, 3))
+    of_val = [data(one).samples("val").read(np.arange(8))["images"] for one in (None, {"Shift": {"most": 3}})]
+    assert np.array_equal(*of_val), "held-out images stay as they are"
+    with pytest.raises(ConfigError, match=r"data\.augmentation\.functional=.* the name of a transform"):
+        data({"functional": None})
+    with pytest.raises(ConfigError, match=r"data\.augmentation\.Shift=.*unexpected keyword"):
+        data({"Shift": {"least": 3}})
+
+
+def test_a_dataset_of_hugging_face_is_read_from_a_folder(tmp_path: Path) -> None:
+    import datasets
+
+    pictures = arrays(8, channels=3)
+    rows = {"img": [Image.fromarray(image) for image in pictures.images], "label": pictures.labels.tolist()}
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(num_classes=3)})
+    split = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict(train=split, test=split.select(range(4))).save_to_disk(tmp_path / "saved")
+    arguments: dict[str, Any] = {"path": str(tmp_path / "saved"), "num_classes": 3, "batch_size": 2, "image_size": 6}
+    data = HFImages(**arguments)
+    data.prepare_data()
+    data.check()
+    assert data.num_val_samples == 4
+    expected = ImageSamples(pictures, 6, 3, [0.5] * 3, [0.5] * 3, 0).read(np.arange(8))
+    found = data.samples("train").read(np.arange(8))
+    for name, values in expected.items():
+        assert np.array_equal(found[name], values)
+    with pytest.raises(ConfigError, match=r"data\.image_column='image' .* one of img, label"):
+        HFImages(**arguments, image_column="image").prepare_data()
+    with pytest.raises(ConfigError, match=r"data\.path=.*split validation"):
+        HFImages(**arguments, val_split="validation").prepare_data()
+    with pytest.raises(ConfigError, match=r"data\.num_classes=2 .* more than 2"):
+        HFImages(**{**arguments, "num_classes": 2}).check()
+
+
+def test_a_scene_has_as_many_shapes_like_the_framed_one_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kinds are drawn as bars of another length each, which can be told whatever their brightness."""
+
+    def bar(kind: str, *_: float) -> np.ndarray:
+        cell = np.zeros((CELL, CELL), np.float32)
+        cell[4, 1 : KINDS.index(kind) + 2] = 1
+        return cell
+
+    monkeypatch.setattr("datamodules.images.shapes.draw_shape", bar)
+    for number in range(60):
+        scene, label = draw_scene(np.random.default_rng([7, number]), clutter=0)
+        cells = scene.reshape(CELLS, CELL, CELLS, CELL).swapaxes(1, 2).reshape(-1, CELL, CELL) > 0.25
+        lengths = cells[:, 4, 1:-1].sum(1)
+        (framed,) = lengths[cells[:, 0].all(1)]
+        assert (lengths == framed).sum() - 1 == label
+        assert (lengths > 0).sum() >= label + 4, "there are others"
+
+
+@pytest.mark.parametrize("radius", [2.4, 2.8, 3.2])
+def test_shapes_can_be_told_apart(radius: float) -> None:
+    drawn = {kind: draw_shape(kind, radius, 4.0, 4.0) for kind in KINDS}
+    for one in KINDS:
+        for other in KINDS:
+            assert one == other or np.abs(drawn[one] - drawn[other]).sum() > 2
+
+
+def test_scenes_are_of_all_classes_and_differ_by_seed_and_split() -> None:
+    data = Shapes(batch_size=8, seed=1)
+    rows = data.samples("train").read(np.arange(200))
+    assert rows["images"].shape == (200, 1, 32, 32)
+    assert rows["images"].dtype == np.float32
+    counts = np.bincount(rows["labels"], minlength=MOST + 1)
+    assert counts.min() > 15
+    assert abs(float(rows["images"].mean())) < 0.05
+    assert abs(float(rows["images"].std()) - 1) < 0.05
+    others = [Shapes(batch_size=8, seed=2).samples("train"), data.samples("val")]
+    assert not any(np.array_equal(other.read(np.arange(2))["images"], rows["images"][:2]) for other in others)
+    assert np.array_equal(
+        Shapes(8, seed=3).samples("val").read(np.arange(2))["images"], others[1].read(np.arange(2))["images"]
+    )
