@@ -26,6 +26,11 @@ from core.run_folder import LAST, is_main_process, resume_command
 from core.untrusted import is_within
 
 PEER_LOST = 4
+SERVICES = {
+    "wandb": "`wandb login` once, or logger.wandb.offline=true keeps everything here",
+    "mlflow": "logger.mlflow.tracking_uri says where it is kept",
+}
+"""Packages of loggers that ask elsewhere, and what helps."""
 
 
 @contextmanager
@@ -67,7 +72,11 @@ def report_failures(trainer: L.Trainer, run_dir: Path) -> Iterator[None]:
         if isinstance(error, UserError) or (other := _not_of_this_run(trainer, error)) is None:
             raise
         raise other from error
-    except RuntimeError as error:
+    except Exception as error:
+        if (said := _said_by_a_logger(error)) is not None:
+            raise UserError(said) from error
+        if not isinstance(error, RuntimeError):
+            raise
         if (other := _not_of_this_run(trainer, error)) is not None:
             raise other from error
         if lost_a_loader_process(error) or lacks_shared_memory(error):
@@ -94,6 +103,17 @@ def _not_of_this_run(trainer: L.Trainer, error: Exception) -> ConfigError | None
         return None
     valid = f"a checkpoint of this run; its states cannot be restored ({type(error).__name__}: {one_line(error)})"
     return ConfigError("ckpt_path", str(trainer.ckpt_path), valid)
+
+
+def _said_by_a_logger(error: Exception) -> str | None:
+    """Return in a line why a logger's service cannot be had, as Weights & Biases without a login; None: it is not that.
+
+    Their errors are known by where they are defined: the packages need not be installed.
+    """
+    service = type(error).__module__.partition(".")[0]
+    if service not in SERVICES:
+        return None
+    return f"logger={service} cannot be had ({one_line(error)}); {SERVICES[service]}"
 
 
 def _no_shared_memory(trainer: L.Trainer) -> ConfigError:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -75,9 +76,38 @@ def test_wandb_offline_beside_tensorboard(tmp_path: Path, monkeypatch: pytest.Mo
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
     folder = run(tmp_path, "run", "logger=[tensorboard,wandb]", "logger.wandb.offline=true", *EVERYTHING)
+    wandb.finish()
     wandb.teardown()  # waits for its server, which writes the last records after `finish` has returned
     (record,) = folder.glob("wandb/offline-run-*/*.wandb")
     content = record.read_bytes()
     for tag in ("train/loss", "val/loss", "optim/grad_norm"):
         assert tag.encode() in content
     assert set(scalars(folder, "train/loss")) == {0, 1}
+
+
+def test_wandb_without_a_login_is_a_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    for name in [name for name in os.environ if name.startswith("WANDB")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # whose .netrc may have a key
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    finished = train(tmp_path, *tiny_job("run_dir=run", "logger=wandb"))
+    assert (finished.code, finished.err.count("Error")) == (2, 1), finished.err
+    assert "\nError: logger=wandb cannot be had (No API key configured." in f"\n{finished.err}"
+    assert finished.err.endswith("`wandb login` once, or logger.wandb.offline=true keeps everything here\n")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow  # MLflow makes a database
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # SQLAlchemy of MLflow
+def test_mlflow_keeps_the_same_curves_in_the_runs_folder(tmp_path: Path) -> None:
+    tracking = pytest.importorskip("mlflow.tracking")
+    folder = run(tmp_path, "run", "logger=[tensorboard,mlflow]", *EVERYTHING)
+    run(tmp_path, "run", "logger=[tensorboard,mlflow]", "trainer.max_steps=3", "ckpt_path=last")
+    client = tracking.MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    (experiment,) = client.search_experiments(filter_string="name = 'spannorm-suite'")
+    second, first = client.search_runs([experiment.experiment_id])  # the newest first
+    for tag in ("train/loss", "gradients/block_1/all", "signal/block_2/variance"):
+        kept = {m.step: m.value for part in (first, second) for m in client.get_metric_history(part.info.run_id, tag)}
+        assert kept == pytest.approx(scalars(folder, tag), rel=1e-6), tag
+    assert first.data.params["model/placement"] == "spannorm"
