@@ -38,7 +38,10 @@ MODELS = {
     "dense, default size": ["experiment=dense_prenorm"],
     "100M dense": [
         "experiment=dense_prenorm",
-        *("model.num_layers=14", "model.dim=768", "model.num_heads=12", "model.ffn_dim=2048"),
+        "model.num_layers=14",
+        "model.dim=768",
+        "model.num_heads=12",
+        "model.ffn_dim=2048",
     ],
 }
 """Overrides of each; the dense ones are exported as a Llama, the first one with code of its own."""

@@ -80,10 +80,16 @@ class Transformer(Trunk):
         """
         valid = "true with a cache of keys and values: without causal attention each further token changes all of them"
         require(cache is None or self.config.causal, "model.causal", self.config.causal, valid)
+        state, router_stats = self.states(tokens, positions, cache)
+        return self.read_out(state, targets, logits_to_keep), router_stats
+
+    def states(
+        self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None
+    ) -> tuple[Tensor, list[RouterStats]]:
+        """Return (what `read_out` takes, [batch, seq, dim]; router statistics): `forward` without the head."""
         rope, mask = self.surroundings(tokens, positions, cache)
         slots = None if cache is None or positions is None else cache.at(positions)
-        state, router_stats = self.through_blocks(self.embedding(tokens), rope, mask, slots)
-        return self.read_out(state, targets, logits_to_keep), router_stats
+        return self.through_blocks(self.embedding(tokens), rope, mask, slots)
 
     def surroundings(
         self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None

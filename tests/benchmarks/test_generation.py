@@ -8,16 +8,11 @@ import torch
 
 from benchmarks import generation
 from core.errors import ConfigError
-
-TINY = ["model.num_layers=1", "model.dim=16", "model.num_heads=2", "model.ffn_dim=24"]
-MODELS = {
-    "mixture": ["experiment=moe_spannorm", *TINY, "model.moe.num_experts=4"],
-    "dense": ["experiment=dense_prenorm", *TINY],
-}
+from tests.support.models import TINY_MODELS
 
 
 def test_it_runs_and_writes_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation, "MODELS", MODELS)
+    monkeypatch.setattr(generation, "MODELS", TINY_MODELS)
     generation.main(["prompts=5,9", "batches=1,3", "num_tokens=4", "rounds=1", f"output={tmp_path}/generation.md"])
     rows = [line for line in (tmp_path / "generation.md").read_text().splitlines() if re.match(r"\| (mix|dense)", line)]
     assert [row.split("|")[2].strip() for row in rows] == ["PlacementForCausalLM"] * 4 + ["LlamaForCausalLM"] * 4
@@ -26,7 +21,7 @@ def test_it_runs_and_writes_its_table(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_both_say_the_same_and_what_differs_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    pair = generation.make_pair(MODELS["dense"], 16, "cpu")
+    pair = generation.make_pair(TINY_MODELS["dense"], 16, "cpu")
     prompts = torch.randint(generation.VOCAB_SIZE, (2, 6))
     generation.check_agreement(pair, prompts)
     assert generation.ours(pair, prompts, 5) == generation.theirs(pair, prompts, 5)

@@ -41,3 +41,11 @@ def make_module(optim: dict[str, Any] | None = None, **overrides: Any) -> Langua
 def tokens(*shape: int) -> torch.Tensor:
     """Random token ids."""
     return torch.randint(VOCAB_SIZE, shape)
+
+
+_TINY_SIZES = ["model.num_layers=1", "model.dim=16", "model.num_heads=2", "model.ffn_dim=24"]
+TINY_MODELS = {
+    "mixture": ["experiment=moe_spannorm", *_TINY_SIZES, "model.moe.num_experts=4"],
+    "dense": ["experiment=dense_prenorm", *_TINY_SIZES],
+}
+"""Overrides of models for benchmarks that measure whole ones."""

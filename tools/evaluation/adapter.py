@@ -116,10 +116,15 @@ class Adapter(TemplateLM):
         tokenizer: of its corpus; the token that ends a document stands before a text without a context.
         window: the most tokens that the model reads; of more, the last ones count.
         batch_size: sequences side by side.
+
+    Raises:
+        ConfigError: the model's attention is not causal: what it says of a token is no likelihood of it.
     """
 
     def __init__(self, model: Transformer, tokenizer: Any, window: int, batch_size: int) -> None:
         super().__init__()
+        valid = "true: without causal attention a model sees the token whose likelihood is asked for"
+        require(model.config.causal, "model.causal", model.config.causal, valid)
         self.model, self.texts, self.window, self.batch_size = model, tokenizer, window, batch_size
         self.num_computed = 0  # tokens that went through the model, copies included
 
@@ -179,6 +184,11 @@ class Adapter(TemplateLM):
 
     def _score(self, batch: list[Group], continuations: list[list[int]]) -> Iterator[tuple[float, bool]]:
         contexts = [list(context) for context, _ in batch]
+        again = sum(len(context) * (len(numbers) - 1) for context, numbers in batch)
+        if 4 * again <= sum(map(len, continuations)):
+            repeated = [list(context) for context, numbers in batch for _ in numbers]
+            yield from self._score_at_once(repeated, continuations)
+            return
         owners = [row for row, (_, numbers) in enumerate(batch) for _ in numbers]
         starts = [len(contexts[row]) for row in owners]
         length = max(start + len(tokens) for start, tokens in zip(starts, continuations, strict=True))
@@ -196,6 +206,36 @@ class Adapter(TemplateLM):
                 loglikelihood, likeliest = _judged(row, tokens[done + 1 : done + 1 + AT_ONCE])
                 results[number] = results[number][0] + loglikelihood, results[number][1] and likeliest
         yield from results
+
+    def _score_at_once(self, contexts: list[list[int]], continuations: list[list[int]]) -> Iterator[tuple[float, bool]]:
+        """Score without a cache, which is of little use to contexts with one continuation each, or to short ones.
+
+        Args:
+            contexts: of each continuation its own, in full.
+            continuations: at least one token each.
+        """
+        texts = [[*context, *tokens[:-1]] for context, tokens in zip(contexts, continuations, strict=True)]
+        width = -(-max(map(len, texts)) // ROWS) * ROWS
+        self.num_computed += len(texts) * width
+        device = self.model.embedding.weight.device
+        filled = torch.tensor([[*text, *[0] * (width - len(text))] for text in texts], device=device)
+        states, _ = self.model.states(filled)
+        scored = [
+            (row, len(context) - 1 + place, token)
+            for row, (context, tokens) in enumerate(zip(contexts, continuations, strict=True))
+            for place, token in enumerate(tokens)
+        ]
+        logs, likeliest = [], []
+        for start in range(0, len(scored), AT_ONCE):
+            part = scored[start : start + AT_ONCE]
+            rows, places, tokens = zip(*part, *part[-1:] * (-len(part) % ROWS), strict=True)
+            logits = self.model.read_out(states[list(rows), list(places)].unsqueeze(0))[0]
+            found = _log_likelihoods(logits, list(tokens))
+            logs.append(found[0][: len(part)])
+            likeliest.append(found[1][: len(part)])
+        lengths = [len(tokens) for tokens in continuations]
+        for values, hits in zip(torch.cat(logs).split(lengths), torch.cat(likeliest).split(lengths), strict=True):
+            yield float(values.double().sum()), bool(hits.all())
 
     def _feed(
         self, cache: KVCache, pieces: list[list[int]], starts: list[int], logits_to_keep: int | None = None
@@ -265,5 +305,11 @@ class Adapter(TemplateLM):
 
 def _judged(logits: torch.Tensor, tokens: list[int]) -> tuple[float, bool]:
     """Return the next tokens' log-likelihood by logits [as many or more, vocab_size], and if they are likeliest."""
-    logs, targets = logits[: len(tokens)].float().log_softmax(-1).cpu(), torch.tensor(tokens, dtype=torch.long)
-    return float(logs.gather(-1, targets[:, None]).double().sum()), bool((logs.argmax(-1) == targets).all())
+    values, hits = _log_likelihoods(logits[: len(tokens)], tokens)
+    return float(values.double().sum()), bool(hits.all())
+
+
+def _log_likelihoods(logits: torch.Tensor, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each token's log-likelihood by its row of logits [tokens, vocab_size], and whether it is the likeliest."""
+    logs, targets = logits.float().log_softmax(-1).cpu(), torch.tensor(tokens, dtype=torch.long)
+    return logs.gather(-1, targets[:, None])[:, 0], logs.argmax(-1) == targets

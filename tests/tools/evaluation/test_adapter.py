@@ -71,6 +71,27 @@ def test_whole_texts_are_read_in_windows() -> None:
         assert found == pytest.approx(expected, abs=1e-3)
 
 
+def test_logits_of_whole_texts_never_exist_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, sizes = make_adapter(batch_size=3), []
+    read_out = adapter.model.read_out
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        logits: torch.Tensor = read_out(*arguments)
+        sizes.append(logits.shape[:2].numel())
+        return logits
+
+    monkeypatch.setattr(adapter_module, "AT_ONCE", 8)
+    monkeypatch.setattr(adapter.model, "read_out", counted)
+    adapter.loglikelihood_rolling([request(text) for text in TEXTS])
+    assert set(sizes) <= {4, 8}
+    assert len(sizes) > len(TEXTS)
+
+
+def test_a_model_that_sees_what_comes_is_refused() -> None:
+    with pytest.raises(ConfigError, match="causal=False is not valid"):
+        make_adapter(causal=False)
+
+
 def test_texts_go_on_to_what_ends_them() -> None:
     adapter = make_adapter(batch_size=2)
     contexts = ["def f(x):", "a", "", "a context that is much longer than what the model can read"]
