@@ -90,6 +90,18 @@ def open_run(folder: Path, checkpoint: str = "last", allow: Collection[str] = ()
     return OpenRun(folder, config, module.eval(), open_data(config, allow), step, path)
 
 
+def open_language_run(folder: Path, checkpoint: str = "last", allow: Collection[str] = ()) -> OpenRun:
+    """Load a run as `open_run` does, of a model that predicts the next token of a text.
+
+    Raises:
+        ConfigError: as `open_run`; or the run is of another kind.
+    """
+    run = open_run(folder, checkpoint, allow)
+    predicts = hasattr(run.datamodule, "tokenizer") and run.module.model_config.causal
+    require(predicts, "RUN", str(folder), "a run whose model predicts the next token: this one's does not")
+    return run
+
+
 def open_data(config: DictConfig, allow: Collection[str] = ()) -> Any:
     """Return the DataModule of a saved configuration, which writes nowhere but where a new run does by itself.
 

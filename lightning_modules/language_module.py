@@ -84,6 +84,10 @@ class LanguageModule(TransformerModule):
         assert self.model is not None, "configure_model() comes first"
         return self.model(tokens, positions, targets=targets)
 
+    @property
+    def loss_is_chunked(self) -> bool:
+        return self.vocab_size >= LARGE_VOCABULARY
+
     def compute_loss(
         self, batch: dict[str, Tensor], sources: SourceLoss | None = None
     ) -> tuple[Tensor, list[RouterStats]]:
@@ -98,7 +102,7 @@ class LanguageModule(TransformerModule):
             (mean cross-entropy in nats per token, router statistics).
         """
         inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
-        if self.vocab_size >= LARGE_VOCABULARY:
+        if self.loss_is_chunked:
             losses, router_stats = self(inputs, batch.get("positions"), targets)
             if sources is not None:
                 sources.update(losses.by_token.view_as(targets).mean(1), batch["source"])

@@ -141,6 +141,11 @@ class TransformerModule(L.LightningModule):
         """
         raise NotImplementedError
 
+    @property
+    def loss_is_chunked(self) -> bool:
+        """Return whether training takes the loss of a part of the logits at a time."""
+        return False
+
     def compute_loss(self, batch: Batch) -> tuple[Tensor, list[RouterStats]]:
         """Return (the mean loss of a batch in nats, router statistics)."""
         raise NotImplementedError

@@ -128,9 +128,9 @@ def evaluate_tasks(run: "OpenRun", config: EvaluateConfig) -> dict[str, float]:
 def main(config: EvaluateConfig) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
-    from core.open_run import open_run
+    from core.open_run import open_language_run
 
-    run = open_run(config.run, config.checkpoint, config.allow)
+    run = open_language_run(config.run, config.checkpoint, config.allow)
     scalars = (evaluate_tasks if config.tasks else evaluate_corpora)(run, config)
     folder = within(run.folder, run.folder / "tensorboard", "remove the link")
     with writing("RUN", run.folder), SummaryWriter(folder) as writer:

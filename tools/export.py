@@ -13,7 +13,7 @@ import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from core import cli
 from core.dataclass_cli import FIRST
@@ -55,12 +55,17 @@ def export(config: ExportConfig) -> str:
     from core.open_run import open_run
     from datamodules.tokenizers import NumberTokenizer
     from lightning_modules.pretrained.families import FAMILIES
+    from lightning_modules.vision_transformer import VisionTransformer
     from tools.exporting import native, remote_code, tokenizer
 
     output = config.output
     require(not output.exists(), "output", str(output), "a new folder: this one is there already")
     run = open_run(config.run, config.checkpoint, config.allow)
     model, data = run.module.model.cpu(), run.datamodule
+    if isinstance(model, VisionTransformer):
+        return _export_images(model, run, output, getattr(torch, config.dtype))
+    valid = "a run that predicts the next token, or classifies images: transformers has no other model of its kind"
+    require(model.config.causal, "RUN", str(config.run), valid)
     end = None if isinstance(data.tokenizer, NumberTokenizer) else data.tokenizer.end_of_document
     max_length = data.seq_len
     theirs = tokenizer.to_hugging_face(data.tokenizer, max_length)
@@ -85,6 +90,21 @@ def export(config: ExportConfig) -> str:
             shutil.rmtree(output)
             raise
     return f"{output}: {what}, step {run.step}{'' if theirs else '; no tokenizer, as the data is no text'}"
+
+
+def _export_images(model: Any, run: Any, output: Path, dtype: Any) -> str:
+    """Write the folder of a classifier of images; says in a line what it holds."""
+    from tools.exporting import images
+
+    with writing("output", output):
+        output.mkdir(parents=True)
+        try:
+            images.write(model, output, run.datamodule, dtype)
+        except BaseException:
+            shutil.rmtree(output)
+            raise
+    what = "PlacementForImageClassification, by its own code (trust_remote_code=True)"
+    return f"{output}: {what}, step {run.step}"
 
 
 def _name_as_both_do(path: Path) -> None:

@@ -95,10 +95,10 @@ def harmless(text: str) -> str:
 
 @cli.tool
 def main(config: GenerateConfig) -> None:
-    from core.open_run import open_run
+    from core.open_run import open_language_run
     from datamodules.tokenizers import tokens_of
 
-    run = open_run(config.run, config.checkpoint, config.allow)
+    run = open_language_run(config.run, config.checkpoint, config.allow)
     tokenizer, window = run.datamodule.tokenizer, config.window or run.datamodule.seq_len
     prompt = tokens_of(config.prompt, tokenizer)
     if len(prompt) > window:

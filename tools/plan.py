@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from analysis.memory import peak_of_step, saved_activations
 from core import cli
-from core.build import build
+from core.build import build, of_data
 from core.dataclass_cli import OVERRIDES
 from core.errors import ConfigError, UserError, lookup, require
 from core.limits import require_at_most
@@ -37,12 +37,11 @@ from core.parallel import num_models, num_passes
 from datamodules.index import MAX_VOCABULARY
 from lightning_modules.composing import compose_run
 from lightning_modules.config import ModelConfig
-from lightning_modules.cross_entropy import LARGE_VOCABULARY
 from lightning_modules.layers.moe import MoE
 from lightning_modules.optimizers import state_sizes
 from lightning_modules.sharding import check_mesh, check_unsharded
 from lightning_modules.strategy import ShardedStrategy
-from lightning_modules.transformer import Block, Transformer
+from lightning_modules.trunk import Block, Trunk
 
 GIB = 2**30
 USABLE = 0.9
@@ -176,8 +175,7 @@ def plan(config: DictConfig, vocab_size: int | None = None) -> Plan:
     # Resolved, as the Trainer gets them: ${on_gpu:...} is no precision.
     check_arguments("trainer", L.Trainer, {name: config.trainer[name] for name in CHECKED if name in config.trainer})
     datamodule: Any = build(config, "data")
-    tokens = vocab_size or _vocab_size(datamodule)
-    module: Any = build(config, "module", vocab_size=tokens)
+    module: Any = build(config, "module", **of_data(config, partial(_of, datamodule, vocab_size), "data"))
     model: ModelConfig = module.model_config
     name, mesh = precision_name(config), find_mesh(config)
     precision = lookup("trainer.precision", name, PRECISIONS)
@@ -186,25 +184,25 @@ def plan(config: DictConfig, vocab_size: int | None = None) -> Plan:
         check_mesh(model, mesh.data, mesh.tensor)
     else:
         check_unsharded(model)
-    with torch.device("meta"):
-        weightless = Transformer(model, module.vocab_size)
+    weightless = module.weightless()
+    positions = weightless.count(weightless.example(1, getattr(datamodule, "seq_len", 1))).positions
 
     size = precision.weights.itemsize
     held, (total, active) = num_held(weightless, mesh) * size, module.num_parameters
     every = model.activation_checkpoint_every if model.activation_checkpointing else None
     model = replace(model, compile=False)
-    batch = (datamodule.batch_size // mesh.data // passes, datamodule.seq_len, module.vocab_size >= LARGE_VOCABULARY)
+    batch = (datamodule.batch_size // mesh.data // passes, positions, module.loss_is_chunked)
 
     def activations(cut: int) -> int:
         plain = replace(model, activation_checkpointing=False)
-        build = partial(Transformer, plain, module.vocab_size)
+        build = partial(module.make_model, plain)
         return saved_activations(build, *batch, cut, precision.autocast, precision.weights).total(every)
 
     kept = activations(mesh.tensor)
     # Where matrices are cut, what is sent between processes is not traced; all gradients, for their part, are counted.
     accumulated = passes * config.trainer.accumulate_grad_batches > 1 or mesh.tensor > 1
     peak = peak_of_step(
-        partial(Transformer, model, module.vocab_size),
+        partial(module.make_model, model),
         *batch,
         precision.autocast,
         precision.weights,
@@ -226,8 +224,8 @@ def plan(config: DictConfig, vocab_size: int | None = None) -> Plan:
         activations=kept,
         peak=peak,
         gathered=gathered_bytes(weightless, mesh, size),
-        flops_per_token=weightless.flops_per_token(datamodule.seq_len),
-        tokens=config.trainer.max_steps * sequences * datamodule.seq_len,
+        flops_per_token=weightless.flops_per_token(positions),
+        tokens=config.trainer.max_steps * sequences * positions,
         mesh=mesh,
         precision=name,
         compiled=module.model_config.compile,
@@ -253,13 +251,15 @@ def largest_micro_batch(config: DictConfig, device_gb: float, vocab_size: int | 
     return None
 
 
-def _vocab_size(datamodule: Any) -> int:
+def _of(datamodule: Any, vocab_size: int | None, name: str) -> Any:
+    """Return what the module takes of the data by this name; of a corpus that is not here, what was given instead."""
+    if name != "vocab_size":
+        return getattr(datamodule, name, None)
     try:
-        size: int = datamodule.vocab_size
+        return vocab_size or getattr(datamodule, name, None)
     except UserError as error:
         valid = f"the size of the vocabulary that the data will have, as they are not here ({error})"
         raise ConfigError("assumed_vocab_size", None, valid) from error
-    return size
 
 
 def precision_name(config: DictConfig) -> str:
@@ -289,14 +289,14 @@ def find_mesh(config: DictConfig) -> Mesh:
     return Mesh(world, 1, sharded=False, reduced=strategy is not None or world > 1)
 
 
-def num_held(model: Transformer, mesh: Mesh) -> int:
+def num_held(model: Trunk, mesh: Mesh) -> int:
     """Return how many parameters of a weightless model a process keeps."""
     cut = sum(num_cut(block) for block in model.blocks if isinstance(block, Block))
     whole = model.num_parameters()[0] - cut
     return (whole + cut // mesh.tensor) // (mesh.data if mesh.sharded else 1)
 
 
-def num_kept(model: Transformer, sizes: Mapping[Tensor, int], mesh: Mesh) -> int:
+def num_kept(model: Trunk, sizes: Mapping[Tensor, int], mesh: Mesh) -> int:
     """Return how many numbers the optimizer of a weightless model keeps in a process, of `state_sizes` in all."""
     cut = sum(
         sizes.get(weight, 0) for block in model.blocks if isinstance(block, Block) for weight in cut_weights(block)
@@ -304,7 +304,7 @@ def num_kept(model: Transformer, sizes: Mapping[Tensor, int], mesh: Mesh) -> int
     return (sum(sizes.values()) - cut + cut // mesh.tensor) // (mesh.data if mesh.sharded else 1)
 
 
-def gathered_bytes(model: Transformer, mesh: Mesh, size: int) -> int:
+def gathered_bytes(model: Trunk, mesh: Mesh, size: int) -> int:
     """Return how many bytes of weights and gradients a process has beyond its own for a time.
 
     They are embedding and head, the weights of two blocks, and the gradients of one.
@@ -321,7 +321,7 @@ def gathered_bytes(model: Transformer, mesh: Mesh, size: int) -> int:
     return size * rest + max(blocks) * (2 * (2 if mesh.halved else size) + size)
 
 
-def num_of_block(block: Block, model: Transformer, mesh: Mesh) -> int:
+def num_of_block(block: Block, model: Trunk, mesh: Mesh) -> int:
     """Return how many parameters are gathered for a block: experts that are shared out stay where they are."""
     cut = num_cut(block)
     total = sum(p.numel() for p in block.parameters()) - cut + cut // mesh.tensor

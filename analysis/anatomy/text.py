@@ -119,6 +119,8 @@ def held_out(datamodule: Any, num_tokens: int, batch_size: int | None = None, fi
         ConfigError: there is no sequence, or a size is less than 1.
     """
     require(num_tokens >= 1, "tokens", num_tokens, "an integer >= 1")
+    kind = type(datamodule).__name__
+    require(hasattr(datamodule, "tokenizer"), "data._target_", kind, "data of text, which the instruments read")
     batch_size = datamodule.batch_size if batch_size is None else batch_size
     require(batch_size >= 1, "batch_size", batch_size, "an integer >= 1")
     most = datamodule.num_val_samples

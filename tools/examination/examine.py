@@ -15,7 +15,7 @@ from analysis.anatomy.measure import Comparison, Instrument, Measure, require_fi
 from analysis.anatomy.registry import COMPARISONS, INSTRUMENTS, MEASURES, outcomes
 from analysis.anatomy.text import Batch, Text, held_out
 from core.errors import ConfigError, require, suggest
-from core.open_run import OpenRun, open_run
+from core.open_run import OpenRun, open_language_run
 from datamodules.samples import positions
 
 FITTING = 4
@@ -98,7 +98,7 @@ def examine(chosen: Chosen) -> tuple[Text, list[Examined]]:
         ConfigError: a run cannot be opened, its tokens are not the first one's, or there is no text.
     """
     checkpoints = chosen.checkpoints * len(chosen.runs) if len(chosen.checkpoints) == 1 else chosen.checkpoints
-    first = open_run(chosen.runs[0], checkpoints[0], chosen.allow)
+    first = open_language_run(chosen.runs[0], checkpoints[0], chosen.allow)
     length, needed = _wants(first, chosen)
     # All are opened before any is measured: a refusal after that loses what was found.
     for folder, checkpoint in zip(chosen.runs[1:], checkpoints[1:], strict=True):
@@ -110,7 +110,7 @@ def examine(chosen: Chosen) -> tuple[Text, list[Examined]]:
         require_fitting(name, count, sum(len(batch.inputs) for batch in text.fitting), chosen.tokens)
     examined = []
     for number, (folder, checkpoint) in enumerate(zip(chosen.runs, checkpoints, strict=True)):
-        run = first if number == 0 else open_run(folder, checkpoint, chosen.allow)
+        run = first if number == 0 else open_language_run(folder, checkpoint, chosen.allow)
         examined.append(_examine(run, first if number else None, text, chosen))
     return text, examined
 
@@ -124,7 +124,7 @@ def _wants(run: OpenRun, chosen: Chosen) -> tuple[int, dict[str, int]]:
 
 def _wants_beside(first: OpenRun, folder: Path, checkpoint: str, chosen: Chosen) -> tuple[int, dict[str, int]]:
     """Return the same of another run, which is opened and let go again."""
-    other = open_run(folder, checkpoint, chosen.allow)
+    other = open_language_run(folder, checkpoint, chosen.allow)
     ours, theirs = first.datamodule.tokenizer, other.datamodule.tokenizer
     same = getattr(ours, "content", ours.name) == getattr(theirs, "content", theirs.name)
     same = same and first.datamodule.vocab_size == other.datamodule.vocab_size

@@ -5,15 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from lightning_modules.transformer import Transformer
+from lightning_modules.trunk import Trunk
 
 
-def sizes_of(model: Transformer) -> dict[str, Any]:
+def sizes_of(model: Trunk) -> dict[str, Any]:
     """Return a model's sizes by the names that transformers has for them."""
     config = model.config
+    known = {"vocab_size": model.embedding.num_embeddings} if isinstance(model.embedding, nn.Embedding) else {}
     return {
-        "vocab_size": model.embedding.num_embeddings,
+        **known,
         "hidden_size": config.dim,
         "intermediate_size": config.hidden_dim,
         "num_hidden_layers": config.num_layers,

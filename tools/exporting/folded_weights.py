@@ -2,11 +2,11 @@
 
 from torch import Tensor
 
-from lightning_modules.transformer import Transformer
+from lightning_modules.trunk import Trunk
 from spannorm.initialization import OUTPUTS
 
 
-def folded_weights(model: Transformer) -> dict[str, Tensor]:
+def folded_weights(model: Trunk) -> dict[str, Tensor]:
     """Return the model's tensors by name, the factor on branches multiplied into the matrices that end them."""
     tensors = model.state_dict()
     if model.branch_multiplier == 1:

@@ -10,7 +10,7 @@ import importlib.util
 import re
 import sysconfig
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,12 +53,12 @@ class _Statement(NamedTuple):
     others: list[str]
 
 
-def collect(entry: str, source: str | None = None) -> dict[str, str]:
+def collect(entry: str, replaced: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return {file name without .py: source} of a module and of all that it needs.
 
     Args:
         entry: dotted name of the module.
-        source: what is taken for the module's source; None reads it.
+        replaced: {dotted name of a module: what is taken for its source}; all others are read.
 
     Raises:
         UserError: a source has an import that cannot be made relative; says which line, and what to write instead.
@@ -70,7 +70,7 @@ def collect(entry: str, source: str | None = None) -> dict[str, str]:
         module = waiting.pop()
         if module in sources or module == LIBRARY:
             continue
-        sources[module] = source if module == entry and source is not None else _read(module)
+        sources[module] = (replaced or {}).get(module) or _read(module)
         aliases = [alias for statement in _imports(module, sources[module]) for alias in statement.aliases]
         needed.update(module for alias in aliases for module in alias.needs)
         waiting += sorted({alias.module for alias in aliases})

@@ -13,6 +13,7 @@ from torch import Tensor
 from core.atomic_write import save_tensors
 from lightning_modules.config import ModelConfig
 from lightning_modules.transformer import Transformer
+from lightning_modules.trunk import Trunk
 from spannorm import PLACEMENTS
 from spannorm.import_path import is_import_path
 from tools.exporting import own_files
@@ -66,7 +67,7 @@ def write(
         (folder / f"{name}.py").write_text(text, "utf-8")
 
 
-def configuration(model: Transformer) -> dict[str, Any]:
+def configuration(model: Trunk) -> dict[str, Any]:
     """Return the arguments of PlacementConfig that describe a model."""
     config, moe = model.config, model.config.moe
     described: dict[str, Any] = {
@@ -106,7 +107,7 @@ def configuration(model: Transformer) -> dict[str, Any]:
     }
 
 
-def weights(model: Transformer, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def weights(model: Trunk, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Return the weights by the names that they have in PlacementForCausalLM, constants of placements among them.
 
     Args:
@@ -119,11 +120,15 @@ def weights(model: Transformer, dtype: torch.dtype | None = None) -> dict[str, T
     return {f"model.{name}": tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def sources(config: ModelConfig) -> dict[str, str]:
+def sources(config: ModelConfig, entry: str = MODELING) -> dict[str, str]:
     """Return {file name without .py: source} of the modeling file and whatever it needs of this project and the user.
 
     Of all placements there is the one. A placement and a norm kind by import path come along with their files and what
     these import of the user's own; what is installed has to be installed there as well.
+
+    Args:
+        config: of the blocks.
+        entry: the module that transformers is told of.
 
     Raises:
         UserError: the user's file has an import that cannot be exported; says which, and what to write instead.
@@ -144,13 +149,14 @@ def sources(config: ModelConfig) -> dict[str, str]:
         own.append(_import(config.norm, "OwnNorm"))
         lines.append(f'NORMS["{config.norm}"] = OwnNorm')
     imports = [*sorted(own), f"from {LIBRARY} import {', '.join(sort_names(library))}"]
-    files = own_files.collect(MODELING, source.replace(IMPORT, "\n".join([*imports, "", *lines, ""])))
+    replaced = {MODELING: source.replace(IMPORT, "\n".join([*imports, "", *lines, ""]))}
+    files, file = own_files.collect(entry, replaced), entry.rpartition(".")[2]
     # Of a local folder, transformers 4 takes only the files that the modeling file itself names.
-    named = {line.split()[1].removeprefix(".") for line in files[FILE].splitlines() if line.startswith("from .")}
-    others = sorted(files.keys() - named - {FILE})
+    named = {line.split()[1].removeprefix(".") for line in files[file].splitlines() if line.startswith("from .")}
+    others = sorted(files.keys() - named - {file})
     if others:
         reason = "# transformers brings along only the files that are named here."
-        files[FILE] += (
+        files[file] += (
             "\n\n".join(["", reason]) + "".join(f"\nfrom .{name} import __name__ as _" for name in others) + "\n"
         )
     return files

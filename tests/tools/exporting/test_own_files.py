@@ -126,9 +126,10 @@ def test_two_modules_of_one_flat_name_get_two_files(home: Path) -> None:
 
 
 def test_the_exports_own_names_are_not_taken(home: Path) -> None:
+    entry = "tools.exporting.modeling_placement"
     (home / "modeling_placement.py").write_text("ONE = 1\n")
     try:
-        flat = collect("tools.exporting.modeling_placement", "from modeling_placement import ONE\n")
+        flat = collect(entry, {entry: "from modeling_placement import ONE\n"})
     finally:
         (home / "modeling_placement.py").unlink()
     assert flat == {

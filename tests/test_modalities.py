@@ -1,0 +1,123 @@
+"""What was made for language works for images as it is: monitors, policies, tools; what is language's own says so."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from core.errors import ConfigError
+from core.open_run import open_run
+from lightning_modules.vision_module import VisionModule
+from tests.support.runs import events, load, scalars, tiny_job, train
+from tools import evaluate, generate, plan, propagation, replay
+from tools.examination.examine import Chosen, examine
+
+IMAGES = "experiment=vision_spannorm"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture on digits, with every monitor on."""
+    folder = tmp_path_factory.mktemp("images")
+    monitors = ["+callbacks=curvature", "callbacks.curvature.iterations=2", "trainer.accumulate_grad_batches=2"]
+    job = tiny_job(IMAGES, "model.ffn=moe", "trainer.max_steps=3", "trainer.val_check_interval=2", *monitors)
+    finished = train(folder, *job, "model.placement=siamesenorm", "run_dir=run")
+    assert finished.code == 0, finished.err
+    assert "Logistic regression on the pixels: 96.39% of the validation images" in finished.out
+    assert "Accuracy " in finished.out
+    return folder / "run"
+
+
+def test_monitors_log_what_they_log_of_language(run: Path) -> None:
+    tags = set(events(run).Tags()["scalars"])
+    expected = {
+        "train/loss",
+        "val/loss",
+        "val/accuracy",
+        "val/calibration_error",
+        "train/tokens",
+        "curvature/top_eigenvalue",
+        "moe/max_load",
+        *(f"signal/block_1/{figure}" for figure in ("variance", "attn_entropy", "attn_logit_max")),
+        *(f"representation/block_2/{figure}" for figure in ("token_cosine", "effective_rank")),
+        "gradients/block_1/attn_in",
+        "updates/block_1/attn_in",
+        "gradients/first_over_last",
+    }
+    assert expected <= tags
+    assert not any("theory" in tag or "perplexity" in tag for tag in tags)
+    positions = 17  # 16 patches and a class token
+    assert list(scalars(run, "train/tokens").values()) == [2 * 4 * positions * step for step in (1, 2, 3)]
+    entropies = scalars(run, "signal/block_1/attn_entropy").values()
+    assert all(0.5 < entropy <= 1 + 1e-6 for entropy in entropies), "every query sees all keys"
+    assert all(math.isfinite(value) for tag in tags for value in scalars(run, tag).values())
+
+
+def test_the_summary_has_the_classes_frequencies_beside_the_loss(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["unigram_loss"] == pytest.approx(math.log(10), abs=0.05)
+    assert summary["val_loss"] < 4
+
+
+def test_a_run_of_images_is_opened_by_its_folder(run: Path) -> None:
+    opened = open_run(run)
+    assert isinstance(opened.module, VisionModule)
+    batch = next(iter(opened.datamodule.val_dataloader()))
+    with torch.no_grad():
+        assert opened.module(batch["images"])[0].shape == (4, 10)
+
+
+@pytest.mark.parametrize("policy", ["skip", "zclip", "adagc", "rollback", "stop"])
+def test_every_policy_steers_a_run_of_images(policy: str, tmp_path: Path) -> None:
+    job = tiny_job(IMAGES, f"callbacks.divergence.policy={policy}", "callbacks.last_checkpoint.every_n_train_steps=1")
+    finished = train(tmp_path, *job, "run_dir=run")
+    assert finished.code == 0, finished.err
+    assert load(tmp_path / "run/checkpoints/last.ckpt")["global_step"] == 2
+
+
+def test_a_step_of_images_comes_out_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = tiny_job(IMAGES, "trainer.max_steps=40", "trainer.val_check_interval=40", "callbacks.last_checkpoint=null")
+    train(tmp_path, *job, "callbacks.divergence.loss_threshold=0.5", "optim.lr=0.3", "run_dir=run")
+    assert list((tmp_path / "run/flight_recorder").iterdir()), "the loss has jumped"
+    capsys.readouterr()
+    replay.main([str(tmp_path / "run")])
+    assert capsys.readouterr().out.endswith(": the same.\n")
+
+
+def test_propagation_measures_a_model_of_images(tmp_path: Path) -> None:
+    result = propagation.report([IMAGES, "model.num_layers=3", "module.positions=rope"])
+    assert result.predictions is None
+    assert len(result.signals) == 3
+    assert all(signal.variance > 0 and signal.hidden_gradient > 0 for signal in result.signals)
+    assert result.signals[0].effective_rank > 20, "of 65 positions"
+
+
+def test_a_plan_counts_images() -> None:
+    config = plan.compose_config([IMAGES, "trainer.accelerator=cpu", "data.batch_size=6", "trainer.max_steps=10"])
+    planned = plan.plan(config)
+    assert planned.tokens == 10 * 6 * 17
+    model: Any = OmegaConf.to_container(config.model)
+    assert planned.parameters == VisionModule(model, {}, 8, 1, 10, patch_size=2).num_parameters[0]
+    assert planned.peak > 0
+
+
+def test_what_needs_a_text_says_so(run: Path) -> None:
+    valid = r"RUN=.* expected a run whose model predicts the next token"
+    with pytest.raises(ConfigError, match=valid):
+        examine(Chosen((run,), ("layer_drop",)))
+    for main, arguments in ((generate.main, ["prompt=x"]), (evaluate.main, [])):
+        with pytest.raises(ConfigError, match=valid):
+            main([str(run), *arguments])
+
+
+def test_language_and_images_are_not_mixed_up(tmp_path: Path) -> None:
+    refused = train(tmp_path, *tiny_job("module=vision", "model.causal=false"))
+    assert refused.code == 2
+    assert "one that goes with the data: PythonStdlib has no image_size" in refused.err
+    refused = train(tmp_path, "data=digits", "data.batch_size=4")
+    assert refused.code == 2
+    assert "one that goes with the data: Digits has no vocab_size" in refused.err
