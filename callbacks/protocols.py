@@ -21,7 +21,10 @@ class HasCharts(Protocol):
 
 @runtime_checkable
 class ChoosesScalars(Protocol):
-    """Is shown what monitors measure of each block, and chooses what the loggers get of it."""
+    """Is shown what monitors and routers measure of each block, and chooses what the loggers get of it.
+
+    Asked by core.chosen_scalars.
+    """
 
     def choose_scalars(self, values: Mapping[str, float], step: int) -> Mapping[str, float]:
         """Return what is to be written; called in every process, with the optimizer step counted from 1."""

@@ -5,14 +5,13 @@ import re
 import statistics
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.compat.proto.summary_pb2 import Summary
 
-from callbacks.protocols import ChoosesScalars
+from core.chosen_scalars import choose_scalars
 
 MAX_BLOCKS = 16
 """At most so many blocks are written, or TensorBoard's page and the step's time would be deep models' curves."""
@@ -20,8 +19,11 @@ MAX_BLOCKS = 16
 
 @lru_cache(maxsize=1 << 14)  # the same names come at every logged step
 def of_block(name: str) -> tuple[str, int, str] | None:
-    """Return (prefix, number, figure) of a tag PREFIX/block_NUMBER/FIGURE; None: it is no figure of one block."""
-    parts = re.fullmatch(r"(.+)/block_(\d+)/(.+)", name)
+    """Return (prefix, number, figure) of a tag PREFIX_NUMBER/FIGURE; None: it is no figure of one block.
+
+    The prefix ends in `/block`, or in `/layer` as routers' does: `signal/block_3/variance`, `moe/layer_3/entropy`.
+    """
+    parts = re.fullmatch(r"(.+/(?:block|layer))_(\d+)/(.+)", name)
     return (parts[1], int(parts[2]), parts[3]) if parts else None
 
 
@@ -42,11 +44,7 @@ def write_scalars(trainer: L.Trainer, values: Mapping[str, float], step: int) ->
         return
     metrics = torch.tensor(list(values.values()), dtype=torch.float64).unbind()
     trainer.callback_metrics.update(zip(values, metrics, strict=True))
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    for callback in callbacks:
-        if hasattr(callback, "choose_scalars"):  # isinstance of a protocol takes ten times as long
-            choosing: ChoosesScalars = callback
-            values = choosing.choose_scalars(values, step)
+    values = choose_scalars(trainer, values, step)
     if not trainer.is_global_zero:
         return
     values = _of_few_blocks(values)
@@ -69,9 +67,9 @@ def written_blocks(numbers: Iterable[int]) -> set[int]:
 def ends_and_worst(values: Mapping[str, float]) -> dict[str, float]:
     """Return of each figure that more than three blocks have the first's, the last's and the worst one's; else all.
 
-    The worst is called PREFIX/block_worst/FIGURE: one that is no finite number, or the largest of a maximum, or else
-    the one farthest from the blocks' median, by ratio where all are positive. What a part of a block has by itself
-    (attn/from_3) is not the same thing in each block, and has no worst.
+    The worst is called PREFIX_worst/FIGURE, as signal/block_worst/variance: one that is no finite number, or the
+    largest of a maximum, or else the one farthest from the blocks' median, by ratio where all are positive. What a part
+    of a block has by itself (attn/from_3) is not the same thing in each block, and has no worst.
     """
     kept, numbers = dict(values), _by_prefix(values)
     for (prefix, figure), by_block in _by_figure(values).items():
@@ -80,9 +78,9 @@ def ends_and_worst(values: Mapping[str, float]) -> dict[str, float]:
         if len(ends) <= 3:
             continue
         for block in by_block.keys() - {min(ends), max(ends)}:
-            del kept[f"{prefix}/block_{block}/{figure}"]
+            del kept[f"{prefix}_{block}/{figure}"]
         if not of_part:
-            kept[f"{prefix}/block_worst/{figure}"] = _worst(list(by_block.values()), figure)
+            kept[f"{prefix}_worst/{figure}"] = _worst(list(by_block.values()), figure)
     return kept
 
 
@@ -103,7 +101,7 @@ def _of_few_blocks(values: Mapping[str, float]) -> dict[str, float]:
     kept, numbers = dict(values), _by_prefix(values)
     for (prefix, figure), by_block in _by_figure(values).items():
         for block in by_block.keys() - written_blocks(numbers[prefix]):
-            del kept[f"{prefix}/block_{block}/{figure}"]
+            del kept[f"{prefix}_{block}/{figure}"]
     return kept
 
 

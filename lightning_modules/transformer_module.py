@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, Call
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
+from core.chosen_scalars import choose_scalars
 from core.compat import (
     allow_graphs,
     batch_in_epoch,
@@ -390,7 +391,11 @@ class TransformerModule(L.LightningModule):
         """Log what the whole step has routed, in one transfer: loggers would fetch each scalar by itself."""
         if self._router_tally is not None:
             assert self.model is not None
-            self.log_dict(router_health(self._router_tally.cpu(), list(self.model.mixtures())))
+            health = router_health(self._router_tally.cpu(), list(self.model.mixtures()))
+            values = torch.stack(list(health.values())).tolist()
+            chosen = choose_scalars(self.trainer, dict(zip(health, values, strict=True)), self.trainer.global_step)
+            self.log_dict({name: health.get(name, value) for name, value in chosen.items()})
+            self.log_dict({name: value for name, value in health.items() if name not in chosen}, logger=False)
 
     def on_after_backward(self) -> None:
         """Note the gradient's norm now: callbacks may clip it before the optimizer's own hook comes to it."""

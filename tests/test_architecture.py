@@ -44,7 +44,6 @@ MAY_IMPORT = {
     "datamodules": {"core"},
     "callbacks": {"core"},
     **{f"callbacks.{shared}": {"core"} for shared in SHARED},
-    "callbacks.scalars": {"core", "callbacks.protocols"},
     # No group knows another: what one asks of another stands in callbacks.protocols.
     **{f"callbacks.{group}": {"core", *(f"callbacks.{shared}" for shared in SHARED)} for group in GROUPS},
     # Which measures and predicts what monitors watch, in any model of blocks.

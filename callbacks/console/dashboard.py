@@ -71,7 +71,7 @@ def router_charts(pl_module: L.LightningModule) -> dict[str, dict[str, str]]:
     model: Any = pl_module.model
     if not model.mixtures():
         return {}
-    return {"router": {figure.replace("_", " "): rf"^moe/layer_\d+/{figure}$" for figure in ROUTER_FIGURES}}
+    return {"router": {figure.replace("_", " "): rf"^moe/layer_(\d+|worst)/{figure}$" for figure in ROUTER_FIGURES}}
 
 
 def run_table(trainer: L.Trainer, run_dir: str | None) -> str:

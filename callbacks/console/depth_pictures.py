@@ -1,9 +1,7 @@
 """Shows over depth and time what monitors measure of each block, as pictures in the place of most of the scalars."""
 
 import io
-import re
-from collections.abc import Callable, Mapping
-from functools import lru_cache
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import lightning as L
@@ -16,7 +14,6 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from callbacks.console.heat_map import MAX_COLUMNS, History, draw
 from callbacks.scalars import ends_and_worst, of_block
 from core.errors import require
-from core.steps import completes_step, is_logged
 
 MAX_PANELS = 12
 """Of one picture: those that were measured first."""
@@ -53,19 +50,14 @@ class DepthPictures(L.Callback):
         require(blocks in ("ends", "all"), "callbacks.depth_pictures.blocks", blocks, "ends or all")
         self.blocks = blocks
         self._histories: dict[str, dict[str, History]] = {}  # by prefix and figure
-        self._routed = 0  # step of which the routers' figures wait to be taken in; 0: none
 
     def choose_scalars(self, values: Mapping[str, float], step: int) -> Mapping[str, float]:
         """Take in what a monitor has measured, and return what the loggers get: callbacks.protocols.ChoosesScalars."""
-        self._take(values, step, of_block)
-        return ends_and_worst(values) if self.blocks == "ends" else values
-
-    def _take(self, values: Mapping[str, Any], step: int, parse: Callable[[str], tuple[str, int, str] | None]) -> None:
         found: dict[tuple[str, str], dict[int, float]] = {}
         for name, value in values.items():
-            prefix, block, figure = parse(name) or ("", 0, "")
+            prefix, block, figure = of_block(name) or ("", 0, "")
             if block and "/" not in figure and not figure.endswith(WITHOUT_PANEL):
-                found.setdefault((prefix, figure), {})[block] = float(value)
+                found.setdefault((prefix.rpartition("/")[0], figure), {})[block] = value
         for (prefix, figure), by_block in found.items():
             figures, blocks = self._histories.setdefault(prefix, {}), sorted(by_block)
             if len(blocks) < 2:  # nothing over depth
@@ -74,26 +66,7 @@ class DepthPictures(L.Callback):
                 figures[figure] = History(blocks)
             if figure in figures and figures[figure].blocks == blocks:
                 figures[figure].add(step, [by_block[block] for block in blocks])
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if completes_step(trainer, batch_idx) and is_logged(trainer, trainer.global_step):
-            self._routed = trainer.global_step  # which LanguageModule logs behind the callbacks
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self._take_routers(trainer)
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self._take_routers(trainer)
-
-    def _take_routers(self, trainer: L.Trainer) -> None:
-        if self._routed:
-            self._take(trainer.logged_metrics, self._routed, _of_layer)
-            self._routed = 0
+        return ends_and_worst(values) if self.blocks == "ends" else values
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking or not trainer.is_global_zero or trainer.state.fn != "fit":
@@ -131,13 +104,6 @@ def _as_value(tag: str, picture: Image.Image) -> Summary.Value:
     picture.save(content, "PNG", compress_level=3)  # add_image's takes twice the time, for a fifth of the bytes
     size = {"width": picture.width, "height": picture.height, "colorspace": 3}
     return Summary.Value(tag=tag, image=Summary.Image(encoded_image_string=content.getvalue(), **size))
-
-
-@lru_cache(maxsize=1 << 14)
-def _of_layer(name: str) -> tuple[str, int, str] | None:
-    """Return (prefix, number, figure) of a router's tag, as callbacks.scalars.of_block does."""
-    parts = re.fullmatch(r"(moe)/layer_(\d+)/(.+)", name)
-    return (parts[1], int(parts[2]), parts[3]) if parts else None
 
 
 def _history_of(kept: Any) -> History | None:

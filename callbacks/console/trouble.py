@@ -8,7 +8,6 @@ import lightning as L
 
 from callbacks.scalars import of_block
 from core.run_folder import is_main_process
-from core.steps import completes_step, is_logged
 
 DEAD_EXPERTS, LASTING = "moe/dead_experts", 5
 
@@ -53,25 +52,19 @@ class Trouble(L.Callback):
         found: dict[str, tuple[float, int, float]] = {}  # how far out, block, value
         for name, value in values.items():
             prefix, block, figure = of_block(name) or ("", 0, "")
-            limit = LIMITS.get(key := f"{prefix}/{figure}")
+            limit = LIMITS.get(key := f"{prefix.removesuffix('/block')}/{figure}")
             if limit is not None and not limit.below <= value <= limit.above:
                 out = max(limit.below - value, value - limit.above) if math.isfinite(value) else math.inf
                 found[key] = max(found.get(key, (-1.0, 0, 0.0)), (out, block, value))
         for key, (_, block, value) in found.items():
             self._say(key, f"step {step}: {LIMITS[key].words}: {key} is {value:.3g} in block {block}")
+        if DEAD_EXPERTS in values:
+            dead = int(values[DEAD_EXPERTS])
+            self._dead = self._dead + 1 if dead else 0
+            if self._dead >= LASTING:
+                line = f"step {step}: {dead} experts got no token in {LASTING} logged steps in a row"
+                self._say(DEAD_EXPERTS, f"{line}; depth/moe in TensorBoard's images shows in which layers")
         return values
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if not (completes_step(trainer, batch_idx) and is_logged(trainer, trainer.global_step)):
-            return
-        # LanguageModule logs it behind the callbacks: this is the logged step before.
-        dead = int(trainer.logged_metrics.get(DEAD_EXPERTS, 0))
-        self._dead = self._dead + 1 if dead else 0
-        if self._dead >= LASTING:
-            line = f"step {trainer.global_step}: {dead} experts got no token in {LASTING} logged steps in a row"
-            self._say(DEAD_EXPERTS, f"{line}; depth/moe in TensorBoard's images shows in which layers")
 
     def _say(self, key: str, line: str) -> None:
         if key not in self._said and is_main_process():

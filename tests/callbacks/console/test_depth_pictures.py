@@ -77,20 +77,24 @@ def test_the_ends_and_the_worst_block_are_left_as_scalars(whole: tuple[Path, Any
     few, all_tags = (set(events(folder).Tags()["scalars"]) for folder in (whole[0], every_block))
     blocks = {
         f"{prefix}/{figure}": {tag.split("/")[1] for tag in few if tag.split("/")[::2] == [prefix, figure]}
-        for prefix, figure in (("gradients", "all"), ("updates", "router"), ("signal", "variance"))
+        for prefix, figure in (("gradients", "all"), ("updates", "router"), ("signal", "variance"), ("moe", "entropy"))
     }
+    assert {tag.replace("layer", "block") for tag in blocks.pop("moe/entropy")} == {"block_1", "block_5", "block_worst"}
     assert set(map(frozenset, blocks.values())) == {frozenset({"block_1", "block_5", "block_worst"})}
     assert {f"gradients/block_{n}/all" for n in range(1, BLOCKS + 1)} <= all_tags
     assert not any("worst" in tag for tag in all_tags)
     assert len(few) < len(all_tags) - 30
-    assert {tag for tag in all_tags if "block_" not in tag} == {tag for tag in few if "block_" not in tag}
-    for tag in ("train/loss", "val/loss", "gradients/block_5/all", "signal/block_1/max"):
+    others = [{tag for tag in tags if "block_" not in tag and "layer_" not in tag} for tags in (few, all_tags)]
+    assert others[0] == others[1]
+    for tag in ("train/loss", "val/loss", "gradients/block_5/all", "signal/block_1/max", "moe/layer_5/entropy"):
         assert scalars(whole[0], tag) == scalars(every_block, tag), "the curves are the same"
 
 
 def test_other_callbacks_see_every_block(whole: tuple[Path, list[dict[str, float]]], every_block: Path) -> None:
     values = list(scalars(every_block, "gradients/block_3/all").values())
     assert [step["gradients/block_3/all"] for step in whole[1]] == pytest.approx(values, rel=1e-6)
+    routed = list(scalars(every_block, "moe/layer_3/entropy").values())  # logged behind the callbacks
+    assert [step["moe/layer_3/entropy"] for step in whole[1][1:]] == pytest.approx(routed[:-1], rel=1e-6)
 
 
 def test_the_worst_is_the_one_that_stands_out(whole: tuple[Path, Any], every_block: Path) -> None:
