@@ -30,7 +30,7 @@ class Dashboard(L.Callback):
     |---|---|
     | the layout of the tab Custom Scalars | first an overview: loss, rate, gradient norm, speed; then the charts of |
     | | every callback that has some: callbacks.protocols.HasCharts |
-    | run (text) | what the run is: settings of its command line, length, corpus, where it comes from; in Markdown |
+    | about (text) | what the run is: settings of its command line, length, corpus, where it comes from; in Markdown |
     | model (text) | parameters by block and kind, in Markdown |
 
     A resumed run that goes on in its folder has both texts already.
@@ -61,7 +61,7 @@ class Dashboard(L.Callback):
                 logger.experiment.add_custom_scalars(layout)
                 folder = str(Path(logger.log_dir).absolute())
                 if folder != self._described:
-                    logger.experiment.add_text("run", run_table(trainer, self.run_dir), trainer.global_step)
+                    logger.experiment.add_text("about", run_list(trainer, self.run_dir), trainer.global_step)
                     logger.experiment.add_text("model", model_table(pl_module), trainer.global_step)
                     self._described = folder
 
@@ -74,8 +74,8 @@ def router_charts(pl_module: L.LightningModule) -> dict[str, dict[str, str]]:
     return {"router": {figure.replace("_", " "): rf"^moe/layer_(\d+|worst)/{figure}$" for figure in ROUTER_FIGURES}}
 
 
-def run_table(trainer: L.Trainer, run_dir: str | None) -> str:
-    """Return Markdown: a row for each setting of the run's command line, its length, and where it comes from."""
+def run_list(trainer: L.Trainer, run_dir: str | None) -> str:
+    """Return Markdown: what the run's command line asked for, its length, and where it comes from; an item each."""
     datamodule: Any = getattr(trainer, "datamodule", None)
     try:
         overrides = read_overrides(Path(run_dir)) if run_dir is not None else []
@@ -87,8 +87,11 @@ def run_table(trainer: L.Trainer, run_dir: str | None) -> str:
         rows["length"] = f"{trainer.max_steps:,} steps" + (f" of {per_step:,} tokens" if per_step else "")
     corpus = getattr(datamodule, "stream_identity", {}).get("corpus")
     rows |= {name: str(v) for name, v in origin(device_of(trainer), corpus).items() if v is not None}
-    cells = ((name, value.replace("|", r"\|").replace("`", "'")) for name, value in rows.items())
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | `{value}` |" for name, value in cells)])
+    return "\n".join(f"- **{name}** `{_quoted(value)}`" for name, value in rows.items())
+
+
+def _quoted(value: str) -> str:
+    return value.replace("`", "'")
 
 
 def model_table(pl_module: L.LightningModule) -> str:

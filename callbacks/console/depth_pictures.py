@@ -30,7 +30,7 @@ class DepthPictures(L.Callback):
 
     | tag | |
     |---|---|
-    | depth/PREFIX | of each figure that is logged as PREFIX/block_NUMBER/FIGURE, moe/layer_NUMBER/FIGURE: a heat map |
+    | PREFIX/depth | of each figure that is logged as PREFIX/block_NUMBER/FIGURE, moe/layer_NUMBER/FIGURE: a heat map |
     | | of block and step, and its profile over depth, now against the first; callbacks/console/heat_map.py |
 
     Of every quantity up to 256 times are kept, in each checkpoint too: the pictures of a resumed run are those of the
@@ -74,7 +74,7 @@ class DepthPictures(L.Callback):
         writers = [logger.experiment.file_writer for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         if writers:
             pictures = [
-                _as_value(f"depth/{prefix}", draw(figures)) for prefix, figures in self._histories.items() if figures
+                _as_value(f"{prefix}/depth", draw(figures)) for prefix, figures in self._histories.items() if figures
             ]
             for writer in writers:
                 writer.add_summary(Summary(value=pictures), trainer.global_step - 1)

@@ -1,6 +1,5 @@
 """Fills TensorBoard's HParams tab: the run's settings beside what it came to."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +24,22 @@ LEADING = (
     "optim/lr",
 )
 """Settings that most runs are compared by."""
+OF_THE_FOLDER = ("run_dir", "ckpt_path")
+"""What each run has its own of."""
 FURTHER_METRICS = ("train/loss", "train/tokens_per_second")
 
 
 class Hyperparameters(L.Callback):
     """Writes the hyperparameters of module and data, flattened (`model/dim`), when training starts.
 
-    The tab shows the first few of them: what the command line overrode comes first, then placement, init, norm, size
-    and rate. Behind them stands where the run comes from (`provenance/commit`, `provenance/host`). Lightning's own way
+    The tab sorts them by name and shows the first few: so what the command line asked for stands there a second time as
+    `asked/optim/lr`, and placement, init, norm, size and rate as `compare/model/placement`. Behind all settings comes
+    where the run is from (`provenance/commit`, `provenance/host`). Lightning's own way
     writes them only together with a made-up first value of the metric, which spoils its curve.
 
     Args:
         metric: the scalar that the tab shows beside them, before training loss and speed; its last value counts.
-        run_dir: the run's folder, whose overrides.yaml says what was overridden; None: nothing comes first for that.
+        run_dir: the run's folder, whose overrides.yaml says what was asked for; None: it is not told.
     """
 
     def __init__(self, metric: str = "val/loss", run_dir: str | None = None) -> None:
@@ -50,20 +52,22 @@ class Hyperparameters(L.Callback):
         settings = flatten({**pl_module.hparams, "data": dict(of_data)}, "/")
         made_by = origin(device_of(trainer), getattr(datamodule, "stream_identity", {}).get("corpus"))
         settings |= {f"{PROVENANCE}/{name}": value for name, value in made_by.items()}
-        plain = {key: v if isinstance(v, bool | int | float | str) else str(v) for key, v in settings.items()}
-        ordered = dict.fromkeys([*(name for name in (*self._overridden(), *LEADING) if name in plain), *plain])
+        first = {f"asked/{name}": settings.get(name, value) for name, value in self._asked().items()}
+        first |= {f"compare/{name}": settings[name] for name in LEADING if name in settings}
+        plain = {key: v if isinstance(v, bool | int | float | str) else str(v) for key, v in (first | settings).items()}
         metrics = dict.fromkeys((self.metric, *FURTHER_METRICS), 0.0)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                for summary in hparams({name: plain[name] for name in ordered}, metrics):
+                for summary in hparams(plain, metrics):
                     logger.experiment.file_writer.add_summary(summary)
 
-    def _overridden(self) -> Sequence[str]:
-        """Return the fields on the run's command line, as the tab calls them."""
+    def _asked(self) -> dict[str, Any]:
+        """Return the fields and groups on the run's command line, as the tab calls them, with their values."""
         if self.run_dir is None:
-            return ()
+            return {}
         try:
-            overrides = read_overrides(Path(self.run_dir))
+            overrides = parse(read_overrides(Path(self.run_dir)))
         except UserError:  # of a Trainer of one's own there are none
-            return ()
-        return [override.key_or_group.replace(".", "/") for override in parse(overrides)]
+            return {}
+        asked = {override.key_or_group.replace(".", "/"): override.value() for override in overrides}
+        return {name: value for name, value in asked.items() if name not in OF_THE_FOLDER}

@@ -63,7 +63,7 @@ class Trouble(L.Callback):
             self._dead = self._dead + 1 if dead else 0
             if self._dead >= LASTING:
                 line = f"step {step}: {dead} experts got no token in {LASTING} logged steps in a row"
-                self._say(DEAD_EXPERTS, f"{line}; depth/moe in TensorBoard's images shows in which layers")
+                self._say(DEAD_EXPERTS, f"{line}; moe/depth in TensorBoard's images shows in which layers")
         return values
 
     def _say(self, key: str, line: str) -> None:

@@ -76,15 +76,25 @@ def test_hyperparameters_of_model_optimizer_and_data_are_there(written: EventAcc
     assert settings["data/seq_len"].number_value == SEQ_LEN
 
 
-def test_the_hparams_tab_shows_what_was_overridden_first(tmp_path: Path) -> None:
-    folder = run(tmp_path, "run", "model.norm_eps=1e-6", "optim.betas=[0.8,0.9]")
+def test_what_was_asked_for_comes_first_where_names_are_sorted(tmp_path: Path) -> None:
+    """As TensorBoard's tab does, whatever the order in the file."""
+    folder = run(tmp_path, "run", "model.norm_eps=1e-6", "optim.betas=[0.8,0.9]", "+trainer.min_steps=1")
     content = events(folder).SummaryMetadata("_hparams_/experiment").plugin_data.content
     experiment = HParamsPluginData.FromString(content).experiment
-    names = [info.name for info in experiment.hparam_infos]
-    assert names.index("optim/betas") == names.index("model/norm_eps") + 1, "in the order of the command line"
-    assert names.index("optim/betas") < names.index("model/placement") < names.index("optim/eps")
-    assert len(set(names)) == len(names)
+    names = sorted(info.name for info in experiment.hparam_infos)
+    asked = [name for name in names if name.startswith("asked/")]
+    assert names[: len(asked)] == asked
+    assert {"asked/model/norm_eps", "asked/optim/betas", "asked/trainer/min_steps", "asked/data/seq_len"} <= set(asked)
+    assert "asked/run_dir" not in asked
+    compared = [name for name in names if name.startswith("compare/")]
+    assert names[len(asked) : len(asked) + len(compared)] == compared
+    assert {"compare/model/placement", "compare/optim/lr"} <= set(compared)
+    assert {"model/norm_eps", "optim/betas", "model/placement", "provenance/commit"} <= set(names)
     assert [info.name.tag for info in experiment.metric_infos] == ["val/loss", "train/loss", "train/tokens_per_second"]
+    content = events(folder).SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    settings = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert settings["asked/model/norm_eps"].number_value == 1e-6
+    assert settings["asked/trainer/min_steps"].number_value == 1
 
 
 def test_a_sample_of_text_is_there(written: EventAccumulator) -> None:

@@ -78,11 +78,11 @@ def test_what_the_run_is_stands_there_once_also_after_a_resume(tmp_path: Path) -
     run(tmp_path, "run", "model.placement=prenorm", "trainer.max_steps=3", "ckpt_path=last")
     written = events(folder)
     assert "epoch" not in written.Tags()["scalars"]
-    for tag in ("run", "model"):
+    for tag in ("about", "model"):
         assert [event.step for event in written.Tensors(f"{tag}/text_summary")] == [0], tag
-    (event,) = written.Tensors("run/text_summary")
+    (event,) = written.Tensors("about/text_summary")
     text = event.tensor_proto.string_val[0].decode()
-    rows = dict(re.findall(r"^\| (.+?) \| `(.*)` \|$", text, re.MULTILINE))
+    rows = dict(re.findall(r"^- \*\*(.+?)\*\* `(.*)`$", text, re.MULTILINE))
     assert "model.placement=prenorm" in rows["asked for"]
     assert rows["length"] == "2 steps of 128 tokens"
     noted = json.loads((folder / "provenance.json").read_text())
@@ -91,4 +91,4 @@ def test_what_the_run_is_stands_there_once_also_after_a_resume(tmp_path: Path) -
     moved = run(
         tmp_path, "new", "model.placement=prenorm", "trainer.max_steps=4", "ckpt_path=elsewhere/checkpoints/last.ckpt"
     )
-    assert len(events(moved).Tensors("run/text_summary")) == 1, "another folder has none yet"
+    assert len(events(moved).Tensors("about/text_summary")) == 1, "another folder has none yet"

@@ -59,10 +59,10 @@ def images(folder: Path) -> dict[str, dict[int, bytes]]:
 
 def test_each_validation_leaves_a_picture_of_each_kind(whole: tuple[Path, Any]) -> None:
     found = images(whole[0])
-    assert {"depth/gradients", "depth/updates", "depth/signal", "depth/representation", "depth/moe"} <= found.keys()
+    assert {"gradients/depth", "updates/depth", "signal/depth", "representation/depth", "moe/depth"} <= found.keys()
     assert {tuple(steps) for tag, steps in found.items()} == {(1, 3)}
     assert all(picture.startswith(b"\x89PNG") for steps in found.values() for picture in steps.values())
-    assert found["depth/gradients"][1] != found["depth/gradients"][3]
+    assert found["gradients/depth"][1] != found["gradients/depth"][3]
 
 
 def test_a_resumed_runs_pictures_are_those_of_the_uninterrupted_one(whole: tuple[Path, Any], tmp_path: Path) -> None:
