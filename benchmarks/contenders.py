@@ -17,12 +17,6 @@ from torch import Tensor, nn
 Loss = Callable[[Tensor], Tensor]
 """Tokens [batch, seq + 1] -> a scalar."""
 
-PLAIN = "ours, malloc as it is"
-"""The project's step without layers/cpu_kernels/allocator.py."""
-
-AS_OURS = ", malloc as ours"
-"""Ends the name of a peer with it, which its user does not have."""
-
 
 class Sizes(NamedTuple):
     """The sizes of a model and its batch; num_experts 0 is a dense one."""

@@ -1,5 +1,6 @@
 """Holds what every benchmark shares: taking turns, ratios within a round, and the machine's name."""
 
+import math
 import os
 import platform
 import statistics
@@ -49,7 +50,30 @@ def timed(step: Step, device: str = "cpu") -> Callable[[], float]:
 
 def ratio(seconds: list[float], base: list[float]) -> float:
     """Return the median of the ratios within each round, so that the machine's drift hits both alike."""
-    return statistics.median(a / b for a, b in zip(seconds, base, strict=True))
+    return statistics.median(ratios(seconds, base))
+
+
+def ratios(seconds: list[float], base: list[float]) -> list[float]:
+    """Return those of each round."""
+    return [a / b for a, b in zip(seconds, base, strict=True)]
+
+
+def interval(of_rounds: list[float]) -> tuple[float, float]:
+    """Return the ends of an interval that holds the median of what such ratios are drawn from, 95 times in 100 or more.
+
+    They are two of the ratios themselves, by the binomial distribution of how many lie below the median; of fewer than
+    six rounds, the least and the largest, which hold it less often.
+    """
+    ordered, left_out = sorted(of_rounds), 0  # at either end
+    while _at_most(left_out, len(of_rounds)) <= 0.025:
+        left_out += 1
+    left_out = max(0, left_out - 1)
+    return ordered[left_out], ordered[-1 - left_out]
+
+
+def _at_most(heads: int, coins: int) -> float:
+    """Return the probability of so many heads or fewer."""
+    return sum(math.comb(coins, number) for number in range(heads + 1)) / 2**coins
 
 
 def judged(met: bool) -> str:

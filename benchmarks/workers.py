@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.contenders import AS_OURS, PLAIN, Sizes
+from benchmarks.contenders import Sizes
 
 RATE, SIDE = "GEMM", {"cpu": 1024, "cuda": 8192}
 """The contender that only multiplies square matrices of that side: what the machine can do."""
@@ -180,17 +180,16 @@ def _import(contender: Contender) -> Any:
 
     device, sizes = contender.device, contender.sizes
     torch.set_num_threads(contender.threads)
-    name, of_project = contender.name.removesuffix(AS_OURS), contender.name.startswith("ours")
-    if contender.name.endswith(AS_OURS) or (of_project and name != PLAIN):  # what the project's command line does
-        from lightning_modules.layers.cpu_kernels.allocator import keep_freed_memory
+    from lightning_modules.layers.cpu_kernels.allocator import keep_freed_memory
 
-        keep_freed_memory()
+    # What train.py does for its user, for all: models are compared, not what malloc does with what they free.
+    keep_freed_memory()
 
     def build(sizes: Sizes, compiled: bool) -> Any:
         with torch.device(device), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            if of_project:
+            if contender.name.startswith("ours"):
                 return ours(sizes, compiled, **(contender.overrides or {}))
-            return peer(name, sizes, compiled)
+            return peer(contender.name, sizes, compiled)
 
     if contender.name != RATE:
         build(sizes._replace(**SMALL, num_experts=min(sizes.num_experts, 4)), False)  # imports what it needs
