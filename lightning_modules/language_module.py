@@ -30,6 +30,8 @@ class LanguageModule(TransformerModule):
 
     Attributes:
         vocab_size: rows of embedding and head.
+        extra_tokens: how many tokens the model has beside the data's.
+        predicts_next: whether its loss is that of a text, token after token.
 
     Raises:
         ConfigError: anything about the model or its optimizer that cannot work, before weights are allocated.
@@ -44,6 +46,8 @@ class LanguageModule(TransformerModule):
     """
 
     of_data: ClassVar[tuple[str, ...]] = ("vocab_size",)
+    extra_tokens: ClassVar[int] = 0
+    predicts_next: ClassVar[bool] = True
     model: Transformer | None
 
     def __init__(self, model: dict[str, Any], optim: dict[str, Any], vocab_size: int) -> None:
@@ -51,9 +55,10 @@ class LanguageModule(TransformerModule):
         self.save_hyperparameters()
         self.check_attention()
         rows = self.model_config.vocab_size
-        valid = f"at least {vocab_size}, the size of the data's vocabulary, or null"
-        require(rows is None or rows >= vocab_size, "model.vocab_size", rows, valid)
-        self.vocab_size = vocab_size if rows is None else rows
+        least = vocab_size + self.extra_tokens
+        valid = f"at least {least}, the size of the data's vocabulary, or null"
+        require(rows is None or rows >= least, "model.vocab_size", rows, valid)
+        self.vocab_size = least if rows is None else rows
         self.try_out()
         self.train_sources: SourceLoss | None = None
         self.held_out_sources: SourceLoss | None = None  # of validation, or of a test

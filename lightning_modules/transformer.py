@@ -61,6 +61,7 @@ class Transformer(Trunk):
         cache: KVCache | None = None,
         targets: Tensor | None = None,
         logits_to_keep: int | None = None,
+        at: Tensor | None = None,
     ) -> tuple[Any, list[RouterStats]]:
         """Return the logits of the tokens to predict, or the losses of given targets without ever holding all logits.
 
@@ -69,11 +70,12 @@ class Transformer(Trunk):
             positions: [batch, seq], of each token in its document, where attention must not cross documents; with a
                 cache, in its sequence.
             cache: of the tokens before these, which join them.
-            targets: [batch, seq], the tokens to predict.
+            targets: [batch, seq], the tokens to predict; with `at`, those at these positions.
             logits_to_keep: of the last so many positions; None: of all.
+            at: [batch, chosen], the positions that are read out; None: all.
 
         Returns:
-            (logits [batch, seq or logits_to_keep, vocab_size], or the targets' Losses; one RouterStats per MoE layer).
+            (logits [batch, seq or fewer, vocab_size], or the targets' Losses; one RouterStats per MoE layer).
 
         Raises:
             ConfigError: a cache without causal attention, where tokens to come change what the earlier ones keep.
@@ -81,6 +83,8 @@ class Transformer(Trunk):
         valid = "true with a cache of keys and values: without causal attention each further token changes all of them"
         require(cache is None or self.config.causal, "model.causal", self.config.causal, valid)
         state, router_stats = self.states(tokens, positions, cache)
+        if at is not None:
+            state = state.gather(1, at[..., None].expand(-1, -1, state.size(-1)))
         return self.read_out(state, targets, logits_to_keep), router_stats
 
     def states(

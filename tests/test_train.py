@@ -27,6 +27,7 @@ BY_THE_CLOCK = {
     "hp_metric",
 }
 MODELS = {"dense": ["experiment=dense_spannorm"], "moe": ["experiment=moe_spannorm", "model.moe.jitter=0.3"]}
+MODELS["masked"] = ["experiment=mlm_spannorm"]
 MODELS["vision"] = ["experiment=vision_spannorm", "model.ffn=moe", "model.moe.jitter=0.3"]
 
 

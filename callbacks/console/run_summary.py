@@ -128,6 +128,7 @@ class RunSummary(L.Callback):
         datamodule: Any = getattr(trainer, "datamodule", None)
         is_ours = hasattr(datamodule, "bits_per_byte")
         module: Any = pl_module
+        of_text = is_ours and getattr(module, "predicts_next", True)  # a part of its tokens has no bits per byte
         total, active = module.num_parameters
         val_loss = measured.get("val_loss")
         best, last = (self.run_dir / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
@@ -139,7 +140,7 @@ class RunSummary(L.Callback):
             "train_loss": measured.get("train_loss"),
             "val_loss": val_loss,
             "val_perplexity": measured.get("val_perplexity"),
-            "val_bits_per_byte": datamodule.bits_per_byte(val_loss) if is_ours and val_loss is not None else None,
+            "val_bits_per_byte": datamodule.bits_per_byte(val_loss) if of_text and val_loss is not None else None,
             "bigram_loss": datamodule.baseline_loss() if is_ours else None,
             "unigram_loss": datamodule.unigram_loss() if is_ours else None,
             "steps": trainer.global_step,
