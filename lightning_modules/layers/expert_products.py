@@ -120,7 +120,7 @@ def _grouped_outer(a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
 
 
 def _ends(counts: Tensor) -> Tensor:
-    return counts.cumsum(0).to(torch.int32)
+    return counts.to(torch.int32).cumsum(0, dtype=torch.int32)  # of whole numbers, whose sums a GPU adds in order
 
 
 LOOP = _register("loop", _loop_matmul, _loop_outer)
