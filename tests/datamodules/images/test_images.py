@@ -256,7 +256,7 @@ def test_a_scene_has_as_many_shapes_like_the_framed_one_as_it_says(monkeypatch: 
         lengths = cells[:, 4, 1:-1].sum(1)
         (framed,) = lengths[cells[:, 0].all(1)]
         assert (lengths == framed).sum() - 1 == label
-        assert (lengths > 0).sum() >= label + 4, "there are others"
+        assert (lengths > 0).sum() >= label + 3, "there are others"
 
 
 @pytest.mark.parametrize("radius", [2.4, 2.8, 3.2])
@@ -270,7 +270,7 @@ def test_shapes_can_be_told_apart(radius: float) -> None:
 def test_scenes_are_of_all_classes_and_differ_by_seed_and_split() -> None:
     data = Shapes(batch_size=8, seed=1)
     rows = data.samples("train").read(np.arange(200))
-    assert rows["images"].shape == (200, 1, 32, 32)
+    assert rows["images"].shape == (200, 1, 24, 24)
     assert rows["images"].dtype == np.float32
     counts = np.bincount(rows["labels"], minlength=MOST + 1)
     assert counts.min() > 15
