@@ -135,6 +135,7 @@ class VisionTransformer(Trunk):
         A patch's numbers are in the order channel, row, column; patches follow each other row by row.
         """
         size = self.images.patch_size
+        images = images.to(self.embedding.weight.dtype)  # a batch that no Trainer has handed out is in fp32
         patches = images.unflatten(2, (-1, size)).unflatten(4, (-1, size))  # [batch, channel, i, row, j, column]
         stream: Tensor = self.embedding(patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))
         if self.class_token is not None:

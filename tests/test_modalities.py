@@ -63,6 +63,15 @@ def test_the_summary_has_the_classes_frequencies_beside_the_loss(run: Path) -> N
     assert summary["val_loss"] < 4
 
 
+def test_a_summary_of_masked_tokens_has_nothing_beside_it_that_predicts_the_next(tmp_path: Path) -> None:
+    finished = train(tmp_path, *tiny_job("experiment=mlm_spannorm", "run_dir=run"))
+    assert finished.code == 0, finished.err
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["unigram_loss"] is not None
+    assert summary["bigram_loss"] is None
+    assert summary["val_bits_per_byte"] is None
+
+
 def test_a_run_of_images_is_opened_by_its_folder(run: Path) -> None:
     opened = open_run(run)
     assert isinstance(opened.module, VisionModule)

@@ -128,7 +128,7 @@ class RunSummary(L.Callback):
         datamodule: Any = getattr(trainer, "datamodule", None)
         is_ours = hasattr(datamodule, "bits_per_byte")
         module: Any = pl_module
-        of_text = is_ours and getattr(module, "predicts_next", True)  # a part of its tokens has no bits per byte
+        of_text = is_ours and getattr(module, "predicts_next", True)  # bits per byte, and bigrams
         total, active = module.num_parameters
         val_loss = measured.get("val_loss")
         best, last = (self.run_dir / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
@@ -141,7 +141,7 @@ class RunSummary(L.Callback):
             "val_loss": val_loss,
             "val_perplexity": measured.get("val_perplexity"),
             "val_bits_per_byte": datamodule.bits_per_byte(val_loss) if of_text and val_loss is not None else None,
-            "bigram_loss": datamodule.baseline_loss() if is_ours else None,
+            "bigram_loss": datamodule.baseline_loss() if of_text else None,
             "unigram_loss": datamodule.unigram_loss() if is_ours else None,
             "steps": trainer.global_step,
             "tokens": measured.get("tokens"),

@@ -41,8 +41,8 @@ class Anatomy(L.Callback):
         tokens: of the text, the first of validation.
 
     Raises:
-        ConfigError: one of them is too small, no such measure, parameters are sharded, or the Trainer has no
-            DataModule.
+        ConfigError: one of them is too small, no such measure, parameters are sharded, the model does not predict the
+            next token, or the Trainer has no DataModule.
     """
 
     def __init__(
@@ -68,6 +68,9 @@ class Anatomy(L.Callback):
         if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
             raise InvalidValue("callbacks.anatomy", name, "it needs every parameter whole in each process")
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if not getattr(pl_module, "predicts_next", True):
+            reason = "it asks the model for the next token, and this one fills in tokens that were taken out"
+            raise InvalidValue("callbacks.anatomy", name, reason)
         if datamodule is None:
             raise InvalidValue("callbacks.anatomy", name, "it takes its text from a DataModule, and there is none")
         if trainer.is_global_zero:

@@ -111,6 +111,8 @@ class ImageDataModule(EndlessDataModule):
         return {
             **super().stream_identity,
             "image_size": self.image_size,
+            "mean": list(self.mean),
+            "std": list(self.std),
             "augmentation": self.augmentation,
             "corpus": self.content,
         }

@@ -1,6 +1,7 @@
 """Images in folders, one for each class: FOLDER/train/CLASS/*.png and FOLDER/val/CLASS/*.png."""
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -90,6 +91,10 @@ class ImageFolder(ImageDataModule):
         found = {split: self._list(split) for split in SPLITS}
         for split, files in found.items():
             require(bool(files), "data.path", str(self.path), f"a folder with images in {self.path / split}/CLASS")
+        filled = {path.relative_to(self.path / "train").parts[0] for path, _ in found["train"]}
+        empty = [name for name in self.classes if name not in filled]
+        valid = f"a folder with images of every class: there are none in train/ of {', '.join(empty[:5])}"
+        require(not empty, "data.path", str(self.path), valid)
         return found
 
     def _list(self, split: str) -> list[tuple[Path, int]]:
@@ -113,5 +118,5 @@ class ImageFolder(ImageDataModule):
         digest = hashlib.sha256()
         for split in SPLITS:
             for path, size in self._files[split]:
-                digest.update(f"{path.relative_to(self.path).as_posix()}\0{size}\n".encode())
+                digest.update(os.fsencode(path.relative_to(self.path)) + f"\0{size}\n".encode())
         return digest.hexdigest()

@@ -7,10 +7,13 @@ import numpy.typing as npt
 import torch
 
 from datamodules.images.sources import ImageSource, Pixels
+from datamodules.index import CorpusError
 from datamodules.order import sample_indices
 from datamodules.samples import Numbers, Rows
 
 Augment = Callable[[Pixels], Pixels]
+MAX_RATIO = 100
+"""Of an image's sides: scaled by the shorter one, a line of a million pixels would fill the memory."""
 
 
 class ImageSamples:
@@ -77,10 +80,17 @@ def with_channels(pixels: Pixels, num_channels: int) -> Pixels:
 
 
 def cut_to_size(pixels: Pixels, size: int) -> Pixels:
-    """Return the middle of an image, [size, size, channels], whose shorter side is then `size`, by PIL's bicubic."""
+    """Return the middle of an image, [size, size, channels], whose shorter side is then `size`, by PIL's bicubic.
+
+    Raises:
+        CorpusError: the longer side is more than MAX_RATIO times the shorter one.
+    """
     height, width = pixels.shape[:2]
     if (height, width) == (size, size):
         return pixels
+    if max(height, width) > MAX_RATIO * min(height, width):
+        reason = f"its longer side is more than {MAX_RATIO} times the shorter one"
+        raise CorpusError(f"an image of {width} x {height} pixels cannot be scaled by its shorter side: {reason}")
     from PIL import Image
 
     scale = size / min(height, width)

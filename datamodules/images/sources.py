@@ -73,7 +73,15 @@ def decode(file: Any, name: str) -> Pixels:
 
 
 def from_pil(image: Any) -> Pixels:
-    """Return the pixels of an image of PIL's, [height, width, 1 or 3]."""
-    gray = image.mode in ("1", "L", "I;16", "I")
+    """Return the pixels of an image of PIL's, [height, width, 1 or 3]; of 16 bits the upper 8.
+
+    Raises:
+        ValueError: its pixels are integers of 32 bits or fractions, of which nobody says what white is.
+    """
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of 32 bits (PIL's mode {image.mode}), where 8 or 16 are expected")
+    if image.mode.startswith("I;16"):  # convert would make all but the darkest 256 of 65,536 levels white
+        return (np.asarray(image) >> 8).astype(np.uint8)[..., None]
+    gray = image.mode in ("1", "L")
     pixels = np.asarray(image.convert("L" if gray else "RGB"))
     return pixels[..., None] if gray else pixels

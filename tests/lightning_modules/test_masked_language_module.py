@@ -13,6 +13,7 @@ from lightning_modules import language_module
 from lightning_modules.initialization import initialize
 from lightning_modules.masked_language_module import MaskedLanguageModule
 from lightning_modules.masked_transformer import MaskedTransformer, mixed
+from lightning_modules.source_loss import SourceLoss
 from tests.support.fitting import fit
 from tests.support.models import VOCAB_SIZE, tiny_config, tiny_values, tokens
 
@@ -82,6 +83,38 @@ def test_the_loss_is_that_of_what_was_taken_out(large: bool, monkeypatch: pytest
     torch.testing.assert_close(module.predict_step(batch, 0), picked)
     loss.backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+
+
+def test_documents_of_a_sequence_do_not_see_each_other() -> None:
+    module, text, places = make_module().eval(), tokens(1, 21), torch.cat([torch.arange(9), torch.arange(11)])[None]
+    batch = {"tokens": text, "positions": places}
+    model = module.model
+    assert model is not None
+    masked = model.mask(text[:, :-1])
+    apart = torch.cat([model(piece[None])[0][0].log_softmax(-1) for piece in masked.tokens[0].split([9, 11])])
+    picked = apart[masked.at[0], masked.targets[0]]
+    torch.testing.assert_close(module.predict_step(batch, 0)[0], picked, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(module.compute_loss(batch)[0], -picked.mean(), atol=1e-5, rtol=1e-5)
+
+
+def test_monitors_see_what_training_sees() -> None:
+    model, batch = make_model().eval(), {"tokens": tokens(2, 21)}
+    seen: list[torch.Tensor] = []
+    model.embedding.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model.observe(batch)
+    assert torch.equal(seen[0], model.mask(batch["tokens"][:, :-1]).tokens)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_losses_of_sources_are_those_of_their_sequences(large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(language_module, "LARGE_VOCABULARY", 1 if large else 10**9)
+    module, batch = make_module(), {"tokens": tokens(4, 21), "source": torch.tensor([0, 1, 1, 0])}
+    sources = SourceLoss(("a", "b"), "val/loss")
+    module.compute_loss(batch, sources)
+    expected = -module.predict_step(batch, 0).mean(1)
+    found = sources.compute()
+    assert float(found["val/loss/a"]) == pytest.approx(float(expected[[0, 3]].mean()), rel=1e-5)
+    assert float(found["val/loss/b"]) == pytest.approx(float(expected[[1, 2]].mean()), rel=1e-5)
 
 
 def test_it_sees_both_sides() -> None:

@@ -96,14 +96,19 @@ def test_what_validation_reports(tmp_path: Path) -> None:
     module = make_vision_module(num_layers=1)
     model = module.model
     assert model is not None
-    batches = [model.example(size, 0) for size in (20, 12)]
+    batches = [model.example(size, 0) for size in (200, 120)]
     with torch.no_grad():
-        model.head.weight.mul_(4)  # or it would be sure of nothing
+        model.head.weight.mul_(8)  # or it would be sure of nothing
+        for batch in batches:  # right in every other bin: with bins of other bounds it would be another error
+            confidence, guess = model(batch["images"])[0].softmax(-1).max(-1)
+            batch["labels"] = (guess + (confidence * BINS).ceil().long() % 2) % 5
         logits = torch.cat([model(batch["images"])[0] for batch in batches])
     labels = torch.cat([batch["labels"] for batch in batches])
     loader = torch.utils.data.DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
     trainer = make_trainer(tmp_path, logger=False)
+    other: Any = torch.utils.data.DataLoader([model.example(8, 0)], batch_size=None)  # type: ignore[arg-type]
     for stage, call in (("val", trainer.validate), ("test", trainer.test)):
+        call(module, other, verbose=False)  # of which nothing is to be left
         (found,) = call(module, loader, verbose=False)
         confidence, guess = logits.softmax(-1).max(-1)
         assert found[f"{stage}/loss"] == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-5)
@@ -146,6 +151,16 @@ def test_a_checkpoint_gives_the_module_back(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(loaded(batch["images"])[0], module.eval()(batch["images"])[0])
     assert loaded.images == module.images
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_model_in_half_precision_takes_batches_as_the_data_have_them(pool: str) -> None:
+    model = make_images_model(replace(IMAGES, pool=pool)).bfloat16()
+    initialize(model)
+    batch = model.example(3, 0)
+    assert batch["images"].dtype == torch.float32
+    assert model(batch["images"])[0].dtype == torch.bfloat16
+    model.loss(batch).backward()
 
 
 def test_flops_count_the_head_once_an_image() -> None:

@@ -18,8 +18,9 @@ from core.checkpoint import load
 from core.errors import ConfigError
 from core.open_run import open_run
 from lightning_modules.language_module import LanguageModule
+from lightning_modules.masked_language_module import MaskedLanguageModule
 from tests.support.fitting import loader, make_trainer
-from tests.support.models import make_module, tiny_values, tokens
+from tests.support.models import VOCAB_SIZE, make_module, tiny_values, tokens
 from tests.support.runs import TinyData, run, scalars
 
 JOB = ["trainer.max_steps=5", "model.placement=spannorm", "callbacks.text_sample=null"]
@@ -56,6 +57,14 @@ def test_training_does_not_notice(runs: tuple[Path, Path]) -> None:
     plain, watched = (load(folder / "checkpoints/last.ckpt")["state_dict"] for folder in runs)
     assert all(torch.equal(plain[name], watched[name]) for name in plain)
     assert scalars(runs[0], "train/loss") == scalars(runs[1], "train/loss")
+
+
+def test_a_model_that_fills_in_tokens_is_refused(tmp_path: Path) -> None:
+    callback = Anatomy(str(tmp_path))
+    trainer = make_trainer(tmp_path, limit_val_batches=0, callbacks=[callback], logger=False, max_steps=1)
+    module = MaskedLanguageModule(tiny_values(causal=False), {"warmup_steps": 0}, VOCAB_SIZE)
+    with pytest.raises(ConfigError, match=r"callbacks\.anatomy='Anatomy' is not valid: it asks .* the next token"):
+        trainer.fit(module, datamodule=TinyData(tmp_path))
 
 
 def test_a_trainer_without_a_datamodule_is_refused(tmp_path: Path) -> None:

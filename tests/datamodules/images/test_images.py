@@ -1,5 +1,7 @@
 """Images by number: the same at any number of processes and after a stop, cut to size, and refused where broken."""
 
+import os
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -18,7 +20,7 @@ from datamodules.images.image_datamodule import ImageDataModule
 from datamodules.images.image_folder import ImageFolder
 from datamodules.images.samples import ImageSamples, cut_to_size, with_channels
 from datamodules.images.shapes import CELL, CELLS, KINDS, MOST, Shapes, draw_scene, draw_shape
-from datamodules.images.sources import ImageArrays
+from datamodules.images.sources import ImageArrays, decode
 from datamodules.index import CorpusError
 from datamodules.stream import TokenStream
 
@@ -134,6 +136,59 @@ def test_a_file_that_is_no_image_is_named(tmp_path: Path) -> None:
         folder_data(root).check()
 
 
+def test_of_sixteen_bits_the_upper_eight_are_read(tmp_path: Path) -> None:
+    levels = np.linspace(0, 2**16 - 1, 64).round().astype(np.uint16).reshape(8, 8)
+    for name, pixels in (("gray.png", levels), ("gray.tif", levels.astype(">u2"))):
+        Image.fromarray(pixels).save(tmp_path / name)
+        assert decode(tmp_path / name, name)[..., 0].tolist() == (levels >> 8).tolist(), name
+    for name, kind in (("integers.tif", np.int32), ("fractions.tif", np.float32)):
+        Image.fromarray(levels.astype(kind)).save(tmp_path / name)
+        with pytest.raises(CorpusError, match=rf"{name} cannot be read as an image: pixels of 32 bits"):
+            decode(tmp_path / name, name)
+
+
+def test_an_image_that_is_a_line_is_refused() -> None:
+    with pytest.raises(CorpusError, match=r"an image of 1000000 x 1 pixels .* more than 100 times"):
+        cut_to_size(np.zeros((1, 1_000_000, 1), np.uint8), 224)
+
+
+def test_names_that_are_no_text_are_read(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "images")
+    before = folder_data(root).content
+    os.rename(root / "train/dark/0.png", os.fsencode(root / "train/dark") + b"/\xff.png")
+    data = folder_data(root)
+    data.check()
+    assert data.content != before
+    assert data.samples("train").read(np.arange(10))["images"].shape == (10, 3, 4, 4)
+
+
+def test_classes_of_held_out_images_are_those_of_training(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "images")
+    shutil.rmtree(root / "val/dark")
+    assert folder_data(root).source("val").labels.tolist() == [1, 1]
+
+
+def test_a_class_without_images_is_refused(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "images")
+    (root / "train/.ipynb_checkpoints").mkdir()
+    with pytest.raises(ConfigError, match=r"there are none in train/ of \.ipynb_checkpoints"):
+        folder_data(root).check()
+
+
+def test_the_order_of_held_out_images_does_not_depend_on_the_seed() -> None:
+    one, other = (Digits(batch_size=4, seed=seed).samples("val").read(np.arange(360)) for seed in (1, 2))
+    assert np.array_equal(one["images"], other["images"])
+
+
+@pytest.mark.parametrize(
+    "other", [{"seed": 1}, {"image_size": 6}, {"mean": [0.4]}, {"std": [0.4]}], ids=lambda other: next(iter(other))
+)
+def test_a_stream_of_other_pixels_is_another_stream(other: dict[str, Any]) -> None:
+    same = {"batch_size": 4, "image_size": 8}
+    assert Digits(**same).stream_identity == Digits(**same).stream_identity
+    assert Digits(**{**same, **other}).stream_identity != Digits(**same).stream_identity
+
+
 def test_a_picture_of_too_many_pixels_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_folder(tmp_path / "images")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)
@@ -150,8 +205,6 @@ def test_a_picture_of_too_many_pixels_is_refused(tmp_path: Path, monkeypatch: py
     ],
 )
 def test_a_folder_without_what_is_needed_is_refused(remove: str, message: str, tmp_path: Path) -> None:
-    import shutil
-
     root = make_folder(tmp_path / "images")
     shutil.rmtree(root / remove)
     with pytest.raises(ConfigError, match=message):
@@ -204,6 +257,8 @@ def test_transforms_are_taken_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     def data(augmentation: dict[str, Any] | None) -> ImageDataModule:
         return Digits(batch_size=4, augmentation=augmentation)
 
+    identities = [data(one).stream_identity for one in (None, {"Shift": {"most": 3}}, {"Shift": {"most": 2}})]
+    assert all(identities.count(one) == 1 for one in identities)
     plain, shifted = (data(one).samples("train").read(np.arange(8)) for one in (None, {"Shift": {"most": 3}}))
     assert np.array_equal(plain["labels"], shifted["labels"])
     for before, after in zip(plain["images"], shifted["images"], strict=True):
