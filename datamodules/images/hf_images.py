@@ -10,8 +10,7 @@ import numpy as np
 
 from core.errors import ConfigError, InvalidValue, UserError, one_line, require
 from datamodules.images.image_datamodule import ImageDataModule
-from datamodules.images.sources import Labels, Pixels, from_pil
-from datamodules.index import CorpusError
+from datamodules.images.sources import Labels, Pixels, from_pil, reading
 
 
 class HFImageSplit:
@@ -27,10 +26,8 @@ class HFImageSplit:
         self.rows, self.column, self.labels = rows, image, labels
 
     def image(self, index: int) -> Pixels:
-        try:
+        with reading(f"image {index} of the dataset"):
             return from_pil(self.rows[index][self.column])
-        except (OSError, ValueError, SyntaxError, AttributeError) as error:
-            raise CorpusError(f"image {index} of the dataset cannot be read: {one_line(error)}") from error
 
 
 class HFImages(ImageDataModule):
@@ -110,7 +107,11 @@ class HFImages(ImageDataModule):
 
     def source(self, split: str) -> HFImageSplit:
         rows = self._rows[split]
-        return HFImageSplit(rows, self.image_column, np.asarray(rows[self.label_column], np.int64))
+        feature, labels = rows.features[self.label_column], rows.with_format("numpy")[self.label_column][:]
+        valid = f"a column with the number of each image's class: {self.splits[split]} has {feature}"
+        is_one = isinstance(labels, np.ndarray) and labels.ndim == 1 and labels.dtype.kind in "iu"
+        require(is_one, "data.label_column", self.label_column, valid)
+        return HFImageSplit(rows, self.image_column, labels.astype(np.int64))
 
     @property
     def content(self) -> str:

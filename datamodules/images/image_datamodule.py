@@ -14,6 +14,7 @@ from datamodules.endless_datamodule import EndlessDataModule
 from datamodules.images.augmentation import Augmentation
 from datamodules.images.samples import ImageSamples
 from datamodules.images.sources import ImageSource
+from datamodules.index import CorpusError
 
 VALIDATION_SEED = 0  # the order of the validation images does not change with the run's seed
 MAX_IMAGE_SIZE = 2**14
@@ -96,14 +97,16 @@ class ImageDataModule(EndlessDataModule):
 
         Raises:
             ConfigError: a split has fewer than one batch, or classes that it should not have.
-            CorpusError: the first image cannot be read.
+            CorpusError: the first image cannot be read, or one has no class.
         """
         for name, source in (("train", self._train), ("val", self._val)):
             number = len(source.labels)
             require(number >= self.batch_size, "data.batch_size", self.batch_size, f"at most {number}: {name} images")
-            fits = int(source.labels.min()) >= 0 and int(source.labels.max()) < self.num_classes
-            most = f"more than {int(source.labels.max())}: the classes of the {name} images"
-            require(fits, "data.num_classes", self.num_classes, most)
+            least, most = int(source.labels.min()), int(source.labels.max())
+            if least < 0:  # as test splits have it whose classes are not given away
+                raise CorpusError(f"{name} images have {least} for a class: classes are counted from 0")
+            valid = f"more than {most}: the classes of the {name} images"
+            require(most < self.num_classes, "data.num_classes", self.num_classes, valid)
             self.samples(name).read(np.zeros(1, np.int64))
 
     @property

@@ -1,6 +1,8 @@
 """Collections of labelled images, which can be asked for any of them by number."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -48,6 +50,29 @@ class ImageArrays:
         return pixels
 
 
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Read an image by PIL, and say in a line what is wrong with it.
+
+    Args:
+        name: what it is called in a message.
+
+    Raises:
+        UserError: PIL is not installed.
+        CorpusError: it is no image, damaged, or has more pixels than PIL takes to be safe.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise UserError("PIL is not installed: pip install -r requirements-vision.txt") from error
+    bombs = Image.DecompressionBombError, Image.DecompressionBombWarning
+    try:
+        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
+            yield
+    except (OSError, ValueError, SyntaxError, AttributeError, *bombs) as error:
+        raise CorpusError(f"{name} cannot be read as an image: {one_line(error)}") from error
+
+
 def decode(file: Any, name: str) -> Pixels:
     """Return the pixels of an image's file, gray or in colours, as PIL reads it.
 
@@ -56,20 +81,13 @@ def decode(file: Any, name: str) -> Pixels:
         name: what it is called in a message.
 
     Raises:
-        CorpusError: it is no image, damaged, or has more pixels than PIL takes to be safe.
+        UserError, CorpusError: see `reading`.
     """
-    try:
+    with reading(name):
         from PIL import Image
-    except ImportError as error:
-        raise UserError("PIL is not installed: pip install -r requirements-vision.txt") from error
-    try:
-        with (
-            warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning),
-            Image.open(file) as image,
-        ):
+
+        with Image.open(file) as image:
             return from_pil(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise CorpusError(f"{name} cannot be read as an image: {one_line(error)}") from error
 
 
 def from_pil(image: Any) -> Pixels:

@@ -296,6 +296,50 @@ def test_a_dataset_of_hugging_face_is_read_from_a_folder(tmp_path: Path) -> None
         HFImages(**{**arguments, "num_classes": 2}).check()
 
 
+def save_dataset(folder: Path, labels: list[Any], kind: Any, image: Any = None) -> HFImages:
+    import datasets
+
+    picture = Image.fromarray(np.zeros((6, 6, 3), np.uint8)) if image is None else image
+    features = datasets.Features({"img": datasets.Image(), "label": kind})
+    rows = {"img": [picture] * len(labels), "label": labels}
+    split = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict(train=split, test=split).save_to_disk(folder)
+    return HFImages(str(folder), num_classes=3, batch_size=2, image_size=6)
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind"),
+    [(["a", "b"], "string"), ([0.5, 1.5], "float32"), ([0, None], "int64"), ([True, False], "bool")],
+    ids=lambda value: str(value),
+)
+def test_labels_that_are_no_numbers_of_classes_are_refused(labels: list[Any], kind: str, tmp_path: Path) -> None:
+    import datasets
+
+    data = save_dataset(tmp_path, labels, datasets.Value(kind))
+    with pytest.raises(ConfigError, match=r"data\.label_column='label' .* the number of each image's class: train has"):
+        data.check()
+
+
+def test_images_without_a_class_are_refused(tmp_path: Path) -> None:
+    import datasets
+
+    with pytest.raises(CorpusError, match="train images have -1 for a class"):
+        save_dataset(tmp_path, [-1, 0], datasets.Value("int64")).check()
+
+
+def test_a_damaged_image_of_a_dataset_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    damaged = {"bytes": b"no image", "path": None}
+    with pytest.raises(CorpusError, match=r"image [01] of the dataset cannot be read as an image"):
+        save_dataset(tmp_path / "damaged", [0, 1], datasets.Value("int64"), damaged).check()
+    large = save_dataset(tmp_path / "large", [0, 1], datasets.Value("int64"))
+    for most in (20, 10):  # of 36: PIL warns, and above twice as many it refuses
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
+        with pytest.raises(CorpusError, match=r"image [01] of the dataset cannot be read as an image.*decompression"):
+            large.check()
+
+
 def test_a_scene_has_as_many_shapes_like_the_framed_one_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kinds are drawn as bars of another length each, which can be told whatever their brightness."""
 
