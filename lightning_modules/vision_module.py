@@ -17,6 +17,7 @@ from lightning_modules.vision_transformer import ImageConfig, VisionTransformer
 BINS = 15
 """Bins of confidence that the calibration error is taken over (1706.04599)."""
 ASSUMED_GRID = 8
+VALIDATION = "the last validation (data.val_batches x data.batch_size images)"
 
 
 class VisionModule(TransformerModule):
@@ -107,7 +108,7 @@ class VisionModule(TransformerModule):
         found = {name: self.trainer.callback_metrics.get(f"val/{name}") for name in ("accuracy", "calibration_error")}
         if self.trainer.is_global_zero and all(value is not None for value in found.values()):
             accuracy, calibration = (float(value) for value in found.values() if value is not None)
-            print(f"Accuracy {accuracy:.2%} of the validation images, calibration error {calibration:.2%}")
+            print(f"Accuracy {accuracy:.2%} in {VALIDATION}, calibration error {calibration:.2%}")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the log-probability of each class, in nats, fp32 [batch, classes]."""

@@ -15,7 +15,7 @@ from tests.support.runs import ROOT, tiny_job
 GROUPS = ("monitors", "divergence", "checkpointing", "console")
 FILES = [yaml.safe_load((ROOT / f"configs/callbacks/{group}.yaml").read_text()) for group in GROUPS]
 DEFAULT = {name: fields for file in FILES for name, fields in file.items()}
-NO_MONITORS = {"StepProgress", "RunStatus", "LastCheckpoint", "BestCheckpoint", "RandomState"}
+NO_MONITORS = {"StepProgress", "RunStatus", "SlowSteps", "LastCheckpoint", "BestCheckpoint", "RandomState"}
 
 
 def test_it_runs_and_writes_its_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,7 @@ def test_help_says_what_each_field_is(name: str, capsys: pytest.CaptureFixture[s
     named = [field.name for field in fields if field.metadata != FIRST and "overrides_of" not in field.metadata]
     assert all(f"  {name}=" in out for name in named)
     offered = list(dict.fromkeys(word.partition("=")[0] for word in words(PROGRAMS[name])))
-    of_config = {name for config in configs for name in top_level(config)} - {"hydra", "module"}
+    of_config = {name for config in configs for name in top_level(config)} - {"hydra"}
     assert not of_config & set(named), "of each it is clear whose it is"
     assert set(offered) - set(named) == of_config
     assert [word for word in offered if word not in of_config] == named
