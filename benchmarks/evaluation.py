@@ -193,9 +193,11 @@ def main(settings: EvaluationBenchmarkConfig) -> None:
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", module="transformers")
     torch.manual_seed(0)
+    only = "" if settings.only is None else f" only={settings.only}"
     head = (
         f"# Scoring texts on {settings.device}, beside HFLM\n\n"
-        f"`python -m benchmarks.evaluation device={settings.device} threads={settings.threads}`: batches of {BATCH}, "
+        f"`python -m benchmarks.evaluation device={settings.device} threads={settings.threads}{only}`: "
+        f"batches of {BATCH}, "
         f"fp32; medians of {settings.rounds} rounds in which both take turns.\n"
         f"torch {torch.__version__}, transformers {transformers.__version__}, lm-eval {lm_eval.__version__}; "
         f"{machine(settings.device)}.\n"

@@ -229,9 +229,10 @@ def main(settings: GenerationBenchmarkConfig) -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", module="transformers")
+    only = "" if settings.only is None else f" only={settings.only}"
     head = (
         f"# Generating on {settings.device}, beside transformers\n\n"
-        f"`python -m benchmarks.generation device={settings.device} threads={settings.threads}`: "
+        f"`python -m benchmarks.generation device={settings.device} threads={settings.threads}{only}`: "
         f"{settings.num_tokens} new tokens, greedy, fp32; medians of {settings.rounds} rounds in which both take "
         f"turns.\ntorch {torch.__version__}, transformers {transformers.__version__}; {machine(settings.device)}.\n"
     )
