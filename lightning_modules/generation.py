@@ -121,9 +121,9 @@ def stream(
     pieces, starts = texts, [0] * len(texts)
     was_training = model.training
     for _ in range(num_tokens):
-        if (
-            was_training
-        ):  # else there is nothing to do, and to go through all modules takes a third of a small model's step
+        # For each token, as the caller may train in between; going through all modules takes a third of a small model's
+        # step, so one that is in eval mode is left alone.
+        if was_training:
             model.eval()
         try:
             with torch.inference_mode():
