@@ -31,7 +31,7 @@ MORE += [Run("ep", "moe", placement, 2) for placement in PLACEMENTS]
 MORE += [
     Run(strategy, "moe", "attnres", 2, options=(("activation_checkpointing", True),)) for strategy in ("ddp", "fsdp")
 ]
-MORE += [Run("tp", "dense", "attnres", 2, options=(("placement_options", {"group": 3}),))]
+MORE += [Run("tp", "dense", "attnres", 2, options=(("placement_options", (("group", 3),)),))]
 MORE += [Run("tp", "dense", placement, 2, options=(("norm", "gatednorm"),)) for placement in ("hybridnorm", "subln")]
 MORE += [Run("fsdp", "dense", "prenorm", 2, optim=(("depth_scaling", "completep"), ("base_num_layers", 1)))]
 MORE += [Run("fsdp", micro_batch_size=1, num_processes=2)]
@@ -66,7 +66,7 @@ def test_several_processes_have_the_curve_of_one(tmp_path: Path, cases: list[Run
             curve = [metrics[name] for metrics in first]
             assert curve == pytest.approx([metrics[name] for metrics in wanted], rel=tolerance), f"{case}: {name}"
         for name in of_val:
-            assert first[-1][name] == pytest.approx(wanted[-1][name], rel=1e-5), f"{case}: {name}"
+            assert first[-1][name] == pytest.approx(wanted[-1][name], rel=3e-5), f"{case}: {name}"
         if case.images:
             for name in ("val/accuracy", "val/calibration_error"):
                 assert first[-1][name] == pytest.approx(wanted[-1][name], rel=1e-3), f"{case}: {name}"

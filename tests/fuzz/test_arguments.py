@@ -40,7 +40,7 @@ CASES = [  # module, arguments, what the line must hold
     ("tools.compare", ["a", "--tags", "b", "c", "--output=d.png"], "--tags b c is now tags=b,c; --output=d.png is"),
     ("tools.replay", ["a", "--allow", "b.C", "--allow", "d.E"], "--allow b.C --allow d.E is now allow=b.C,d.E"),
     ("tools.plan", ["--vocab-size", "5"], "--vocab-size 5 is now assumed_vocab_size=5"),
-    ("tools.plan", ["mfuu=0.4"], "mfuu='0.4' is not valid: no such field; one of assumed_vocab_size, blocks, callbacks"),
+    ("tools.plan", ["mfuu=0.4"], "mfuu='0.4' is not valid: no such field; one of assumed_vocab_size, blocks"),
     ("tools.runs", ["--sort"], "--sort is now sort=VALUE"),
     ("tools.runs", ["--frobnicate"], "--frobnicate=None is not valid: no such field; one of columns, output, sort"),
     ("tools.consolidate", [".", "checkpoint=first"], "checkpoint='first' is not valid: expected one of last, best"),

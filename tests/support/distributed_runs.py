@@ -62,7 +62,8 @@ class Run(NamedTuple):
 
     def make_module(self) -> TransformerModule:
         shares = {"ep": self.num_processes, "mesh": self.num_processes // 2}
-        options = dict(self.options)
+        options = dict(self.options)  # tuples of pairs, as runs are keys of a dictionary
+        options["placement_options"] = dict(options.pop("placement_options", ()))
         moe = {"expert_parallel": shares.get(self.strategy, 1), **options.pop("moe", {})}
         values = tiny_values(ffn=self.ffn, placement=self.placement, moe=moe, **options)
         optim = {"warmup_steps": 2, "schedule": "constant", "lr": 1e-2, **dict(self.optim)}
