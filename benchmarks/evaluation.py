@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers.utils import logging
 
 from benchmarks.generation import MODELS, VOCAB_SIZE, Pair, make_pair
-from benchmarks.measure import check_counts, judged, machine, take_turns, timed
+from benchmarks.measure import check_counts, judged, machine, ratios, report, take_turns, timed
 from core import cli
 from core.errors import require
 from datamodules.tokenizers import ByteTokenizer
@@ -169,9 +169,9 @@ def rows(settings: EvaluationBenchmarkConfig) -> Iterator[Row]:
             memory = None
             if settings.device == "cpu":
                 memory = peak_bytes(asked["ours"]), peak_bytes(asked["theirs"])
-            ratios = [b / a for a, b in zip(seconds["ours"], seconds["theirs"], strict=True)]
+            of_rounds = ratios(seconds["theirs"], seconds["ours"])
             label = f"{name}, {pair.parameters / 1e6:.1f}M"
-            yield Row(label, kind, rates["ours"], rates["theirs"], ratios, memory)
+            yield Row(label, kind, rates["ours"], rates["theirs"], of_rounds, memory)
 
 
 def verdict(found: list[Row]) -> str:
@@ -202,16 +202,7 @@ def main(settings: EvaluationBenchmarkConfig) -> None:
         f"torch {torch.__version__}, transformers {transformers.__version__}, lm-eval {lm_eval.__version__}; "
         f"{machine(settings.device)}.\n"
     )
-    print(head)
-    print(HEAD)
-    found = []
-    for row in rows(settings):
-        found.append(row)
-        print(row, flush=True)
-    print(f"\n{verdict(found)}")
-    output = settings.output or Path(f"results/evaluation-{settings.device}.md")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text("\n".join([head, HEAD, *map(str, found), "", verdict(found)]) + "\n")
+    report(head, HEAD, rows(settings), verdict, settings.output or Path(f"results/evaluation-{settings.device}.md"))
 
 
 if __name__ == "__main__":

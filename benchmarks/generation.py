@@ -22,7 +22,7 @@ import transformers
 from torch import Tensor
 from transformers.utils import logging
 
-from benchmarks.measure import check_counts, judged, machine, take_turns, timed
+from benchmarks.measure import check_counts, judged, machine, ratio, ratios, report, take_turns, timed
 from core import cli
 from core.build import build
 from core.errors import require
@@ -205,9 +205,9 @@ def rows(settings: GenerationBenchmarkConfig) -> Iterator[Row]:
                     batch,
                     rates["ours"],
                     rates["theirs"],
-                    [b / a for a, b in zip(whole["ours"], whole["theirs"], strict=True)],
+                    ratios(whole["theirs"], whole["ours"]),
                     (delays["ours"], delays["theirs"]),
-                    statistics.median(a / b for a, b in zip(first["ours"], first["theirs"], strict=True)),
+                    ratio(first["ours"], first["theirs"]),
                 )
 
 
@@ -236,16 +236,7 @@ def main(settings: GenerationBenchmarkConfig) -> None:
         f"{settings.num_tokens} new tokens, greedy, fp32; medians of {settings.rounds} rounds in which both take "
         f"turns.\ntorch {torch.__version__}, transformers {transformers.__version__}; {machine(settings.device)}.\n"
     )
-    print(head)
-    print(HEAD)
-    found = []
-    for row in rows(settings):
-        found.append(row)
-        print(row, flush=True)
-    print(f"\n{verdict(found)}")
-    output = settings.output or Path(f"results/generation-{settings.device}.md")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text("\n".join([head, HEAD, *map(str, found), "", verdict(found)]) + "\n")
+    report(head, HEAD, rows(settings), verdict, settings.output or Path(f"results/generation-{settings.device}.md"))
 
 
 if __name__ == "__main__":

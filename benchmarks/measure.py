@@ -5,7 +5,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,20 @@ def _at_most(heads: int, coins: int) -> float:
 def judged(met: bool) -> str:
     """Return how a goal came out, for a report."""
     return "**met**" if met else "**missed**"
+
+
+def report(head: str, columns: str, rows: Iterable[Any], verdict: Callable[[list[Any]], str], output: Path) -> None:
+    """Print a table row by row as it is measured, with what is before and behind it, and write all of it to a file."""
+    print(head)
+    print(columns)
+    found = []
+    for row in rows:
+        found.append(row)
+        print(row, flush=True)
+    judgement = verdict(found)
+    print(f"\n{judgement}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text("\n".join([head, columns, *map(str, found), "", judgement]) + "\n")
 
 
 def machine(device: str) -> str:
