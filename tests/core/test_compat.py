@@ -29,8 +29,6 @@ ALLOWED = {
     # Hugging Face's own hooks for initializing, and a file that is exported without core beside it.
     ("tools.exporting.modeling_placement", "_non_persistent_buffers_set"),
     ("tools.exporting.modeling_placement", "getattr(weight, '_is_hf_initialized', False)"),
-    ("tools.exporting.modeling_placement_image", "_non_persistent_buffers_set"),
-    ("tools.exporting.modeling_placement_image", "getattr(weight, '_is_hf_initialized', False)"),
 }
 
 

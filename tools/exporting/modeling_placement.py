@@ -484,43 +484,22 @@ class PlacementModel(nn.Module):
         return state, states, router_logits
 
 
-class PlacementForCausalLM(PreTrainedModel, GenerationMixin):
-    """The language model with its loss, its cache and its generation.
+class PlacementPreTrainedModel(PreTrainedModel):
+    """What every model of these blocks shares: how weights are drawn, kept and recomputed."""
 
-    New weights, which a model has that is made from a configuration alone, are drawn as transformers draws them.
-    """
-
-    config: PlacementConfig
-    config_class = PlacementConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = True  # num_items_in_batch: Trainer leaves the division by accumulated batches to the loss
     _supports_sdpa = True  # and nothing else: attention is torch's scaled_dot_product_attention
     _no_split_modules = ["Block"]
-    _skip_keys_device_placement = ["past_key_values"]
-    _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}
 
-    def __init__(self, config: PlacementConfig) -> None:
-        super().__init__(config)
-        require(config.causal, "causal", config.causal, "true: a model that sees later tokens cannot predict them")
-        if config.router_bias:
+    def hold(self, model: nn.Module) -> None:
+        """Take what is under the head, and let transformers finish."""
+        if self.config.router_bias:
             self._keep_in_fp32_modules_strict = ["router"]
-        self.model = PlacementModel(config)
-        for module in self.model.modules():  # a placement's constants are read from the file, like weights
+        self.model = model
+        for module in model.modules():  # a placement's constants are read from the file, like weights
             module._non_persistent_buffers_set.clear()
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.embedding
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.embedding = value
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.model.head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.model.head = new_embeddings
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -537,6 +516,36 @@ class PlacementForCausalLM(PreTrainedModel, GenerationMixin):
             log.warning_once("use_reentrant=True is not supported: blocks are recomputed with use_reentrant=False")
             gradient_checkpointing_func = partial(gradient_checkpointing_func, use_reentrant=False)
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **options)
+
+
+class PlacementForCausalLM(PlacementPreTrainedModel, GenerationMixin):
+    """The language model with its loss, its cache and its generation.
+
+    New weights, which a model has that is made from a configuration alone, are drawn as transformers draws them.
+    """
+
+    config: PlacementConfig
+    config_class = PlacementConfig
+    accepts_loss_kwargs = True  # num_items_in_batch: Trainer leaves the division by accumulated batches to the loss
+    _skip_keys_device_placement = ["past_key_values"]
+    _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}
+
+    def __init__(self, config: PlacementConfig) -> None:
+        super().__init__(config)
+        require(config.causal, "causal", config.causal, "true: a model that sees later tokens cannot predict them")
+        self.hold(PlacementModel(config))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.embedding = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.model.head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.model.head = new_embeddings
 
     def forward(
         self,

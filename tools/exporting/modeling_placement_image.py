@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from tools.exporting.modeling_placement import Block, Experts, PlacementConfig, require
+from tools.exporting.modeling_placement import Block, PlacementConfig, PlacementPreTrainedModel, require
 
 
 class PlacementImageConfig(PlacementConfig):
@@ -103,7 +102,7 @@ class PlacementImageModel(nn.Module):
         return pooled
 
 
-class PlacementForImageClassification(PreTrainedModel):
+class PlacementForImageClassification(PlacementPreTrainedModel):
     """The classifier with its loss.
 
     New weights, which a model has that is made from a configuration alone, are drawn as transformers draws them.
@@ -111,27 +110,11 @@ class PlacementForImageClassification(PreTrainedModel):
 
     config: PlacementImageConfig
     config_class = PlacementImageConfig
-    base_model_prefix = "model"
     main_input_name = "pixel_values"
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _no_split_modules = ["Block"]
 
     def __init__(self, config: PlacementImageConfig) -> None:
         super().__init__(config)
-        if config.router_bias:
-            self._keep_in_fp32_modules_strict = ["router"]
-        self.model = PlacementImageModel(config)
-        for module in self.model.modules():  # a placement's constants are read from the file, like weights
-            module._non_persistent_buffers_set.clear()
-        self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, Experts):
-            for weight in (module.w1, module.v1, module.w2):
-                if not getattr(weight, "_is_hf_initialized", False):
-                    nn.init.normal_(weight, std=self.config.initializer_range)
+        self.hold(PlacementImageModel(config))
 
     def forward(
         self,
