@@ -1,6 +1,5 @@
 """The DataModule of a collection of images: shuffled and augmented training stream, fixed validation sample."""
 
-import hashlib
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -21,7 +20,7 @@ MAX_IMAGE_SIZE = 2**14
 
 
 class ImageDataModule(EndlessDataModule):
-    """Subclasses say what the images are: `source` and `num_classes`.
+    """Subclasses say what the images are: `source`, `num_classes` and `content`.
 
     Args:
         image_size: height and width of what the model gets; images of other sizes are scaled by their shorter side, and
@@ -71,9 +70,9 @@ class ImageDataModule(EndlessDataModule):
         """Number of classes; known before `prepare_data`."""
 
     @property
+    @abstractmethod
     def content(self) -> str:
         """Return what is in the collection, as far as a run that is resumed must find the same: a digest."""
-        return hashlib.sha256(self._train.labels.tobytes()).hexdigest()
 
     @cached_property
     def _train(self) -> ImageSource:

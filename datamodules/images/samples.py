@@ -75,7 +75,7 @@ def with_channels(pixels: Pixels, num_channels: int) -> Pixels:
         return pixels
     if have == 1:
         return np.repeat(pixels, num_channels, axis=-1)
-    luma = pixels[..., :3] @ np.array([0.299, 0.587, 0.114])
+    luma = pixels @ np.array([0.299, 0.587, 0.114])
     return np.clip(np.rint(luma), 0, 255).astype(np.uint8)[..., None]
 
 

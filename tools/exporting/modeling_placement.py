@@ -485,7 +485,7 @@ class PlacementModel(nn.Module):
 
 
 class PlacementPreTrainedModel(PreTrainedModel):
-    """What every model of these blocks shares: how weights are drawn, kept and recomputed."""
+    """Says how the weights of every model of these blocks are drawn, kept and recomputed."""
 
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
