@@ -24,6 +24,7 @@ def main(config: DictConfig) -> float:
     from core.errors import require
     from core.interruption import report_failures
     from core.lightning_callbacks import check_callbacks, without_stand_ins
+    from core.loggers import own_wandb_run
     from core.memory import check_memory
     from core.parallel import apply_micro_batching, check_parts
     from core.printable import printable
@@ -83,7 +84,8 @@ def main(config: DictConfig) -> float:
             step = check_resumable(run, trainer, module, datamodule, config)
 
         made_by = origin(device_of(trainer), getattr(datamodule, "stream_identity", {}).get("corpus"))
-        with run.running(trainer, config, overrides, step, made_by), report_failures(trainer, run.path):
+        running = run.running(trainer, config, overrides, step, made_by)
+        with running, own_wandb_run(), report_failures(trainer, run.path):
             trainer.fit(module, datamodule=datamodule, ckpt_path=run.ckpt_path, weights_only=True)
             tell_early_end(trainer)
         return final_loss(trainer, run.path)

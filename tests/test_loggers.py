@@ -3,10 +3,14 @@
 import csv
 import json
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
+from core.loggers import own_wandb_run
 from tests.support.runs import events, run, scalars, tiny_job, train
 
 EVERYTHING = (  # whatever writes text, histograms or a layout, which only TensorBoard takes
@@ -76,8 +80,7 @@ def test_wandb_offline_beside_tensorboard(tmp_path: Path, monkeypatch: pytest.Mo
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
     folder = run(tmp_path, "run", "logger=[tensorboard,wandb]", "logger.wandb.offline=true", *EVERYTHING)
-    wandb.finish()
-    wandb.teardown()  # waits for its server, which writes the last records after `finish` has returned
+    wandb.teardown()  # waits for its server, which writes the last records after the run has ended
     (record,) = folder.glob("wandb/offline-run-*/*.wandb")
     content = record.read_bytes()
     for tag in ("train/loss", "val/loss", "optim/grad_norm"):
@@ -85,8 +88,40 @@ def test_wandb_offline_beside_tensorboard(tmp_path: Path, monkeypatch: pytest.Mo
     assert set(scalars(folder, "train/loss")) == {0, 1}
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_runs_of_a_sweep_are_runs_of_their_own_at_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    swept = train(tmp_path, "-m", *tiny_job("logger=wandb", "logger.wandb.offline=true", "optim.lr=1e-3,2e-3"))
+    assert swept.code == 0, swept.err
+    assert len(list(tmp_path.rglob("wandb/offline-run-*"))) == 2
+    assert wandb.run is None
+
+
+def test_a_run_at_wandb_ends_with_the_context_unless_it_was_there_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    service, theirs, ours, failed = SimpleNamespace(run=None), Mock(), Mock(), Mock()
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    service.run = theirs
+    with own_wandb_run():
+        pass
+    theirs.finish.assert_not_called()
+    service.run = None
+    with own_wandb_run():
+        service.run = ours
+    ours.finish.assert_called_once_with(exit_code=0)
+
+    def fail() -> None:
+        service.run = failed
+        sys.exit(3)
+
+    with pytest.raises(SystemExit), own_wandb_run():
+        fail()
+    failed.finish.assert_called_once_with(exit_code=1)
+
+
 def test_wandb_without_a_login_is_a_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
+    wandb.teardown()  # it keeps the environment in which it was first used in the process
     for name in [name for name in os.environ if name.startswith("WANDB")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))  # whose .netrc may have a key
