@@ -20,6 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from core.atomic_write import damage_of, is_whole, write_whole
 from core.errors import ConfigError, InvalidValue, UserError, one_line, require, writing
+from core.event_files import OLDER as OLDER_EVENTS
+from core.event_files import PREFIX as EVENTS
 from core.file_errors import about_a_file
 from core.moved import override_with_current_names
 from core.paths import require_path
@@ -38,7 +40,7 @@ WITHOUT_RUN = "a folder without a run in it, or ckpt_path=last beside it to resu
 OVERRIDES = "overrides.yaml"
 LAST, PREVIOUS = Path("checkpoints/last.ckpt"), Path("checkpoints/previous.ckpt")
 NOTES = r"((config|overrides)(-resumed-[\w-]+)?\.yaml|provenance(-resumed-[\w-]+)?\.json)"
-BEGINNING = rf"{NOTES}|{re.escape(STATUS)}|tensorboard|csv|flight_recorder"
+BEGINNING = rf"{NOTES}|{re.escape(STATUS)}|{re.escape(EVENTS)}.*|{OLDER_EVENTS}|csv|flight_recorder"
 """The names of what a run writes into its folder before the end of its first step."""
 WRITTEN = rf"{BEGINNING}|checkpoints|wandb|mlflow\.db|(divergence|events|summary|status)\..*"
 """The names of all that a run writes into its folder, or removes there."""

@@ -1,13 +1,49 @@
-"""Lightning's logger for TensorBoard, less what says nothing of a run whose data have no end."""
+"""Lightning's logger for TensorBoard, less what says nothing of a run that has a folder and data without an end."""
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from core.event_files import event_folder
 
 
 class TensorBoard(TensorBoardLogger):
-    """Leaves out `epoch`, which Lightning adds to every step's metrics: the stream is a single one, number 0."""
+    """Writes event files into the run's folder, after which TensorBoard calls the run, and nothing else.
+
+    `epoch` is left out, which Lightning adds to every step's metrics: the stream is a single one, number 0. So is
+    hparams.yaml: what it holds is in RUN/config.yaml.
+
+    Args:
+        save_dir: the run's folder.
+        name: of a folder within it; likewise `version`, of a folder within that one.
+        version: of the event files; none: they lie in `save_dir`.
+        default_hp_metric: as in Lightning's logger, which takes `options` as well.
+        options: of torch.utils.tensorboard.SummaryWriter, as flush_secs.
+    """
+
+    def __init__(
+        self,
+        save_dir: str | Path,
+        name: str = "",
+        version: str = "",
+        default_hp_metric: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(save_dir, name, version, default_hp_metric=default_hp_metric, **options)
+
+    @property
+    def log_dir(self) -> str:
+        """The folder of the event files; where an older run has one of its own, that one."""
+        return str(event_folder(Path(super().log_dir)))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Write scalars at a step, as Lightning's logger does."""
         super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write out what is held back."""
+        self.experiment.flush()

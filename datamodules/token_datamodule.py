@@ -48,6 +48,7 @@ class TokenDataModule(StreamDataModule):
         valid = f"null, or an integer >= data.batch_size={batch_size}"
         require(shuffle_block is None or shuffle_block >= batch_size, "data.shuffle_block", shuffle_block, valid)
         self.document_mask, self.shuffle_block = document_mask, shuffle_block
+        self._counted: dict[tuple[Callable[..., float], int, int], float] = {}  # losses that take seconds
 
     @property
     @abstractmethod
@@ -122,6 +123,10 @@ class TokenDataModule(StreamDataModule):
         return self._counting_loss(unigram_loss)
 
     def _counting_loss(self, measure: Callable[..., float]) -> float:
-        stream = TokenStream(self.samples("val"), self.batch_size)
-        samples: npt.NDArray[np.int64] = np.concatenate([stream.read(n)["tokens"] for n in range(self.num_val_batches)])
-        return measure(self.split("train").head(BASELINE_TOKENS), samples, self.vocab_size)
+        key = measure, self.batch_size, self.num_val_batches
+        if key not in self._counted:
+            stream = TokenStream(self.samples("val"), self.batch_size)
+            samples: npt.NDArray[np.int64]
+            samples = np.concatenate([stream.read(n)["tokens"] for n in range(self.num_val_batches)])
+            self._counted[key] = measure(self.split("train").head(BASELINE_TOKENS), samples, self.vocab_size)
+        return self._counted[key]

@@ -9,9 +9,12 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 
+from core.event_files import event_files
 from core.loggers import own_wandb_run
 from tests.support.runs import events, run, scalars, tiny_job, train
+from tools.curves import read_curves
 
 EVERYTHING = (  # whatever writes text, histograms or a layout, which only TensorBoard takes
     "callbacks.text_sample={_target_: callbacks.console.text_sample.TextSample, prompt: a, num_tokens: 1}",
@@ -43,9 +46,27 @@ def test_two_loggers_say_the_same_of_every_monitor(tmp_path: Path) -> None:
         assert scalars(folder, tag) == pytest.approx(columns[tag], rel=1e-6, nan_ok=True), tag
 
 
+def test_tensorboard_calls_a_run_by_its_folder(tmp_path: Path) -> None:
+    folder = run(tmp_path, "mine/today")
+    shown = EventMultiplexer().AddRunsFromDirectory(str(tmp_path)).Reload().Runs()
+    assert list(shown) == ["mine/today"]
+    assert not list(folder.rglob("hparams.yaml"))
+
+
+def test_an_older_run_goes_on_where_its_event_files_lie(tmp_path: Path) -> None:
+    folder = run(tmp_path, "run")
+    (events_of_before,) = event_files(folder)
+    (folder / "tensorboard").mkdir()
+    events_of_before.rename(folder / "tensorboard" / events_of_before.name)
+    run(tmp_path, "run", "trainer.max_steps=3", "ckpt_path=last")
+    assert len(list((folder / "tensorboard").iterdir())) == 2
+    assert not list(folder.glob("events.out*"))
+    assert read_curves(folder)["train/loss"][0] == [0, 1, 2]
+
+
 def test_csv_alone_is_enough_and_a_resumed_run_leaves_the_first_part_alone(tmp_path: Path) -> None:
     folder = run(tmp_path, "run", "logger=csv", *EVERYTHING)
-    assert not (folder / "tensorboard").exists()
+    assert not event_files(folder)
     assert json.loads((folder / "summary.json").read_text())["tensorboard"] is None
     before = (folder / "csv/version_0/metrics.csv").read_bytes()
     run(tmp_path, "run", "logger=csv", "trainer.max_steps=3", "ckpt_path=last")

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from core.errors import InvalidValue
+from core.event_files import event_files
 from lightning_modules.language_module import LanguageModule
 from tests.support.own_pieces import forget_pieces, page, pieces, write_pieces
 from tests.support.runs import ROOT, Finished, scalars, tiny_job, train
@@ -102,7 +103,8 @@ def test_what_travelled_with_the_transfer_is_the_heads_largest_weight(home: Path
 def test_it_is_resumed_bit_for_bit(at_home: Path) -> None:
     whole = torch.load("whole/checkpoints/last.ckpt", weights_only=True)
     shutil.copytree("whole", "part")
-    shutil.rmtree("part/tensorboard")
+    for path in event_files(Path("part")):
+        path.unlink()
     resumed = train(at_home, *JOB, "run_dir=part", "ckpt_path=part/checkpoints/previous.ckpt")
     assert resumed.code == 0, resumed.err
     part = torch.load("part/checkpoints/last.ckpt", weights_only=True)

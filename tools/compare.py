@@ -184,7 +184,7 @@ def draw(runs: Sequence[Run], tags: Sequence[str], output: Path) -> None:
 @cli.tool
 def main(config: CompareConfig) -> None:
     for folder in config.runs:
-        require(has_curves(folder), "RUN", str(folder), "the folder of a run, with tensorboard/ or csv/ in it")
+        require(has_curves(folder), "RUN", str(folder), "the folder of a run, with event files or csv/ in it")
     check_picture(config.output)
     runs = [Run(folder) for folder in config.runs]
     for tag in config.tags:

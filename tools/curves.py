@@ -15,12 +15,12 @@ from typing import Any, TextIO
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
 from core.errors import one_line
+from core.event_files import event_files
 from core.untrusted import MIB, Untrusted, beyond, bound
 
 Curve = tuple[list[int], list[float]]
 """Optimizer steps, and the value at each."""
 
-EVENTS = "tensorboard"
 PNG = b"\x89PNG\r\n\x1a\n"
 TABLES = "csv/version_*/metrics.csv"
 FILE_BYTES = 4096 * MIB
@@ -42,7 +42,7 @@ MAX_STEP = 10**15
 
 def has_curves(run: Path) -> bool:
     """Return whether the folder is one of a run under logger=tensorboard or logger=csv."""
-    return (run / EVENTS).is_dir() or any(run.glob(TABLES))
+    return bool(event_files(run)) or any(run.glob(TABLES))
 
 
 def read_curves(run: Path) -> dict[str, Curve]:
@@ -118,12 +118,6 @@ def _of_events(run: Path) -> Iterator[tuple[str, int, float]]:
     for path, step, value in _event_values(run):
         if value.HasField("simple_value"):  # neither a histogram nor a text
             yield value.tag, _event_step(path, value.tag, step), value.simple_value
-
-
-def event_files(run: Path) -> list[Path]:
-    """Return TensorBoard's files of a run, in the order in which they are read."""
-    folder = run / EVENTS
-    return sorted(path for path in folder.iterdir() if "tfevents" in path.name) if folder.is_dir() else []
 
 
 def _event_values(run: Path) -> Iterator[tuple[Path, int, Any]]:

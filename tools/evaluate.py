@@ -19,6 +19,7 @@ from core import cli
 from core.atomic_write import write_whole
 from core.dataclass_cli import FIRST
 from core.errors import UserError, require, writing
+from core.event_files import event_folder
 from core.printable import printable
 from core.untrusted import within
 
@@ -132,7 +133,7 @@ def main(config: EvaluateConfig) -> None:
 
     run = open_language_run(config.run, config.checkpoint, config.allow)
     scalars = (evaluate_tasks if config.tasks else evaluate_corpora)(run, config)
-    folder = within(run.folder, run.folder / "tensorboard", "remove the link")
+    folder = within(run.folder, event_folder(run.folder), "remove the link")
     with writing("RUN", run.folder), SummaryWriter(folder) as writer:
         for tag, value in scalars.items():
             writer.add_scalar(tag, value, run.step)

@@ -29,6 +29,7 @@ from core import cli
 from core.atomic_write import write_whole
 from core.dataclass_cli import FIRST
 from core.errors import require
+from core.event_files import OLDER, event_files
 from core.printable import cell, printable
 from core.provenance import FIELDS, OF_THE_USER
 from core.status import (
@@ -56,7 +57,7 @@ STYLES = {
     FAILED: "red",
     KILLED: "red",
 }
-WRITTEN = ("status.json", "summary.json", "divergence.md", "events.jsonl", "checkpoints", "config.yaml", "tensorboard")
+WRITTEN = ("status.json", "summary.json", "divergence.md", "events.jsonl", "checkpoints", "config.yaml", OLDER)
 WAS_KILLED = "its process was killed (kill -9, no memory left, or the machine went down)"
 DEEP, BEHIND_LINKS = 8, 2
 """Levels of folders that are looked at, and of those how many behind a link, which may lead anywhere."""
@@ -112,7 +113,8 @@ def look(folder: Path, now: float) -> Row | None:
 
     None: it is gone by now.
     """
-    written = [seconds for name in WRITTEN if (seconds := _modified(folder / name)) is not None]
+    paths = (*(folder / name for name in WRITTEN), *event_files(folder))
+    written = [seconds for path in paths if (seconds := _modified(path)) is not None]
     if not written:
         return None
     status = read(folder)

@@ -8,14 +8,15 @@ import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from callbacks.protocols import HasCharts
+from callbacks.scalars import write_scalars
 from core.errors import UserError
 from core.provenance import device_of, origin
 from core.run_folder import read_overrides
 
 OVERVIEW = {
-    "loss": ["^train/loss$", "^val/loss$"],
+    "loss": ["^train/loss$", "^val/loss$", "^val/bigram_loss$"],
     "learning rate": ["^optim/lr$"],
-    "gradient norm": ["^optim/grad_norm$"],
+    "gradient norm": ["^optim/grad_norm$", "^divergence/grad_norm$"],  # the latter at spikes alone
     "gradient of the first block over the last one's": ["^gradients/first_over_last$"],
     "tokens per second": ["^train/tokens_per_second$"],
 }
@@ -24,7 +25,7 @@ ROUTER_FIGURES = ("max_load", "load_cv", "dead_experts", "entropy", "top1_margin
 
 
 class Dashboard(L.Callback):
-    """Writes, when training starts:
+    """Writes, when training starts, and at validations the last one:
 
     | tag | |
     |---|---|
@@ -32,6 +33,8 @@ class Dashboard(L.Callback):
     | | every callback that has some: callbacks.protocols.HasCharts |
     | about (text) | what the run is: settings of its command line, length, corpus, where it comes from; in Markdown |
     | model (text) | parameters by block and kind, in Markdown |
+    | val/bigram_loss | nats per token of counted pairs on the validation text, for the overview: a level line from |
+    | | the first step on; not where something else than the next token is predicted, nor of large vocabularies |
 
     A resumed run that goes on in its folder has both texts already.
 
@@ -42,6 +45,7 @@ class Dashboard(L.Callback):
     def __init__(self, run_dir: str | None = None) -> None:
         self.run_dir = run_dir
         self._described = ""  # the folder of the event files that have the texts
+        self._begins = False  # the baseline's line has no beginning yet
 
     def state_dict(self) -> dict[str, Any]:
         return {"described": self._described}
@@ -50,6 +54,7 @@ class Dashboard(L.Callback):
         self._described = str(state_dict.get("described", "")) if isinstance(state_dict, dict) else ""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._begins = trainer.global_step == 0
         layout = {"overview": {title: ["Multiline", lines] for title, lines in OVERVIEW.items()}}
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         sources = [callback.charts(pl_module) for callback in callbacks if isinstance(callback, HasCharts)]
@@ -64,6 +69,22 @@ class Dashboard(L.Callback):
                     logger.experiment.add_text("about", run_list(trainer, self.run_dir), trainer.global_step)
                     logger.experiment.add_text("model", model_table(pl_module), trainer.global_step)
                     self._described = folder
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        baseline = _bigram_loss(trainer, pl_module) if trainer.is_global_zero else None
+        values = {} if baseline is None else {"val/bigram_loss": baseline}
+        if self._begins:  # here and not when training starts, which would wait for it
+            write_scalars(trainer, values, 1)
+        self._begins = False
+        write_scalars(trainer, values, trainer.global_step)
+
+
+def _bigram_loss(trainer: L.Trainer, pl_module: L.LightningModule) -> float | None:
+    """Return what a model of the next token has to beat; None: this is none, or it is not counted."""
+    measure = getattr(getattr(trainer, "datamodule", None), "baseline_loss", None)
+    return measure() if measure is not None and getattr(pl_module, "predicts_next", True) else None
 
 
 def router_charts(pl_module: L.LightningModule) -> dict[str, dict[str, str]]:

@@ -14,6 +14,7 @@ from rich.table import Table
 from callbacks.protocols import CountsTokens
 from core.atomic_write import write_whole
 from core.early_end import how_it_ended
+from core.event_files import event_files
 from core.printable import cell, printable
 from core.provenance import device_of, provenance
 from core.run_folder import resume_command
@@ -22,6 +23,8 @@ from core.status import PROVENANCE
 MEASURED = "run_summary"  # in a checkpoint
 COMMANDS = {"tensorboard": "Curves and pictures:", "resume": "Twice as long:"}
 """Keys of the summary that are command lines, and how they are introduced."""
+OVERVIEW_PAGE = "http://localhost:6006/#custom_scalars"
+"""TensorBoard's page opens on another tab, in which groups of curves are sorted by name."""
 FEW_EPOCHS = 4
 """So often a corpus can be read nearly as well as new text (2305.16264)."""
 
@@ -98,6 +101,8 @@ class RunSummary(L.Callback):
         for key, words in COMMANDS.items():
             if summary[key] is not None:
                 print(f"{words} {printable(summary[key], limit=None)}")
+        if summary["tensorboard"] is not None:
+            print(f"The overview: {OVERVIEW_PAGE}")
 
     def _resume_command(self, trainer: L.Trainer) -> str | None:
         """Return the command that goes on; None where no command line has begun the run and given its steps."""
@@ -132,7 +137,6 @@ class RunSummary(L.Callback):
         total, active = module.num_parameters
         val_loss = measured.get("val_loss")
         best, last = (self.run_dir / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
-        curves = self.run_dir / "tensorboard"
         status, reason = how_it_ended(trainer)
         return {
             "status": status,
@@ -152,7 +156,9 @@ class RunSummary(L.Callback):
             "active_parameters": active,
             "best_checkpoint": str(best) if best.exists() else None,
             "last_checkpoint": str(last) if last.exists() else None,
-            "tensorboard": shlex.join(["tensorboard", "--logdir", str(self.run_dir)]) if curves.exists() else None,
+            "tensorboard": shlex.join(["tensorboard", "--logdir", str(self.run_dir)])
+            if event_files(self.run_dir)
+            else None,
             "resume": self._resume_command(trainer) if last.exists() else None,
             PROVENANCE: provenance(device_of(trainer), getattr(datamodule, "stream_identity", {}).get("corpus")),
         }

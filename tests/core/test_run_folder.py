@@ -167,9 +167,9 @@ def test_what_a_sweep_varies_comes_first_and_is_never_left_out() -> None:
 
 @pytest.mark.parametrize("had_lock", [False, True])
 def test_a_resumption_that_is_refused_in_its_first_step_leaves_the_folder_as_it_was(had_lock: bool) -> None:
-    """The flight recorder has written by then, and TensorBoard another file into the folder of the first."""
+    """The flight recorder has written by then, and TensorBoard another file beside the first."""
     run = Path("run")
-    for name in ("config.yaml", "overrides.yaml", "checkpoints/last.ckpt", "tensorboard/events.1", "notes/mine.txt"):
+    for name in ("config.yaml", "overrides.yaml", "checkpoints/last.ckpt", "events.out.tfevents.1", "notes/mine.txt"):
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text("[]")
     (run / LOCK).touch() if had_lock else None
@@ -179,7 +179,7 @@ def test_a_resumption_that_is_refused_in_its_first_step_leaves_the_folder_as_it_
     def resume() -> None:
         folder = RunFolder(run, run / "checkpoints/last.ckpt", holds_run=True)
         with held(run), folder.running(trainer, asked(), [], step=3):
-            (run / "tensorboard/events.2").write_text("x")
+            (run / "events.out.tfevents.2").write_text("x")
             (run / "flight_recorder").mkdir()
             (run / "flight_recorder/step_4_rank_0.pt").write_text("x")
             (run / "notes/more.txt").write_text("x")  # by somebody else

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from core.event_files import event_files
 from core.run_folder import read_overrides, resume_command
 from tests.support.fuzz.sandbox import tree
 from tests.support.runs import tiny_job, train
@@ -85,8 +86,9 @@ def test_no_link_leads_a_new_run_out_of_the_folder_that_it_is_given(cwd: Path) -
 def test_links_within_a_run_and_to_it_are_followed(cwd: Path) -> None:
     (cwd / "run").rename(cwd / "elsewhere")
     (cwd / "run").symlink_to("elsewhere")
-    (cwd / "run/tensorboard").rename(cwd / "run/curves")
-    (cwd / "run/tensorboard").symlink_to("curves")
+    (events,) = event_files(cwd / "run")
+    events.rename(cwd / "run/curves")
+    events.symlink_to("curves")
     (cwd / "run/notes").symlink_to(cwd.parent)
     resumed = train(cwd, *GOING_ON, "ckpt_path=last")
     assert resumed.code == 0, resumed.err

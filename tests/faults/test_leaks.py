@@ -12,6 +12,7 @@ import pytest
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
 
+from core.event_files import event_files
 from tests.support.runs import run, tiny_job, train
 
 SCALARS_BYTES = 3_000  # in TensorBoard's files, at most, of a step that is logged: two blocks, one of them a mixture
@@ -41,7 +42,7 @@ def left_open() -> tuple[set[str], int, int]:
 
 
 def assert_events_are_small(run_dir: Path, num_logged: int, num_histograms: int) -> None:
-    (path,) = (run_dir / "tensorboard").glob("events.*")
+    (path,) = event_files(run_dir)
     values = [value for raw in RawEventFileLoader(str(path)).Load() for value in Event.FromString(raw).summary.value]
     scalars = [value.ByteSize() for value in values if value.HasField("simple_value")]
     histograms = [value.ByteSize() for value in values if value.HasField("histo")]

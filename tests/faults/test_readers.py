@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from core.event_files import event_files
 from studies.grid import Study
 from studies.report import load, write
 from tests.support.forked import started
@@ -27,7 +28,7 @@ def test_everything_that_reads_runs_reads_one_that_trains(tmp_path: Path) -> Non
         while training.process.is_alive():
             rows = [row for folder in find(tmp_path) if (row := look(folder, time.time()))]
             statuses += [row.status for row in rows if row.step]
-            if (tmp_path / name / "tensorboard").is_dir():
+            if event_files(tmp_path / name):
                 make_table([Run(tmp_path / name)], ["train/loss"])
             _, records, unfinished = load(tmp_path)
             states.append((len(records), list(unfinished)))

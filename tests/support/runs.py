@@ -25,6 +25,7 @@ from hydra._internal.hydra import Hydra
 from hydra.types import RunMode
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from core.event_files import event_files, event_folder
 from datamodules.token_datamodule import TokenDataModule
 from datamodules.writer import write_corpus
 
@@ -166,8 +167,8 @@ def run_on(cwd: Path, *arguments: str) -> Path:
 
 def events(run_dir: Path) -> EventAccumulator:
     """All that TensorBoard would show; read once while the files stay as they are."""
-    folder = run_dir.resolve() / "tensorboard"
-    files = sorted((path, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.glob("*"))
+    folder = event_folder(run_dir.resolve())
+    files = [(path, path.stat().st_size, path.stat().st_mtime_ns) for path in event_files(folder)]
     return _events(folder, tuple(files))
 
 
@@ -183,7 +184,7 @@ def scalars(run_dir: Path, tag: str) -> dict[int, float]:
 
 def assert_began(folder: Path, step: int) -> None:
     """A run that starts again from nothing would give the same curve; the last process' own events tell them apart."""
-    newest = max((folder / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    newest = max(event_files(folder), key=lambda path: path.stat().st_mtime_ns)
     first, *_ = EventAccumulator(str(newest), size_guidance={"scalars": 0}).Reload().Scalars("train/loss")
     assert first.step == step
 

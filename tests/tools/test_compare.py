@@ -114,7 +114,7 @@ def test_tags_are_averaged_over_the_last_tenth(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "RUN='nowhere' is not valid: expected the folder of a run, with tensorboard/ or csv/ in it"),
+        (["nowhere"], "RUN='nowhere' is not valid: expected the folder of a run, with event files or csv/ in it"),
         (["study/a", "tags=moe/max_laod"], "tags='moe/max_laod' is not valid: expected a scalar that one of"),
         (["study/a", "output=a.gpg"], "output='a.gpg' is not valid: expected a name that ends in one of .png,"),
         (["study/a", "output=file/a.png"], "output='file/a.png' is not valid: expected a folder that can be"),

@@ -248,10 +248,10 @@ def test_a_task_that_asks_for_what_is_not_there_is_refused(
 def test_figures_are_printed_where_they_cannot_be_written(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str
 ) -> None:
-    """A file is where the folder would be, which not even root can write into."""
+    """A file is where the folder would be, which not even root can write into; or a link leads out of the run."""
     copy = shutil.copytree(run, tmp_path / "copy")
     shutil.rmtree(copy / place, ignore_errors=True)
-    (copy / place).touch()
+    (copy / place).touch() if place == "evaluation" else (copy / place).symlink_to(tmp_path)
     monkeypatch.setattr("sys.argv", ["evaluate", str(copy)])
     with pytest.raises(SystemExit, match="2"):
         cli.run(lambda: evaluate.main([str(copy)]))

@@ -11,7 +11,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from callbacks.console.dashboard import model_table
 from tests.support.job import Job
 from tests.support.models import make_module
-from tests.support.runs import EventAccumulator, events, run
+from tests.support.runs import EventAccumulator, events, run, scalars
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,22 @@ def test_the_overview_comes_first_and_every_line_in_it_is_a_curve(written: Event
         chart.title: [tag for pattern in chart.multiline.tag for tag in tags if re.match(pattern, tag)]
         for chart in first.chart
     }
-    assert lines["loss"] == ["train/loss", "val/loss"]
+    assert sorted(lines["loss"]) == ["train/loss", "val/bigram_loss", "val/loss"]
     assert all(len(matched) == 1 for title, matched in lines.items() if title != "loss"), lines
+
+
+def test_the_baseline_is_a_level_line_over_a_resume(tmp_path: Path) -> None:
+    step = ("trainer.val_check_interval=1", "trainer.max_steps=2")
+    folder = run(tmp_path, "run", *step)
+    expected = json.loads((folder / "summary.json").read_text())["bigram_loss"]
+    assert scalars(folder, "val/bigram_loss") == pytest.approx(dict.fromkeys((0, 1), expected))
+    run(tmp_path, "run", *step, "trainer.max_steps=3", "ckpt_path=last")
+    assert scalars(folder, "val/bigram_loss") == pytest.approx(dict.fromkeys((0, 1, 2), expected))
+
+
+def test_there_is_no_baseline_where_no_next_token_is_predicted(tmp_path: Path) -> None:
+    folder = run(tmp_path, "run", "experiment=mlm_spannorm")
+    assert "val/bigram_loss" not in events(folder).Tags()["scalars"]
 
 
 def test_the_table_of_the_model_is_there(written: EventAccumulator, job: Job) -> None:

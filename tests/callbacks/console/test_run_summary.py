@@ -105,6 +105,7 @@ def test_the_console_says_the_same(summary: dict[str, Any], job: Job) -> None:
     assert "run/checkpoints/last.ckpt" in table
     assert f"Twice as long: {summary['resume']}\n" in out, "whole, and in one line"
     assert f"Curves and pictures: {summary['tensorboard']}\n" in out
+    assert "The overview: http://localhost:6006/#custom_scalars\n" in out
 
 
 def test_a_loss_that_is_no_number_is_null_and_the_file_stays_json(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ TARGETS = (
     Target("status", "run", "status.json", (RUNS, RESUME), (mutations.json_values,)),
     Target("summary", "run", "summary.json", (RUNS, COMPARE), (mutations.json_values,)),
     Target("provenance", "run", "provenance.json", (RUNS,), (mutations.json_values,)),
-    Target("event file", "run", "tensorboard/events*", (COMPARE,)),
+    Target("event file", "run", "events.out.tfevents.*", (COMPARE,)),
     Target("table", "run", "csv/version_0/metrics.csv", (COMPARE,), (mutations.table_values,)),
     Target("events", "run", "events.jsonl", (REPLAY, RESUME), (mutations.json_values,)),
     Target("flight record", "run", "flight_recorder/*.pt", (REPLAY,), (mutations.torch_values,)),
