@@ -31,16 +31,16 @@ class ChoosesScalars(Protocol):
 
 
 @runtime_checkable
-class CountsTokens(Protocol):
-    """Knows how many tokens the run has trained on, which RunSummary reports."""
+class CountsUnits(Protocol):
+    """Knows on how much the run has trained, in tokens or images (core.task.Task.counted), which RunSummary reports."""
 
     @property
-    def total_tokens(self) -> int:
-        """Return the tokens since step 0, over all processes, earlier ones of the same run included."""
+    def total_units(self) -> int:
+        """Return them since step 0, over all processes, earlier ones of the same run included."""
 
     @property
-    def tokens_per_second(self) -> float:
-        """Return the mean over this process' training so far, tokens of all processes."""
+    def units_per_second(self) -> float:
+        """Return the mean over this process' training so far, of all processes."""
 
 
 @runtime_checkable

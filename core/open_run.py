@@ -97,8 +97,12 @@ def open_language_run(folder: Path, checkpoint: str = "last", allow: Collection[
         ConfigError: as `open_run`; or the run is of another kind.
     """
     run = open_run(folder, checkpoint, allow)
-    predicts = hasattr(run.datamodule, "tokenizer") and run.module.model_config.causal
-    require(predicts, "RUN", str(folder), "a run whose model predicts the next token: this one's does not")
+    require(
+        run.module.task.predicts_next,
+        "RUN",
+        str(folder),
+        "a run whose model predicts the next token: this one's does not",
+    )
     return run
 
 

@@ -24,7 +24,7 @@ EARLY = (STOPPED, TIMED_OUT)
 """Ends before the last step that are no failures."""
 
 
-COUNTS = ("step", "max_steps", "steps", "tokens", "parameters", "active_parameters")
+COUNTS = ("step", "max_steps", "steps", "tokens", "images", "parameters", "active_parameters")
 FIGURES = (
     "train_loss",
     "val_loss",
@@ -33,10 +33,13 @@ FIGURES = (
     "bigram_loss",
     "unigram_loss",
     "tokens_per_second",
+    "images_per_second",
     "seconds",
     "total_seconds",
 )
-WORDS = ("status", "reason")
+WORDS = ("status", "reason", "loss_unit", "main")
+MEASURED = "figures"
+"""Numbers by name: what a task measures beside the loss (core.task.Task.figures)."""
 PROVENANCE = "provenance"
 MAX_WORD = 1000
 """Characters of a text among what a summary says of where it comes from."""
@@ -99,13 +102,20 @@ def _typed(content: Any) -> dict[str, Any]:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if field in COUNTS and isinstance(value, int) and number and 0 <= value < 2**63:
             found[field] = value
-        elif field in FIGURES and number and abs(value) < 1e300 and math.isfinite(value):
+        elif field in FIGURES and _is_figure(value):
             found[field] = float(value)
         elif field in WORDS and isinstance(value, str):
             found[field] = value
+        elif field == MEASURED and isinstance(value, dict):
+            found[field] = {name: float(figure) for name, figure in value.items() if _is_figure(figure)}
         elif field == PROVENANCE and isinstance(value, dict):
             found[field] = {name: value[name] for name in FIELDS if _is_short(value.get(name))}
     return found
+
+
+def _is_figure(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) < 1e300 and math.isfinite(value)
 
 
 def _is_short(value: Any, limit: int = MAX_WORD) -> bool:

@@ -10,7 +10,7 @@ from core.sweep import WORST_LOSS
 
 
 def final_loss(trainer: L.Trainer, run_dir: Path) -> float:
-    """Return the last validation loss, in nats per token: finite, and at most WORST_LOSS, which also stands for none.
+    """Return the last validation loss: finite, and at most WORST_LOSS, which also stands for none.
 
     Args:
         trainer: of the run, which has ended.

@@ -11,7 +11,7 @@ from core.limits import require_at_most
 from core.parallel import data_part, num_data_parts
 from core.steps import begin_step, num_batches
 from datamodules.samples import Samples
-from datamodules.stream import StreamLoader, TokenStream
+from datamodules.stream import SampleStream, StreamLoader
 
 MAX_BATCH_SIZE, MAX_WORKERS = 2**20, 1024
 
@@ -84,7 +84,7 @@ class EndlessDataModule(L.LightningDataModule):
         part, parts = (data_part(self.trainer), num_data_parts(self.trainer)) if self.trainer else (0, 1)
         valid = f"a multiple of the number of data-parallel processes, {parts}"
         require(self.batch_size % parts == 0, "data.batch_size", self.batch_size, valid)
-        stream = TokenStream(self.samples(split), self.batch_size, rank=part, world_size=parts, **position)
+        stream = SampleStream(self.samples(split), self.batch_size, rank=part, world_size=parts, **position)
         pinned = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         # A generator of its own: a loader draws a seed for its workers, and one more validation must not shift torch's.
         generator = torch.Generator().manual_seed(self.seed)

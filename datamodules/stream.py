@@ -19,7 +19,7 @@ TOGETHER = 256
 """Samples read at once, unless they say otherwise: where tokens are costs the same for few numbers as for many."""
 
 
-class TokenStream(IterableDataset[Batch | UserError]):
+class SampleStream(IterableDataset[Batch | UserError]):
     """Yields this rank's part of each global batch, as {"tokens": int64 [batch_size / world_size, seq_len + 1], ...}.
 
     In a data-loader process it yields, last of all, what the user can mend, for StreamLoader to raise: raised there, it
@@ -78,7 +78,7 @@ class TokenStream(IterableDataset[Batch | UserError]):
 
 
 class StreamLoader(DataLoader[Batch | UserError]):
-    """Hands out the batches of a TokenStream; what stops a process of its own is raised here, in the batch's place.
+    """Hands out the batches of a SampleStream; what stops a process of its own is raised here, in the batch's place.
 
     What asks the run to stop is for the training process: its data-loader processes go on, as the step needs them.
     """
@@ -90,7 +90,7 @@ class StreamLoader(DataLoader[Batch | UserError]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         if self.position is not None:
-            cast(TokenStream, self.dataset).first_sample = self.position()
+            cast(SampleStream, self.dataset).first_sample = self.position()
         with held_back():
             batches = super().__iter__()
         for batch in batches:

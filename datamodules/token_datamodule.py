@@ -15,7 +15,7 @@ from datamodules.index import Index
 from datamodules.samples import ShuffledSplit
 from datamodules.shards import Split
 from datamodules.storage import LocalFolder, Storage, read_index
-from datamodules.stream import TokenStream
+from datamodules.stream import SampleStream
 from datamodules.stream_datamodule import StreamDataModule
 from datamodules.tokenizers import ByteTokenizer, Tokenizer
 
@@ -125,7 +125,7 @@ class TokenDataModule(StreamDataModule):
     def _counting_loss(self, measure: Callable[..., float]) -> float:
         key = measure, self.batch_size, self.num_val_batches
         if key not in self._counted:
-            stream = TokenStream(self.samples("val"), self.batch_size)
+            stream = SampleStream(self.samples("val"), self.batch_size)
             samples: npt.NDArray[np.int64]
             samples = np.concatenate([stream.read(n)["tokens"] for n in range(self.num_val_batches)])
             self._counted[key] = measure(self.split("train").head(BASELINE_TOKENS), samples, self.vocab_size)

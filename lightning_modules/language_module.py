@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.errors import require
+from core.task import NATS_PER_TOKEN, Task
 from lightning_modules.config import ModelConfig
 from lightning_modules.cross_entropy import LARGE_VOCABULARY
 from lightning_modules.generation import generate
@@ -31,7 +32,6 @@ class LanguageModule(TransformerModule):
     Attributes:
         vocab_size: rows of embedding and head.
         extra_tokens: how many tokens the model has beside the data's.
-        predicts_next: whether its loss is that of a text, token after token.
 
     Raises:
         ConfigError: anything about the model or its optimizer that cannot work, before weights are allocated.
@@ -47,7 +47,7 @@ class LanguageModule(TransformerModule):
 
     of_data: ClassVar[tuple[str, ...]] = ("vocab_size",)
     extra_tokens: ClassVar[int] = 0
-    predicts_next: ClassVar[bool] = True
+    task: ClassVar[Task] = Task(NATS_PER_TOKEN, counted="tokens", position="token", predicts_next=True)
     model: Transformer | None
 
     def __init__(self, model: dict[str, Any], optim: dict[str, Any], vocab_size: int) -> None:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.errors import require
+from core.task import NATS_PER_TOKEN, Task
 from lightning_modules.config import ModelConfig
 from lightning_modules.language_module import LanguageModule
 from lightning_modules.layers.router import RouterStats
@@ -30,7 +31,7 @@ class MaskedLanguageModule(LanguageModule):
     """
 
     extra_tokens: ClassVar[int] = 1
-    predicts_next: ClassVar[bool] = False
+    task: ClassVar[Task] = Task(NATS_PER_TOKEN, counted="tokens", position="token")
     model: MaskedTransformer | None
 
     def __init__(self, model: dict[str, Any], optim: dict[str, Any], vocab_size: int, mask_rate: float = 0.15) -> None:

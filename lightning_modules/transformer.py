@@ -119,7 +119,7 @@ class Transformer(Trunk):
 
     def count(self, batch: Batch) -> Count:
         samples, tokens = batch["tokens"].shape
-        return Count(samples, tokens - 1)
+        return Count(samples, tokens - 1, samples * (tokens - 1))
 
     def can_read(self, batch: Batch) -> bool:
         ids = batch.get("tokens")

@@ -26,6 +26,7 @@ from core.errors import ConfigError, InvalidValue, require
 from core.lightning_callbacks import check_callbacks
 from core.run_control import take_control
 from core.steps import begin_epoch, completes_step, is_logged, num_steps
+from core.task import Task
 from lightning_modules.config import ModelConfig, OptimConfig, parse, settings
 from lightning_modules.depth_scaling import depth_scaling
 from lightning_modules.initialization import initialize
@@ -78,6 +79,7 @@ class TransformerModule(L.LightningModule):
         optim: fields of OptimConfig, as plain values.
 
     Attributes:
+        task: what it is trained to do.
         of_data: the names of those of its arguments that the DataModule has as attributes, and so are not configured.
 
     Raises:
@@ -94,6 +96,7 @@ class TransformerModule(L.LightningModule):
     | optim/grad_norm | l2 norm over all parameters, accumulated, before clipping |
     """
 
+    task: ClassVar[Task]
     of_data: ClassVar[tuple[str, ...]] = ()
     model: Trunk | None
 

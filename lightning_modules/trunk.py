@@ -35,10 +35,12 @@ class Count(NamedTuple):
     Attributes:
         samples: sequences, or images.
         positions: of each: tokens that the model reads, or patches.
+        units: what a run is counted in (core.task.Task.counted): tokens, or images.
     """
 
     samples: int
     positions: int
+    units: int
 
 
 class Block(nn.Module):
@@ -192,7 +194,7 @@ class Trunk(nn.Module):
         return state, router_stats
 
     def count(self, batch: Batch) -> Count:
-        """Return how many samples a batch has, of how many positions each."""
+        """Return how much there is in a batch."""
         raise NotImplementedError
 
     def can_read(self, batch: Batch) -> bool:

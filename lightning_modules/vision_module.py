@@ -8,6 +8,7 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
+from core.task import Task
 from lightning_modules.config import ModelConfig
 from lightning_modules.layers.router import RouterStats
 from lightning_modules.transformer_module import TransformerModule
@@ -45,6 +46,13 @@ class VisionModule(TransformerModule):
     | test/accuracy, test/calibration_error | by trainer.test, what val/... are by validation |
     """
 
+    task: ClassVar[Task] = Task(
+        "nats per image",
+        counted="images",
+        position="position",
+        figures=("accuracy", "calibration_error"),
+        main="accuracy",
+    )
     of_data: ClassVar[tuple[str, ...]] = ("image_size", "num_channels", "num_classes")
     model: VisionTransformer | None
 
@@ -105,7 +113,7 @@ class VisionModule(TransformerModule):
 
     def on_train_end(self) -> None:
         """Say how much is right at the end, beside what the data say that something simpler reaches."""
-        found = {name: self.trainer.callback_metrics.get(f"val/{name}") for name in ("accuracy", "calibration_error")}
+        found = {name: self.trainer.callback_metrics.get(f"val/{name}") for name in self.task.figures}
         if self.trainer.is_global_zero and all(value is not None for value in found.values()):
             accuracy, calibration = (float(value) for value in found.values() if value is not None)
             print(f"Accuracy {accuracy:.2%} in {VALIDATION}, calibration error {calibration:.2%}")

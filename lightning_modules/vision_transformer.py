@@ -156,7 +156,8 @@ class VisionTransformer(Trunk):
         return logits
 
     def count(self, batch: Batch) -> Count:
-        return Count(len(batch["images"]), self.images.num_positions)
+        samples = len(batch["images"])
+        return Count(samples, self.images.num_positions, samples)
 
     def can_read(self, batch: Batch) -> bool:
         images, labels, size = batch.get("images"), batch.get("labels"), self.images

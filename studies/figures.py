@@ -11,7 +11,7 @@ from typing import Any
 from core.atomic_write import write_whole
 from core.printable import printable
 from studies.grid import LEARNING_RATE, Point, Study
-from studies.record import Record
+from studies.record import Record, loss_units
 from studies.tables import Cell, Grids, tuned
 
 Profile = tuple[list[float], list[float]]
@@ -188,7 +188,7 @@ def _draw_losses(axes: Any, cells: Sequence[Cell], label: str, number: int, top:
     if known:
         where = [j for j, _ in known]
         axes.plot(where, [c.mean for _, c in known], color=color, marker="o", label=label)
-        low, high = zip(*((min(c.losses.values()), max(c.losses.values())) for _, c in known), strict=True)
+        low, high = zip(*((min(c.values.values()), max(c.values.values())) for _, c in known), strict=True)
         axes.fill_between(where, low, high, color=color, alpha=0.2)
     failed = [j + 0.05 * number for j, c in enumerate(cells) if c.failed]
     axes.plot(failed, [top] * len(failed), "x", color=color, label=None if known else label)
@@ -204,7 +204,7 @@ def _draw_judged(axes: Any, where: float, cell: Cell | None, color: str) -> None
     """Draw the mean of the seeds that judge a rate, and a bar from the lowest to the highest of them."""
     if cell is None or cell.mean is None:
         return
-    losses = cell.losses.values()
+    losses = cell.values.values()
     reach = [[cell.mean - min(losses)], [max(losses) - cell.mean]]
     axes.errorbar(where, cell.mean, reach, color=color, marker="D", markersize=5, capsize=3)
 
@@ -237,7 +237,8 @@ def draw_curves(study: Study, grid: Mapping[Point, Cell], output: Path) -> None:
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6)
     figure.supxlabel("optimizer step")
-    figure.supylabel("training loss (nats per token)")
+    units = loss_units(record for cell in grid.values() for record in cell.records)
+    figure.supylabel(f"training loss ({drawn_label(units)})")
     _save(figure, output)
 
 

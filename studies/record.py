@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +13,7 @@ from pydantic import AfterValidator, ConfigDict, Field
 from core.atomic_write import write_whole
 from core.status import EARLY, MAX_WORD, PROVENANCE
 from core.status import read as read_status
+from core.task import LOSS, NATS_PER_TOKEN
 from core.untrusted import MIB, Untrusted, read_json
 from studies.decay import Decay
 from studies.grid import Label, Override, Planned, Seed
@@ -25,7 +27,8 @@ FAILURES = {
     DIVERGED: "the loss is no finite number at the end, or the training loss of the last tenth is more than 10 % above "
     "that of the best tenth before it",
     COLLAPSED: "the final validation loss is nearer to that of counted tokens than to that of counted pairs: the model "
-    "uses hardly anything of the context",
+    "uses hardly anything of the context; where no pairs are counted, as of images, it is not below that of the "
+    "frequencies of what is predicted",
     BROKEN: "the process ended before the last step",
 }
 """When training has failed, in the order in which it is looked at."""
@@ -83,15 +86,19 @@ class Record:
         status: finished, or what else it came to: FAILURES, BLEMISHES.
         reason: of a broken run, the last line it said; of one that was stopped early, why.
         folder: the run's.
-        val_loss: at the end, nats per token; None where it is no number.
+        val_loss: at the end; None where it is no number.
+        loss_unit: that of all losses.
+        figures: what else the run's task measures of held-out data (core.task.Task.figures), at the end, by name; None
+            where it is no number.
+        main: the one of them that runs are compared by, of which more is better; or loss.
         bigram_loss, unigram_loss: of the corpus; None where they are not known.
         parameters: of the model.
         seconds: of training, over all processes that the run has taken.
-        tokens_per_second: mean of the process that trained last.
+        tokens_per_second: mean of the process that trained last; None of a run that counts images.
         train_loss: (steps, losses), each the mean since the one before; at most MAX_POINTS.
         by_block: {tag with {} for the block: {step: {block: value}}}, at MAX_TIMES of each monitor's steps.
         decay: of the gradient at initialization; None: not measured.
-        first_loss: of the first step's training batch, nats per token.
+        first_loss: of the first step's training batch.
         spikes: per 10,000 steps; None of a run too short to say, or not logged at every step.
         grad_norm_p999: 99.9th percentile of the gradient norm before clipping.
         clipped: share of the steps whose gradient was clipped; None without clipping.
@@ -123,6 +130,9 @@ class Record:
     )
     decay: Decay | None = None
     unigram_loss: Loss | None = None
+    loss_unit: Label = NATS_PER_TOKEN
+    figures: Annotated[dict[Tag, Outcome | None], Field(max_length=64)] = field(default_factory=dict)
+    main: Label = LOSS
     first_loss: Loss | None = None
     spikes: Annotated[float, Field(ge=0, le=10_000)] | None = None
     grad_norm_p999: float | None = None
@@ -139,6 +149,10 @@ class Record:
         if self.first_loss is not None:
             return self.first_loss
         return self.train_loss[1][0] if self.train_loss[1] else math.nan
+
+    def outcome(self, name: str) -> float | None:
+        """Return the final validation loss or one of the figures; None: it was no number, or is not known."""
+        return self.val_loss if name == LOSS else self.figures.get(name)
 
     @property
     def failed(self) -> bool:
@@ -201,6 +215,8 @@ def collect(planned: Planned, folder: Path, broken: str | None = None) -> Record
         tokens_per_second=_rounded(summary.get("tokens_per_second")),
         train_loss=_thinned(steps, losses),
         by_block=_by_block(run),
+        **{name: summary[name] for name in ("loss_unit", "main") if name in summary},
+        figures={name: storable(_rounded(value)) for name, value in run.figures.items()},
         first_loss=_finite(losses[0]) if losses else None,
         **{name: _rounded(value) for name, value in stable._asdict().items()},
         provenance=summary.get(PROVENANCE, {}),
@@ -235,6 +251,11 @@ def judge(
     if bigram_loss is not None and val_loss >= bigram_loss:
         return SLOW
     return SPIKING if spikes is not None and spikes > MANY_SPIKES else FINISHED
+
+
+def loss_units(records: Iterable[Record]) -> str:
+    """Return in what the records' losses are, in words."""
+    return ", ".join(dict.fromkeys(record.loss_unit for record in records)) or NATS_PER_TOKEN
 
 
 def storable(value: float | None) -> float | None:

@@ -25,6 +25,7 @@ from core.dataclass_cli import FIRST
 from core.errors import ConfigError, UserError
 from core.printable import printable
 from core.provenance import FIELDS
+from core.task import LOSS
 from core.untrusted import is_within
 from studies import figures
 from studies.decay import Decay
@@ -44,8 +45,8 @@ from studies.document import (
     markdown,
 )
 from studies.grid import LEARNING_RATE, Planned, Point, Study
-from studies.record import BLEMISHES, FAILURES, Record, collect
-from studies.tables import Cell, Comparison, Grids, compare, corrected, grids, judging_runs, tuned
+from studies.record import BLEMISHES, FAILURES, Record, collect, loss_units
+from studies.tables import Cell, Comparison, Grids, compare, corrected, grids, judging_runs, of_outcome, tuned
 from tools.stability import COLUMN_NAMES
 
 SURE = 0.05
@@ -136,6 +137,7 @@ def compile_report(study: Study, known: Grids, unfinished: Sequence[str], folder
     """Return what the report says; its pictures are drawn into `output`."""
     grid = known.every
     small = len(grid) <= MAX_DRAWN
+    unit = loss_units(record for cell in grid.values() for record in cell.records)
 
     def draw(name: str, title: str, drawing: figures.Draw) -> Block:
         if not small:
@@ -148,14 +150,16 @@ def compile_report(study: Study, known: Grids, unfinished: Sequence[str], folder
         Paragraph(study.question),
         _extent(study, grid, unfinished),
         Heading("Final validation loss"),
-        Paragraph(f"Nats per token: mean ± standard deviation over seeds (how many){_which_seeds(study)}."),
-        _loss_table(study, known.selection),
+        Paragraph(f"In {unit}: mean ± standard deviation over seeds (how many){_which_seeds(study)}."),
+        _table(study, known.selection),
         draw("map", "What each point came to", partial(figures.draw_map, study, known.selection)),
     ]
     if len(study.axes) > 1:
         blocks.append(draw("trend", "Across the second axis", partial(figures.draw_trend, study, known.selection)))
+    for figure in _figures(grid):
+        blocks += [Heading(f"Final {_in_words(figure)}"), *_figure_table(study, known.selection, figure)]
     if LEARNING_RATE in study.axes:
-        blocks += [Heading("Each at its own best learning rate"), *_tuned_table(study, known)]
+        blocks += [Heading("Each at its own best learning rate"), *_tuned_table(study, known, unit)]
         blocks.append(draw("rates", "Loss against learning rate", partial(figures.draw_rates, study, known)))
     if study.baseline is not None:
         blocks += [Heading(f"Against {study.baseline}"), *_comparisons(study, known)]
@@ -200,7 +204,27 @@ def _extent(study: Study, grid: dict[Point, Cell], unfinished: Sequence[str]) ->
     return Paragraph([*words, " Every run: ", Code(" ".join(study.overrides)), f". Needs: {study.needs}."])
 
 
-def _loss_table(study: Study, grid: dict[Point, Cell]) -> Table:
+def _figures(grid: Mapping[Point, Cell]) -> list[str]:
+    """Return the names of what was measured of held-out data beside the loss."""
+    return list(dict.fromkeys(name for cell in grid.values() for record in cell.records for name in record.figures))
+
+
+def _in_words(outcome: str) -> str:
+    return "validation loss" if outcome == LOSS else outcome.replace("_", " ")
+
+
+def _figure_table(study: Study, grid: Mapping[Point, Cell], name: str) -> list[Block]:
+    words = f"Of held-out data: mean ± standard deviation over seeds (how many){_which_seeds(study)}."
+    return [Paragraph(words), _table(study, of_outcome(grid, name))]
+
+
+def _main_outcome(grid: Mapping[Point, Cell]) -> str:
+    """Return by what the runs are compared: as their task says; where they have several, by the loss."""
+    found = {record.main for cell in grid.values() for record in cell.records}
+    return found.pop() if len(found) == 1 else LOSS
+
+
+def _table(study: Study, grid: Mapping[Point, Cell]) -> Table:
     axes = list(study.axes.values())
     columns = list(itertools.product(*axes[1:]))
     rows = [[row, *(_linked(grid[(row, *column)]) for column in columns)] for row in axes[0]]
@@ -215,7 +239,7 @@ def _which_seeds(study: Study) -> str:
     return ", of the seeds that select the learning rate" if study.select_seeds else ""
 
 
-def _tuned_table(study: Study, known: Grids) -> list[Block]:
+def _tuned_table(study: Study, known: Grids, unit: str) -> list[Block]:
     grid, best = known.selection, tuned(study, known.selection)
     at = list(study.axes).index(LEARNING_RATE)
     others = [axis for axis in study.axes if axis != LEARNING_RATE]
@@ -234,7 +258,7 @@ def _tuned_table(study: Study, known: Grids) -> list[Block]:
         rows.append([" ".join(point), f"{rate}{edge}", loss, ", ".join(lasting), _sensitivity(every)])
     header = [" / ".join(others), "best learning rate", "loss there", "rates without a failure", "sensitivity"]
     words = (
-        "Sensitivity (2309.14322): mean over the rates of the final loss less the best one's, in nats per token; a run "
+        f"Sensitivity (2309.14322): mean over the rates of the final loss less the best one's, in {unit}; a run "
         "that ends above the loss at the start counts as one that stayed there. It depends on the rates that were "
         "tried, and is small too where all are bad."
     )
@@ -268,7 +292,8 @@ def _comparisons(study: Study, known: Grids) -> list[Block]:
     """Compare point by point, or, where learning rates are tuned, best against best."""
     assert study.baseline is not None
     tuning = LEARNING_RATE in study.axes
-    grid = known.judged
+    outcome = _main_outcome(known.every)
+    grid = of_outcome(known.judged, outcome)
     chosen = tuned(study, known.selection) if tuning else {point: point for point in grid}
     compared: list[tuple[Point, Comparison | None]] = []
     for point, ours in chosen.items():
@@ -277,11 +302,14 @@ def _comparisons(study: Study, known: Grids) -> list[Block]:
             compared.append((point, compare(grid[ours], grid[theirs]) if theirs is not None else None))
     claims = [point for point, _ in compared if point[0] in study.family or not study.family]
     adjusted = dict(zip(claims, corrected([found for point, found in compared if point in claims]), strict=True))
-    rows = [[*point, *_compared(found, point in adjusted, adjusted.get(point))] for point, found in compared]
+    rows = [
+        [*point, *_compared(found, point in adjusted, adjusted.get(point), more_is_better=outcome != LOSS)]
+        for point, found in compared
+    ]
     axes = [axis for axis in study.axes if not (tuning and axis == LEARNING_RATE)]
     family = f"those of {', '.join(study.family)}" if study.family else "all rows"
     words = (
-        "Difference of the final validation loss, paired by seed (how many), with its 95 % interval, and the "
+        f"Difference of the final {_in_words(outcome)}, paired by seed (how many), with its 95 % interval, and the "
         f"two-sided p of the paired t-test, corrected by Holm over {family}; below {SURE} it counts. Detectable is the "
         "true difference that this many seeds would find in four cases of five, by the deviation that was seen."
     )
@@ -290,7 +318,7 @@ def _comparisons(study: Study, known: Grids) -> list[Block]:
     return [Paragraph(words), Table(header, rows)]
 
 
-def _compared(found: Comparison | None, claimed: bool, adjusted: float | None) -> list[str]:
+def _compared(found: Comparison | None, claimed: bool, adjusted: float | None, more_is_better: bool) -> list[str]:
     if found is None:
         return ["-", "-", "-", "-", "-", "failed in one of the two, or no seed in common"]
     difference = f"{found.difference:+.3f} ({found.seeds})"
@@ -300,7 +328,7 @@ def _compared(found: Comparison | None, claimed: bool, adjusted: float | None) -
     figures = [difference, f"{low:+.3f} to {high:+.3f}", f"{found.p:.3f}"]
     if not claimed or adjusted is None:
         return [*figures, "-", f"{found.detectable:.3f}", "no claim of this study"]
-    better = "better" if found.difference < 0 else "worse"
+    better = "better" if (found.difference > 0) == more_is_better else "worse"
     return [*figures, f"{adjusted:.3f}", f"{found.detectable:.3f}", better if adjusted < SURE else "not told apart"]
 
 

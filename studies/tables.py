@@ -3,13 +3,14 @@
 import itertools
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
+from core.task import LOSS
 from studies.grid import LEARNING_RATE, Planned, Point, Study
 from studies.record import BLEMISHES, Record
 
@@ -24,25 +25,28 @@ class Cell:
     Attributes:
         records: of its seeds, as far as there are any.
         planned: how many there are to be.
+        outcome: what of them: the final validation loss, or one of Record.figures.
     """
 
     records: tuple[Record, ...]
     planned: int
+    outcome: str = LOSS
 
     @property
-    def losses(self) -> dict[int, float]:
-        """{seed: final validation loss} of the runs that have not failed."""
-        return {r.seed: r.val_loss for r in self.records if not r.failed and r.val_loss is not None}
+    def values(self) -> dict[int, float]:
+        """{seed: the outcome} of the runs that have not failed."""
+        found = {record.seed: record.outcome(self.outcome) for record in self.records if not record.failed}
+        return {seed: value for seed, value in found.items() if value is not None}
 
     @property
     def mean(self) -> float | None:
         """Return their mean; None where a run failed or none is there: a mean of survivors hides it."""
-        return statistics.fmean(self.losses.values()) if self.losses and not self.failed else None
+        return statistics.fmean(self.values.values()) if self.values and not self.failed else None
 
     @property
     def deviation(self) -> float | None:
         """Standard deviation over seeds (n - 1); None of fewer than two."""
-        return statistics.stdev(self.losses.values()) if len(self.losses) > 1 and not self.failed else None
+        return statistics.stdev(self.values.values()) if len(self.values) > 1 and not self.failed else None
 
     @property
     def failed(self) -> list[Record]:
@@ -59,9 +63,9 @@ class Cell:
             spread = "" if self.deviation is None else f" ± {self.deviation:.3f}"
             blemished = [record.status for record in self.records if record.status in BLEMISHES]
             beside = f", {_counted(blemished)}" if blemished else ""
-            parts.append(f"{self.mean:.3f}{spread} ({len(self.losses)}{beside})")
+            parts.append(f"{self.mean:.3f}{spread} ({len(self.values)}{beside})")
         if self.failed:
-            rest = f", {len(self.losses)} not" if self.losses else ""
+            rest = f", {len(self.values)} not" if self.values else ""
             parts.append(f"failed: {_counted([record.status for record in self.failed])}{rest}")
         if self.missing:
             parts.append(f"{self.missing} missing")
@@ -90,6 +94,11 @@ class Grids:
         if self.judged is self.selection:
             return self.selection
         return {point: _joined(cell, self.judged[point]) for point, cell in self.selection.items()}
+
+
+def of_outcome(grid: Mapping[Point, Cell], outcome: str) -> dict[Point, Cell]:
+    """Return the same points, of which another outcome is looked at."""
+    return {point: replace(cell, outcome=outcome) for point, cell in grid.items()}
 
 
 def _joined(one: Cell, other: Cell) -> Cell:
@@ -149,7 +158,7 @@ class Comparison(NamedTuple):
     """A point against the baseline's.
 
     Attributes:
-        difference: mean over the shared seeds of the final validation loss less the baseline's.
+        difference: mean over the shared seeds of the cells' outcome less the baseline's.
         interval: of 95 %, by Student's t over them; None with fewer than two, or where all differences are equal.
         p: two-sided, of the paired t-test over them; None likewise.
         detectable: the true difference that such a test would find in four cases of five at p < 0.05, with the
@@ -166,7 +175,7 @@ class Comparison(NamedTuple):
 
 def compare(ours: Cell, baseline: Cell) -> Comparison | None:
     """Compare two points by seed, which draws weights and data alike. None: a seed failed, or they share none."""
-    mine, theirs = ours.losses, baseline.losses
+    mine, theirs = ours.values, baseline.values
     shared = [seed for seed in mine if seed in theirs]
     if not shared or ours.failed or baseline.failed:
         return None

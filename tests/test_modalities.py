@@ -12,8 +12,10 @@ from omegaconf import OmegaConf
 from core.errors import ConfigError
 from core.open_run import open_run
 from lightning_modules.vision_module import VisionModule
+from studies.grid import Planned
+from studies.record import Record, collect
 from tests.support.runs import events, load, scalars, tiny_job, train
-from tools import evaluate, generate, plan, propagation, replay
+from tools import compare, evaluate, generate, plan, propagation, replay
 from tools.examination.examine import Chosen, examine
 
 IMAGES = "experiment=vision_spannorm"
@@ -39,7 +41,8 @@ def test_monitors_log_what_they_log_of_language(run: Path) -> None:
         "val/loss",
         "val/accuracy",
         "val/calibration_error",
-        "train/tokens",
+        "train/images",
+        "train/images_per_second",
         "curvature/top_eigenvalue",
         "moe/max_load",
         *(f"signal/block_1/{figure}" for figure in ("variance", "attn_entropy", "attn_logit_max")),
@@ -49,9 +52,8 @@ def test_monitors_log_what_they_log_of_language(run: Path) -> None:
         "gradients/first_over_last",
     }
     assert expected <= tags
-    assert not any("theory" in tag or "perplexity" in tag for tag in tags)
-    positions = 17  # 16 patches and a class token
-    assert list(scalars(run, "train/tokens").values()) == [2 * 4 * positions * step for step in (1, 2, 3)]
+    assert not any(word in tag for tag in tags for word in ("theory", "perplexity", "tokens"))
+    assert list(scalars(run, "train/images").values()) == [2 * 4 * step for step in (1, 2, 3)]
     entropies = scalars(run, "signal/block_1/attn_entropy").values()
     assert all(0.5 < entropy <= 1 + 1e-6 for entropy in entropies), "every query sees all keys"
     assert all(math.isfinite(value) for tag in tags for value in scalars(run, tag).values())
@@ -61,6 +63,29 @@ def test_the_summary_has_the_classes_frequencies_beside_the_loss(run: Path) -> N
     summary = json.loads((run / "summary.json").read_text())
     assert summary["unigram_loss"] == pytest.approx(math.log(10), abs=0.05)
     assert summary["val_loss"] < 4
+    assert (summary["loss_unit"], summary["main"], summary["images"]) == ("nats per image", "accuracy", 24)
+    assert summary["figures"] == {
+        name: pytest.approx(scalars(run, f"val/{name}")[2]) for name in ("accuracy", "calibration_error")
+    }
+    assert not any("tokens" in key for key in summary)
+
+
+def test_a_record_has_accuracy_and_unit(run: Path) -> None:
+    record = collect(Planned("run", {}, 0, ()), run)
+    assert (record.loss_unit, record.main, record.bigram_loss) == ("nats per image", "accuracy", None)
+    last = {name: scalars(run, f"val/{name}")[2] for name in ("accuracy", "calibration_error")}
+    assert record.figures == {name: pytest.approx(value, rel=1e-4) for name, value in last.items()}
+    assert record.outcome("accuracy") == record.figures["accuracy"]
+    record.save(run.parent / "record.json")
+    assert Record.load(run.parent / "record.json") == record
+
+
+def test_runs_of_images_are_compared_by_what_they_have(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compare.main([str(run), f"output={run.parent / 'compare.png'}"])
+    table = next(part for part in capsys.readouterr().out.split("┏") if "accuracy" in part)
+    assert "calibration error" in table
+    assert "tokens" not in table
+    assert "bigram" not in table
 
 
 def test_a_summary_of_masked_tokens_has_nothing_beside_it_that_predicts_the_next(tmp_path: Path) -> None:

@@ -21,14 +21,26 @@ from core import cli
 from core.dataclass_cli import FIRST
 from core.errors import require
 from core.printable import cell, printable
-from core.status import read_summary
+from core.status import MEASURED, read_summary
+from core.task import NATS_PER_TOKEN
 from tools.curves import Curve, has_curves, read_curves
 from tools.picture import check_picture, save_picture
 from tools.run_facts import as_text, differences, facts
 from tools.run_labels import labels
 from tools.stability import COLUMN_NAMES, Stability, stability
 
-COLUMNS = ("train_loss", "val_loss", "val_bits_per_byte", "bigram_loss", "tokens", "tokens_per_second")
+COLUMNS = (
+    "train_loss",
+    "val_loss",
+    "val_bits_per_byte",
+    "bigram_loss",
+    "tokens",
+    "tokens_per_second",
+    "images",
+    "images_per_second",
+)
+ALWAYS = ("train_loss", "val_loss")
+"""Others are shown where a run has them."""
 PICTURE = Path("runs/compare.png")
 MAX_DIFFERENCES = 40
 """Settings that are shown as different."""
@@ -84,6 +96,17 @@ class Run:
         """The run's spikes, extreme gradients and activations."""
         return stability(self.folder, self._curves)
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """Return what the task measures of held-out data beside the loss, as far as it is known."""
+        found: dict[str, float] = self.summary.get(MEASURED, {})
+        return found
+
+    @property
+    def loss_unit(self) -> str:
+        """Return that of the losses; older runs, which do not say it, are of tokens."""
+        return str(self.summary.get("loss_unit", NATS_PER_TOKEN))
+
     def late(self, tag: str) -> list[float]:
         """Return the scalar's values in the last part of the run."""
         _, values = self.curve(tag)
@@ -95,10 +118,12 @@ def make_table(runs: Sequence[Run], tags: Sequence[str]) -> Table:
     table = Table()
     table.add_column("run", overflow="fold")
     if not tags:
-        for column in COLUMNS:
-            table.add_column(column.replace("_", " "))
+        figures = dict.fromkeys(name for run in runs for name in run.figures)
+        known = [name for name in COLUMNS if name in ALWAYS or any(run.summary.get(name) is not None for run in runs)]
+        for column in (*known, *figures):
+            table.add_column(cell(column.replace("_", " ")))
         for run in runs:
-            values = (run.summary.get(column) for column in COLUMNS)
+            values = (*(run.summary.get(column) for column in known), *(run.figures.get(name) for name in figures))
             table.add_row(cell(run.folder), *("-" if value is None else f"{value:,.4g}" for value in values))
         return table
     table.title = f"mean (largest) over the last {LATE:.0%} of the run"
@@ -163,7 +188,8 @@ def draw(runs: Sequence[Run], tags: Sequence[str], output: Path) -> None:
     plt.rcParams["text.parse_math"] = False  # a dollar sign in a name begins no formula
     height = 4.5 if not tags else min(3 * len(tags), 100)
     figure, grid = plt.subplots(max(1, len(tags)), squeeze=False, figsize=(8, height), layout="constrained")
-    for tag, axes in zip(tags or ["loss (nats per token)"], grid.flat, strict=True):
+    units = ", ".join(dict.fromkeys(run.loss_unit for run in runs))
+    for tag, axes in zip(tags or [f"loss ({units})"], grid.flat, strict=True):
         for run, name in zip(runs, labels([run.folder for run in runs]), strict=True):
             label = f" {printable(name, 80)}" if name.startswith("_") else printable(name, 80)  # "_x" is not shown
             if tags:

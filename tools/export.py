@@ -65,7 +65,7 @@ def export(config: ExportConfig) -> str:
     if isinstance(model, VisionTransformer):
         return _export_images(model, run, output, getattr(torch, config.dtype))
     valid = "a run that predicts the next token, or classifies images: transformers has no other model of its kind"
-    require(model.config.causal, "RUN", str(config.run), valid)
+    require(run.module.task.predicts_next, "RUN", str(config.run), valid)
     end = None if isinstance(data.tokenizer, NumberTokenizer) else data.tokenizer.end_of_document
     max_length = data.seq_len
     theirs = tokenizer.to_hugging_face(data.tokenizer, max_length)

@@ -92,7 +92,7 @@ class Row:
 
     Attributes:
         status: a word of STYLES.
-        val_loss: the last one known, in nats per token.
+        val_loss: the last one known.
         seconds: since something was written.
         reason: why it ended early, in a line.
         facts: its settings and origins, as tools.run_facts has them; empty where nobody asks for them.

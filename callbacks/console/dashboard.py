@@ -18,7 +18,6 @@ OVERVIEW = {
     "learning rate": ["^optim/lr$"],
     "gradient norm": ["^optim/grad_norm$", "^divergence/grad_norm$"],  # the latter at spikes alone
     "gradient of the first block over the last one's": ["^gradients/first_over_last$"],
-    "tokens per second": ["^train/tokens_per_second$"],
 }
 """What one looks at first: the lines of each chart."""
 ROUTER_FIGURES = ("max_load", "load_cv", "dead_experts", "entropy", "top1_margin", "logits_norm")
@@ -55,7 +54,10 @@ class Dashboard(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._begins = trainer.global_step == 0
-        layout = {"overview": {title: ["Multiline", lines] for title, lines in OVERVIEW.items()}}
+        module: Any = pl_module
+        counted = module.task.counted
+        overview = {**OVERVIEW, f"{counted} per second": [f"^train/{counted}_per_second$"]}
+        layout = {"overview": {title: ["Multiline", lines] for title, lines in overview.items()}}
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         sources = [callback.charts(pl_module) for callback in callbacks if isinstance(callback, HasCharts)]
         for group, charts in (item for source in [*sources, router_charts(pl_module)] for item in source.items()):
@@ -83,8 +85,9 @@ class Dashboard(L.Callback):
 
 def _bigram_loss(trainer: L.Trainer, pl_module: L.LightningModule) -> float | None:
     """Return what a model of the next token has to beat; None: this is none, or it is not counted."""
+    module: Any = pl_module
     measure = getattr(getattr(trainer, "datamodule", None), "baseline_loss", None)
-    return measure() if measure is not None and getattr(pl_module, "predicts_next", True) else None
+    return measure() if measure is not None and module.task.predicts_next else None
 
 
 def router_charts(pl_module: L.LightningModule) -> dict[str, dict[str, str]]:

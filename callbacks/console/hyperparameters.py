@@ -26,7 +26,6 @@ LEADING = (
 """Settings that most runs are compared by."""
 OF_THE_FOLDER = ("run_dir", "ckpt_path")
 """What each run has its own of."""
-FURTHER_METRICS = ("train/loss", "train/tokens_per_second")
 
 
 class Hyperparameters(L.Callback):
@@ -55,7 +54,8 @@ class Hyperparameters(L.Callback):
         first = {f"asked/{name}": settings.get(name, value) for name, value in self._asked().items()}
         first |= {f"compare/{name}": settings[name] for name in LEADING if name in settings}
         plain = {key: v if isinstance(v, bool | int | float | str) else str(v) for key, v in (first | settings).items()}
-        metrics = dict.fromkeys((self.metric, *FURTHER_METRICS), 0.0)
+        module: Any = pl_module
+        metrics = dict.fromkeys((self.metric, "train/loss", f"train/{module.task.counted}_per_second"), 0.0)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 for summary in hparams(plain, metrics):

@@ -13,9 +13,9 @@ from core.steps import completes_step, num_steps
 
 
 class StepProgress(ProgressBar):
-    """Shows step, loss, tokens/s and time left.
+    """Shows step, loss, tokens/s or images/s, and time left.
 
-    Lightning's own bars count batches of an epoch; the token stream has no end, a run is so many steps long.
+    Lightning's own bars count batches of an epoch; the stream of samples has no end, a run is so many steps long.
 
     Args:
         refresh_seconds: time between two updates of the bar.
@@ -60,9 +60,11 @@ class StepProgress(ProgressBar):
         loss = outputs["loss"].item() * trainer.accumulate_grad_batches
         of = f"/{self._num_steps}" if math.isfinite(self._num_steps) else ""
         text = f"step {trainer.global_step}{of}  loss {loss:.3f}"
-        rate = trainer.callback_metrics.get("train/tokens_per_second")
+        module: Any = pl_module
+        counted = module.task.counted
+        rate = trainer.callback_metrics.get(f"train/{counted}_per_second")
         if rate is not None:
-            text += f"  {float(rate):,.0f} tokens/s"
+            text += f"  {float(rate):,.0f} {counted}/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=trainer.global_step, description=text)
         else:

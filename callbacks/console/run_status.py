@@ -24,7 +24,7 @@ class RunStatus(L.Callback):
     |---|---|
     | status | running, done, stopped (by a signal or a callback), timed_out, diverged, failed |
     | step, max_steps | optimizer steps; null where a run of one's own Trainer is so many epochs long |
-    | train_loss, val_loss | nats per token, the last ones known; null where there is none that is finite |
+    | train_loss, val_loss | the last ones known; null where there is none that is finite |
     | reason | who has ended it early and why, or what is wrong with its end, in a line; null otherwise |
 
     `running` without the lock on the folder (core/run_lock.py) is a run that was killed: the system gives that back

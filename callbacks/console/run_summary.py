@@ -11,7 +11,7 @@ import lightning as L
 from rich.console import Console
 from rich.table import Table
 
-from callbacks.protocols import CountsTokens
+from callbacks.protocols import CountsUnits
 from core.atomic_write import write_whole
 from core.early_end import how_it_ended
 from core.event_files import event_files
@@ -38,13 +38,17 @@ class RunSummary(L.Callback):
     | key | unit |
     |---|---|
     | status, reason | as status.json has them: done, stopped or timed_out, and by whom and why |
-    | train_loss, val_loss | nats per token; null where not finite |
+    | loss_unit | that of all losses: nats per token, or per image |
+    | train_loss, val_loss | null where not finite |
     | val_perplexity | exp(val_loss) |
     | val_bits_per_byte | bits per byte of the validation text |
-    | bigram_loss | nats per token on the same validation sequences; null for large vocabularies |
-    | unigram_loss | likewise, of the tokens' frequencies alone: a model above it has learned nothing of context |
-    | steps, tokens | since step 0 |
-    | tokens_per_second | mean of the process that trained last |
+    | bigram_loss | on the same validation sequences; null for large vocabularies |
+    | unigram_loss | likewise, of the tokens' frequencies alone: a model above it has learned nothing of context; of |
+    | | images that of the classes |
+    | figures | what else is measured of held-out data, by name, as accuracy; null where not finite |
+    | main | the one of them that runs are compared by; or loss |
+    | steps, tokens | since step 0; of images, images in the place of tokens |
+    | tokens_per_second | mean of the process that trained last; likewise |
     | seconds | wall clock of that process' training, validation included |
     | total_seconds | of all processes that have trained it, each up to the checkpoint that the next one resumed |
     | parameters, active_parameters | count |
@@ -76,7 +80,8 @@ class RunSummary(L.Callback):
                 print(repeats)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint[MEASURED] = self._measure(trainer)  # by all processes together: Lightning may reduce a metric
+        # By all processes together: Lightning may reduce a metric.
+        checkpoint[MEASURED] = self._measure(trainer, pl_module)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._before = checkpoint.get(MEASURED, {})
@@ -90,9 +95,9 @@ class RunSummary(L.Callback):
         table = Table(title="Run summary", show_header=False)
         table.add_column()
         table.add_column(overflow="fold")
-        for key, value in summary.items():
+        for key, value in {**summary, **summary["figures"]}.items():
             # Of where it comes from files and tools tell enough; commands are to be copied, and stand below.
-            if key == PROVENANCE or key in COMMANDS:
+            if key in (PROVENANCE, "figures") or key in COMMANDS:
                 continue
             table.add_row(
                 key.replace("_", " "), f"{value:,.4f}" if isinstance(value, float) else cell(_plain(value), None)
@@ -109,31 +114,35 @@ class RunSummary(L.Callback):
         begun_so = trainer.max_steps >= 1 and (self.run_dir / "overrides.yaml").is_file()
         return resume_command(self.run_dir, 2 * trainer.max_steps) if begun_so else None
 
-    def _measure(self, trainer: L.Trainer) -> dict[str, Any]:
+    def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """Return what only the process that trains knows."""
+        module: Any = pl_module
+        task = module.task
         values = {key: float(value) for key, value in trainer.callback_metrics.items()}
         metrics = {key: value for key, value in values.items() if math.isfinite(value)}  # JSON has no NaN
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        counter = next((callback for callback in callbacks if isinstance(callback, CountsTokens)), None)
+        counter = next((callback for callback in callbacks if isinstance(callback, CountsUnits)), None)
         seconds = time.monotonic() - self._started if self._started is not None else None
         before = self._before.get("total_seconds") or self._before.get("seconds") or 0.0
         return {
             "train_loss": metrics.get("train/loss"),
             "val_loss": metrics.get("val/loss"),
             "val_perplexity": metrics.get("val/perplexity"),
-            "tokens": counter.total_tokens if counter else None,
-            "tokens_per_second": counter.tokens_per_second if counter else None,
+            "figures": {name: metrics.get(f"val/{name}") for name in task.figures},
+            task.counted: counter.total_units if counter else None,
+            f"{task.counted}_per_second": counter.units_per_second if counter else None,
             "seconds": seconds,
             "total_seconds": before + seconds if seconds is not None else None,
         }
 
     def _collect(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        measured = self._measure(trainer) if self._started is not None else self._before
+        measured = self._measure(trainer, pl_module) if self._started is not None else self._before
         # A Trainer of one's own may have DataLoaders instead, and no command line started it.
         datamodule: Any = getattr(trainer, "datamodule", None)
         is_ours = hasattr(datamodule, "bits_per_byte")
         module: Any = pl_module
-        of_text = is_ours and getattr(module, "predicts_next", True)  # bits per byte, and bigrams
+        task = module.task
+        of_text = is_ours and task.predicts_next  # bits per byte, and bigrams
         total, active = module.num_parameters
         val_loss = measured.get("val_loss")
         best, last = (self.run_dir / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
@@ -141,15 +150,17 @@ class RunSummary(L.Callback):
         return {
             "status": status,
             "reason": reason,
+            "loss_unit": task.loss_unit,
             "train_loss": measured.get("train_loss"),
             "val_loss": val_loss,
             "val_perplexity": measured.get("val_perplexity"),
             "val_bits_per_byte": datamodule.bits_per_byte(val_loss) if of_text and val_loss is not None else None,
             "bigram_loss": datamodule.baseline_loss() if of_text else None,
             "unigram_loss": datamodule.unigram_loss() if is_ours else None,
+            "figures": measured.get("figures", {}),
+            "main": task.main,
             "steps": trainer.global_step,
-            "tokens": measured.get("tokens"),
-            "tokens_per_second": measured.get("tokens_per_second"),
+            **{name: measured.get(name) for name in (task.counted, f"{task.counted}_per_second")},
             "seconds": measured.get("seconds"),
             "total_seconds": measured.get("total_seconds"),
             "parameters": total,

@@ -68,8 +68,8 @@ class Anatomy(L.Callback):
         if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
             raise InvalidValue("callbacks.anatomy", name, "it needs every parameter whole in each process")
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if not getattr(pl_module, "predicts_next", True):
-            reason = "it asks the model for the next token, and this one fills in tokens that were taken out"
+        if not pl_module.task.predicts_next:  # type: ignore[union-attr]
+            reason = "it asks the model for the next token of a text, and this one predicts something else"
             raise InvalidValue("callbacks.anatomy", name, reason)
         if datamodule is None:
             raise InvalidValue("callbacks.anatomy", name, "it takes its text from a DataModule, and there is none")

@@ -1,4 +1,4 @@
-"""Measures how many tokens a second the training step gets through, and what of the machine it uses."""
+"""Measures how many tokens or images a second the training step gets through, and what of the machine it uses."""
 
 import logging
 import resource
@@ -48,8 +48,8 @@ class Throughput(L.Callback):
 
     | key | unit |
     |---|---|
-    | train/tokens | tokens seen by all ranks since step 0 |
-    | train/tokens_per_second | all ranks, since the last log |
+    | train/tokens | tokens seen by all ranks since step 0; of images train/images |
+    | train/tokens_per_second | all ranks, since the last log; of images train/images_per_second |
     | train/mfu | model FLOP/s over the devices' peak (2204.02311, appendix B), since the last log; with a known peak |
     | train/data_wait_share | share of the time since the last log in which the loop waited for batches; unless a |
     | | profiler of Lightning's is on |
@@ -62,7 +62,7 @@ class Throughput(L.Callback):
 
     Attributes:
         seconds: time spent on training steps in this process.
-        tokens: tokens seen by all ranks in this process.
+        units: tokens or images (core.task.Task.counted) seen by all ranks in this process.
 
     Raises:
         ConfigError: a peak that is not positive.
@@ -72,7 +72,7 @@ class Throughput(L.Callback):
         valid = "a number > 0, in FLOP/s, or null"
         require(peak_flops is None or peak_flops > 0, "callbacks.throughput.peak_flops", peak_flops, valid)
         self.peak_flops = peak_flops
-        self.seconds, self.tokens, self.tokens_before = 0.0, 0, 0
+        self.seconds, self.units, self.units_before = 0.0, 0, 0
         self._started = 0.0
         self._step_seconds = 0.0  # of the optimizer step in progress
         self._steps: deque[float] = deque(maxlen=PERCENTILE_STEPS)
@@ -81,14 +81,14 @@ class Throughput(L.Callback):
         self._window = (0.0, 0, 0.0)
 
     @property
-    def tokens_per_second(self) -> float:
+    def units_per_second(self) -> float:
         """Return the mean over this process' steps so far."""
-        return self.tokens / max(self.seconds, 1e-9)
+        return self.units / max(self.seconds, 1e-9)
 
     @property
-    def total_tokens(self) -> int:
-        """Return the tokens since step 0, earlier processes of the same run included."""
-        return self.tokens_before + self.tokens
+    def total_units(self) -> int:
+        """Return the tokens or images since step 0, earlier processes of the same run included."""
+        return self.units_before + self.units
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.peak_flops is None:
@@ -119,13 +119,13 @@ class Throughput(L.Callback):
         self._waited += self._take_wait()
         model: Any = pl_module.model
         count = model.count(batch)
-        self.tokens += count.samples * count.positions * num_data_parts(trainer)
+        self.units += count.units * num_data_parts(trainer)
         if not completes_step(trainer, batch_idx):
             return
         self._steps.append(self._step_seconds)
         self._step_seconds = 0.0
         if is_logged(trainer, trainer.global_step):
-            self._log(trainer, pl_module, count.positions)
+            self._log(trainer, pl_module, count)
 
     def _take_wait(self) -> float:
         """Return the seconds waited since the last call."""
@@ -134,16 +134,18 @@ class Throughput(L.Callback):
         seconds, self._wait.seconds = self._wait.seconds, 0.0
         return seconds
 
-    def _log(self, trainer: L.Trainer, pl_module: L.LightningModule, seq_len: int) -> None:
-        now = (self.seconds, self.tokens, self._waited)
-        seconds, tokens, waited = (value - before for value, before in zip(now, self._window, strict=True))
+    def _log(self, trainer: L.Trainer, pl_module: L.LightningModule, count: Any) -> None:
+        module: Any = pl_module
+        counted = module.task.counted
+        now = (self.seconds, self.units, self._waited)
+        seconds, units, waited = (value - before for value, before in zip(now, self._window, strict=True))
         self._window = now
-        rate = tokens / max(seconds, 1e-9)
-        pl_module.log("train/tokens_per_second", rate)
+        rate = units / max(seconds, 1e-9)
+        pl_module.log(f"train/{counted}_per_second", rate)
 
         median, slow = np.percentile(self._steps, [50, 95]).tolist()
         values = {
-            "train/tokens": float(self.total_tokens),  # not by log, which keeps fp32: exact to 2**24 tokens only
+            f"train/{counted}": float(self.total_units),  # not by log, which keeps fp32: exact to 2**24 only
             "train/step_seconds_p50": median,
             "train/step_seconds_p95": slow,
             "train/memory_peak": peak_memory(trainer.strategy.root_device),
@@ -151,18 +153,19 @@ class Throughput(L.Callback):
         if self._wait:
             values["train/data_wait_share"] = waited / max(seconds, 1e-9)
         if self.peak_flops:
-            model: Any = pl_module.model
-            values["train/mfu"] = rate * model.flops_per_token(seq_len) / (self.peak_flops * trainer.world_size)
+            positions = rate * count.samples * count.positions / count.units  # a second
+            flops = positions * module.model.flops_per_token(count.positions)
+            values["train/mfu"] = flops / (self.peak_flops * trainer.world_size)
         write_scalars(trainer, values, trainer.global_step)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._started = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"tokens": self.total_tokens}
+        return {"tokens": self.total_units}  # by the name that checkpoints have always had
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.tokens_before = state_dict["tokens"]
+        self.units_before = state_dict["tokens"]
 
 
 def peak_memory(device: torch.device) -> float:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from core.errors import ConfigError
 from datamodules.mixture import BLOCK, Mixture, Pattern, shares
-from datamodules.stream import TokenStream
+from datamodules.stream import SampleStream
 from datamodules.writer import write_corpus
 from tests.support.runs import run_on, scalars
 
@@ -99,9 +99,9 @@ def mixture(folders: list[str], **changes: Any) -> Mixture:
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_batches_do_not_depend_on_ranks_and_workers(folders: list[str], world_size: int, num_workers: int) -> None:
     samples = mixture(folders).samples("train")
-    whole = list(TokenStream(samples, 4, num_batches=9))
+    whole = list(SampleStream(samples, 4, num_batches=9))
     parts = [
-        list(DataLoader(TokenStream(samples, 4, 0, 9, rank, world_size), batch_size=None, num_workers=num_workers))
+        list(DataLoader(SampleStream(samples, 4, 0, 9, rank, world_size), batch_size=None, num_workers=num_workers))
         for rank in range(world_size)
     ]
     for batch, *shared in zip(whole, *parts, strict=True):

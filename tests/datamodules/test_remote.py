@@ -18,7 +18,7 @@ from datamodules.shard_cache import OWN, ShardCache
 from datamodules.shard_corpus import ShardCorpus
 from datamodules.shards import Split, open_split
 from datamodules.storage import read_index
-from datamodules.stream import TokenStream
+from datamodules.stream import SampleStream
 from tests.support.runs import SHARD
 from tests.support.servers import Server, http_server, s3_server
 from tests.support.waiting import wait_for
@@ -158,7 +158,7 @@ def test_a_block_and_the_next_one_are_fetched_ahead(server: Server, corpus: Path
 
 def test_data_loader_workers_share_the_cache(server: Server, corpus: Path, tmp_path: Path) -> None:
     def batches(split: Split) -> list[Any]:
-        stream = TokenStream(ShuffledSplit(split, 64, 0, block=128), batch_size=8, num_batches=40)
+        stream = SampleStream(ShuffledSplit(split, 64, 0, block=128), batch_size=8, num_batches=40)
         return [batch["tokens"] for batch in DataLoader(stream, batch_size=None, num_workers=workers)]
 
     workers, split = 2, remote_split(server, tmp_path)

@@ -20,7 +20,7 @@ import pytest
 from core.signals import SENDER_KNOWN, STOPPING, held_back, ignore_stop_signals
 from datamodules.preparation import encoding
 from datamodules.samples import Numbers, Rows
-from datamodules.stream import Batch, StreamLoader, TokenStream
+from datamodules.stream import Batch, SampleStream, StreamLoader
 from datamodules.tokenizers import ByteTokenizer
 from tests.support.forked import python
 from tests.support.preparing import TEXTS, alive, wait_for
@@ -72,7 +72,7 @@ class Stuck(Zeros):
 def stuck_loader() -> tuple[Iterator[Batch], BaseProcess]:
     """An iterator of which one process is asked for its second batch; and that process."""
     before = set(multiprocessing.active_children())
-    batches = iter(StreamLoader(TokenStream(Stuck(), 1), batch_size=None, num_workers=1))
+    batches = iter(StreamLoader(SampleStream(Stuck(), 1), batch_size=None, num_workers=1))
     next(batches)
     (worker,) = set(multiprocessing.active_children()) - before
     return batches, worker
@@ -143,7 +143,7 @@ def stopping(pid: int, which: str) -> set[signal.Signals]:
 def test_a_loaders_processes_are_born_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datamodules.stream.ignore_stop_signals", lambda *_: None)
     before, mask = set(multiprocessing.active_children()), signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    batches = iter(StreamLoader(TokenStream(Zeros(), 1, num_batches=4), batch_size=None, num_workers=2))
+    batches = iter(StreamLoader(SampleStream(Zeros(), 1, num_batches=4), batch_size=None, num_workers=2))
     next(batches)
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == mask
     workers = [worker.pid for worker in set(multiprocessing.active_children()) - before]

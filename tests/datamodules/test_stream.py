@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from datamodules.order import permute, sample_indices
 from datamodules.samples import ShuffledSplit
 from datamodules.shards import Split, open_split
-from datamodules.stream import TokenStream
+from datamodules.stream import SampleStream
 
 SEQ_LEN, BATCH_SIZE, NUM_BATCHES = 16, 4, 7
 
@@ -25,7 +25,7 @@ def split(root: Path) -> Split:
 
 
 def batches(split: Split, num_workers: int = 0, seed: int = 0, **position: int) -> list[Tensor]:
-    stream = TokenStream(ShuffledSplit(split, SEQ_LEN, seed), BATCH_SIZE, num_batches=NUM_BATCHES, **position)
+    stream = SampleStream(ShuffledSplit(split, SEQ_LEN, seed), BATCH_SIZE, num_batches=NUM_BATCHES, **position)
     return [batch["tokens"] for batch in DataLoader(stream, batch_size=None, num_workers=num_workers)]
 
 
@@ -51,7 +51,7 @@ def test_a_stream_goes_on_where_another_one_stopped(split: Split) -> None:
 def test_an_epoch_ends_amid_a_batch_and_nothing_is_skipped(split: Split) -> None:
     size = split.num_samples(SEQ_LEN)
     assert size % BATCH_SIZE, "the tiny corpus should not divide into batches"
-    stream = TokenStream(ShuffledSplit(split, SEQ_LEN, seed=5), BATCH_SIZE)
+    stream = SampleStream(ShuffledSplit(split, SEQ_LEN, seed=5), BATCH_SIZE)
     seen = np.concatenate([stream.read(n)["tokens"] for n in range(-(-2 * size // BATCH_SIZE))])[: 2 * size]
     expected = sorted(split.read(np.arange(size), SEQ_LEN).tolist())
     first, second = seen[:size].tolist(), seen[size:].tolist()
@@ -60,7 +60,7 @@ def test_an_epoch_ends_amid_a_batch_and_nothing_is_skipped(split: Split) -> None
 
 
 def test_without_num_batches_it_never_ends(split: Split) -> None:
-    batches = iter(TokenStream(ShuffledSplit(split, SEQ_LEN, seed=0), BATCH_SIZE))
+    batches = iter(SampleStream(ShuffledSplit(split, SEQ_LEN, seed=0), BATCH_SIZE))
     num_batches = 3 * split.num_samples(SEQ_LEN) // BATCH_SIZE
     assert sum(1 for _, _ in zip(range(num_batches), batches, strict=False)) == num_batches
 
@@ -81,7 +81,7 @@ def test_stops_and_other_world_sizes_leave_the_stream_what_it_is(
     batch_size, first, seen = 12 * share, 0, []
     for world_size, num_batches in zip(worlds, batches, strict=False):
         samples = ShuffledSplit(split, seq_len, seed, block)
-        ranks = [TokenStream(samples, batch_size, first, num_batches, rank, world_size) for rank in range(world_size)]
+        ranks = [SampleStream(samples, batch_size, first, num_batches, rank, world_size) for rank in range(world_size)]
         for parts in zip(*ranks, strict=True):
             seen += torch.cat([part["tokens"] for part in parts]).tolist()
         first += num_batches * batch_size
@@ -106,7 +106,7 @@ def test_what_is_read_at_once_does_not_go_beyond_the_next_block(block: int | Non
             asked.append(numbers)
             return {"tokens": np.zeros((len(numbers), 3), np.int64)}
 
-    batches: Any = TokenStream(Kept(), batch_size=8, num_batches=100)  # type: ignore[arg-type]
+    batches: Any = SampleStream(Kept(), batch_size=8, num_batches=100)  # type: ignore[arg-type]
     assert sum(len(batch["tokens"]) for batch in batches) == 800
     assert max(len(numbers) for numbers in asked) == 8 * most
     assert np.concatenate(asked).tolist() == list(range(800))

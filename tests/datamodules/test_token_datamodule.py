@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from core.errors import ConfigError
-from datamodules.stream import TokenStream
+from datamodules.stream import SampleStream
 from tests.support.runs import TEXT, TinyData
 
 
@@ -93,7 +93,7 @@ def test_the_position_follows_the_optimizer_step_through_two_stops(root: Path, a
     data.trainer = fake_trainer(6, accumulate)
     data.load_state_dict(state)
     stream = data.train_dataloader().dataset
-    assert isinstance(stream, TokenStream)
+    assert isinstance(stream, SampleStream)
     assert stream.first_sample == 6 * accumulate * 4
 
 

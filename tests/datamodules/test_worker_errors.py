@@ -12,7 +12,7 @@ from datamodules.index import CorpusError
 from datamodules.samples import Numbers, Rows, ShuffledSplit
 from datamodules.shards import Split, open_split
 from datamodules.storage import LocalFolder
-from datamodules.stream import StreamLoader, TokenStream
+from datamodules.stream import SampleStream, StreamLoader
 from datamodules.writer import write_corpus
 from tests.support.runs import DESCRIPTION, documents, tiny_job, train
 from tests.support.servers import http_server
@@ -109,10 +109,10 @@ def test_the_batches_before_it_come_as_they_are(corpus: Path, workers: int) -> N
                 raise CorpusError("the end")
             return super().read(numbers)
 
-    stream = TokenStream(Ending(open_split(corpus, "train"), 32, 0), batch_size=4)
+    stream = SampleStream(Ending(open_split(corpus, "train"), 32, 0), batch_size=4)
     batches = iter(StreamLoader(stream, batch_size=None, num_workers=workers))
     seen = [next(batches)["tokens"].tolist() for _ in range(3)]
     with pytest.raises(CorpusError, match=r"^the end$"):
         next(batches)
-    whole = TokenStream(ShuffledSplit(open_split(corpus, "train"), 32, 0), batch_size=4)
+    whole = SampleStream(ShuffledSplit(open_split(corpus, "train"), 32, 0), batch_size=4)
     assert seen == [whole.read(number)["tokens"].tolist() for number in range(3)]

@@ -112,6 +112,27 @@ def test_differences_are_paired_by_seed(folder: Path) -> None:
     assert "prenorm" not in found
 
 
+def test_runs_of_images_are_reported_in_their_unit_and_compared_by_accuracy(tmp_path: Path, undrawn: None) -> None:
+    """SpanNorm's loss is higher here, and so is its accuracy, which is what these runs are for."""
+    study = replace(STUDY, axes={"model.placement": {name: PLACEMENTS[name] for name in ("prenorm", "spannorm")}})
+    study.save(tmp_path / "study.yaml")
+    accuracies = {"prenorm": (0.90, 0.91, 0.89), "spannorm": (0.95, 0.97, 0.96)}
+    for run in study.runs():
+        name = run.point["model.placement"]
+        figures = {"accuracy": accuracies[name][run.seed], "calibration_error": None}
+        of_images = {"loss_unit": "nats per image", "figures": figures, "main": "accuracy"}
+        replace(record(run, 0.3 if name == "prenorm" else 0.4), **of_images).save(tmp_path / f"{run.name}.json")
+    text = write(tmp_path).read_text()
+    assert "In nats per image: mean ± standard deviation over seeds" in text
+    assert "nats per token" not in text
+    assert rows(text, "Final validation loss")["prenorm"] == ["0.300 ± 0.000 (3)"]
+    assert rows(text, "Final accuracy") == {"prenorm": ["0.900 ± 0.010 (3)"], "spannorm": ["0.960 ± 0.010 (3)"]}
+    assert rows(text, "Final calibration error")["spannorm"] == [""]
+    assert "Difference of the final accuracy, paired by seed" in text
+    difference, _, _, _, _, verdict = rows(text, "Against prenorm")["spannorm"]
+    assert (difference, verdict) == ("+0.060 (3)", "better")
+
+
 def test_a_difference_has_no_p_where_none_can_be_had(folder: Path) -> None:
     grid = cells(STUDY, [record(run, 2.0) for run in STUDY.runs()], STUDY.seeds)
     same = compare(grid["spannorm", "1e-3"], grid["prenorm", "1e-3"])

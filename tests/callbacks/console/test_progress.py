@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from callbacks.console.progress import StepProgress
+from lightning_modules.language_module import LanguageModule
 from tests.support.job import ACCUMULATE, STEPS, Job
 from tests.support.recorder import Recorder
 from tests.support.runs import scalars, tiny_job, train
@@ -44,7 +45,7 @@ def test_time_left_follows_the_steps_of_this_process(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A run of 60 steps that was resumed at 20: ten steps have taken 25 seconds."""
-    progress, nothing = StepProgress(line_seconds=20), SimpleNamespace()
+    progress, nothing = StepProgress(line_seconds=20), SimpleNamespace(task=LanguageModule.task)
     trainer: Any = SimpleNamespace(
         global_step=20, max_steps=60, max_epochs=-1, accumulate_grad_batches=1, is_last_batch=False, callback_metrics={}
     )

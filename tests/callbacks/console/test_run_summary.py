@@ -21,9 +21,9 @@ from lightning_modules.language_module import LanguageModule
 from tests.support.job import ACCUMULATE, BATCH_SIZE, SEQ_LEN, STEPS, Job
 from tests.support.runs import TEXT, corpus_root, load, run, scalars
 
-KEYS = ["status", "reason"]
+KEYS = ["status", "reason", "loss_unit"]
 KEYS += ["train_loss", "val_loss", "val_perplexity", "val_bits_per_byte", "bigram_loss", "unigram_loss"]
-KEYS += ["steps", "tokens"]
+KEYS += ["figures", "main", "steps", "tokens"]
 KEYS += ["tokens_per_second", "seconds", "total_seconds", "parameters", "active_parameters"]
 KEYS += ["best_checkpoint", "last_checkpoint", "tensorboard", "resume", "provenance"]
 

@@ -1,4 +1,4 @@
-"""Tokens a second: of training steps, without validation, over all ranks, since step 0; and what else is timed."""
+"""Tokens or images a second: of training steps, without validation, over all ranks; and what else is timed."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +11,7 @@ from lightning.pytorch.profilers import PassThroughProfiler
 
 from callbacks.monitors.throughput import DataWait, Throughput
 from core.errors import ConfigError
+from core.task import Task
 from lightning_modules.transformer import Transformer
 from lightning_modules.trunk import Count
 from tests.support.job import ACCUMULATE, STEPS, Job
@@ -21,11 +22,12 @@ FLOPS_PER_TOKEN = 1e6
 
 
 class Module:
-    def __init__(self) -> None:
+    def __init__(self, counted: str) -> None:
+        self.task = Task("", counted, "")
         self.logged: list[dict[str, float]] = []
         self.model = SimpleNamespace(
             flops_per_token=lambda seq_len: FLOPS_PER_TOKEN * seq_len / 32,
-            count=lambda batch: Count(4, 32),  # on each of two ranks
+            count=lambda batch: Count(4, 32, 4 * 32 if counted == "tokens" else 4),  # on each of two ranks
         )
 
     def log(self, name: str, value: float) -> None:
@@ -45,13 +47,13 @@ class Trainer:
         self.loggers = [SimpleNamespace(log_metrics=lambda values, step: self.written.append(values))]
 
 
-@pytest.fixture
-def timed(monkeypatch: pytest.MonkeyPatch) -> tuple[Throughput, Trainer, Module]:
+@pytest.fixture(params=["tokens", "images"])
+def timed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[Throughput, Trainer, Module]:
     """Four steps of 2 batches, 1 s a batch but 3 s in the last two steps, of which half a second is waiting for data;
     50 s of validation in between, and 7 s of waiting after it."""
     now = [1000.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    throughput, trainer, module = Throughput(peak_flops=1e9), Trainer(), Module()
+    throughput, trainer, module = Throughput(peak_flops=1e9), Trainer(), Module(request.param)
     batch = {"tokens": torch.zeros(4, 33, dtype=torch.int64)}
     arguments: tuple[Any, ...] = (trainer, module)
 
@@ -76,11 +78,12 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> tuple[Throughput, Trainer, Module]
 
 def test_validation_does_not_count_and_windows_do_not_overlap(timed: tuple[Throughput, Trainer, Module]) -> None:
     throughput, trainer, module = timed
-    tokens = 4 * 32 * 2
-    rates = [entry["train/tokens_per_second"] for entry in module.logged if "train/tokens_per_second" in entry]
-    assert rates == pytest.approx([tokens / 1.0, tokens / 3.0])
-    assert [values["train/tokens"] for values in trainer.written] == [4 * tokens, 8 * tokens]
-    assert throughput.tokens_per_second == pytest.approx(8 * tokens / 16.0)
+    counted = module.task.counted
+    units = {"tokens": 4 * 32, "images": 4}[counted] * 2
+    rate = f"train/{counted}_per_second"
+    assert [entry[rate] for entry in module.logged if rate in entry] == pytest.approx([units / 1.0, units / 3.0])
+    assert [values[f"train/{counted}"] for values in trainer.written] == [4 * units, 8 * units]
+    assert throughput.units_per_second == pytest.approx(8 * units / 16.0)
 
 
 def test_what_else_is_timed(timed: tuple[Throughput, Trainer, Module]) -> None:
@@ -121,7 +124,7 @@ def test_the_peak_is_that_of_device_and_precision(
     trainer.precision, trainer.strategy.root_device = precision, torch.device("cuda", 0)
     throughput = Throughput()
     with caplog.at_level("INFO"):
-        throughput.on_train_start(trainer, Module())  # type: ignore[arg-type]
+        throughput.on_train_start(trainer, Module("tokens"))  # type: ignore[arg-type]
     assert throughput.peak_flops == peak
     said = f"No train/mfu: no peak FLOP/s are known of {name} in trainer.precision={precision}"
     assert (said in caplog.text) == (peak is None)
@@ -130,7 +133,7 @@ def test_the_peak_is_that_of_device_and_precision(
 def test_a_profiler_of_the_user_stays() -> None:
     trainer: Any = Trainer()
     trainer.profiler = profiler = DataWait()
-    Throughput().on_train_start(trainer, Module())  # type: ignore[arg-type]
+    Throughput().on_train_start(trainer, Module("tokens"))  # type: ignore[arg-type]
     assert trainer.profiler is profiler
 
 
@@ -151,8 +154,8 @@ def test_flops_of_a_token(tied: bool) -> None:
 
 def test_tokens_go_on_in_a_resumed_process() -> None:
     first, second = Throughput(), Throughput()
-    first.tokens = 300
+    first.units = 300
     second.load_state_dict(first.state_dict())
-    second.tokens = 40
-    assert second.total_tokens == 340
+    second.units = 40
+    assert second.total_units == 340
     assert second.state_dict() == {"tokens": 340}

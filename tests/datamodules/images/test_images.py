@@ -19,10 +19,10 @@ from datamodules.images.hf_images import HFImages
 from datamodules.images.image_datamodule import ImageDataModule
 from datamodules.images.image_folder import ImageFolder
 from datamodules.images.samples import ImageSamples, cut_to_size, with_channels
-from datamodules.images.shapes import CELL, CELLS, KINDS, MOST, Shapes, draw_scene, draw_shape
+from datamodules.images.shapes import CELL, CELLS, KINDS, MOST, Shapes, draw_scene
 from datamodules.images.sources import ImageArrays, decode
 from datamodules.index import CorpusError
-from datamodules.stream import TokenStream
+from datamodules.stream import SampleStream
 
 
 def arrays(number: int = 12, size: int = 6, channels: int = 1) -> ImageArrays:
@@ -63,9 +63,9 @@ def test_digits_are_scikit_learns_a_fifth_of_them_held_out() -> None:
 @pytest.mark.parametrize("source", ["digits", "shapes"])
 def test_batches_are_the_same_at_any_number_of_ranks_and_after_a_stop(source: str) -> None:
     samples = (Digits(batch_size=4) if source == "digits" else Shapes(batch_size=4)).samples("train")
-    whole = [TokenStream(samples, 4).read(n) for n in range(4)]
+    whole = [SampleStream(samples, 4).read(n) for n in range(4)]
     for first in (0, 8):
-        parts = [TokenStream(samples, 4, first_sample=first, rank=rank, world_size=2) for rank in (0, 1)]
+        parts = [SampleStream(samples, 4, first_sample=first, rank=rank, world_size=2) for rank in (0, 1)]
         for number in range(2):
             rows = [part.read(number) for part in parts]
             for name, expected in whole[number + first // 4].items():
@@ -340,30 +340,50 @@ def test_a_damaged_image_of_a_dataset_is_named(tmp_path: Path, monkeypatch: pyte
             large.check()
 
 
-def test_a_scene_has_as_many_shapes_like_the_framed_one_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kinds are drawn as bars of another length each, which can be told whatever their brightness."""
-
-    def bar(kind: str, *_: float) -> np.ndarray:
-        cell = np.zeros((CELL, CELL), np.float32)
-        cell[4, 1 : KINDS.index(kind) + 2] = 1
-        return cell
-
-    monkeypatch.setattr("datamodules.images.shapes.draw_shape", bar)
+def test_a_scene_has_as_many_shapes_like_the_framed_one_as_it_says() -> None:
+    """Told by the pixels that shine: a shape is one of its kind's drawing, turned and moved, and nothing else."""
+    drawings = {
+        kind: {
+            np.pad(np.rot90(shape, turn), ((top, CELL - top - len(shape)), (left, CELL - left - len(shape)))).tobytes()
+            for turn in range(4)
+            for top in range(1, CELL - len(shape))
+            for left in range(1, CELL - len(shape))
+        }
+        for kind, shape in ((kind, np.array([[mark == "#" for mark in row] for row in KINDS[kind]])) for kind in KINDS)
+    }
+    assert sum(map(len, drawings.values())) == len(set.union(*drawings.values())), "each is of one kind"
+    assert {sum(map(bool, drawing)) for drawings_of in drawings.values() for drawing in drawings_of} == {9}
+    labels = []
     for number in range(60):
         scene, label = draw_scene(np.random.default_rng([7, number]), clutter=0)
         cells = scene.reshape(CELLS, CELL, CELLS, CELL).swapaxes(1, 2).reshape(-1, CELL, CELL) > 0.25
-        lengths = cells[:, 4, 1:-1].sum(1)
-        (framed,) = lengths[cells[:, 0].all(1)]
-        assert (lengths == framed).sum() - 1 == label
-        assert (lengths > 0).sum() >= label + 3, "there are others"
+        framed = cells[:, 0].all(1)
+        cells[:, [0, -1]] = cells[:, :, [0, -1]] = False
+        kinds = [next((kind for kind in KINDS if cell.tobytes() in drawings[kind]), None) for cell in cells]
+        assert len([kind for kind in kinds if kind]) == 8
+        ((place,),) = np.nonzero(framed)
+        assert kinds.count(kinds[place]) - 1 == label
+        labels.append(label)
+    assert {*labels} == {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize("radius", [2.4, 2.8, 3.2])
-def test_shapes_can_be_told_apart(radius: float) -> None:
-    drawn = {kind: draw_shape(kind, radius, 4.0, 4.0) for kind in KINDS}
-    for one in KINDS:
-        for other in KINDS:
-            assert one == other or np.abs(drawn[one] - drawn[other]).sum() > 2
+def test_brightness_says_nothing_of_a_scenes_class() -> None:
+    """Neither the mean, nor the histogram of all pixels, nor pixels by themselves: forests and lines are at chance."""
+    from sklearn.ensemble import RandomForestClassifier
+    from sklearn.linear_model import RidgeClassifier
+
+    rows = Shapes(batch_size=8).samples("train").read(np.arange(3000))
+    images, labels = rows["images"], rows["labels"]
+    histograms = np.stack([np.histogram(image, 16, (images.min(), images.max()))[0] for image in images])
+    brightness = np.stack([images.mean((1, 2, 3)), images.std((1, 2, 3))], axis=1)
+    forest = RandomForestClassifier(30, min_samples_leaf=5, random_state=0)
+    for model, inputs in (
+        (forest, brightness),
+        (forest, histograms),
+        (RidgeClassifier(100.0), images.reshape(len(images), -1)),
+    ):
+        found = model.fit(inputs[:1500], labels[:1500]).predict(inputs[1500:])
+        assert abs(float((found == labels[1500:]).mean()) - 0.25) < 4 * (0.25 * 0.75 / 1500) ** 0.5
 
 
 def test_scenes_are_of_all_classes_and_differ_by_seed_and_split() -> None:
@@ -376,6 +396,7 @@ def test_scenes_are_of_all_classes_and_differ_by_seed_and_split() -> None:
     assert abs(float(rows["images"].mean())) < 0.05
     assert abs(float(rows["images"].std()) - 1) < 0.05
     others = [Shapes(batch_size=8, seed=2).samples("train"), data.samples("val")]
+    assert Shapes(batch_size=8, clutter=2).stream_identity != Shapes(batch_size=8).stream_identity
     assert not any(np.array_equal(other.read(np.arange(2))["images"], rows["images"][:2]) for other in others)
     assert np.array_equal(
         Shapes(8, seed=3).samples("val").read(np.arange(2))["images"], others[1].read(np.arange(2))["images"]

@@ -1,0 +1,30 @@
+"""States what a model is trained to do, for whatever reports on a run without knowing its model."""
+
+from dataclasses import dataclass
+
+LOSS = "loss"
+NATS_PER_TOKEN = "nats per token"
+
+
+@dataclass(frozen=True)
+class Task:
+    """Says what the figures of a run are of. Every LightningModule here has one, as `task`.
+
+    Attributes:
+        loss_unit: of each loss, in words.
+        counted: what the length and the speed of a run are counted in, as a model's `count` does: `train/COUNTED` and
+            `train/COUNTED_per_second` are the scalars.
+        position: what the blocks take one vector for.
+        predicts_next: whether it is the next token of a text that is predicted: then the model can write one, and bits
+            per byte, counted pairs and the instruments of a text say something of it.
+        figures: what is measured of held-out data beside the loss, as val/FIGURE; summaries, records and the reports on
+            studies have them.
+        main: the one of them that runs are compared by, of which more is better; or the loss.
+    """
+
+    loss_unit: str
+    counted: str
+    position: str
+    predicts_next: bool = False
+    figures: tuple[str, ...] = ()
+    main: str = LOSS
