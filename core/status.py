@@ -17,7 +17,7 @@ LOCK = "lock"
 FILE_BYTES = MIB
 """The most bytes of either file that is read; they have a few hundred."""
 RUNNING, DONE = "running", "done"
-STOPPED, TIMED_OUT = "stopped", "timed_out"  # by a signal or a callback; by its own time
+STOPPED, TIMED_OUT = "stopped", "timed_out"  # by a signal or a callback; by its own time, or a scheduler's SIGUSR1
 DIVERGED, FAILED = "diverged", "failed"
 KILLED = "killed"  # which nobody lived to write: `running`, and no process holds the folder's lock
 EARLY = (STOPPED, TIMED_OUT)

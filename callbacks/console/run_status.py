@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from core.cli import RunDiverged
 from core.early_end import how_it_ended
 from core.run_control import TrainingInterrupted
-from core.status import DIVERGED, FAILED, FILE, RUNNING, STOPPED, read
+from core.status import DIVERGED, FAILED, FILE, RUNNING, STOPPED, TIMED_OUT, read
 from core.steps import completes_step
 
 
@@ -22,7 +23,8 @@ class RunStatus(L.Callback):
 
     | key | |
     |---|---|
-    | status | running, done, stopped (by a signal or a callback), timed_out, diverged, failed |
+    | status | running, done, stopped (by a signal or a callback), timed_out (its own time, or SIGUSR1), diverged, |
+    | | failed |
     | step, max_steps | optimizer steps; null where a run of one's own Trainer is so many epochs long |
     | train_loss, val_loss | the last ones known; null where there is none that is finite |
     | reason | who has ended it early and why, or what is wrong with its end, in a line; null otherwise |
@@ -69,7 +71,9 @@ class RunStatus(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         # With the losses noted before: Lightning may reduce a metric when it is asked for, and here one process asks.
-        if isinstance(exception, TrainingInterrupted | KeyboardInterrupt | SIGTERMException):
+        if isinstance(exception, TrainingInterrupted) and exception.signum == signal.SIGUSR1:
+            status = TIMED_OUT  # what a scheduler sends before the time is up
+        elif isinstance(exception, TrainingInterrupted | KeyboardInterrupt | SIGTERMException):
             status = STOPPED
         else:
             status = DIVERGED if isinstance(exception, RunDiverged) else FAILED

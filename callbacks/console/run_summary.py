@@ -106,8 +106,8 @@ class RunSummary(L.Callback):
         for key, words in COMMANDS.items():
             if summary[key] is not None:
                 print(f"{words} {printable(summary[key], limit=None)}")
-        if summary["tensorboard"] is not None:
-            print(f"The overview: {OVERVIEW_PAGE}")
+                if key == "tensorboard":
+                    print(f"The overview: {OVERVIEW_PAGE}")
 
     def _resume_command(self, trainer: L.Trainer) -> str | None:
         """Return the command that goes on; None where no command line has begun the run and given its steps."""

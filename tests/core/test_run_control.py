@@ -135,7 +135,8 @@ def test_a_signal_ends_the_run_behind_a_step_with_its_own_code(name: str, way: s
     assert list(scalars(tmp_path / "run", "train/loss")) == [0, 1, 2], "the step's own metrics are written"
     assert not (tmp_path / "run/checkpoints/last.ckpt").exists()
     if (tmp_path / "run/status.json").exists():
-        assert json.loads((tmp_path / "run/status.json").read_text())["status"] == "stopped"
+        status = json.loads((tmp_path / "run/status.json").read_text())["status"]
+        assert status == ("timed_out" if name == "SIGUSR1" else "stopped"), "a scheduler's, before the time is up"
 
 
 def test_an_unsaved_job_is_not_requeued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
