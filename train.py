@@ -19,6 +19,7 @@ def main(config: DictConfig) -> float:
 
     from core.accelerator import check_matmul_precision, set_matmul_precision
     from core.build import build, build_all, build_module
+    from core.config_files import require_effect, turned_off_in_vain
     from core.console import silence_noise
     from core.early_end import tell_early_end
     from core.errors import require
@@ -36,6 +37,7 @@ def main(config: DictConfig) -> float:
     from core.validation_loss import final_loss
     from datamodules.endless_datamodule import EndlessDataModule
 
+    require_effect(config)
     OmegaConf.to_container(config, resolve=True)  # a reference to nothing is said before anything is written
     hydra_config = HydraConfig.get()
     overrides = [str(override) for override in OmegaConf.to_container(hydra_config.overrides.task, resolve=False)]
@@ -43,6 +45,8 @@ def main(config: DictConfig) -> float:
     with entered(config, hydra_config.runtime.choices.get("experiment"), name) as run:
         config.run_dir = str(run.path)
         silence_noise()
+        for line in turned_off_in_vain(config) if is_main_process() else ():
+            print(line)
         inherited = inherit_model(config, overrides, run.ckpt_path)
         if inherited and run.ckpt_path is None and is_main_process():
             print(f"The model of {printable(config.init_from)}: {', '.join(inherited)}")

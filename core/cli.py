@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from core import overrides, sweep
+from core.config_files import about_a_file_of_settings
 from core.dataclass_cli import describe_fields, parse_fields
 from core.errors import ConfigError, InvalidValue, UserError, one_line, suggest
 from core.explain import explain_omegaconf
@@ -133,7 +134,7 @@ def _one_of_many(task: Callable[[DictConfig], Any], config: DictConfig) -> Any:
     except RunDiverged as error:
         failure = sweep.Failure(DIVERGED, f"diverged: {error}")
     except Exception as error:
-        if (mistake := about_a_group(error) or about_a_file(error)) is not None:
+        if (mistake := about_a_group(error) or about_a_file(error) or about_a_file_of_settings(error)) is not None:
             _say(mistake)
             failure = sweep.Failure(USER_ERROR, explain(mistake))
         else:
@@ -159,8 +160,8 @@ def _say(error: Exception) -> None:
 
 
 def _leave_if_given(error: Exception) -> None:
-    """End in one line where an error is about what stands on the command line, or about the disk, and not a fault."""
-    if (mistake := about_a_group(error) or about_a_file(error)) is not None:
+    """End in one line where an error is about the command line, a configuration file or the disk, and not a fault."""
+    if (mistake := about_a_group(error) or about_a_file(error) or about_a_file_of_settings(error)) is not None:
         mistake.__cause__ = error
         _leave(mistake)
 
@@ -188,6 +189,11 @@ def explain(error: BaseException) -> str:
         if isinstance(chain, OmegaConfBaseException) and chain.full_key:
             return str(explain_omegaconf(chain, value=_given(chain)))
         chain = chain.__cause__
+    # Hydra's merging of files names the file, and leaves the error that it speaks of behind.
+    file, inner = re.match(r"In '(.+?)': ", str(error)), error.__context__
+    if file is not None and isinstance(inner, OmegaConfBaseException) and inner.full_key:
+        said = str(explain_omegaconf(inner)).replace("=None is not valid", " is not valid", 1)
+        return f"in the configuration {file[1]}: {said}"
     text = re.split(r"\nSee https://|\n?Config search path|\n    full_key:", str(error))[0]
     text = re.sub(r"^In '\w+': |\.$", "", one_line(text))
     if isinstance(error, OverrideParseException):

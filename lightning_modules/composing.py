@@ -9,6 +9,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from core.accelerator import register_resolver
+from core.config_files import require_effect
 from core.errors import InvalidValue, require
 from core.overrides import CONFIGS, given, with_names_of_today
 from core.paths import require_path
@@ -37,6 +38,7 @@ def compose_run(overrides: Sequence[str]) -> DictConfig:
     arguments = with_names_of_today(overrides)
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = compose("train", arguments)
+    require_effect(config)
     inherit_model(config, arguments)
     return config
 
