@@ -1,5 +1,6 @@
 """The learning-rate schedules, and what an optimizer keeps, where it comes from a checkpoint."""
 
+import copy
 import itertools
 import math
 import numbers
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.errors import require
+from core.errors import ConfigError, one_line, require
+from core.options import accepts
 from lightning_modules.argument_errors import as_config_errors, as_error_of_own
 from lightning_modules.config import OptimConfig
 from lightning_modules.lion import Lion
@@ -244,15 +246,56 @@ def check_settings(
     Raises:
         ConfigError: a setting is another one, or the schedule stands at another step.
     """
-    groups = scheduler.optimizer.param_groups
     peaks = [own["initial_lr"] for own in expected]
-    pairs = [(scheduler.base_lrs, peaks, "peak learning rates"), (scheduler.last_epoch, step, "step of the schedule")]
-    for group, own in zip(groups, expected, strict=True):
-        pairs += [(group.get(name), value, name) for name, value in own.items()]
-    for found, value, name in pairs:
-        same = len(_numbers(found)) == len(_numbers(value)) and all(map(_is_close, _numbers(found), _numbers(value)))
-        valid = f"a checkpoint whose {name} is {value!r}, as in this run; it says {str(found)[:60]}"
-        require(same, "ckpt_path", str(path), valid)
+    _check_same("ckpt_path", path, "peak learning rates", scheduler.base_lrs, peaks)
+    _check_same("ckpt_path", path, "step of the schedule", scheduler.last_epoch, step)
+    _check_groups(scheduler.optimizer, expected, "ckpt_path", path)
+
+
+def _check_groups(optimizer: torch.optim.Optimizer, expected: list[dict[str, Any]], field: str, path: object) -> None:
+    for group, own in zip(optimizer.param_groups, expected, strict=True):
+        for name, value in own.items():
+            _check_same(field, path, name, group.get(name), value)
+
+
+def _check_same(field: str, path: object, name: str, found: Any, value: Any) -> None:
+    same = len(_numbers(found)) == len(_numbers(value)) and all(map(_is_close, _numbers(found), _numbers(value)))
+    valid = f"a checkpoint whose {name} is {value!r}, as in this run; it says {str(found)[:60]}"
+    require(same, field, str(path), valid)
+
+
+def restore(
+    optimizer: torch.optim.Optimizer, config: OptimConfig, saved: dict[str, Any], step: int, field: str, path: object
+) -> None:
+    """Let a new optimizer go on from what a checkpoint keeps of one, which may be anybody's.
+
+    Args:
+        optimizer: as `make_optimizer` makes it, without a schedule.
+        config: which it was made from.
+        saved: its state in the checkpoint; it stays as it is.
+        step: optimizer steps that the checkpoint has done.
+        field, path: what names the checkpoint, and its path, for the message.
+
+    Raises:
+        ConfigError: it is of other groups of parameters or other settings, of no learning rate, or `check_state`
+            refuses it.
+    """
+    expected = group_settings(optimizer, config)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(copy.deepcopy(saved))  # which torch would else go on to write into
+    except Exception as error:  # of many kinds
+        valid = (
+            f"a checkpoint of this run; its optimizer cannot be restored ({type(error).__name__}: {one_line(error)})"
+        )
+        raise ConfigError(field, str(path), valid) from error
+    _check_groups(optimizer, expected, field, path)
+    for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+        _check_same(field, path, "initial_lr", group.get("initial_lr"), peak)
+        rate: Any = group.get("lr")
+        valid = f"a checkpoint whose lr is a finite number >= 0; it says {str(rate)[:60]}"
+        require(accepts(float, rate) and 0 <= rate < math.inf, field, str(path), valid)
+    check_state(optimizer, step, path, field)
 
 
 def _numbers(value: Any) -> list[Any]:
@@ -267,15 +310,17 @@ def _is_close(found: Any, value: Any) -> bool:
     return isinstance(found, int | float) and math.isclose(found, value, rel_tol=1e-6)
 
 
-def check_state(optimizer: torch.optim.Optimizer, step: int, path: object) -> None:
+def check_state(optimizer: torch.optim.Optimizer, step: int, path: object, field: str = "ckpt_path") -> None:
     """Hold what an optimizer keeps of each parameter against the parameter, where it may come from a checkpoint.
 
     torch takes any shape, and its fused kernels write beyond the end of a tensor that is too small. What an optimizer
     of the user's own keeps is unknown, and not looked at.
 
     Args:
+        optimizer: whose state it is.
         step: optimizer steps done.
         path: of the checkpoint, for the message.
+        field: what names the checkpoint, likewise.
 
     Raises:
         ConfigError: one of them is missing, is no tensor or of another shape than its parameter, or counts more steps
@@ -284,11 +329,11 @@ def check_state(optimizer: torch.optim.Optimizer, step: int, path: object) -> No
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter in optimizer.state:
-                _check_kept(optimizer, group, parameter, step, path)
+                _check_kept(optimizer, group, parameter, step, path, field)
 
 
 def _check_kept(
-    optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor, step: int, path: object
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor, step: int, path: object, field: str
 ) -> None:
     state = optimizer.state[parameter]
     for name in _moments(optimizer, group, state):
@@ -296,11 +341,11 @@ def _check_kept(
         found = f"the shape {list(kept.shape)}" if isinstance(kept, Tensor) else f"a {type(kept).__name__}"
         valid = f"a checkpoint whose optimizer has the shape {list(shape)} in {name}, where this one has {found}"
         fits = isinstance(kept, Tensor) and (kept.numel() == 1 if name == "step" else kept.shape == shape)
-        require(fits, "ckpt_path", str(path), valid)
+        require(fits, field, str(path), valid)
         if name == "step":
             count = float(kept)
             valid = f"a checkpoint whose optimizer has stepped 0 to {step} times; it says {count:g}"
-            require(0 <= count <= step, "ckpt_path", str(path), valid)
+            require(0 <= count <= step, field, str(path), valid)
 
 
 def _moments(optimizer: torch.optim.Optimizer, group: dict[str, Any], state: dict[str, Any]) -> Iterable[str]:

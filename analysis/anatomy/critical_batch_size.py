@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
@@ -16,6 +17,8 @@ from analysis.anatomy.text import Batch, Tally, Text
 from core.checkpoint import load
 from core.errors import require
 from core.open_run import OpenRun
+from core.options import accepts
+from lightning_modules.optim import restore
 from lightning_modules.optimizers import make_optimizer
 from lightning_modules.transformer import Transformer
 
@@ -30,19 +33,35 @@ class Branching:
     Attributes:
         module: its LanguageModule, which knows the loss and the optimizer.
         state: of the optimizer, as a checkpoint of one file has it.
+        step: optimizer steps that the checkpoint has done.
+        checkpoint: its path.
         sequences: of one optimizer step.
         clip: the gradient norm that is clipped at; None: none is.
+        by_value: whether it is each entry of the gradient that is clipped there instead.
     """
 
     module: Any
     state: dict[str, Any]
+    step: int
+    checkpoint: Path
     sequences: int
     clip: float | None
+    by_value: bool = False
 
     @property
     def lr(self) -> float:
         """Return the learning rate of the next step."""
         return float(self.state["param_groups"][0]["lr"])
+
+    def optimizer(self, module: Any) -> torch.optim.Optimizer:
+        """Return the optimizer of a copy of the module, which goes on from the checkpoint.
+
+        Raises:
+            ConfigError: what the checkpoint keeps of it is not what this run would have kept.
+        """
+        made = make_optimizer(module.model, module.optim_config)
+        restore(made, module.optim_config, self.state, self.step, "checkpoint", self.checkpoint)
+        return made
 
     def train(
         self,
@@ -65,8 +84,7 @@ class Branching:
         """
         module = copy.deepcopy(self.module).train()
         module.model.load_state_dict(model.state_dict())
-        optimizer = make_optimizer(module.model, module.optim_config)
-        optimizer.load_state_dict(copy.deepcopy(self.state))  # which torch would else go on to write into
+        optimizer = self.optimizer(module)
         for group in optimizer.param_groups:
             group["lr"] *= factor
         for number in range(len(data["tokens"]) // size):
@@ -77,7 +95,8 @@ class Branching:
                 batch = {name: values[part].to(module.device) for name, values in data.items()}
                 (share * module.training_step(batch, number)).backward()
             if self.clip:
-                torch.nn.utils.clip_grad_norm_(module.parameters(), self.clip)
+                clip = torch.nn.utils.clip_grad_value_ if self.by_value else torch.nn.utils.clip_grad_norm_
+                clip(module.parameters(), self.clip)
             module.on_before_optimizer_step(optimizer)  # moves the routers' biases
             optimizer.step()
             optimizer.zero_grad()
@@ -130,9 +149,16 @@ class CriticalBatchSize(Measure):
         states = load(run.checkpoint).get("optimizer_states")
         if not states:
             return self
-        config = run.config
-        sequences = config.data.batch_size * config.trainer.get("accumulate_grad_batches", 1)
-        branching = Branching(run.module, states[0], sequences, config.trainer.get("gradient_clip_val"))
+        trainer, batch_size = run.config.get("trainer") or {}, run.config.data.batch_size
+        accumulated, clip = trainer.get("accumulate_grad_batches", 1), trainer.get("gradient_clip_val")
+        for name, value in (("data.batch_size", batch_size), ("trainer.accumulate_grad_batches", accumulated)):
+            require(accepts(int, value) and value >= 1, name, value, "an integer >= 1")
+        fits = accepts(float | None, clip) and 0 <= (clip or 0) < math.inf
+        require(fits, "trainer.gradient_clip_val", clip, "a number >= 0, or null")
+        by_value = trainer.get("gradient_clip_algorithm") == "value"
+        sequences = batch_size * accumulated
+        branching = Branching(run.module, states[0], run.step, run.checkpoint, sequences, clip, by_value)
+        branching.optimizer(run.module)  # is refused here or never: a branch may take long
         return replace(self, branching=branching)
 
     def lacks(self, model: Transformer) -> str | None:

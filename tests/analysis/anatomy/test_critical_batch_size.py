@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,8 @@ from tests.support.anatomy import make_text
 from tests.support.fitting import fit
 from tests.support.models import make_module
 
-SEQUENCES = 2
+SEQUENCES, STEPS = 2, 4
+BY_VALUE = {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}
 
 
 def text(fitting: int = 16) -> Text:
@@ -39,16 +41,24 @@ def rows_of(made: Text) -> Tensor:
 def trained(root: Path, *more: Tensor, **fields: Any) -> LanguageModule:
     """A model after four batches, clipped, and after those that are given; its checkpoint is root/last.ckpt."""
     torch.manual_seed(0)
+    clip = {"gradient_clip_val": 1.0, **fields.pop("clip", {})}
     optim = {"schedule": "constant", "lr": 0.02, **fields.pop("optim", {})}
     module = make_module(optim, placement="prenorm", **fields)
-    batches = [*torch.randint(50, (4, SEQUENCES, 13)), *more]
-    trainer = fit(root, module, *batches, logger=False, max_steps=len(batches), gradient_clip_val=1.0)
+    batches = [*torch.randint(50, (STEPS, SEQUENCES, 13)), *more]
+    trainer = fit(root, module, *batches, logger=False, max_steps=len(batches), **clip)
     trainer.save_checkpoint(root / "last.ckpt")
     return module
 
 
 def branching(root: Path, module: LanguageModule) -> Branching:
-    return Branching(module, load(root / "last.ckpt")["optimizer_states"][0], SEQUENCES, 1.0)
+    path = root / "last.ckpt"
+    return Branching(module, load(path)["optimizer_states"][0], STEPS, path, SEQUENCES, 1.0)
+
+
+def run_of(root: Path, module: LanguageModule, **trainer: Any) -> Any:
+    """The run as tools.anatomy opens it, of batches of eight."""
+    config = OmegaConf.create({"data": {"batch_size": 8}, "trainer": trainer})
+    return SimpleNamespace(module=module, config=config, checkpoint=root / "last.ckpt", step=STEPS)
 
 
 def mean_loss(model: Any, made: Text) -> float:
@@ -58,7 +68,9 @@ def mean_loss(model: Any, made: Text) -> float:
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"optim": {"optimizer": "muon"}}, {"ffn": "moe", "moe": {"balancing": "bias"}}], ids=str
+    "fields",
+    [{}, {"optim": {"optimizer": "muon"}}, {"ffn": "moe", "moe": {"balancing": "bias"}}, {"clip": BY_VALUE}],
+    ids=str,
 )
 def test_the_runs_own_batch_goes_on_as_the_run_does(fields: dict[str, Any], tmp_path: Path) -> None:
     """Against the same run without a branch: optimizer, clipping, auxiliary losses and the routers' biases."""
@@ -69,7 +81,10 @@ def test_the_runs_own_batch_goes_on_as_the_run_does(fields: dict[str, Any], tmp_
     model = module.model
     assert model is not None
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    branch = branching(tmp_path, module).train(model, {"tokens": data}, SEQUENCES, factor=1.0, at_once=SEQUENCES)
+    run = run_of(tmp_path, module, **{"gradient_clip_val": 1.0, **fields.get("clip", {})})
+    made_of = CriticalBatchSize().of_run(run).branching
+    assert made_of is not None
+    branch = made_of.train(model, {"tokens": data}, SEQUENCES, factor=1.0, at_once=SEQUENCES)
     assert longer is not None
     for name, value in branch.state_dict().items():
         torch.testing.assert_close(value, longer.state_dict()[name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: n + m)
@@ -143,11 +158,7 @@ def test_where_none_is_too_large_it_says_so(tmp_path: Path) -> None:
 
 def test_what_it_takes_of_a_run(tmp_path: Path) -> None:
     module = trained(tmp_path)
-    config = OmegaConf.create(
-        {"data": {"batch_size": 8}, "trainer": {"accumulate_grad_batches": 3, "gradient_clip_val": 0.5}}
-    )
-    run: Any = SimpleNamespace(module=module, config=config, checkpoint=tmp_path / "last.ckpt")
-    found = CriticalBatchSize(most=1).of_run(run)
+    found = CriticalBatchSize(most=1).of_run(run_of(tmp_path, module, accumulate_grad_batches=3, gradient_clip_val=0.5))
     assert found.branching is not None
     assert (found.branching.sequences, found.branching.clip, found.branching.lr) == (24, 0.5, 0.02)
     assert found.most == 1
@@ -158,6 +169,49 @@ def test_what_it_takes_of_a_run(tmp_path: Path) -> None:
     state["param_groups"][0]["lr"] = 0.0
     still = replace(found, branching=replace(found.branching, state=state))
     assert still.lacks(model) == "its learning rate has come to 0"
+
+
+ODD: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "shape": (  # torch's fused AdamW would write beyond its end
+        lambda state: state["state"][0].update(exp_avg_sq=torch.zeros(3)),
+        r"a checkpoint whose optimizer has the shape \[50, 32\] in exp_avg_sq, where this one has the shape \[3\]",
+    ),
+    "no tensor": (lambda state: state["state"][1].update(exp_avg=[0.0]), "in exp_avg, where this one has a list"),
+    "no step": (lambda state: state["state"][0].pop("step"), "its optimizer cannot be restored"),
+    "text": (lambda state: state["state"][0].update(step="x"), r"its optimizer cannot be restored \(ValueError: "),
+    "many steps": (lambda state: state["state"][0]["step"].fill_(5), "has stepped 0 to 4 times; it says 5"),
+    "no groups": (lambda state: state["param_groups"].clear(), r"its optimizer cannot be restored \(ValueError: "),
+    "fewer": (lambda state: state["param_groups"][0]["params"].pop(), "cannot be restored"),
+    "no betas": (lambda state: state["param_groups"][0].pop("betas"), r"whose betas is \(0\.9, 0\.95\), .* says None"),
+    "maximize": (lambda state: state["param_groups"][0].update(maximize=True), "whose maximize is False, .* says True"),
+    "no rate": (lambda state: state["param_groups"][0].pop("lr"), "whose lr is a finite number >= 0; it says None"),
+    "no number": (lambda state: state["param_groups"][0].update(lr=math.nan), "a finite number >= 0; it says nan"),
+    "downwards": (lambda state: state["param_groups"][1].update(lr=-0.02), "a finite number >= 0; it says -0.02"),
+    "another peak": (lambda state: state["param_groups"][1].update(initial_lr=1.0), "whose initial_lr is 0.02, as in"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_an_optimizer_that_this_run_would_not_have_kept_is_refused(name: str, tmp_path: Path) -> None:
+    """Before anything is measured, and in a line; checkpoints come from anywhere."""
+    edit, message = ODD[name]
+    module, path = trained(tmp_path), tmp_path / "last.ckpt"
+    CriticalBatchSize().of_run(run_of(tmp_path, module))
+    content = torch.load(path, weights_only=True)
+    edit(content["optimizer_states"][0])
+    torch.save(content, path)
+    with pytest.raises(ConfigError, match=rf"checkpoint='.*last\.ckpt' is not valid: .*{message}"):
+        CriticalBatchSize().of_run(run_of(tmp_path, module))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("accumulate_grad_batches", 0), ("accumulate_grad_batches", "x"), ("gradient_clip_val", -1.0)],
+)
+def test_a_configuration_that_no_run_can_have_had_is_refused(name: str, value: object, tmp_path: Path) -> None:
+    module = trained(tmp_path)
+    with pytest.raises(ConfigError, match=rf"trainer\.{name}={value!r} is not valid: expected an? "):
+        CriticalBatchSize().of_run(run_of(tmp_path, module, **{name: value}))
 
 
 def test_too_little_to_train_on_is_refused(tmp_path: Path) -> None:
