@@ -46,6 +46,31 @@ def pyplot() -> Any:
     return plt
 
 
+def plain_formatter() -> Any:
+    """Return what writes numbers on a logarithmic axis as they are read; matplotlib's own writes formulas."""
+    from matplotlib.ticker import LogFormatter
+
+    class PlainFormatter(LogFormatter):  # type: ignore[misc, unused-ignore]
+        """Leaves out those that a logarithmic axis has no room for."""
+
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
+    return PlainFormatter()
+
+
+def log_scale(axes: Any, linear_below: float | None = None) -> None:
+    """Give the values' axis a logarithmic scale, with numbers beside its small ticks where there is no other.
+
+    Args:
+        axes: what is drawn on.
+        linear_below: magnitude below which the scale is linear, so that it has 0 and what is negative; None: nowhere.
+    """
+    axes.set_yscale("log") if linear_below is None else axes.set_yscale("symlog", linthresh=linear_below)
+    axes.yaxis.set_major_formatter(plain_formatter())
+    axes.yaxis.set_minor_formatter(plain_formatter())
+
+
 def drawn_label(label: str) -> str:
     """Return a label as it is drawn; matplotlib would leave one out that begins with an underscore."""
     text = printable(label, LABEL)
@@ -264,7 +289,9 @@ def draw_depth(study: Study, grid: Mapping[Point, Cell], column: Point, output: 
                     if tag == DEPTH_PANELS["gradient of the parameters, over the last block's"] and values:
                         values = [value / values[-1] if values[-1] else math.nan for value in values]
                     axes.plot(depth, values, style, color=f"C{i}", label=drawn_label(row) if last else None)
-        axes.set(title=title, yscale="linear" if tag.split("/")[-1] in LINEAR else "log")
+        axes.set_title(title, fontsize=10)
+        if tag.split("/")[-1] not in LINEAR:
+            log_scale(axes)
         axes.grid(alpha=0.3)
     handles, labels = panels[0, 0].get_legend_handles_labels()
     panels[-1, -1].axis("off")
@@ -294,7 +321,8 @@ def draw_decay(decays: Mapping[str, tuple[Sequence[float], Sequence[float] | Non
                 color=f"C{i}",
                 alpha=0.6,
             )
-    axes.set(yscale="log", xlabel="depth (share of the blocks)", ylabel="hidden gradient over the last block's")
+    axes.set(xlabel="depth (share of the blocks)", ylabel="hidden gradient over the last block's")
+    log_scale(axes)
     axes.set_title("measured at initialization (solid) and predicted (dashed)")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)

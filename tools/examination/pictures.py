@@ -1,21 +1,22 @@
 """Draws what findings ask for: curves of all runs in one panel, a heat map for each run."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from analysis.anatomy.bootstrap import Interval
 from analysis.anatomy.findings import Findings, Picture
-from studies.figures import drawable, drawn_label, pyplot
+from studies.figures import drawable, drawn_label, log_scale, pyplot
 from tools.picture import save_picture
 
 MAX_PANELS = 4
 """Heat maps side by side."""
 SMALL = 1e-3
 """Values below it are drawn on a linear scale where some are not positive."""
-PLAIN = "{x:g}"
-"""Numbers on a logarithmic scale: matplotlib's own are formulas, which the project's pictures have none of."""
+PER_INCH = 12
+"""Characters of a heading that fit."""
 STYLES = ("-", "--", ":", "-.")
 
 
@@ -46,7 +47,8 @@ def _curves(
     found: Mapping[str, Findings],
     intervals: Mapping[str, Mapping[str, Sequence[Interval]]],
 ) -> Any:
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    size = (7, 4)
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
     positive = True
     for number, (label, findings) in enumerate(found.items()):
         for name, style in zip(picture.of, STYLES * len(picture.of), strict=False):
@@ -60,11 +62,10 @@ def _curves(
                 low, high = (drawable([getattr(bound, end) for bound in bounds]) for end in ("low", "high"))
                 axes.fill_between(curve.places, low, high, color=f"C{number}", alpha=0.15, linewidth=0)
             axes.set_xlabel(curve.over)
-    axes.set_title(picture.title, fontsize=10)
+    axes.set_title(_heading(picture, size), fontsize=10)
     axes.xaxis.get_major_locator().set_params(integer=True)
     if picture.log:
-        axes.set_yscale("log") if positive else axes.set_yscale("symlog", linthresh=SMALL)
-        axes.yaxis.set_major_formatter(PLAIN)
+        log_scale(axes, None if positive else SMALL)
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
@@ -86,5 +87,9 @@ def _heat_maps(plt: Any, picture: Picture, found: Mapping[str, Findings]) -> Any
         for axis in (axes.xaxis, axes.yaxis):
             axis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=grid, shrink=0.8)
-    figure.suptitle(picture.title, fontsize=10)
+    figure.suptitle(_heading(picture, size), fontsize=10)
     return figure
+
+
+def _heading(picture: Picture, size: tuple[float, float]) -> str:
+    return textwrap.fill(picture.title, int(PER_INCH * size[0]))

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from core.untrusted import MIB, Untrusted, beyond, bound, parse_json, read_bytes
-from studies.figures import drawable, drawn_label, pyplot
-from tools.examination.pictures import MAX_PANELS, PLAIN
+from studies.figures import drawable, drawn_label, plain_formatter, pyplot
+from tools.examination.pictures import MAX_PANELS
 from tools.picture import save_picture
 
 FOLDER = "anatomy/steps"
@@ -124,7 +124,8 @@ def draw_drops(kept: Mapping[str, Sequence[Kept]], output: Path) -> None:
         axes.set_title(drawn_label(label), fontsize=10)
         axes.set_xlabel("optimizer step")
     grid[0, 0].set_ylabel("block")
-    figure.colorbar(image, ax=grid, shrink=0.8, format=PLAIN)
+    bar = figure.colorbar(image, ax=grid, shrink=0.8, format=plain_formatter())
+    bar.minorformatter = plain_formatter()
     figure.suptitle("loss without the block, less the loss (nats)", fontsize=10)
     save_picture(figure, output, dpi=110)
     plt.close(figure)
