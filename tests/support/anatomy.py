@@ -1,8 +1,11 @@
 """Held-out texts without a corpus, for tests of measures."""
 
+import copy
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from analysis.anatomy.text import Batch, Text
 from datamodules.tokenizers import NumberTokenizer
@@ -35,3 +38,36 @@ def trained_like(seed: int = 0, **fields: Any) -> Transformer:
         for parameter in model.parameters():
             parameter.normal_(std=0.2) if parameter.dim() > 1 else parameter.uniform_(0.5, 1.5)
     return model.eval()
+
+
+class Nothing(nn.Module):
+    """In the place of a sublayer."""
+
+    def __init__(self, mixture: bool = False) -> None:
+        super().__init__()
+        self.mixture = mixture
+
+    def forward(self, x: Tensor, *rest: Any) -> Any:
+        return (torch.zeros_like(x), None) if self.mixture else torch.zeros_like(x)
+
+
+def without(model: Transformer, *numbers: int) -> Transformer:
+    """The model with sublayers that put out zeros in these blocks, counted from 0."""
+    changed = copy.deepcopy(model)
+    for number in numbers:
+        changed.blocks[number].attn, changed.blocks[number].ffn = Nothing(), Nothing(mixture=True)
+    return changed
+
+
+def in_order(model: Transformer, *numbers: int) -> Transformer:
+    """The model with these of its blocks, counted from 0, in this order."""
+    changed = copy.deepcopy(model)
+    changed.blocks = nn.ModuleList(changed.blocks[number] for number in numbers)
+    return changed
+
+
+@torch.no_grad()
+def loss_of(model: Transformer, text: Text) -> float:
+    """Nats per token, of the model's own forward pass."""
+    logits = torch.cat([model(batch.inputs)[0] for batch in text])
+    return float(F.cross_entropy(logits.flatten(0, 1), torch.cat([batch.targets for batch in text]).flatten()))

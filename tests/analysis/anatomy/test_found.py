@@ -12,7 +12,8 @@ from analysis.anatomy.layer_drop import LayerDrop
 from analysis.anatomy.pruning import Pruning
 from analysis.anatomy.registry import MEASURES
 from analysis.anatomy.similarity import Similarity
-from tests.support.anatomy import MODELS, make_text, trained_like
+from core.errors import ConfigError
+from tests.support.anatomy import MODELS, loss_of, make_text, trained_like, without
 
 DEAD = 2  # counted from 1
 
@@ -64,6 +65,28 @@ def test_pruning_leaves_out_the_blocks_that_turn_the_state_least() -> None:
     first = int(found.curves["pruned_from"].values[0])
     drops = LayerDrop(skip="identity")(model, text).curves["drop_by_block"].values
     assert found.curves["pruning_by_count"].values[0] == pytest.approx(drops[first - 1], abs=1e-6)
+
+
+@pytest.mark.parametrize("placement", ["spannorm", "mhc", "attnres"])
+def test_blocks_are_pruned_by_the_placements_own_skip(placement: str) -> None:
+    """And as many can be spared as cost less than is tolerated, each time."""
+    model, text = trained_like(placement=placement), make_text()
+    found, loss = Pruning()(model, text), loss_of(model, text)
+    expected = []
+    for count, first in enumerate(found.curves["pruned_from"].values, start=1):
+        left_out = range(int(first) - 1, int(first) - 1 + count)
+        expected.append(loss_of(without(model, *left_out), text) - loss)
+    assert found.curves["pruning_by_count"].values == pytest.approx(expected, abs=1e-4)
+    for tolerance in (1e-9, *(abs(value) + 1e-3 for value in expected)):
+        spare = 0
+        while spare < 4 and expected[spare] < tolerance:
+            spare += 1
+        assert Pruning(tolerance=tolerance)(model, text).scalars["spare_blocks"] == spare
+
+
+def test_a_tolerance_of_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="tolerance=0 is not valid: expected a number > 0"):
+        Pruning(tolerance=0)
 
 
 def test_contribution_is_what_is_added_beside_the_skip() -> None:

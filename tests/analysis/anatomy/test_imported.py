@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from analysis.anatomy.contribution import Contribution
 from analysis.anatomy.layer_drop import LayerDrop
 from analysis.anatomy.lens import LogitLens
+from analysis.anatomy.outliers import Outliers
 from analysis.anatomy.pruning import Pruning
 from analysis.anatomy.similarity import Similarity
 from core.open_run import open_run
@@ -107,6 +108,34 @@ def test_states_and_what_is_added_are_theirs(both: tuple[Any, Any]) -> None:
             (similar, "block_influence_by_block", influence),
         ):
             assert found.curves[name].values[number] == pytest.approx(float(expected.mean()), abs=1e-5)
+
+    ratios = added.curves["contribution_by_block"].values
+    late = (ratios[3] + ratios[4]) / (ratios[0] + ratios[1])
+    assert added.scalars["late_contribution"] == pytest.approx(late), "of five the middle one is in no half"
+    last = states[-1].double().unflatten(0, (-1, 11))
+    shares = [torch.linalg.svdvals(x) / torch.linalg.svdvals(x).sum() for x in last]
+    ranks = [float((-share * share.log()).sum().exp()) for share in shares]
+    assert similar.scalars["effective_rank"] == pytest.approx(np.mean(ranks), rel=1e-4)
+    units = F.normalize(last, dim=-1)
+    pairs = (units @ units.mT).masked_select(~torch.eye(11, dtype=torch.bool))
+    assert similar.scalars["token_similarity"] == pytest.approx(float(pairs.mean()), abs=1e-5)
+
+
+def test_outliers_and_sinks_are_theirs(both: tuple[Any, Any]) -> None:
+    theirs, ours = both
+    found = Outliers()(ours, TEXT)
+    states = states_of(theirs)[1:]
+    assert found.curves["activation_max_by_block"].values == pytest.approx([float(x.abs().max()) for x in states])
+    tails = [float((x**4).mean(-1).div((x**2).mean(-1) ** 2).mean()) for x in states]
+    assert found.curves["kurtosis_by_block"].values == pytest.approx(tails, rel=1e-4)
+    eager = copy.deepcopy(theirs)
+    eager.set_attn_implementation("eager")
+    with torch.no_grad():
+        weights = [eager(batch.inputs, output_attentions=True, use_cache=False).attentions for batch in TEXT]
+    for block in range(5):
+        on_first = torch.cat([of_batch[block][..., 0] for of_batch in weights])  # [sequences, heads, queries]
+        on_first[..., 0] = 0
+        assert found.matrices["sink_by_head"][block] == pytest.approx(on_first.mean((0, 2)).tolist(), abs=1e-5)
 
 
 def test_every_depth_is_read_as_theirs(both: tuple[Any, Any]) -> None:

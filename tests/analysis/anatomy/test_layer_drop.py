@@ -1,43 +1,10 @@
 """The loss without blocks, against models in which these blocks are not there."""
 
-import copy
-from typing import Any
-
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from analysis.anatomy.layer_drop import LayerDrop
-from analysis.anatomy.text import Text
-from lightning_modules.transformer import Transformer
-from tests.support.anatomy import MODELS, make_text, trained_like
-
-
-class Nothing(nn.Module):
-    """In the place of a sublayer."""
-
-    def __init__(self, mixture: bool = False) -> None:
-        super().__init__()
-        self.mixture = mixture
-
-    def forward(self, x: Tensor, *rest: Any) -> Any:
-        return (torch.zeros_like(x), None) if self.mixture else torch.zeros_like(x)
-
-
-def without(model: Transformer, *numbers: int) -> Transformer:
-    """The model with sublayers that put out zeros in these blocks."""
-    changed = copy.deepcopy(model)
-    for number in numbers:
-        changed.blocks[number].attn, changed.blocks[number].ffn = Nothing(), Nothing(mixture=True)
-    return changed
-
-
-@torch.no_grad()
-def loss_of(model: Transformer, text: Text) -> float:
-    logits = torch.cat([model(batch.inputs)[0] for batch in text])
-    return float(F.cross_entropy(logits.flatten(0, 1), torch.cat([batch.targets for batch in text]).flatten()))
+from tests.support.anatomy import MODELS, in_order, loss_of, make_text, trained_like, without
 
 
 @pytest.mark.parametrize(("placement", "ffn"), MODELS)
@@ -49,5 +16,19 @@ def test_a_block_left_out_is_one_whose_sublayers_put_out_zeros(placement: str, f
     expected = [loss_of(without(model, number), text) - loss for number in range(3)]
     assert found.curves["drop_by_block"].values == pytest.approx(expected, abs=1e-4)
     assert found.scalars["layer_drop"] == pytest.approx(np.mean(expected), abs=1e-4)
+    assert found.scalars["late_drop"] == pytest.approx(np.mean(expected[1:]), abs=1e-4)
     cut = [loss_of(without(model, *range(3 - k, 3)), text) - loss for k in (1, 2, 3)]
     assert found.curves["cut_by_count"].values == pytest.approx(cut, abs=1e-4)
+
+
+@pytest.mark.parametrize("placement", ["spannorm", "postnorm", "prenorm"])
+def test_a_block_passed_over_or_swapped_is_one_that_stands_elsewhere(placement: str) -> None:
+    """Of four, whose last one stays: it may have a norm before the head."""
+    model, text = trained_like(placement=placement), make_text()
+    found = LayerDrop(skip="identity")(model, text)
+    loss = loss_of(model, text)
+    expected = [loss_of(in_order(model, *order), text) - loss for order in ((1, 2, 3), (0, 2, 3), (0, 1, 3))]
+    assert found.curves["drop_by_block"].values[:3] == pytest.approx(expected, abs=1e-4)
+    expected = [loss_of(in_order(model, *order), text) - loss for order in ((1, 0, 2, 3), (0, 2, 1, 3))]
+    assert found.curves["swap_by_block"].values[:2] == pytest.approx(expected, abs=1e-4)
+    assert min(map(abs, expected)) > 1e-3

@@ -55,6 +55,17 @@ def test_effective_depth_is_where_the_divergence_is_below_a_tenth_of_the_largest
     assert effective_depth(divergence) == depth
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_depths_are_read_off_the_curves(seed: int) -> None:
+    found = LogitLens()(trained_like(seed, placement="prenorm", num_layers=6), make_text())
+    overlap = found.curves["lens_overlap_by_depth"].values
+    divergence = found.curves["lens_divergence_by_depth"].values
+    assert found.scalars["lens_overlap_depth"] == min(depth for depth in range(7) if overlap[depth] > 0.2)
+    assert found.scalars["lens_effective_depth"] == effective_depth(divergence)
+    assert found.scalars["lens_effective_share"] == pytest.approx(effective_depth(divergence) / 6)
+    assert found.scalars["lens_overlap_depth"] > 0
+
+
 def test_a_tuned_lens_finds_an_affine_map() -> None:
     """A model whose blocks do nothing but the last, which adds a constant: b finds it at every depth before."""
     model = trained_like(placement="postnorm", norm="none", dim=16, num_heads=2, num_layers=2)

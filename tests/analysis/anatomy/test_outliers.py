@@ -18,12 +18,12 @@ from tests.support.models import VOCAB_SIZE
 from tests.support.reference import turn
 
 
-def with_a_massive_dimension(dimension: int) -> Transformer:
-    """A PreNorm model whose second block writes a number into one dimension, which no later block takes out again."""
+def with_a_massive_dimension(dimension: int, number: int = 2) -> Transformer:
+    """A PreNorm model of which one block writes a number into one dimension, which no later block takes out again."""
     model = trained_like(placement="prenorm", num_layers=4)
     with torch.no_grad():
-        model.blocks[1].ffn.down_proj.weight[dimension] *= 1e4
-        for block in model.blocks[2:]:
+        model.blocks[number - 1].ffn.down_proj.weight[dimension] *= 1e4
+        for block in model.blocks[number:]:
             for weight in (block.attn.o_proj.weight, block.ffn.down_proj.weight):
                 weight *= 0.1
     return model
@@ -36,6 +36,29 @@ def test_a_massive_dimension_is_found() -> None:
     assert found.curves["activation_dimension_by_block"].values[1:] == [7, 7, 7]
     (note,) = found.notes
     assert note.startswith("Dimension 7 is massive after blocks 2-4: up to ")
+
+
+def test_what_lasts_over_half_of_the_blocks_persists() -> None:
+    for number, persistent in ((3, 1), (4, 0)):
+        found = Outliers(ratio=500)(with_a_massive_dimension(7, number), make_text())
+        assert found.curves["massive_dimensions_by_block"].values == [0] * (number - 1) + [1] * (5 - number)
+        assert found.scalars["persistent_dimensions"] == persistent
+
+
+def test_the_largest_activation_is_held_against_the_median_one() -> None:
+    model, text = trained_like(placement="prenorm", num_layers=3), make_text(batches=2)
+    by_block: list[list[Tensor]] = [[], [], []]
+    for block, states in zip(model.blocks, by_block, strict=True):
+        block.placement.register_forward_hook(lambda module, inputs, output, states=states: states.append(output.abs()))
+    found = Outliers()(model, text)
+    largest = [torch.cat(states).amax().item() for states in by_block]
+    medians = [sum(state.median().item() for state in states) / 2 for states in by_block]
+    ratios = [most / median for most, median in zip(largest, medians, strict=True)]
+    assert found.curves["activation_max_by_block"].values == pytest.approx(largest)
+    assert found.curves["activation_ratio_by_block"].values == pytest.approx(ratios)
+    assert found.scalars["activation_ratio"] == pytest.approx(max(ratios))
+    features = [int(torch.cat(states).flatten(0, 1).amax(0).argmax()) for states in by_block]
+    assert found.curves["activation_dimension_by_block"].values == features
 
 
 def test_an_ordinary_model_has_none() -> None:

@@ -1,4 +1,4 @@
-"""What holds of every measure: it leaves the model and the random numbers of its caller as they were."""
+"""What holds of every measure: all stays as it was, no figure hangs on the batches, intervals are of the figures."""
 
 import dataclasses
 from typing import Any
@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import torch
 
+from analysis.anatomy.findings import Findings
 from analysis.anatomy.lens import TunedLens
 from analysis.anatomy.measure import Comparison
 from analysis.anatomy.registry import INSTRUMENTS
+from analysis.anatomy.text import Batch, Text
 from tests.support.anatomy import make_text, trained_like
 
 
@@ -27,3 +29,67 @@ def test_nothing_of_the_callers_is_moved(name: str) -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
     assert not model.training
+
+
+def found_by(name: str, text: Text) -> Findings:
+    measure: Any = TunedLens(steps=3, positions=20) if name == "tuned_lens" else INSTRUMENTS[name]()
+    if hasattr(measure, "positions"):
+        measure = dataclasses.replace(measure, positions=20)  # every fifth token: batches do not end with one
+    models = [trained_like(seed, ffn="moe") for seed in (0, 1)]
+    return measure(*models[: 1 + isinstance(measure, Comparison)], text)  # type: ignore[no-any-return]
+
+
+def cut(text: Text, *sizes: int) -> Text:
+    """The same sequences in batches of these sizes."""
+    (whole,) = text.batches
+    parts = [part.split(sizes) if part is not None else [None] * len(sizes) for part in whole]
+    return dataclasses.replace(text, batches=tuple(Batch(*each) for each in zip(*parts, strict=True)))
+
+
+OF_BATCHES = {"activation_ratio", "activation_ratio_by_block"}
+"""Of medians, of which it takes the mean over batches."""
+
+
+@pytest.mark.parametrize("name", sorted(INSTRUMENTS.keys() - {"critical_batch_size", "sharpness"}))
+def test_no_figure_hangs_on_the_batches(name: str) -> None:
+    """Seven sequences side by side, and in batches of which the last is the smallest, as a text's last one is."""
+    text = make_text(batches=1, sequences=7)
+    text = dataclasses.replace(text, fitting=text.batches)
+    together, apart = found_by(name, text).as_plain(), found_by(name, cut(text, 3, 3, 1)).as_plain()
+    assert together["scalars"].keys() == apart["scalars"].keys()
+    for key in together["scalars"].keys() - OF_BATCHES:
+        assert apart["scalars"][key] == pytest.approx(together["scalars"][key], rel=1e-3, abs=1e-5), key
+    for key, curve in together["curves"].items():
+        if key not in OF_BATCHES:
+            assert apart["curves"][key]["values"] == pytest.approx(curve["values"], rel=1e-3, abs=1e-5), key
+    for kind in ("matrices", "by_document"):
+        for key, rows in together[kind].items():
+            for ours, theirs in zip(apart[kind][key], rows, strict=True):
+                assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4), key
+
+
+WITH_INTERVALS = {
+    "layer_drop": {"loss", "layer_drop", "late_drop", "drop_by_block", "swap_by_block", "cut_by_count"},
+    "pruning": {"pruning_by_count"},
+    "lens": {"lens_divergence_by_depth", "lens_overlap_by_depth", "lens_loss_by_depth"},
+    "tuned_lens": {"tuned_divergence_by_depth", "tuned_overlap_by_depth", "tuned_loss_by_depth"},
+    "outliers": {"kurtosis", "kurtosis_by_block", "sink", "sink_by_block"},
+    "quantization": {"w8a8", "w4a16", "w4a4"},
+    "bfloat16": {"bf16", "bf16_kl", "bf16_same"},
+    "expert_drop": {"expert_drop", "expert_drop_by_mixture"},
+    "routing_agreement": {"routing_agreement", "routing_agreement_by_mixture"},
+}
+"""Figures that are means over tokens, whose documents can be drawn anew."""
+
+
+@pytest.mark.parametrize("name", sorted(INSTRUMENTS.keys() - {"critical_batch_size"}))
+def test_what_is_found_is_what_is_drawn_and_resampled(name: str) -> None:
+    text = make_text()
+    found = found_by(name, dataclasses.replace(text, fitting=text.batches))
+    assert set(INSTRUMENTS[name].outcomes) - {"preconditioned_sharpness"} <= found.scalars.keys()  # which wants a run
+    assert found.by_document.keys() == WITH_INTERVALS.get(name, set())
+    for key, sums in found.by_document.items():
+        values = [found.scalars[key]] if key in found.scalars else found.curves[key].values
+        assert (sums.sum(1) / text.num_tokens).tolist() == pytest.approx(values, abs=1e-9), key
+    for picture in found.pictures:
+        assert set(picture.of) <= (found.curves if picture.kind == "curves" else found.matrices).keys()
