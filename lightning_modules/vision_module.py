@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from core.task import Task
@@ -19,6 +20,32 @@ BINS = 15
 """Bins of confidence that the calibration error is taken over (1706.04599)."""
 ASSUMED_GRID = 8
 VALIDATION = "the last validation (data.val_batches x data.batch_size images)"
+
+
+class _OfNumbers(Metric):
+    """Is no number where a prediction was none, which torchmetrics would take for the first class."""
+
+    unknown: Tensor
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_state("unknown", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        self.unknown += (~preds.isfinite()).sum()
+        super().update(preds.nan_to_num(), target)  # type: ignore[safe-super]  # of the metric it is mixed into
+
+    def compute(self) -> Tensor:
+        found: Tensor = super().compute()  # type: ignore[safe-super]
+        return torch.where(self.unknown > 0, torch.nan, found)
+
+
+class Accuracy(_OfNumbers, MulticlassAccuracy):
+    """The share of right predictions."""
+
+
+class CalibrationError(_OfNumbers, MulticlassCalibrationError):
+    """The mean distance of confidence and accuracy."""
 
 
 class VisionModule(TransformerModule):
@@ -72,8 +99,8 @@ class VisionModule(TransformerModule):
         self.images = ImageConfig(image_size, num_channels, num_classes, patch_size, positions, pool)
         self.try_out()
         metrics: dict[str, Any] = {
-            "accuracy": MulticlassAccuracy(num_classes, average="micro"),
-            "calibration_error": MulticlassCalibrationError(num_classes, n_bins=BINS, norm="l1"),
+            "accuracy": Accuracy(num_classes, average="micro"),
+            "calibration_error": CalibrationError(num_classes, n_bins=BINS, norm="l1"),
         }
         self.held_out_metrics = MetricCollection(metrics, compute_groups=False)
 

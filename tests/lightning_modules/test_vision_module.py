@@ -4,9 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from core.errors import ConfigError
 from lightning_modules.initialization import initialize
@@ -118,6 +120,34 @@ def test_what_validation_reports(tmp_path: Path) -> None:
         assert found[f"{stage}/calibration_error"] == pytest.approx(expected, rel=1e-4)
     predicted = torch.cat(trainer.predict(module, loader))  # type: ignore[arg-type]
     torch.testing.assert_close(predicted, logits.log_softmax(-1))
+
+
+def test_a_model_that_has_diverged_is_never_the_best(tmp_path: Path) -> None:
+    """All images are of the class that torchmetrics takes a prediction for that is no number."""
+    module = make_vision_module(num_layers=1)
+    assert module.model is not None
+    batch = module.model.example(8, 0)
+    batch["labels"].zero_()
+    loader: Any = torch.utils.data.DataLoader([batch] * 3, batch_size=None)  # type: ignore[arg-type]
+    best = ModelCheckpoint(tmp_path, monitor="val/accuracy", mode="max", save_on_train_epoch_end=False)
+    options = {"max_steps": 3, "enable_checkpointing": True, "val_check_interval": 1, "logger": False}
+    trainer = make_trainer(tmp_path, callbacks=[Poison(), best], **options)
+    trainer.fit(module, loader, loader)
+    assert all(trainer.callback_metrics[f"val/{name}"].isnan() for name in module.task.figures)
+    assert torch.load(best.best_model_path)["global_step"] < 3
+    with torch.no_grad():
+        module.model.head.weight.fill_(0.0)
+    (found,) = trainer.validate(module, loader, verbose=False)
+    assert found["val/accuracy"] == 1.0, "nothing is left of what was no number"
+
+
+class Poison(L.Callback):
+    """Makes the head no number in the last of three steps."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step == 3:
+            with torch.no_grad():
+                pl_module.model.head.weight[0, 0] = torch.nan
 
 
 @pytest.mark.parametrize(
