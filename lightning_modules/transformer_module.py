@@ -212,13 +212,14 @@ class TransformerModule(L.LightningModule):
         except ConfigError:
             return 0
 
-    @staticmethod
-    def settings_in_effect(hyper_parameters: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a checkpoint's hyperparameters by dotted name, with the values that take effect.
+    @classmethod
+    def settings_in_effect(cls, hyper_parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a checkpoint's hyperparameters by the names of fields, with the values that take effect.
 
         A field that the checkpoint is too old to have is there with the value that its absence stands for.
         """
         rest = {name: value for name, value in hyper_parameters.items() if name not in ("model", "optim")}
+        rest = {f"{'data' if name in cls.of_data else 'module'}.{name}": value for name, value in rest.items()}
         model = parse(ModelConfig, "model", hyper_parameters["model"])
         optim = parse(OptimConfig, "optim", hyper_parameters["optim"])
         return {**rest, **settings(model, "model"), **settings(optim, "optim")}

@@ -20,14 +20,23 @@ from tools.examination.examine import Chosen, examine
 
 IMAGES = "experiment=vision_spannorm"
 
+JOB = tiny_job(
+    IMAGES,
+    "model.ffn=moe",
+    "model.placement=siamesenorm",
+    "trainer.max_steps=3",
+    "trainer.val_check_interval=2",
+    "trainer.accumulate_grad_batches=2",
+    "+callbacks=curvature",
+    "callbacks.curvature.iterations=2",
+)
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A mixture on digits, with every monitor on."""
     folder = tmp_path_factory.mktemp("images")
-    monitors = ["+callbacks=curvature", "callbacks.curvature.iterations=2", "trainer.accumulate_grad_batches=2"]
-    job = tiny_job(IMAGES, "model.ffn=moe", "trainer.max_steps=3", "trainer.val_check_interval=2", *monitors)
-    finished = train(folder, *job, "model.placement=siamesenorm", "run_dir=run")
+    finished = train(folder, *JOB, "run_dir=run")
     assert finished.code == 0, finished.err
     assert "Logistic regression on the pixels: 96.39% of the validation images" in finished.out
     assert "Accuracy " in finished.out
@@ -68,6 +77,14 @@ def test_the_summary_has_the_classes_frequencies_beside_the_loss(run: Path) -> N
         name: pytest.approx(scalars(run, f"val/{name}")[2]) for name in ("accuracy", "calibration_error")
     }
     assert not any("tokens" in key for key in summary)
+
+
+def test_a_field_that_may_not_change_is_named_as_it_is_set(run: Path) -> None:
+    for field, value in (("module.pool", "mean"), ("module.patch_size", "4"), ("data.image_size", "16")):
+        finished = train(run.parent, *JOB, "run_dir=run", "ckpt_path=last", "trainer.max_steps=9", f"{field}={value}")
+        assert finished.code == 2
+        assert f"{field}=" in finished.err
+        assert "as in the checkpoint that is resumed" in finished.err
 
 
 def test_a_record_has_accuracy_and_unit(run: Path) -> None:

@@ -29,7 +29,7 @@ class Augmentation:
                 f"data.augmentation is torchvision's, which cannot be imported here ({one_line(error)}): install the "
                 "torchvision that goes with this torch, or set data.augmentation=null"
             ) from error
-        self.transforms = []
+        self.transforms = {}
         for name, arguments in transforms.items():
             field = f"data.augmentation.{name}"
             kind = getattr(v2, name, None)
@@ -38,15 +38,27 @@ class Augmentation:
             require(arguments is None or isinstance(arguments, Mapping), field, arguments, "a group of its arguments")
             assert kind is not None
             try:
-                self.transforms.append(kind(**(arguments or {})))
+                self.transforms[field] = kind(**(arguments or {}))
             except ConfigError:
                 raise
             except Exception as error:
                 raise InvalidValue(field, arguments, one_line(error)) from error
 
     def __call__(self, pixels: Pixels) -> Pixels:
-        """Return other pixels, of any size; they are drawn from torch's generator."""
+        """Return other pixels, of any size; they are drawn from torch's generator.
+
+        Raises:
+            InvalidValue: a transform does not take an image of these sizes, or returns something else.
+        """
         image = torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, -1, 0)))
-        for transform in self.transforms:
-            image = transform(image)
+        for field, transform in self.transforms.items():
+            try:
+                image = transform(image)
+            except Exception as error:
+                raise InvalidValue(field, str(transform), one_line(error)) from error
+            is_one = (
+                isinstance(image, torch.Tensor) and image.dtype == torch.uint8 and image.shape[:1] == pixels.shape[2:]
+            )
+            valid = "a transform that returns an image of 8 bits and as many channels: normalizing comes after it"
+            require(is_one and image.ndim == 3, field, str(transform), valid)
         return np.moveaxis(image.numpy(), 0, -1)

@@ -14,6 +14,8 @@ from datamodules.index import CorpusError
 Pixels = npt.NDArray[np.uint8]
 """One image, [height, width, channels]."""
 Labels = npt.NDArray[np.int64]
+ORIENTATION = 0x0112
+"""EXIF's tag of how a picture is to be turned to stand upright."""
 
 
 class ImageSource(Protocol):
@@ -91,15 +93,24 @@ def decode(file: Any, name: str) -> Pixels:
 
 
 def from_pil(image: Any) -> Pixels:
-    """Return the pixels of an image of PIL's, [height, width, 1 or 3]; of 16 bits the upper 8.
+    """Return the pixels of an image of PIL's, [height, width, 1 or 3].
+
+    It is turned as its EXIF orientation says, what is transparent lies on white, and of 16 bits the upper 8 are taken.
 
     Raises:
         ValueError: its pixels are integers of 32 bits or fractions, of which nobody says what white is.
     """
+    from PIL import Image, ImageOps
+
+    if image.getexif().get(ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of 32 bits (PIL's mode {image.mode}), where 8 or 16 are expected")
     if image.mode.startswith("I;16"):  # convert would make all but the darkest 256 of 65,536 levels white
         return (np.asarray(image) >> 8).astype(np.uint8)[..., None]
-    gray = image.mode in ("1", "L")
+    gray = image.mode in ("1", "L", "LA", "La")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     pixels = np.asarray(image.convert("L" if gray else "RGB"))
     return pixels[..., None] if gray else pixels

@@ -168,6 +168,27 @@ def test_what_cannot_be_is_refused(module: dict[str, Any], model: dict[str, Any]
         make_vision_module(module=module, **model)
 
 
+@pytest.mark.parametrize(
+    ("change", "readable"),
+    [
+        ({}, True),
+        ({"labels": torch.tensor([0, 5])}, False),
+        ({"labels": torch.tensor([0, -1])}, False),
+        ({"labels": torch.tensor([0, 1, 2])}, False),
+        ({"labels": torch.tensor([0.0, 1.0])}, False),
+        ({"images": torch.zeros(2, 3, 8, 8)}, False),
+        ({"images": torch.zeros(2, 1, 8, 6)}, False),
+        ({"images": torch.zeros(2, 1, 8, 8, dtype=torch.int64)}, False),
+        ({"images": torch.zeros(0, 1, 8, 8), "labels": torch.zeros(0, dtype=torch.int64)}, False),
+        ({"images": None}, False),
+        ({"labels": None}, False),
+    ],
+)
+def test_a_model_knows_what_it_can_read(change: dict[str, Any], readable: bool) -> None:
+    batch = {**make_images_model().example(2, 0), **change}
+    assert make_images_model().can_read({name: part for name, part in batch.items() if part is not None}) is readable
+
+
 def test_a_checkpoint_gives_the_module_back(tmp_path: Path) -> None:
     module = make_vision_module(module={"positions": "rope", "pool": "mean"})
     model = module.model

@@ -24,6 +24,7 @@ from core import cli
 from core.dataclass_cli import parse_fields
 from lightning_modules.composing import register_schemas
 from tests.support.documented_commands import Command
+from tests.support.images import samples, write_shard
 from tests.support.own_pieces import write_pieces
 from tests.support.runs import ROOT, run, tiny_job, train
 from tools.evaluate import EvaluateConfig
@@ -225,6 +226,8 @@ def prepare(cwd: Path) -> None:
     ):
         code, out = _call(tool, cwd, [f"input={given}/", f"tokenizer={tokenizer}", f"output=data/{name}"])
         assert code in (0, None), out
+    for number in range(11):
+        write_shard(cwd / f"shards/{number:03d}.tar", samples(0, 7 if number < 10 else 64))
     run(cwd, RUN, "experiment=moe_spannorm")
 
 

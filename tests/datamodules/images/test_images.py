@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from core.errors import ConfigError, UserError
+from core.errors import ConfigError, InvalidValue, UserError
 from datamodules.images.digits import Digits
 from datamodules.images.hf_images import HFImages
 from datamodules.images.image_datamodule import ImageDataModule
@@ -58,6 +58,11 @@ def test_digits_are_scikit_learns_a_fifth_of_them_held_out() -> None:
     assert abs(float(rows["images"].std()) - 1) < 0.01
     assert 0.95 < data.linear_accuracy() < 0.98
     assert data.unigram_loss() == pytest.approx(np.log(10), abs=0.05)
+    pixels, labels = data._all
+    for changed in ((np.roll(pixels, 1, 0), labels), (pixels, np.roll(labels, 1))):
+        other = Digits(batch_size=60)
+        vars(other)["_all"] = changed
+        assert other.content != data.content
 
 
 @pytest.mark.parametrize("source", ["digits", "shapes"])
@@ -93,6 +98,38 @@ def test_augmentation_depends_on_the_samples_number_alone() -> None:
     plain = ImageSamples(arrays(), 6, 1, [0.5], [0.5], 0).read(np.arange(40))["images"]
     same = (rows == plain).all((1, 2, 3))
     assert 0 < same.sum() < 20
+
+
+def test_another_seed_augments_otherwise() -> None:
+    def drawn(pixels: Any) -> Any:
+        return np.full_like(pixels, int(torch.randint(256, ())))
+
+    by_seed = [
+        ImageSamples(arrays(), 6, 1, [0.5], [0.5], seed, drawn).read(np.arange(12))["images"][:, 0, 0, 0].tolist()
+        for seed in (0, 0, 1)
+    ]
+    assert by_seed[0] == by_seed[1]
+    assert sorted(by_seed[0]) != sorted(by_seed[2])
+
+
+def test_each_channel_has_its_own_mean_and_deviation() -> None:
+    picture = np.tile(np.array([51, 102, 204], np.uint8), (1, 4, 4, 1))
+    source = ImageArrays(picture, np.zeros(1, np.int64))
+    rows = ImageSamples(source, 4, 3, [0.1, 0.2, 0.3], [0.2, 0.4, 0.8], 0).read(np.zeros(1, np.int64))
+    np.testing.assert_allclose(
+        rows["images"][0, :, 1, 2], [(0.2 - 0.1) / 0.2, (0.4 - 0.2) / 0.4, (0.8 - 0.3) / 0.8], 1e-5
+    )
+
+
+@pytest.mark.parametrize("extra", [1, 4, 5])
+@pytest.mark.parametrize("across", [True, False])
+def test_what_is_left_over_is_cut_off_on_both_sides_alike(extra: int, across: bool) -> None:
+    """Rows or columns are numbered; of an odd number the one more is cut off behind."""
+    numbered = np.arange(20 * (20 + extra), dtype=np.int64).reshape(20, -1) % (20 + extra)
+    pixels = numbered.astype(np.uint8)[..., None]
+    found = cut_to_size(pixels if across else pixels.swapaxes(0, 1), 20)[..., 0]
+    expected = np.arange(extra // 2, extra // 2 + 20)
+    assert ((found if across else found.T) == expected).all()
 
 
 def test_images_are_cut_to_their_middle() -> None:
@@ -147,6 +184,30 @@ def test_of_sixteen_bits_the_upper_eight_are_read(tmp_path: Path) -> None:
             decode(tmp_path / name, name)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_stand_upright(orientation: int, tmp_path: Path) -> None:
+    """As EXIF says where the first row and column of what is stored belong: one of the eight ways to lay a picture."""
+    stored = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
+    tag = Image.Exif()
+    tag[0x0112] = orientation
+    Image.fromarray(stored).save(tmp_path / "turned.png", exif=tag)
+    upright = [stored, stored[:, ::-1], stored[::-1, ::-1], stored[::-1], stored.T, stored.T[:, ::-1]]
+    upright += [stored.T[::-1, ::-1], stored.T[::-1]]
+    assert decode(tmp_path / "turned.png", "")[..., 0].tolist() == upright[orientation - 1].tolist()
+
+
+def test_what_is_transparent_lies_on_white(tmp_path: Path) -> None:
+    colours = np.array([[[10, 20, 30, 255], [10, 20, 30, 0]]], np.uint8)
+    Image.fromarray(colours).save(tmp_path / "colours.png")
+    assert decode(tmp_path / "colours.png", "").tolist() == [[[10, 20, 30], [255, 255, 255]]]
+    Image.fromarray(colours[..., [0, 3]]).save(tmp_path / "gray.png")
+    assert decode(tmp_path / "gray.png", "").tolist() == [[[10], [255]]]
+    palette = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.save(tmp_path / "palette.gif", transparency=1)
+    assert decode(tmp_path / "palette.gif", "").tolist() == [[[10, 20, 30], [255, 255, 255]]]
+
+
 def test_an_image_that_is_a_line_is_refused() -> None:
     with pytest.raises(CorpusError, match=r"an image of 1000000 x 1 pixels .* more than 100 times"):
         cut_to_size(np.zeros((1, 1_000_000, 1), np.uint8), 224)
@@ -166,6 +227,32 @@ def test_classes_of_held_out_images_are_those_of_training(tmp_path: Path) -> Non
     root = make_folder(tmp_path / "images")
     shutil.rmtree(root / "val/dark")
     assert folder_data(root).source("val").labels.tolist() == [1, 1]
+
+
+def test_what_is_no_image_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = make_folder(tmp_path / "images")
+    for name in ("train/dark/notes.txt", "val/dark/b.TXT", "train/dark/README", "train/stray.png"):
+        (root / name).write_bytes(b"")
+    (root / "train/dark/more").symlink_to(root / "train/light")
+    folder_data(root).check()
+    said = capsys.readouterr().out
+    assert said.startswith(f"Left out of {root}: 5 that are no images (")
+    for kind in ("2 .txt", "1 without an ending", "1 outside of the classes' folders", "1 links to folders"):
+        assert kind in said
+
+
+def test_nothing_is_said_where_all_are_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder_data(make_folder(tmp_path / "images")).check()
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", ["train/dark/lost.png", "train/lost", "val/dark/deeper/lost"])
+def test_links_that_lead_nowhere_are_refused(name: str, tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "images")
+    (root / name).parent.mkdir(exist_ok=True)
+    (root / name).symlink_to("/nowhere/at/all.png")
+    with pytest.raises(ConfigError, match=rf"without links that lead nowhere: 1 do, as .*{name}"):
+        folder_data(root).check()
 
 
 def test_a_class_without_images_is_refused(tmp_path: Path) -> None:
@@ -245,9 +332,23 @@ class Shift(torch.nn.Module):
         return image.roll(int(torch.randint(1, self.most + 1, ())), dims=1)
 
 
+class Scale(torch.nn.Module):
+    """Returns fractions, as torchvision's ToDtype can."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return image / 255
+
+
+class Fail(torch.nn.Module):
+    """Does not take images so small, as torchvision's RandomCrop can."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        raise ValueError("Required crop size is larger than the image")
+
+
 def test_transforms_are_taken_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     v2: Any = types.ModuleType("torchvision.transforms.v2")
-    v2.Shift, v2.functional = Shift, types.ModuleType("functional")
+    v2.Shift, v2.Scale, v2.Fail, v2.functional = Shift, Scale, Fail, types.ModuleType("functional")
     transforms: Any = types.ModuleType("torchvision.transforms")
     transforms.v2 = v2
     for name, module in (("torchvision", types.ModuleType("torchvision")), ("torchvision.transforms", transforms)):
@@ -265,6 +366,10 @@ def test_transforms_are_taken_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         assert any(np.array_equal(np.roll(before, by, axis=1), after) for by in (1, 2, 3))
     of_val = [data(one).samples("val").read(np.arange(8))["images"] for one in (None, {"Shift": {"most": 3}})]
     assert np.array_equal(*of_val), "held-out images stay as they are"
+    with pytest.raises(InvalidValue, match=r"data\.augmentation\.Fail=.* larger than the image"):
+        data({"Fail": None}).check()
+    with pytest.raises(ConfigError, match=r"data\.augmentation\.Scale=.* returns an image of 8 bits"):
+        data({"Scale": None}).check()
     with pytest.raises(ConfigError, match=r"data\.augmentation\.functional=.* the name of a transform"):
         data({"functional": None})
     with pytest.raises(ConfigError, match=r"data\.augmentation\.Shift=.*unexpected keyword"):
@@ -288,6 +393,9 @@ def test_a_dataset_of_hugging_face_is_read_from_a_folder(tmp_path: Path) -> None
     found = data.samples("train").read(np.arange(8))
     for name, values in expected.items():
         assert np.array_equal(found[name], values)
+    other = datasets.DatasetDict(train=split, test=split.select([1, 0, 2, 3]))
+    other.save_to_disk(tmp_path / "other")
+    assert HFImages(**{**arguments, "path": str(tmp_path / "other")}).content != data.content
     with pytest.raises(ConfigError, match=r"data\.image_column='image' .* one of img, label"):
         HFImages(**arguments, image_column="image").prepare_data()
     with pytest.raises(ConfigError, match=r"data\.path=.*split validation"):
@@ -372,18 +480,18 @@ def test_brightness_says_nothing_of_a_scenes_class() -> None:
     from sklearn.ensemble import RandomForestClassifier
     from sklearn.linear_model import RidgeClassifier
 
-    rows = Shapes(batch_size=8).samples("train").read(np.arange(3000))
+    rows = Shapes(batch_size=8).samples("train").read(np.arange(2000))
     images, labels = rows["images"], rows["labels"]
     histograms = np.stack([np.histogram(image, 16, (images.min(), images.max()))[0] for image in images])
     brightness = np.stack([images.mean((1, 2, 3)), images.std((1, 2, 3))], axis=1)
-    forest = RandomForestClassifier(30, min_samples_leaf=5, random_state=0)
+    forest = RandomForestClassifier(15, min_samples_leaf=5, random_state=0)
     for model, inputs in (
         (forest, brightness),
         (forest, histograms),
         (RidgeClassifier(100.0), images.reshape(len(images), -1)),
     ):
-        found = model.fit(inputs[:1500], labels[:1500]).predict(inputs[1500:])
-        assert abs(float((found == labels[1500:]).mean()) - 0.25) < 4 * (0.25 * 0.75 / 1500) ** 0.5
+        found = model.fit(inputs[:1000], labels[:1000]).predict(inputs[1000:])
+        assert abs(float((found == labels[1000:]).mean()) - 0.25) < 4 * (0.25 * 0.75 / 1000) ** 0.5
 
 
 def test_scenes_are_of_all_classes_and_differ_by_seed_and_split() -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from core.open_run import open_run
-from datamodules.images.image_folder import FolderImages
+from datamodules.images.class_folders import FolderImages
 from datamodules.images.samples import ImageSamples
 from lightning_modules.vision_transformer import POOLS, POSITIONS, VisionTransformer
 from spannorm import PLACEMENTS
