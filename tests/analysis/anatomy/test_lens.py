@@ -1,6 +1,7 @@
 """The lenses, against the head written out, and a fitted one against what it has to find."""
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -95,6 +96,36 @@ def test_the_lens_starts_as_the_logit_lens_and_only_improves_what_it_is_fitted_o
     values = fitted.curves["tuned_divergence_by_depth"].values
     assert all(after < 0.8 * before for after, before in zip(values[:-1], plain[:-1], strict=True))
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def fitted_by_hand(model: Any, text: Any, depth: int, tuned: TunedLens) -> list[torch.Tensor]:
+    """A and b of one depth: one batch a step, of it every n-th token, from another one on in each turn through all."""
+    matrix, offset = torch.zeros(32, 32, requires_grad=True), torch.zeros(32, requires_grad=True)
+    optimizer = torch.optim.Adam([matrix, offset])
+    for step in range(tuned.steps):
+        turn, number = divmod(step, len(text.fitting))
+        views: list[Any] = []
+        with torch.no_grad(), watching(model, views.append):
+            model(text.fitting[number].inputs)
+        norm = model.blocks[-1].placement.final_norm
+        x, last = (norm(state.detach()).flatten(0, 1) for state in (views[depth].before, views[-1].after))
+        every = math.ceil(len(x) / tuned.positions)
+        taken = [n for n in range(len(x)) if n % every == turn % every]
+        x, final = x[taken], F.linear(last[taken], model.head.weight).softmax(-1).detach()
+        seen = F.linear(x + x @ matrix.T + offset, model.head.weight).log_softmax(-1)
+        optimizer.zero_grad()
+        ((final * (final.log() - seen)).sum() / len(x)).backward()
+        optimizer.param_groups[0]["lr"] = tuned.lr * (1 - step / tuned.steps)
+        optimizer.step()
+    return [matrix.detach(), offset.detach()]
+
+
+def test_a_tuned_lens_is_fitted_by_adam_on_the_divergence() -> None:
+    model, text = trained_like(placement="prenorm", num_layers=2), make_text()
+    text = dataclasses.replace(text, fitting=text.batches)
+    tuned = TunedLens(steps=7, lr=1e-2, positions=10)
+    for depth, found in enumerate(tuned.fit(model, text)):
+        torch.testing.assert_close(list(found), fitted_by_hand(model, text, depth, tuned), rtol=1e-3, atol=1e-4)
 
 
 def test_a_tuned_lens_never_sees_what_it_is_measured_on() -> None:

@@ -57,6 +57,9 @@ def test_the_largest_activation_is_held_against_the_median_one() -> None:
     assert found.curves["activation_max_by_block"].values == pytest.approx(largest)
     assert found.curves["activation_ratio_by_block"].values == pytest.approx(ratios)
     assert found.scalars["activation_ratio"] == pytest.approx(max(ratios))
+    for factor, massive in ((0.99, 1), (1.01, 0)):
+        near = Outliers(ratio=factor * max(ratios))(model, text).curves["massive_dimensions_by_block"].values
+        assert near[ratios.index(max(ratios))] == massive
     features = [int(torch.cat(states).flatten(0, 1).amax(0).argmax()) for states in by_block]
     assert found.curves["activation_dimension_by_block"].values == features
 

@@ -100,6 +100,15 @@ def test_the_loss_against_layers_rounded_by_hand(fields: dict[str, Any]) -> None
         assert found.by_document[name].sum() / text.num_tokens == pytest.approx(found.scalars[name])
 
 
+def test_sixteen_bits_are_not_rounded_at_all() -> None:
+    model, text = trained_like(num_layers=2), make_text(1)
+    exact, nearly = (
+        Quantization(schemes=(scheme,))(model, text).by_document[scheme] for scheme in ("w16a16", "w15a15")
+    )
+    assert (exact == 0).all()
+    assert (nearly != 0).any()
+
+
 def experts_by_hand(layer: MoE, x: Tensor, bits: int) -> Tensor:
     """A mixture on rounded inputs, weights and hidden features; its router reads what is not rounded."""
     weights = {name: value.detach() for name, value in layer.named_parameters()}

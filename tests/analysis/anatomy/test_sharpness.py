@@ -119,7 +119,9 @@ def preconditioner_by_a_step(module: LanguageModule, content: dict[str, Any], ro
     return torch.cat(parts)
 
 
-@pytest.mark.parametrize("optim", [{"eps": 1e-3}, {"eps": 1e-3, "groups": {"ffn_up": {"lr_factor": 3.0}}}])
+@pytest.mark.parametrize(
+    "optim", [{"eps": 1e-3}, {"eps": 1e-3, "groups": {"head": {"lr_factor": 3.0}, "ffn_up": {"lr_factor": 2.0}}}]
+)
 def test_preconditioned_by_what_adamw_divides_by(optim: dict[str, Any], tmp_path: Path) -> None:
     torch.set_default_dtype(torch.float64)
     try:

@@ -11,7 +11,7 @@ from analysis.anatomy.text import Batch, Tally, held_out
 from core.errors import ConfigError
 from datamodules.synthetic import Synthetic
 from tests.support.anatomy import MODELS, make_text, trained_like
-from tests.support.runs import TinyData
+from tests.support.runs import TEXT, TinyData
 
 
 def test_the_text_is_the_beginning_of_the_validation_sample(tmp_path: Path) -> None:
@@ -33,6 +33,17 @@ def test_the_text_is_the_beginning_of_the_validation_sample(tmp_path: Path) -> N
     again = held_out(data, 200, batch_size=7)
     assert len(again.batches) == 1
     assert torch.equal(again.batches[0].inputs, torch.cat([batch.inputs for batch in text]))
+
+
+def test_more_than_there_is_is_all_that_there_is(tmp_path: Path) -> None:
+    data = TinyData(tmp_path, val_batches=2)  # which the text does not stop at
+    data.prepare_data()
+    text = held_out(data, 10**6)
+    windows = (len(TEXT) // 10 - 1) // 32  # of a tenth of the corpus
+    assert text.num_tokens == 32 * windows
+    held_out_bytes = TEXT[9 * (len(TEXT) // 10) :]
+    expected = sorted(list(held_out_bytes[32 * n : 32 * (n + 1)]) for n in range(windows))
+    assert sorted(torch.cat([batch.inputs for batch in text]).tolist()) == expected, "each window once"
 
 
 def test_sequences_are_documents_where_data_have_none() -> None:
