@@ -24,7 +24,7 @@ class Pruning(Measure):
     |---|---|
     | pruning_by_count | what the loss is more with so many blocks left out, nats per token |
     | pruned_from | the first of these blocks |
-    | spare_blocks | the most blocks that can be left out for less than `tolerance` |
+    | spare_blocks | so many blocks, and any fewer, can be left out for less than `tolerance` |
 
     The angle is that of a token's state before and after the n blocks, over all tokens; the paper takes the last token
     of each of its sequences. Nothing is trained after it.
