@@ -174,20 +174,26 @@ def about_a_group(error: Exception) -> UserError | None:
     return overrides.not_a_choice(sys.argv[1:])
 
 
-def explain(error: BaseException) -> str:
-    """Return the message for the user, with the valid choices where they are known."""
-    if isinstance(error, HydraException) and (wrong := overrides.not_a_choice(sys.argv[1:])) is not None:
+def explain(error: BaseException, given: Sequence[str] | None = None) -> str:
+    """Return the message for the user, with the valid choices where they are known.
+
+    Args:
+        error: what composing, or what was composed, has raised.
+        given: the overrides that were composed; None: those of the command line.
+    """
+    arguments = sys.argv[1:] if given is None else given
+    if isinstance(error, HydraException) and (wrong := overrides.not_a_choice(arguments)) is not None:
         return str(wrong)
     chain: BaseException | None = error
     while chain is not None:
         if isinstance(chain, UserError):
             return str(chain)
         if isinstance(chain, InterpolationResolutionError) and (
-            wrong := overrides.broken_reference(str(chain.full_key), str(chain.msg).splitlines()[0], sys.argv[1:])
+            wrong := overrides.broken_reference(str(chain.full_key), str(chain.msg).splitlines()[0], arguments)
         ):
             return str(wrong)
         if isinstance(chain, OmegaConfBaseException) and chain.full_key:
-            return str(explain_omegaconf(chain, value=_given(chain)))
+            return str(explain_omegaconf(chain, value=_given(chain, arguments)))
         chain = chain.__cause__
     # Hydra's merging of files names the file, and leaves the error that it speaks of behind.
     file, inner = re.match(r"In '(.+?)': ", str(error)), error.__context__
@@ -197,7 +203,7 @@ def explain(error: BaseException) -> str:
     text = re.split(r"\nSee https://|\n?Config search path|\n    full_key:", str(error))[0]
     text = re.sub(r"^In '\w+': |\.$", "", one_line(text))
     if isinstance(error, OverrideParseException):
-        return str(InvalidValue("argument", _unparsed(error) or "", f"{text}; expected {overrides.GRAMMAR}"))
+        return str(InvalidValue("argument", _unparsed(error, arguments) or "", f"{text}; expected {overrides.GRAMMAR}"))
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return str(_no_such_choice(group, name) or ConfigError(group, name, suggest(name, error.options)))
@@ -214,14 +220,14 @@ def _no_such_choice(group: str, name: str) -> ConfigError | None:
     return ConfigError(group, name, suggest(name, overrides.choices(group))) if group else None
 
 
-def _given(error: OmegaConfBaseException) -> Any:
-    """Return what the command line set an error's field to: of several overrides the last, or one of a group above."""
-    return overrides.given(str(error.full_key), sys.argv[1:])
+def _given(error: OmegaConfBaseException, arguments: Sequence[str]) -> Any:
+    """Return what the overrides set an error's field to: of several the last, or one of a group above."""
+    return overrides.given(str(error.full_key), arguments)
 
 
-def _unparsed(error: OverrideParseException) -> str | None:
+def _unparsed(error: OverrideParseException, given: Sequence[str]) -> str | None:
     """Return the argument that is not of Hydra's grammar."""
     if error.override:
         return str(error.override)
-    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
+    arguments = [argument for argument in given if not argument.startswith("-")]
     return next((argument for argument in arguments if not overrides.parse([argument])), None)

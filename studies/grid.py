@@ -171,6 +171,8 @@ def scheme_of(point: Mapping[str, str]) -> str:
     return ", ".join(label for axis, label in point.items() if axis != RATE)
 
 
+OF_EACH_RUN = ("seed", "run_dir", "ckpt_path", "blocks")
+"""Fields that studies.run sets."""
 RatesOf = Callable[[str], Sequence[tuple[Mapping[str, str], float]]]
 """Takes the name of a study, and returns the learning rates that it has selected: ({axis: label}, rate)."""
 FIELDS = (
@@ -246,12 +248,12 @@ def read(
         require(baseline in judge, "study.judge", judge, f"labels among which is the baseline's, {baseline!r}")
     judged = [label for label in judge or first if label != baseline]
     family = _labels("family", chosen, judged, "labels on the first axis that are judged, other than the baseline")
-    select_overrides = _texts("study.select_overrides", chosen.get("select_overrides") or [])
+    select_overrides = _overrides("select_overrides", chosen)
     for key, given_there in (("select_overrides", select_overrides), ("judge", judge)):
         valid = "none without study.select_seeds, which they belong to"
         require(not given_there or bool(select_seeds), f"study.{key}", given_there, valid)
-    overrides = (*content.get("overrides", []), *scales[scale].get("overrides", []))
-    return Study(
+    overrides = [text for part in (content, scales[scale]) for text in _overrides("overrides", part)]
+    study = Study(
         name=name,
         scale=scale,
         question=chosen["question"],
@@ -267,6 +269,27 @@ def read(
         rates=_rates(axes, factors, chosen["rates_from"], rates_of) if factors else {},
         rate_factors=factors,
     )
+    _check_runs(study)
+    return study
+
+
+def _overrides(key: str, part: Mapping[str, Any]) -> list[str]:
+    return _texts(f"study.{key}", part.get(key) or [])
+
+
+def _check_runs(study: Study) -> None:
+    """Refuse what would make two runs one: a name for both, or a seed or folder of which each run has its own."""
+    names = dict[str, Planned]()
+    for run in study.runs():
+        other = names.setdefault(run.name, run)
+        if other is not run:
+            both = f"{', '.join(other.point.values())} and {', '.join(run.point.values())}"
+            raise ConfigError("study.axes", both, f"labels that differ in a file's name: both would be {run.name}")
+    of_axes = [(f"axes.{axis}", given) for axis, labels in study.axes.items() for given in labels.values()]
+    for key, given in [("overrides", study.overrides), ("select_overrides", study.select_overrides), *of_axes]:
+        for override in given:
+            name = override.partition("=")[0].lstrip("+~")
+            require(name not in OF_EACH_RUN, f"study.{key}", override, "none that each run of a study has its own of")
 
 
 def _labels(key: str, chosen: Mapping[str, Any], known: Iterable[str], valid: str) -> list[str]:
@@ -317,6 +340,7 @@ def _rates(axes: Mapping[str, Axis], factors: Mapping[str, float], source: str, 
 def _check_seeds(field: str, seeds: Any) -> None:
     whole = isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
     require(bool(whole and seeds), field, seeds, "a list of integers >= 0, as [0,1,2]")
+    require(len(set(seeds)) == len(seeds), field, seeds, "each once: the same run is no second one")
 
 
 def _axis(name: str, points: Any) -> Axis:
@@ -324,7 +348,9 @@ def _axis(name: str, points: Any) -> Axis:
     valid = "a list of values of the field that it is named after, or labels with their overrides"
     require(isinstance(points, list | dict) and len(points) > 0, f"study.axes.{name}", points, valid)
     if isinstance(points, list):
-        return {_word(value): [f"{name}={_word(value)}"] for value in points}
+        words = list(map(_word, points))
+        require(len(set(words)) == len(words), f"study.axes.{name}", points, "each value once")
+        return {word: [f"{name}={word}"] for word in words}
     return {str(label): [given] if isinstance(given, str) else list(given) for label, given in points.items()}
 
 

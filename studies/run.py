@@ -36,6 +36,7 @@ from core.printable import printable
 from core.run_folder import LAST
 from core.saved_config import texts
 from lightning_modules.composing import compose_run
+from studies.checking import check_runs
 from studies.composing import composing_anew
 from studies.decay import LARGEST_BUILT, measure
 from studies.devices import gpus_wanted, taken, visible_gpus
@@ -299,6 +300,8 @@ def launches_elsewhere(overrides: Sequence[str]) -> bool:
 def main(config: StudyConfig) -> None:
     overrides = list(config.overrides)
     plan = planned(overrides)
+    if not launches_elsewhere(overrides):  # on what may have other packages and devices
+        check_runs([run for run in known_runs(plan) if not is_done(plan.record_of(run), run)])
     for folder in (plan.results, plan.runs):  # whichever seeds are asked for now: a report is to say what is missing
         plan.whole.save(folder / "study.yaml")
     for _ in ("the grid", "what its selection leads to") if plan.study.select_seeds else ("the grid",):

@@ -114,6 +114,16 @@ def test_a_saved_study_is_read_again(tmp_path: Path) -> None:
         ({"axes": {"model.norm": "rmsnorm"}}, "laptop", "study.axes.model.norm='rmsnorm' is not valid"),
         ({"axis": {}}, "laptop", "study='axis' is not valid: .*did you mean axes?"),
         ({"scales": None}, "laptop", "study.scales=None is not valid"),
+        ({"seeds": [0, 0]}, "laptop", r"seeds=\[0, 0\] is not valid: expected each once"),
+        ({"axes": {"optim.lr": [1e-3, 0.001]}, "baseline": None}, "laptop", "study.axes.optim.lr=.*each value once"),
+        ({"axes": {"x": {"a b": [], "a-b": []}}, "baseline": None}, "laptop", "'a b and a-b'.*both would be a-b_seed0"),
+        (
+            {"overrides": "model=dense"},
+            "laptop",
+            "study.overrides='model=dense' is not valid: expected a list",
+        ),
+        ({"overrides": ["seed=3"]}, "laptop", "study.overrides='seed=3' is not valid: expected none that each run"),
+        ({"axes": {"x": {"a": ["run_dir=x"]}}, "baseline": None}, "laptop", "study.axes.x='run_dir=x' is not valid"),
     ],
 )
 def test_mistakes_in_a_study_are_named(changes: dict[str, Any], scale: str, message: str) -> None:

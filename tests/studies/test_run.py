@@ -48,13 +48,13 @@ def call(folder: Path, module: str, *arguments: str) -> str:
 
 
 def test_a_study_from_beginning_to_report(tmp_path: Path) -> None:
-    write_study(tmp_path, {"model.placement": ["spannorm"], "model.norm": ["nosuch", "rmsnorm"]}, [0, 1])
+    write_study(tmp_path, {"model.placement": ["spannorm"], "data.seq_len": ["99999999", "32"]}, [0, 1])
     out = call(tmp_path, "run", "seeds=[0]", "hydra/launcher=basic")
     assert "mine, laptop: 0 of 2 runs are done" in out
 
-    broken, good = (Record.load(tmp_path / RECORDS / f"spannorm_{norm}_seed0.json") for norm in ("nosuch", "rmsnorm"))
+    broken, good = (Record.load(tmp_path / RECORDS / f"spannorm_{length}_seed0.json") for length in (99999999, 32))
     assert broken.status == "broken"
-    assert broken.reason.startswith("Error: model.norm='nosuch' is not valid")
+    assert broken.reason.startswith("Error: data.seq_len=99999999 is not valid")
     assert good.status == "collapsed", "two steps teach nothing"
     assert good.first_loss == pytest.approx(good.train_loss[1][0], rel=1e-4)
     norms = list(scalars(tmp_path / RUNS / good.name, "optim/grad_norm").values())
@@ -82,14 +82,49 @@ def test_a_study_from_beginning_to_report(tmp_path: Path) -> None:
     )
 
     status = call(tmp_path, "status")
-    assert re.search(r"spannorm_nosuch_seed0 +. broken", status)
-    assert re.search(r"spannorm_rmsnorm_seed1 +. to do", status)
+    assert re.search(r"spannorm_99999999_seed0 +. broken", status)
+    assert re.search(r"spannorm_32_seed1 +. to do", status)
     assert "2 of 4 runs have ended" in status
     check_outcomes(tmp_path, broken, replace(good, status="finished"))
 
     content = events(tmp_path / RUNS / good.name).SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     settings = HParamsPluginData.FromString(content).session_start_info.hparams
     assert settings["model/placement"].string_value == "spannorm"
+
+
+@pytest.mark.parametrize(
+    ("axis", "values", "overrides", "said"),
+    [
+        (
+            "model.norm",
+            ["rmsnorm", "nosuch"],
+            [],
+            "study, model.norm nosuch: model.norm='nosuch' is not valid: expected",
+        ),
+        (
+            "model.nrm",
+            ["rmsnorm"],
+            [],
+            "study, model.nrm rmsnorm: model.nrm='rmsnorm' is not valid: no such field; one of",
+        ),
+        (
+            "optim.lr",
+            [1e-3],
+            ["trainer.max_step=2"],
+            "trainer.max_step='2' is not valid: no such field; one of accelerator",
+        ),
+        ("data.seqlen", [32], [], "study, data.seqlen 32: data.seqlen='32' is not valid: no such field; one of"),
+    ],
+)
+def test_a_slip_is_said_before_anything_trains(
+    axis: str, values: list[str], overrides: list[str], said: str, tmp_path: Path
+) -> None:
+    write_study(tmp_path, {axis: values}, [0], *overrides)
+    ended = python(tmp_path, *command(tmp_path, "run", "hydra/launcher=basic")[1:], **SETTINGS)
+    assert ended.code == 2, ended.err
+    assert said in ended.err
+    assert ended.err.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"study"}
 
 
 def check_outcomes(folder: Path, broken: Record, good: Record) -> None:
@@ -101,7 +136,7 @@ def check_outcomes(folder: Path, broken: Record, good: Record) -> None:
     def path(record: Record) -> Path:
         return folder / RECORDS / f"{record.name}.json"
 
-    shutil.copytree(folder / RUNS / good.name, folder / RUNS / "spannorm_rmsnorm_seed1")
+    shutil.copytree(folder / RUNS / good.name, folder / RUNS / "spannorm_32_seed1")
     others = [replace(one, name=one.name.replace("seed0", "seed1"), seed=1) for one in (broken, good)]
     for record in others:
         record.save(path(record))
@@ -113,8 +148,8 @@ def check_outcomes(folder: Path, broken: Record, good: Record) -> None:
     written_at = {path(one): path(one).stat().st_mtime_ns for one in (broken, others[0])}
     out = call(folder, "run", "hydra/launcher=basic", "outcomes=[loss,expert_drop]")
     assert "3 of 4 runs are done" in out
-    assert "spannorm_rmsnorm_seed0: finished" in out
-    assert "spannorm_rmsnorm_seed1: measured" in out
+    assert "spannorm_32_seed0: finished" in out
+    assert "spannorm_32_seed1: measured" in out
     assert {path: path.stat().st_mtime_ns for path in written_at} == written_at
     for record in (good, others[1]):
         measured = Record.load(path(record))
