@@ -1,0 +1,70 @@
+"""What runs are measured on together: the same tokens, each with attention as it was trained."""
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from analysis.anatomy.text import Text
+from core.errors import ConfigError
+from datamodules.tokenizers import NumberTokenizer
+from tests.support.anatomy import make_text
+from tools.examination import examine as examining
+from tools.examination.examine import Chosen, as_trained, examine
+
+
+def places_of(batches: Any, end: int) -> list[list[list[int]]]:
+    """Where each input stands in its document, counted from the last end before it."""
+    found = []
+    for batch in batches:
+        rows = []
+        for tokens in batch.inputs.tolist():
+            row: list[int] = []
+            for n in range(len(tokens)):
+                row.append(0 if n == 0 or tokens[n - 1] == end else row[-1] + 1)
+            rows.append(row)
+        found.append(rows)
+    return found
+
+
+def positions_of(batches: Any) -> list[Any]:
+    return [None if batch.positions is None else batch.positions.tolist() for batch in batches]
+
+
+def test_a_text_has_positions_as_a_run_was_trained() -> None:
+    """In what is fitted on too."""
+    made = make_text(batches=2, vocab_size=4)  # of four tokens one is the end of a document
+    text = dataclasses.replace(made, fitting=make_text(batches=3, vocab_size=4).batches)
+    end = text.tokenizer.end_of_document
+    masked = as_trained(text, document_mask=True)
+    assert positions_of(masked.batches) == places_of(text.batches, end)
+    assert positions_of(masked.fitting) == places_of(text.fitting, end)
+    assert any(0 in row[1:] for batch in positions_of(masked.fitting) for row in batch)
+    plain = as_trained(masked, document_mask=False)
+    assert positions_of(plain.batches) == [None] * 2
+    assert positions_of(plain.fitting) == [None] * 3
+    for before, after in ((text, masked), (text, plain)):
+        for ours, theirs in zip((*before.batches, *before.fitting), (*after.batches, *after.fitting), strict=True):
+            assert torch.equal(ours.inputs, theirs.inputs)
+            assert torch.equal(ours.targets, theirs.targets)
+    assert as_trained(masked, document_mask=True) is masked
+
+
+def test_numbers_of_another_vocabulary_are_other_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their tokenizers have the same name, and nothing in them."""
+
+    def opened(folder: Path, *_: object) -> Any:
+        tokenizer = NumberTokenizer(int(folder.name))
+        data = SimpleNamespace(tokenizer=tokenizer, vocab_size=tokenizer.vocab_size, seq_len=8)
+        return SimpleNamespace(folder=folder, datamodule=data, module=SimpleNamespace(model=None))
+
+    def read(*_: object) -> Text:
+        raise AssertionError("read")
+
+    monkeypatch.setattr(examining, "open_language_run", opened)
+    monkeypatch.setattr(examining, "held_out", read)
+    with pytest.raises(ConfigError, match="RUN='60' is not valid: expected a run whose tokens are those of 50, "):
+        examine(Chosen((Path("50"), Path("60")), ("layer_drop",)))
