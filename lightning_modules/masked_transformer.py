@@ -98,6 +98,10 @@ class MaskedTransformer(Transformer):
         logits, _ = self(masked.tokens, at=masked.at)
         return F.cross_entropy(logits.flatten(0, 1).float(), masked.targets.flatten())
 
+    def num_looked_up(self) -> int:
+        """Return it with the share of the head that is read at no position: only masked ones are asked for."""
+        return super().num_looked_up() + round((1 - self.mask_rate) * self.head.weight.numel())
+
 
 def mixed(x: Tensor) -> Tensor:
     """Return SplitMix64's finalizer of x, int64: every bit of the input moves every bit of the output."""

@@ -15,7 +15,7 @@ from lightning_modules.config import ModelConfig
 from lightning_modules.layers.attention import Attention
 from lightning_modules.layers.cpu_kernels import use_cpu_kernels
 from lightning_modules.layers.document_mask import Mask
-from lightning_modules.layers.ffn import MLP, FeedForward
+from lightning_modules.layers.ffn import MLP, DenseFFN, FeedForward
 from lightning_modules.layers.kv_cache import Slots
 from lightning_modules.layers.moe import MoE
 from lightning_modules.layers.norms import norm_factory
@@ -24,7 +24,7 @@ from lightning_modules.layers.router import RouterStats
 from spannorm import Depth, Matrix, Role, find_placement
 
 Batch = dict[str, Tensor]
-FFNS: dict[str, type[FeedForward] | type[MLP] | type[MoE]] = {"dense": FeedForward, "mlp": MLP, "moe": MoE}
+FFNS: dict[str, type[DenseFFN] | type[MoE]] = {"dense": FeedForward, "mlp": MLP, "moe": MoE}
 KINDS: dict[Role, str] = dict.fromkeys(("query", "key", "value"), "attn_in")
 """The kinds of matrices in parameter_groups whose name is not their role."""
 

@@ -122,6 +122,21 @@ def test_a_run_of_images_is_opened_by_its_folder(run: Path) -> None:
         assert opened.module(batch["images"])[0].shape == (4, 10)
 
 
+@pytest.mark.parametrize("experiment", ["vision_spannorm", "mlm_spannorm"])
+def test_a_stopped_run_goes_on_bit_for_bit(experiment: str, tmp_path: Path) -> None:
+    job = tiny_job(
+        f"experiment={experiment}", "callbacks.last_checkpoint.every_n_train_steps=1", "optim.schedule=constant"
+    )
+    for name, steps in (("whole", (2,)), ("stopped", (1, 2))):
+        for end in steps:
+            resume = ["ckpt_path=last"] if end != steps[0] else []
+            finished = train(tmp_path, *job, f"trainer.max_steps={end}", f"run_dir={name}", *resume)
+            assert finished.code == 0, finished.err
+    whole, stopped = (load(tmp_path / name / "checkpoints/last.ckpt")["state_dict"] for name in ("whole", "stopped"))
+    assert whole.keys() == stopped.keys()
+    assert all(torch.equal(weight, stopped[name]) for name, weight in whole.items())
+
+
 @pytest.mark.parametrize("policy", ["skip", "zclip", "adagc", "rollback", "stop"])
 def test_every_policy_steers_a_run_of_images(policy: str, tmp_path: Path) -> None:
     job = tiny_job(IMAGES, f"callbacks.divergence.policy={policy}", "callbacks.last_checkpoint.every_n_train_steps=1")

@@ -53,58 +53,58 @@ def export(config: ExportConfig) -> str:
     import torch
 
     from core.open_run import open_run
-    from datamodules.tokenizers import NumberTokenizer
-    from lightning_modules.pretrained.families import FAMILIES
+    from lightning_modules.transformer import Transformer
     from lightning_modules.vision_transformer import VisionTransformer
-    from tools.exporting import native, remote_code, tokenizer
 
+    writers = {Transformer: _write_language, VisionTransformer: _write_images}
     output = config.output
     require(not output.exists(), "output", str(output), "a new folder: this one is there already")
     run = open_run(config.run, config.checkpoint, config.allow)
-    model, data = run.module.model.cpu(), run.datamodule
-    if isinstance(model, VisionTransformer):
-        return _export_images(model, run, output, getattr(torch, config.dtype))
+    run.module.model.cpu()
+    write = next((writers[kind] for kind in type(run.module.model).__mro__ if kind in writers), None)
     valid = "a run that predicts the next token, or classifies images: transformers has no other model of its kind"
-    require(run.module.task.predicts_next, "RUN", str(config.run), valid)
-    end = None if isinstance(data.tokenizer, NumberTokenizer) else data.tokenizer.end_of_document
-    max_length = data.seq_len
-    theirs = tokenizer.to_hugging_face(data.tokenizer, max_length)
+    fits = write is not None and (write is not _write_language or run.module.task.predicts_next)
+    require(fits, "RUN", str(config.run), valid)
+    assert write is not None
     logging.disable_progress_bar()
-    dtype: torch.dtype = getattr(torch, config.dtype)
     with writing("output", output):
         output.mkdir(parents=True)
         try:
-            family = native.find_family(model)
-            if not isinstance(family, str):
-                native.write(model, family, output, max_length, end, dtype)
-                what = family.architecture
-            else:
-                remote_code.write(model, output, max_length, end, dtype)
-                known = ", ".join(known.architecture.removesuffix("ForCausalLM") for known in FAMILIES.values())
-                what = "PlacementForCausalLM, by its own code (trust_remote_code=True): "
-                what += f"{family} is in none of {known}"
-            if theirs is not None:
-                theirs.save_pretrained(output)
-                _name_as_both_do(output / "tokenizer_config.json")
+            return f"{output}: {write(run, output, getattr(torch, config.dtype))}"
         except BaseException:
             shutil.rmtree(output)
             raise
-    return f"{output}: {what}, step {run.step}{'' if theirs else '; no tokenizer, as the data is no text'}"
 
 
-def _export_images(model: Any, run: Any, output: Path, dtype: Any) -> str:
-    """Write the folder of a classifier of images; says in a line what it holds."""
+def _write_language(run: Any, output: Path, dtype: Any) -> str:
+    """Write what loads as AutoModelForCausalLM; says in words what that is."""
+    from datamodules.tokenizers import NumberTokenizer
+    from lightning_modules.pretrained.families import FAMILIES
+    from tools.exporting import native, remote_code, tokenizer
+
+    model, data = run.module.model, run.datamodule
+    end = None if isinstance(data.tokenizer, NumberTokenizer) else data.tokenizer.end_of_document
+    theirs = tokenizer.to_hugging_face(data.tokenizer, data.seq_len)
+    family = native.find_family(model)
+    if not isinstance(family, str):
+        native.write(model, family, output, data.seq_len, end, dtype)
+        what = family.architecture
+    else:
+        remote_code.write(model, output, data.seq_len, end, dtype)
+        known = ", ".join(known.architecture.removesuffix("ForCausalLM") for known in FAMILIES.values())
+        what = f"PlacementForCausalLM, by its own code (trust_remote_code=True): {family} is in none of {known}"
+    if theirs is not None:
+        theirs.save_pretrained(output)
+        _name_as_both_do(output / "tokenizer_config.json")
+    return f"{what}, step {run.step}{'' if theirs else '; no tokenizer, as the data is no text'}"
+
+
+def _write_images(run: Any, output: Path, dtype: Any) -> str:
+    """Write what loads as AutoModelForImageClassification; says in words what that is."""
     from tools.exporting import images
 
-    with writing("output", output):
-        output.mkdir(parents=True)
-        try:
-            images.write(model, output, run.datamodule, dtype)
-        except BaseException:
-            shutil.rmtree(output)
-            raise
-    what = "PlacementForImageClassification, by its own code (trust_remote_code=True)"
-    return f"{output}: {what}, step {run.step}"
+    images.write(run.module.model, output, run.datamodule, dtype)
+    return f"PlacementForImageClassification, by its own code (trust_remote_code=True), step {run.step}"
 
 
 def _name_as_both_do(path: Path) -> None:

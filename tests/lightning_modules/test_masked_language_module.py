@@ -14,6 +14,7 @@ from lightning_modules.initialization import initialize
 from lightning_modules.masked_language_module import MaskedLanguageModule
 from lightning_modules.masked_transformer import MaskedTransformer, mixed
 from lightning_modules.source_loss import SourceLoss
+from lightning_modules.transformer import Transformer
 from tests.support.fitting import fit
 from tests.support.models import VOCAB_SIZE, tiny_config, tiny_values, tokens
 
@@ -66,6 +67,16 @@ def test_what_is_chosen_follows_from_text_and_step_alone() -> None:
             assert torch.equal(whole[row], alone[0])
     assert not torch.equal(model.mask(text, step=4).at, first.at)
     assert len({tuple(row) for row in first.at.tolist()}) == 8, "each text has its own"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_flops_count_the_head_where_a_token_is_asked_for(tied: bool) -> None:
+    """A position of a hundred with rate 0.01, so of a text of a hundred tokens one row of logits."""
+    rare, often = (make_model(rate, tie_embeddings=tied).flops_per_token(100) for rate in (0.01, 0.51))
+    head = (VOCAB_SIZE + 1) * tiny_config().dim
+    assert often - rare == pytest.approx(6 * head / 2, rel=1e-3)
+    causal = Transformer(tiny_config(tie_embeddings=tied), VOCAB_SIZE + 1).flops_per_token(100)
+    assert causal - rare == pytest.approx(6 * head * 0.99, rel=1e-2)
 
 
 @pytest.mark.parametrize("large", [False, True])
