@@ -8,33 +8,37 @@ from torch import Tensor
 
 from lightning_modules.initialization import initialize
 from lightning_modules.transformer import Transformer
+from lightning_modules.trunk import Trunk
 from spannorm import PLACEMENTS
+from tests.support.images import make_images_model
 from tests.support.models import tiny_config
 
 
-def loss_and_gradients(model: Transformer, tokens: Tensor) -> list[Tensor]:
+def loss_and_gradients(model: Trunk, inputs: Tensor) -> list[Tensor]:
     torch.manual_seed(1)  # the router's jitter: recomputation has to draw the same noise again
-    logits, router_stats = model(tokens)
+    logits, router_stats = model(inputs)
     loss = logits.square().mean() + sum(stats.load_balancing_loss + stats.z_loss for stats in router_stats)
     model.zero_grad()
     loss.backward()
     return [loss.detach(), *(parameter.grad for parameter in model.parameters())]
 
 
+@pytest.mark.parametrize("modality", ["language", "images"])
 @pytest.mark.parametrize("ffn", ["dense", "moe"])
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_it_changes_neither_loss_nor_gradient(placement: str, ffn: str) -> None:
-    config = tiny_config(placement=placement, ffn=ffn, moe={"num_experts": 4, "top_k": 2, "jitter": 0.1})
-    model = Transformer(config, 32)
+def test_it_changes_neither_loss_nor_gradient(placement: str, ffn: str, modality: str) -> None:
+    values = {"placement": placement, "ffn": ffn, "moe": {"num_experts": 4, "top_k": 2, "jitter": 0.1}}
+    of_images = modality == "images"
+    model = make_images_model(**values) if of_images else Transformer(tiny_config(**values), 32)
     initialize(model)
-    tokens = torch.randint(32, (2, 8))
-    plain = loss_and_gradients(model, tokens)
+    config, inputs = model.config, model.example(2, 7)["images" if of_images else "tokens"]
+    plain = loss_and_gradients(model, inputs)
 
     calls = []
     for block in model.blocks:
         block.attn.register_forward_hook(lambda *_: calls.append(1))
     model.config = replace(config, activation_checkpointing=True)
-    checkpointed = loss_and_gradients(model, tokens)
+    checkpointed = loss_and_gradients(model, inputs)
     assert len(calls) == 2 * config.num_layers, "each block runs again in the backward pass"
     for expected, actual in zip(plain, checkpointed, strict=True):
         assert torch.equal(expected, actual)
