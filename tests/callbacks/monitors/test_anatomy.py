@@ -22,6 +22,7 @@ from lightning_modules.masked_language_module import MaskedLanguageModule
 from tests.support.fitting import loader, make_trainer
 from tests.support.models import VOCAB_SIZE, make_module, tiny_values, tokens
 from tests.support.runs import TinyData, run, scalars
+from tools.curves import read_curves
 
 JOB = ["trainer.max_steps=5", "model.placement=spannorm", "callbacks.text_sample=null"]
 
@@ -50,7 +51,24 @@ def test_what_is_kept_is_of_the_weights_of_that_step(runs: tuple[Path, Path]) ->
     logged = scalars(runs[1], "anatomy/block_2/drop_by_block")
     assert list(logged) == [0, 1, 3, 4]
     assert logged[4] == pytest.approx(values[1], rel=1e-3, abs=1e-6)
+    tags = [tag.split("/") for tag in read_curves(runs[1]) if tag.startswith("anatomy/")]
+    of_blocks = {tag[2] for tag in tags if len(tag) == 3}  # what stands over depths is no block's
+    named = {"drop", "swap", "contribution", "direction", "block_influence"}
+    assert of_blocks == {f"{name}_by_block" for name in named}
     assert scalars(runs[1], "anatomy/loss")[4] == pytest.approx(found.scalars["loss"], abs=1e-4)
+
+
+def test_one_process_measures(tmp_path: Path) -> None:
+    data = TinyData(tmp_path)
+    data.prepare_data()
+    module = LanguageModule(tiny_values(num_layers=1), {"warmup_steps": 0}, data.vocab_size)
+    module.configure_model()
+    callback = Anatomy(str(tmp_path / "run"), tokens=32, measures=["layer_drop"])
+    trainer: Any = SimpleNamespace(datamodule=data, global_step=0, is_global_zero=False)
+    callback.on_train_start(trainer, module)
+    callback.on_train_batch_start(trainer, module, None, 0)
+    callback.on_train_end(trainer, module)
+    assert not (tmp_path / "run").exists()
 
 
 def test_training_does_not_notice(runs: tuple[Path, Path]) -> None:
