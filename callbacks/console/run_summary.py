@@ -23,6 +23,8 @@ from core.status import PROVENANCE
 MEASURED = "run_summary"  # in a checkpoint
 COMMANDS = {"tensorboard": "Curves and pictures:", "resume": "Twice as long:"}
 """Keys of the summary that are command lines, and how they are introduced."""
+FOR_FILES = (PROVENANCE, "figures", "main")
+"""Keys of the summary that are not printed: where it comes from, what stands there by itself, what tools compare by."""
 OVERVIEW_PAGE = "http://localhost:6006/#custom_scalars"
 """TensorBoard's page opens on another tab, in which groups of curves are sorted by name."""
 FEW_EPOCHS = 4
@@ -96,8 +98,8 @@ class RunSummary(L.Callback):
         table.add_column()
         table.add_column(overflow="fold")
         for key, value in {**summary, **summary["figures"]}.items():
-            # Of where it comes from files and tools tell enough; commands are to be copied, and stand below.
-            if key in (PROVENANCE, "figures") or key in COMMANDS:
+            # Commands are to be copied, and stand below.
+            if key in FOR_FILES or key in COMMANDS:
                 continue
             table.add_row(
                 key.replace("_", " "), f"{value:,.4f}" if isinstance(value, float) else cell(_plain(value), None)
