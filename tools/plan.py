@@ -133,6 +133,7 @@ class Plan(NamedTuple):
         compiled: whether torch.compile makes the blocks' kernels; what it fuses away is not known.
         host_copies: of an optimizer step, for which a GPU and its host wait: in fp32 F.grouped_mm fetches the end of
             each expert's rows, for three products forward and six backward.
+        position: what `tokens` counts, and `flops_per_token` is of, in a word.
     """
 
     parameters: int
@@ -150,6 +151,7 @@ class Plan(NamedTuple):
     precision: str
     compiled: bool
     host_copies: int
+    position: str
 
     @property
     def memory(self) -> int:
@@ -230,6 +232,7 @@ def plan(config: DictConfig, vocab_size: int | None = None) -> Plan:
         precision=name,
         compiled=module.model_config.compile,
         host_copies=9 * looped * passes * config.trainer.accumulate_grad_batches,
+        position=module.task.position,
     )
 
 
@@ -366,8 +369,8 @@ def make_table(planned: Plan, mfu: float, peak_flops: float) -> Table:
         rows[label] = f"{getattr(planned, name) / GIB:,.2f} GiB"
     if planned.host_copies:
         rows["copies to the host"] = f"{planned.host_copies:,} a step: grouped products in fp32; bf16-mixed has none"
-    rows["FLOPs per token"] = f"{planned.flops_per_token:.3e}"
-    rows["tokens"] = f"{tokens:,} ({tokens / planned.active_parameters:,.1f} per active parameter)"
+    rows[f"FLOPs per {planned.position}"] = f"{planned.flops_per_token:.3e}"
+    rows[f"{planned.position}s"] = f"{tokens:,} ({tokens / planned.active_parameters:,.1f} per active parameter)"
     rows["hours"] = f"{planned.hours(mfu, peak_flops):,.1f} at {mfu:.0%} of {peak_flops / 1e12:,.0f} TFLOP/s a device"
     for row in rows.items():
         table.add_row(*row)

@@ -435,3 +435,14 @@ def test_what_training_would_refuse_is_not_planned(overrides: list[str], field: 
     with pytest.raises(ConfigError) as error:
         plan(compose_config([*base, "trainer.devices=2", *overrides]))
     assert error.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [(["experiment=dense_spannorm", "assumed_vocab_size=257"], "token"), (["experiment=vision_spannorm"], "position")],
+)
+def test_what_is_counted_has_its_name(overrides: list[str], name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main(overrides)
+    out = capsys.readouterr().out
+    assert f"FLOPs per {name} " in out
+    assert f" {name}s " in out
