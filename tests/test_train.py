@@ -19,6 +19,7 @@ LONG = [f"trainer.max_steps={STEPS}", "trainer.accumulate_grad_batches=2", "trai
 LONG += ["optim.schedule=constant", "callbacks.last_checkpoint.every_n_train_steps=3"]
 BY_THE_CLOCK = {
     "train/tokens_per_second",
+    "train/images_per_second",
     "train/mfu",
     "train/step_seconds_p50",
     "train/step_seconds_p95",

@@ -19,7 +19,7 @@ from tests.support.models import make_module, tokens
 
 STEPS = 4
 TO_THE_HOST = ("tolist", "item", "cpu", "numpy", "__float__", "__int__", "__bool__", "__index__", "__array__")
-BY_THE_CLOCK = {"train/tokens_per_second", "train/data_wait_share", "train/memory_peak"}
+BY_THE_CLOCK = {"train/tokens_per_second", "train/images_per_second", "train/data_wait_share", "train/memory_peak"}
 
 
 def sampled() -> list[Any]:
