@@ -53,6 +53,7 @@ class AnatomyConfig:
 
     def __post_init__(self) -> None:
         require(self.tokens >= 1, "tokens", self.tokens, "an integer >= 1")
+        require(len(set(self.measures)) == len(self.measures), "measures", ",".join(self.measures), "each once")
         valid = "an integer >= 1"
         require(self.batch_size is None or self.batch_size >= 1, "batch_size", self.batch_size, valid)
         given = len(self.checkpoint)

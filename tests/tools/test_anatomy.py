@@ -246,6 +246,7 @@ def test_imported_models_are_compared_wherever_their_folders_are(
             ["measures=cross_similarity"],
             "measures='cross_similarity' is not valid: expected one that measures a single",
         ),
+        (["measures=lens,lens"], "measures='lens,lens' is not valid: expected each once"),
         (["tokens=0"], "tokens=0 is not valid: expected an integer >= 1"),
         (["batch_size=0"], "batch_size=0 is not valid: expected an integer >= 1"),
         (["skip=nothing"], "skip='nothing' is not valid: expected one of placement, identity"),
