@@ -10,6 +10,7 @@ from torch.profiler import profile
 from lightning_modules.layers import expert_products
 from lightning_modules.layers.expert_products import GROUPED, LOOP, Products
 from tests.support.expert_rows import COUNTS, EXPERT, FEW
+from tests.support.operators import opcheck
 
 
 def operands() -> list[Tensor]:
@@ -50,9 +51,9 @@ def test_the_operators_keep_torchs_rules(name: str) -> None:
     operators = getattr(torch.ops, expert_products.__name__.replace(".", "_"))
     matmul, outer = (getattr(operators, f"{name}_{kind}").default for kind in ("matmul", "outer"))
     x, w, y = operands()
-    torch.library.opcheck(matmul, (x, w, COUNTS, True))
-    torch.library.opcheck(matmul, (y, w, COUNTS, False))
-    torch.library.opcheck(outer, (y, x, COUNTS))
+    opcheck(matmul, (x, w, COUNTS, True))
+    opcheck(matmul, (y, w, COUNTS, False))
+    opcheck(outer, (y, x, COUNTS))
 
 
 @pytest.mark.parametrize("products", [LOOP, GROUPED], ids=["loop", "grouped"])

@@ -16,6 +16,7 @@ from spannorm.placements.constrained_mapping import ConstrainedMapping
 from spannorm.placements.sinkhorn import _sinkhorn, _sinkhorn_gradient, sinkhorn
 from spannorm.placements.streams import project, read, write
 from tests.support.models import VOCAB_SIZE, tiny_config, tokens
+from tests.support.operators import opcheck
 from tests.support.placements import norms_of, through
 from tests.support.schemes import EPS, SCHEMES, At, sinkhorn_knopp
 
@@ -95,8 +96,8 @@ def test_sinkhorn_stays_finite_where_exponentials_do_not() -> None:
 def test_sinkhorn_is_an_operator_as_torch_wants_one() -> None:
     """Whatever the strides: what torch.compile is told of its outputs holds."""
     for logits in (torch.randn(3, 3, 5), torch.randn(5, 3, 3).permute(1, 2, 0)):
-        torch.library.opcheck(_sinkhorn, (logits.requires_grad_(), 3))
-        torch.library.opcheck(_sinkhorn_gradient, (torch.randn(5, 3, 3).permute(1, 2, 0), logits.detach(), 3))
+        opcheck(_sinkhorn, (logits.requires_grad_(), 3))
+        opcheck(_sinkhorn_gradient, (torch.randn(5, 3, 3).permute(1, 2, 0), logits.detach(), 3))
 
 
 def test_every_function_has_first_and_second_gradients() -> None:

@@ -11,6 +11,7 @@ from lightning_modules.layers.cpu_kernels import expert_swiglu
 from lightning_modules.layers.cpu_kernels.expert_swiglu import FUSED_LOOP
 from lightning_modules.layers.expert_products import LOOP, Products
 from tests.support.expert_rows import COUNTS, EXPERT, FEW
+from tests.support.operators import opcheck
 
 ALL = (0, 1, 2)
 
@@ -82,10 +83,10 @@ def test_the_backward_pass_makes_hidden_layers_for_one_expert_at_a_time() -> Non
 
 def test_the_operators_keep_torchs_rules() -> None:
     x, gate, up = operands()
-    torch.library.opcheck(expert_swiglu._forward, (x, gate, up, COUNTS))
+    opcheck(expert_swiglu._forward, (x, gate, up, COUNTS))
     hidden, *saved = expert_swiglu._forward(x, gate, up, COUNTS)
     detached = [t.detach() for t in (hidden, x, gate, up, COUNTS, *saved)]
-    torch.library.opcheck(expert_swiglu._backward, detached)
+    opcheck(expert_swiglu._backward, detached)
 
 
 def test_a_compiled_one_is_one_graph_with_the_same_gradients() -> None:
