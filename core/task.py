@@ -1,6 +1,7 @@
 """States what a model is trained to do, for whatever reports on a run without knowing its model."""
 
 from dataclasses import dataclass
+from typing import Any
 
 LOSS = "loss"
 NATS_PER_TOKEN = "nats per token"
@@ -28,3 +29,11 @@ class Task:
     predicts_next: bool = False
     figures: tuple[str, ...] = ()
     main: str = LOSS
+
+
+OF_LANGUAGE = Task(NATS_PER_TOKEN, counted="tokens", position="token", predicts_next=True)
+
+
+def task_of(module: Any) -> Task:
+    """Return the task of a LightningModule; of one of the user's own that states none, that of a language model."""
+    return getattr(module, "task", OF_LANGUAGE)

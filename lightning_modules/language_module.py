@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.errors import require
-from core.task import NATS_PER_TOKEN, Task
+from core.task import OF_LANGUAGE, Task
 from lightning_modules.config import ModelConfig
 from lightning_modules.cross_entropy import LARGE_VOCABULARY
 from lightning_modules.generation import generate
@@ -47,7 +47,7 @@ class LanguageModule(TransformerModule):
 
     of_data: ClassVar[tuple[str, ...]] = ("vocab_size",)
     extra_tokens: ClassVar[int] = 0
-    task: ClassVar[Task] = Task(NATS_PER_TOKEN, counted="tokens", position="token", predicts_next=True)
+    task: ClassVar[Task] = OF_LANGUAGE
     model: Transformer | None
 
     def __init__(self, model: dict[str, Any], optim: dict[str, Any], vocab_size: int) -> None:

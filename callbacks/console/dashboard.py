@@ -12,6 +12,7 @@ from callbacks.scalars import write_scalars
 from core.errors import UserError
 from core.provenance import device_of, origin
 from core.run_folder import read_overrides
+from core.task import task_of
 
 OVERVIEW = {
     "loss": ["^train/loss$", "^val/loss$", "^val/bigram_loss$"],
@@ -54,8 +55,7 @@ class Dashboard(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._begins = trainer.global_step == 0
-        module: Any = pl_module
-        counted = module.task.counted
+        counted = task_of(pl_module).counted
         overview = {**OVERVIEW, f"{counted} per second": [f"^train/{counted}_per_second$"]}
         layout = {"overview": {title: ["Multiline", lines] for title, lines in overview.items()}}
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -85,9 +85,8 @@ class Dashboard(L.Callback):
 
 def _bigram_loss(trainer: L.Trainer, pl_module: L.LightningModule) -> float | None:
     """Return what a model of the next token has to beat; None: this is none, or it is not counted."""
-    module: Any = pl_module
     measure = getattr(getattr(trainer, "datamodule", None), "baseline_loss", None)
-    return measure() if measure is not None and module.task.predicts_next else None
+    return measure() if measure is not None and task_of(pl_module).predicts_next else None
 
 
 def router_charts(pl_module: L.LightningModule) -> dict[str, dict[str, str]]:

@@ -12,6 +12,7 @@ from core.overrides import parse
 from core.provenance import device_of, origin
 from core.run_folder import flatten, read_overrides
 from core.status import PROVENANCE
+from core.task import task_of
 
 LEADING = (
     "model/placement",
@@ -54,8 +55,7 @@ class Hyperparameters(L.Callback):
         first = {f"asked/{name}": settings.get(name, value) for name, value in self._asked().items()}
         first |= {f"compare/{name}": settings[name] for name in LEADING if name in settings}
         plain = {key: v if isinstance(v, bool | int | float | str) else str(v) for key, v in (first | settings).items()}
-        module: Any = pl_module
-        metrics = dict.fromkeys((self.metric, "train/loss", f"train/{module.task.counted}_per_second"), 0.0)
+        metrics = dict.fromkeys((self.metric, "train/loss", f"train/{task_of(pl_module).counted}_per_second"), 0.0)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 for summary in hparams(plain, metrics):

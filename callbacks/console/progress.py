@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from core.steps import completes_step, num_steps
+from core.task import task_of
 
 
 class StepProgress(ProgressBar):
@@ -60,8 +61,7 @@ class StepProgress(ProgressBar):
         loss = outputs["loss"].item() * trainer.accumulate_grad_batches
         of = f"/{self._num_steps}" if math.isfinite(self._num_steps) else ""
         text = f"step {trainer.global_step}{of}  loss {loss:.3f}"
-        module: Any = pl_module
-        counted = module.task.counted
+        counted = task_of(pl_module).counted
         rate = trainer.callback_metrics.get(f"train/{counted}_per_second")
         if rate is not None:
             text += f"  {float(rate):,.0f} {counted}/s"

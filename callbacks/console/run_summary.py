@@ -19,6 +19,7 @@ from core.printable import cell, printable
 from core.provenance import device_of, provenance
 from core.run_folder import resume_command
 from core.status import PROVENANCE
+from core.task import task_of
 
 MEASURED = "run_summary"  # in a checkpoint
 COMMANDS = {"tensorboard": "Curves and pictures:", "resume": "Twice as long:"}
@@ -119,7 +120,7 @@ class RunSummary(L.Callback):
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """Return what only the process that trains knows."""
         module: Any = pl_module
-        task = module.task
+        task = task_of(module)
         values = {key: float(value) for key, value in trainer.callback_metrics.items()}
         metrics = {key: value for key, value in values.items() if math.isfinite(value)}  # JSON has no NaN
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -143,7 +144,7 @@ class RunSummary(L.Callback):
         datamodule: Any = getattr(trainer, "datamodule", None)
         is_ours = hasattr(datamodule, "bits_per_byte")
         module: Any = pl_module
-        task = module.task
+        task = task_of(module)
         of_text = is_ours and task.predicts_next  # bits per byte, and bigrams
         total, active = module.num_parameters
         val_loss = measured.get("val_loss")

@@ -17,6 +17,7 @@ from core.device_peaks import peak_of
 from core.errors import require
 from core.parallel import num_data_parts
 from core.steps import completes_step, is_logged
+from core.task import task_of
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +137,7 @@ class Throughput(L.Callback):
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule, count: Any) -> None:
         module: Any = pl_module
-        counted = module.task.counted
+        counted = task_of(module).counted
         now = (self.seconds, self.units, self._waited)
         seconds, units, waited = (value - before for value, before in zip(now, self._window, strict=True))
         self._window = now

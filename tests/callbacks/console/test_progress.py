@@ -5,8 +5,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
+from torch.utils.data import DataLoader
 
 from callbacks.console.progress import StepProgress
 from lightning_modules.language_module import LanguageModule
@@ -63,3 +66,12 @@ def test_it_can_be_switched_off(tmp_path: Path) -> None:
     finished = train(tmp_path, *tiny_job("run_dir=run", "callbacks.progress=null"))
     assert finished.code == 0
     assert "loss 5" not in finished.out
+
+
+def test_a_lightning_module_of_ones_own_need_not_state_a_task(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = L.Trainer(max_steps=2, callbacks=[StepProgress()], default_root_dir=tmp_path, **quiet)
+    trainer.fit(BoringModel(), DataLoader(torch.randn(8, 32), batch_size=2))
+    assert "step 2/2  loss " in capsys.readouterr().out
