@@ -103,6 +103,11 @@ def is_restoring(error: BaseException) -> bool:
     return any(frame.name in RESTORING for frame in traceback.extract_tb(error.__traceback__))
 
 
+def lacks_metric(error: BaseException) -> bool:
+    """Return whether an EarlyStopping found no metric of its name: Lightning raises no error of a type of its own."""
+    return isinstance(error, RuntimeError) and str(error).startswith("Early stopping conditioned on metric")
+
+
 def total_batch(trainer: "L.Trainer") -> int:
     """Return the number of the training batch in progress, counted from 0 over all epochs."""
     return int(trainer.fit_loop.total_batch_idx)

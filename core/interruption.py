@@ -14,7 +14,7 @@ import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from core.compat import is_restoring, lacks_shared_memory, lost_a_loader_process, lost_a_peer
+from core.compat import is_restoring, lacks_metric, lacks_shared_memory, lost_a_loader_process, lost_a_peer
 from core.console import quiet_writers
 from core.errors import ConfigError, UserError, one_line
 from core.file_errors import DISK, about_a_file
@@ -77,6 +77,8 @@ def report_failures(trainer: L.Trainer, run_dir: Path) -> Iterator[None]:
             raise UserError(said) from error
         if not isinstance(error, RuntimeError):
             raise
+        if lacks_metric(error):
+            raise UserError(one_line(error)) from error
         if (other := _not_of_this_run(trainer, error)) is not None:
             raise other from error
         if lost_a_loader_process(error) or lacks_shared_memory(error):

@@ -283,3 +283,13 @@ def test_data_of_another_class_are_refused(finished: Path, tmp_path: Path) -> No
     assert refused.code == 2
     expected = "Error: data._target_='Synthetic' is not valid: expected PythonStdlib, as in the checkpoint that is"
     assert refused.err.startswith(expected), refused.err
+
+
+def test_a_metric_that_nobody_logs_is_named_with_those_there_are(tmp_path: Path) -> None:
+    stop = "+callbacks.stop={_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val_loss}"
+    finished = train(tmp_path, *tiny_job("run_dir=run", stop))
+    assert finished.code == 2
+    (said,) = [line for line in finished.err.splitlines() if line.startswith("Error: ")]
+    assert said.startswith("Error: Early stopping conditioned on metric `val_loss` which is not available.")
+    assert "`val/loss`" in said
+    assert "Traceback" not in finished.err
