@@ -30,9 +30,7 @@ def check_arguments(field: str, function: Callable[..., Any], arguments: Mapping
     except ValueError as error:  # of some that are written in C
         name = getattr(function, "__qualname__", function)
         raise ConfigError(f"{field}._target_", name, "a class or function that says what it takes") from error
-    collecting = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    names = [name for name, p in parameters.items() if name not in hidden and p.kind not in collecting]
-    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    names, open_ended = _names(parameters, hidden)
     hints = _type_hints(function)
     for name, value in arguments.items():
         if name not in names:
@@ -44,6 +42,21 @@ def check_arguments(field: str, function: Callable[..., Any], arguments: Mapping
     for name in names:
         needed = parameters[name].default is inspect.Parameter.empty
         require(not needed or name in arguments, f"{field}.{name}", None, "a value: it has no default")
+
+
+def check_names(field: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+    """Refuse unknown names, where nothing is known of the values yet; see check_arguments."""
+    names, open_ended = _names(inspect.signature(function).parameters)
+    for name, value in arguments.items():
+        if name not in names and not open_ended:
+            raise UnknownField(f"{field}.{name}", value, names)
+
+
+def _names(parameters: Mapping[str, inspect.Parameter], hidden: Collection[str] = ()) -> tuple[list[str], bool]:
+    """Return the parameters that have a name of their own, and whether any other name is taken as well."""
+    collecting = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    names = [name for name, p in parameters.items() if name not in hidden and p.kind not in collecting]
+    return names, any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 
 def _type_hints(function: Callable[..., Any]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Holds the runs of a study against what there is, before the first of them trains."""
 
-import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -8,7 +7,8 @@ from omegaconf import DictConfig
 
 from core.build import build, import_target
 from core.cli import MISTAKES, explain
-from core.errors import UnknownField, UserError
+from core.errors import UserError
+from core.options import check_names
 from lightning_modules.composing import compose_run
 from studies.grid import Planned
 
@@ -45,10 +45,5 @@ def _one_for_each_label(runs: Sequence[Planned]) -> Iterator[tuple[Planned, str]
 
 def _check_names(config: DictConfig, field: str) -> None:
     """Refuse a field of a group that its `_target_` does not take; what it is set to is found out when it is built."""
-    target = import_target(f"{field}._target_", config[field]["_target_"])
-    parameters = inspect.signature(target).parameters
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return
-    for name, value in config[field].items():
-        if not str(name).startswith("_") and name not in parameters:
-            raise UnknownField(f"{field}.{name}", value, parameters)
+    given = {str(name): value for name, value in config[field].items() if not str(name).startswith("_")}
+    check_names(field, import_target(f"{field}._target_", config[field]["_target_"]), given)

@@ -119,8 +119,7 @@ class RunSummary(L.Callback):
 
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """Return what only the process that trains knows."""
-        module: Any = pl_module
-        task = task_of(module)
+        task = task_of(pl_module)
         values = {key: float(value) for key, value in trainer.callback_metrics.items()}
         metrics = {key: value for key, value in values.items() if math.isfinite(value)}  # JSON has no NaN
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]

@@ -16,6 +16,7 @@ from analysis.evaluating import evaluating
 from callbacks.scalars import write_scalars
 from core.atomic_write import write_whole
 from core.errors import InvalidValue, lookup, require
+from core.task import task_of
 
 FOLDER = "anatomy/steps"
 """Below the run's."""
@@ -68,7 +69,7 @@ class Anatomy(L.Callback):
         if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
             raise InvalidValue("callbacks.anatomy", name, "it needs every parameter whole in each process")
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if not pl_module.task.predicts_next:  # type: ignore[union-attr]
+        if not task_of(pl_module).predicts_next:
             reason = "it asks the model for the next token of a text, and this one predicts something else"
             raise InvalidValue("callbacks.anatomy", name, reason)
         if datamodule is None:
