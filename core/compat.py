@@ -9,6 +9,7 @@ Lightning is imported where it is used, so that what is needed without it does n
 """
 
 import multiprocessing.synchronize
+import threading
 import traceback
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -202,6 +203,18 @@ def unscale_before_clipping(optimizer: torch.optim.Optimizer) -> None:
 def lost_a_peer(error: BaseException) -> bool:
     """Return whether another process is gone, or did not answer: gloo has no exception, but names its source file."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
+
+
+def stop_watching_launched() -> None:
+    """Let the processes that Lightning has launched end as they will.
+
+    Its thread looks after them every five seconds, and when one has failed it kills all, this process too.
+    """
+    from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+
+    for thread in threading.enumerate():
+        if isinstance(thread, _ChildProcessObserver):
+            thread._child_processes.clear()
 
 
 def lacks_shared_memory(error: BaseException) -> bool:

@@ -14,7 +14,14 @@ import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from core.compat import is_restoring, lacks_metric, lacks_shared_memory, lost_a_loader_process, lost_a_peer
+from core.compat import (
+    is_restoring,
+    lacks_metric,
+    lacks_shared_memory,
+    lost_a_loader_process,
+    lost_a_peer,
+    stop_watching_launched,
+)
 from core.console import quiet_writers
 from core.errors import ConfigError, UserError, one_line
 from core.file_errors import DISK, about_a_file
@@ -41,6 +48,17 @@ def report_failures(trainer: L.Trainer, run_dir: Path) -> Iterator[None]:
         UserError: what Lightning finds wrong with the configuration only now, as a metric that nobody logs; a folder
             that is full, or gone; data-loader processes that the machine has killed, or given no shared memory.
     """
+    try:
+        with _in_words(trainer, run_dir):
+            yield
+    except BaseException:
+        # This process is leaving with a code of its own, which it would not have if Lightning killed it.
+        stop_watching_launched()
+        raise
+
+
+@contextmanager
+def _in_words(trainer: L.Trainer, run_dir: Path) -> Iterator[None]:
     try:
         with quiet_writers():
             yield

@@ -2,6 +2,9 @@
 
 import ast
 import inspect
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,6 +73,26 @@ def private_uses(path: Path, own: set[str]) -> Iterator[str]:
             name = node.args[1].value if isinstance(node.args[1], ast.Constant) else ""
             if str(name).startswith("_") and not str(name).endswith("__") and name not in own:
                 yield ast.unparse(node)
+
+
+WATCHED = """
+import os, subprocess, sys, time
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+from core.compat import stop_watching_launched
+
+launched = subprocess.Popen(["sleep", "100"])
+_ChildProcessObserver(os.getpid(), [launched], sleep_period=1).start()
+launched.kill()
+if sys.argv[1] == "stop":
+    stop_watching_launched()
+time.sleep(2)
+sys.exit(5)
+"""
+
+
+@pytest.mark.parametrize(("way", "code"), [("watch", -signal.SIGKILL), ("stop", 5)])
+def test_lightning_kills_who_launched_a_process_that_failed_unless_it_is_leaving(way: str, code: int) -> None:
+    assert subprocess.run([sys.executable, "-c", WATCHED, way], cwd=ROOT, check=False).returncode == code
 
 
 def test_no_other_module_uses_what_is_not_public() -> None:

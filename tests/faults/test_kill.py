@@ -26,7 +26,7 @@ JOB = tiny_job(
     "callbacks.divergence.policy_options={every: 2, margin: 1}",
 )
 CURVES = ("train/loss", "optim/grad_norm", "train/tokens", "val/loss")
-MEASURED_BY_THE_CLOCK = {"seconds", "total_seconds", "tokens_per_second", "images_per_second"}
+MEASURED_BY_THE_CLOCK = {"seconds", "total_seconds", "tokens_per_second"}
 
 
 @pytest.fixture(scope="module")
