@@ -6,6 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 
 from core import compat
 from core.signals import STOPPING
@@ -50,7 +51,8 @@ class RunControl(L.Callback):
       Ctrl-C leaves at once; the other signals may come several times, and one after another: torchrun and SLURM each
       send theirs to all processes.
     - The last of `max_steps` steps is validated, wherever the validation interval falls.
-    - A resumed run counts its steps and batches as the uninterrupted one does.
+    - A resumed run counts its steps and batches as the uninterrupted one does, and an EarlyStopping has the patience
+      that it is given: Lightning would take the checkpoint's.
 
     It acts behind all other callbacks, so that what they do at the end of a step is done before the process leaves.
 
@@ -62,6 +64,14 @@ class RunControl(L.Callback):
         self.received = 0
         self._leaving = 0  # number of the signal upon which all processes have agreed to leave; 0: none
         self._handlers: dict[int, Any] = {}  # that were there before
+        self._patience: list[tuple[EarlyStopping, int]] = []
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        # Before Lightning hands out the checkpoint's states.
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        self._patience = [
+            (callback, callback.patience) for callback in callbacks if isinstance(callback, EarlyStopping)
+        ]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Here and not in setup, because Lightning installs its own handlers in between.
@@ -72,6 +82,8 @@ class RunControl(L.Callback):
         if self._handlers and compat.take_early_sigterm(trainer):  # while data and model were set up
             self.received = int(signal.SIGTERM)
         compat.forget_batch_that_never_began(trainer)
+        for callback, patience in self._patience:
+            callback.patience = patience
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self.received and signum == signal.SIGINT:

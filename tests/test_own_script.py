@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import optuna
 import pytest
 import torch
 import torch.nn.functional as F
+from optuna.trial import TrialState
 
 from datamodules.synthetic import Synthetic
 from lightning_modules.language_module import LanguageModule
@@ -33,13 +35,28 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_each_is_short() -> None:
-    assert len(PIECES) == 6
+    assert len(PIECES) == 8
     assert all(len(piece.splitlines()) <= 19 for piece in PIECES)
 
 
 def test_the_trainer_has_trained_and_saved(script: dict[str, Any]) -> None:
     assert script["trainer"].global_step == 20
     assert (script["folder"] / "mine/checkpoints/last.ckpt").is_file()
+
+
+def test_a_trial_is_given_up_by_what_a_monitor_logs(script: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a rate of 1 the first block's gradients vanish; at 0.001 the trial goes to its end."""
+    assert all(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in script["study"].trials)
+    monkeypatch.chdir(script["folder"])
+    study = optuna.create_study(pruner=script["study"].pruner)
+    for rate in (1e-3, 1.0):
+        study.enqueue_trial({"lr": rate})
+    study.optimize(script["objective"], n_trials=2)
+    good, bad = study.trials
+    assert (good.state, bad.state) == (TrialState.COMPLETE, TrialState.PRUNED)
+    assert sorted(good.intermediate_values) == [5, 10, 15, 20]
+    assert all(0.5 < value < 2 for value in good.intermediate_values.values())
+    assert 0 < max(bad.intermediate_values) < 20
 
 
 def test_test_and_predict_agree_with_the_logits(script: dict[str, Any]) -> None:

@@ -32,6 +32,9 @@ VIRIDIS = np.array(
     ]
 )
 """Colours from the smallest to the largest value; between them it is linear."""
+LEAST_FACTOR, LEAST_SHARE = 1.25, 0.1
+"""The colours span at least this factor of a quantity on a logarithmic scale, and this share of its size on a linear
+one: what is flat looks flat."""
 NO_NUMBER = (220, 30, 30)
 INK, FAINT = (40, 40, 40), (170, 170, 170)
 
@@ -66,7 +69,7 @@ def draw(panels: Mapping[str, History]) -> Image.Image:
 
     Of each there are a heat map, a row for each block, the first at the top, over the steps; its colours, on a
     logarithmic scale where nothing is below 0, with zeros at its lower end; and the profile over depth, now in black
-    against the first in grey.
+    against the first in grey. A quantity that hardly differs over depth and time has the colours of the middle.
     Red: no finite number.
 
     Args:
@@ -99,6 +102,8 @@ def _panel(image: Image.Image, corner: tuple[int, int], title: str, history: His
     else:
         scaled = values
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    if not has_zeros:
+        low, high = _widened(low, high, math.log(LEAST_FACTOR) if logarithmic else LEAST_SHARE * max(-low, high))
     share = (scaled - low) / (high - low) if high > low else np.where(np.isfinite(scaled), 0.5, np.nan)
 
     cell, (left, top) = _cell(history), (corner[0] + LEFT, corner[1] + TITLE)
@@ -130,6 +135,12 @@ def _panel(image: Image.Image, corner: tuple[int, int], title: str, history: His
         for point in points if len(points) < 2 * HEIGHT // 8 else ():
             pen.ellipse((point[0] - 2, point[1] - 2, point[0] + 2, point[1] + 2), fill=colour)
     pen.text((x, top + height + 3), "now, and at first (grey)", INK, font)
+
+
+def _widened(low: float, high: float, least: float) -> tuple[float, float]:
+    """Return a span around the same middle, at least so wide."""
+    margin = max(0.0, least - (high - low)) / 2
+    return low - margin, high + margin
 
 
 def _floor(values: npt.NDArray[np.float64]) -> float:

@@ -18,12 +18,12 @@ from core.event_files import event_files
 from core.printable import cell, printable
 from core.provenance import device_of, provenance
 from core.run_folder import resume_command
-from core.status import PROVENANCE
+from core.status import DONE, PROVENANCE, TIMED_OUT
 from core.task import task_of
 
 MEASURED = "run_summary"  # in a checkpoint
-COMMANDS = {"tensorboard": "Curves and pictures:", "resume": "Twice as long:"}
-"""Keys of the summary that are command lines, and how they are introduced."""
+COMMANDS = ("tensorboard", "resume")
+"""Keys of the summary that are command lines."""
 FOR_FILES = (PROVENANCE, "figures", "main")
 """Keys of the summary that are not printed: where it comes from, what stands there by itself, what tools compare by."""
 OVERVIEW_PAGE = "http://localhost:6006/#custom_scalars"
@@ -55,8 +55,9 @@ class RunSummary(L.Callback):
     | seconds | wall clock of that process' training, validation included |
     | total_seconds | of all processes that have trained it, each up to the checkpoint that the next one resumed |
     | parameters, active_parameters | count |
-    | tensorboard, resume | command lines; null where another logger keeps the curves, and where there is no last |
-    | | checkpoint to resume from, or no command line that began the run |
+    | tensorboard | command line; null where another logger keeps the curves |
+    | resume | command line that goes on: twice as long, or up to the end that a run stopped early did not reach; null |
+    | | where there is no last checkpoint, no command line that began the run, or no time left |
     | provenance | commit of this project, whether it was changed since, versions, processor, threads, device, |
     | | hash of the corpus |
 
@@ -106,16 +107,22 @@ class RunSummary(L.Callback):
                 key.replace("_", " "), f"{value:,.4f}" if isinstance(value, float) else cell(_plain(value), None)
             )
         Console(width=None if Console().is_terminal else 160).print(table)
-        for key, words in COMMANDS.items():
+        words = {
+            "tensorboard": "Curves and pictures",
+            "resume": "Twice as long" if summary["status"] == DONE else "To go on",
+        }
+        for key in COMMANDS:
             if summary[key] is not None:
-                print(f"{words} {printable(summary[key], limit=None)}")
+                print(f"{words[key]}: {printable(summary[key], limit=None)}")
                 if key == "tensorboard":
                     print(f"The overview: {OVERVIEW_PAGE}")
 
-    def _resume_command(self, trainer: L.Trainer) -> str | None:
+    def _resume_command(self, trainer: L.Trainer, status: str) -> str | None:
         """Return the command that goes on; None where no command line has begun the run and given its steps."""
         begun_so = trainer.max_steps >= 1 and (self.run_dir / "overrides.yaml").is_file()
-        return resume_command(self.run_dir, 2 * trainer.max_steps) if begun_so else None
+        if not begun_so or status == TIMED_OUT:  # the time counts from the run's first step
+            return None
+        return resume_command(self.run_dir, 2 * trainer.max_steps if status == DONE else None)
 
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """Return what only the process that trains knows."""
@@ -172,7 +179,7 @@ class RunSummary(L.Callback):
             "tensorboard": shlex.join(["tensorboard", "--logdir", str(self.run_dir)])
             if event_files(self.run_dir)
             else None,
-            "resume": self._resume_command(trainer) if last.exists() else None,
+            "resume": self._resume_command(trainer, status) if last.exists() else None,
             PROVENANCE: provenance(device_of(trainer), getattr(datamodule, "stream_identity", {}).get("corpus")),
         }
 

@@ -48,6 +48,24 @@ def test_below_zero_the_colours_are_linear() -> None:
     assert pixel(picture, 1, 0.75, 2) == tuple(VIRIDIS[4])
 
 
+@pytest.mark.parametrize("flat", [[1.0, 1.001], [-1.0, -1.001], [5e-9, 5.1e-9], [0.0, 0.0]])
+def test_what_is_flat_looks_flat(flat: list[float]) -> None:
+    """Rounding is not stretched over all colours, in the profile neither."""
+    picture = draw({"figure": history(flat)})
+    colours = [pixel(picture, block, 0.5, 2) for block in (1, 2)]
+    distance = np.abs(np.subtract(*colours)).max()
+    assert distance < 30, "dark purple and yellow are 247 apart"
+    assert np.abs(np.subtract(colours[0], VIRIDIS[4])).max() < 30, "the middle's"
+    profile = picture[TITLE : TITLE + HEIGHT, LEFT + PLOT + GAP + BAR + 50 :]
+    dark = [np.flatnonzero((profile[HEIGHT * row // 4] < 90).all(axis=-1)).mean() for row in (1, 3)]
+    assert abs(dark[0] - dark[1]) < 30, "of 130 pixels"
+
+
+def test_what_differs_by_more_than_a_quarter_has_all_colours() -> None:
+    picture = draw({"figure": history([1.0, 1.26])})
+    assert [pixel(picture, block, 0.5, 2) for block in (1, 2)] == [tuple(VIRIDIS[0]), tuple(VIRIDIS[8])]
+
+
 def test_what_is_no_number_is_red_and_zeros_are_below_all_others() -> None:
     picture = draw({"figure": history([0.0, 1.0, float("nan"), 2.0])})
     seen = [pixel(picture, block, 0.5, 4) for block in (1, 2, 3, 4)]

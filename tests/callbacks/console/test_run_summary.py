@@ -3,6 +3,7 @@
 import json
 import math
 import platform
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from datamodules.shards import open_split
 from datamodules.storage import LocalFolder, read_index
 from lightning_modules.language_module import LanguageModule
 from tests.support.job import ACCUMULATE, BATCH_SIZE, SEQ_LEN, STEPS, Job
-from tests.support.runs import TEXT, corpus_root, load, run, scalars
+from tests.support.runs import TEXT, corpus_root, load, run, scalars, tiny_job, train
 
 KEYS = ["status", "reason", "loss_unit"]
 KEYS += ["train_loss", "val_loss", "val_perplexity", "val_bits_per_byte", "bigram_loss", "unigram_loss"]
@@ -106,6 +107,30 @@ def test_the_console_says_the_same(summary: dict[str, Any], job: Job) -> None:
     assert f"Twice as long: {summary['resume']}\n" in out, "whole, and in one line"
     assert f"Curves and pictures: {summary['tensorboard']}\n" in out
     assert "The overview: http://localhost:6006/#custom_scalars\n" in out
+
+
+def test_a_run_that_was_stopped_early_goes_on_to_its_own_end(tmp_path: Path) -> None:
+    stop = "+callbacks.stop={_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/loss, min_delta: 99}"
+    job = tiny_job(
+        "run_dir=run", stop, "+callbacks.stop.patience=1", "trainer.max_steps=9", "trainer.val_check_interval=2"
+    )
+    out = train(tmp_path, *job).out
+    resume = json.loads((tmp_path / "run/summary.json").read_text())["resume"]
+    assert f"\nTo go on: {resume}\n" in out
+    assert "Twice as long" not in out
+    assert "trainer.max_steps=9" in shlex.split(resume)
+    finished = train(tmp_path, *shlex.split(resume)[2:], "callbacks.stop.patience=99")
+    assert finished.code == 0, finished.err
+    assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 9
+
+
+def test_a_run_whose_time_is_up_names_no_command_that_is_refused(tmp_path: Path) -> None:
+    out = train(tmp_path, *tiny_job("run_dir=run", "trainer.max_steps=10000", "+trainer.max_time=00:00:00:01")).out
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["status"] == "timed_out"
+    assert summary["resume"] is None
+    assert "Twice as long" not in out
+    assert "To go on" not in out
 
 
 def test_a_loss_that_is_no_number_is_null_and_the_file_stays_json(tmp_path: Path) -> None:
