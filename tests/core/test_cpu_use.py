@@ -1,7 +1,6 @@
 """Processor time of others: a /proc written by hand, and real processes of this group and of another."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,8 +8,21 @@ import pytest
 
 from core import cpu_use
 from core.cpu_use import CpuTimes, cpu_times, used_by_others
+from tests.support.runs import python
+from tests.support.sources import ROOT
 
-SPIN = "import time\nwhile time.process_time() < 0.4: pass\nprint(flush=True); time.sleep(60)"
+MEASURE = """
+import subprocess, sys
+from core.cpu_use import cpu_times
+
+spin = "import time\\nwhile time.process_time() < 0.4: pass\\nprint(flush=True); time.sleep(60)"
+before = cpu_times()
+process = subprocess.Popen([sys.executable, "-S", "-c", spin], stdout=subprocess.PIPE, start_new_session=%r)
+process.stdout.readline()
+now = cpu_times()
+process.kill()
+print(now.everybody - before.everybody, now.own - before.own)
+"""
 
 
 def write(proc: Path, pid: str, name: str, group: int, *ticks: int) -> None:
@@ -53,14 +65,8 @@ def test_what_others_use_is_the_rest() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux' /proc")
 @pytest.mark.parametrize("own", [True, False])
 def test_a_process_that_runs_counts_by_its_group(own: bool) -> None:
-    before = cpu_times()
-    command = [sys.executable, "-S", "-c", SPIN]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=not own) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        now = cpu_times()
-        process.kill()
-    assert before is not None
-    assert now is not None
-    assert now.everybody - before.everybody > 0.35
-    assert (now.own - before.own > 0.35) == own
+    finished = python(ROOT, "-c", MEASURE % (not own))
+    assert finished.code == 0, finished.err
+    everybody, ours = map(float, finished.out.split())
+    assert everybody > 0.35
+    assert (ours > 0.35) == own
