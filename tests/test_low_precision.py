@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from analysis.curvature import top_eigenvalue
 from callbacks.monitors.signal_propagation import relative_entropy
@@ -41,6 +42,36 @@ def test_the_reported_losses_are_those_of_the_weights(
     score = load(folder / "checkpoints/best.ckpt")["callbacks"]
     best = next(state["best_model_score"] for state in score.values() if "best_model_score" in state)
     assert float(best) == pytest.approx(validation), "what picks the best checkpoint"
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "bf16-mixed"])
+def test_of_images_too(precision: str, tmp_path: Path) -> None:
+    """Single images, so that there are more of them than bfloat16 can count."""
+    job = [argument for argument in tiny_job("experiment=vision_spannorm") if not argument.startswith("data.")]
+    job += [
+        "data.batch_size=1",
+        "data.val_batches=360",
+        "trainer.accumulate_grad_batches=300",
+        "trainer.val_check_interval=300",
+    ]
+    job += ["trainer.max_steps=1", "optim.eps=1e-4", "optim.lr=1e-5", "callbacks.divergence=null"]
+    ended = train(tmp_path, *job, f"trainer.precision={precision}", "run_dir=run")
+    assert ended.code == 0, ended.err
+    opened = open_run(tmp_path / "run", "last")
+    batches = list(opened.datamodule.val_dataloader())
+    with torch.no_grad():
+        logits = torch.cat([opened.module(batch["images"])[0].double() for batch in batches])
+    labels = torch.cat([batch["labels"] for batch in batches])
+    assert len(labels) > 256
+    expected = {
+        "val/loss": F.cross_entropy(logits, labels).item(),
+        "val/accuracy": (logits.argmax(-1) == labels).double().mean().item(),
+    }
+    for tag, value in expected.items():
+        (found,) = scalars(tmp_path / "run", tag).values()
+        assert found == pytest.approx(value, rel=1e-2), tag
+    (training,) = scalars(tmp_path / "run", "train/loss").values()
+    assert training == pytest.approx(expected["val/loss"], rel=0.1), "other images, but the same untrained weights"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
