@@ -10,9 +10,11 @@ from torch._dynamo.testing import CompileCounter
 
 from core.errors import ConfigError
 from lightning_modules.initialization import initialize
-from lightning_modules.transformer import Block, Transformer
+from lightning_modules.transformer import Transformer
+from lightning_modules.trunk import Block, Trunk
 from spannorm import PLACEMENTS
 from tests.support import reference
+from tests.support.images import make_images_model
 from tests.support.models import VOCAB_SIZE, tiny_config, tokens
 from tests.support.placements import norms_of, through
 from tests.support.schemes import (
@@ -32,19 +34,24 @@ ffns = pytest.mark.parametrize("ffn", ["dense", "moe"])
 norms = pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
 
 
+def randomize(model: nn.Module) -> None:
+    """Give it random gains, biases and gates, so that a norm in the wrong place shows."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(0.5, 1.5) if parameter.dim() == 1 else parameter.normal_(std=0.2)
+
+
 def make_model(name: str, ffn: str, norm: str = "rmsnorm", num_layers: int = 4, **options: Any) -> Transformer:
-    """A model with random gains, biases and gates, so that a norm in the wrong place shows."""
     config = tiny_config(
         placement=name, placement_options=options, ffn=ffn, norm=norm, num_layers=num_layers, num_kv_heads=KV_HEADS
     )
     model = Transformer(config, VOCAB_SIZE)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.uniform_(0.5, 1.5) if parameter.dim() == 1 else parameter.normal_(std=0.2)
+    randomize(model)
     return model
 
 
-def seen_by_equation(block: Block, scheme: Scheme, index: int, total: int) -> At:
+def seen_by_equation(block: Block, scheme: Scheme, index: int, total: int, theta: float | None = THETA) -> At:
+    """The block with attention as language has it: causal, with rotary positions; without theta as images have it."""
     attn, ffn = dict(block.attn.named_parameters()), dict(block.ffn.named_parameters())
     attn_norms, ffn_norms, norms = (norms_of(part) for part in (block.attn, block.ffn, block.placement))
     projection_norms = {letter: attn_norms[f"projection_norms.{letter}"] for letter in scheme.qkv.lower()}
@@ -55,7 +62,15 @@ def seen_by_equation(block: Block, scheme: Scheme, index: int, total: int) -> At
     def attention(x: Tensor) -> Tensor:
         inner = attn_norms["inner_norm"] if scheme.inner else same
         return reference.attention(
-            x, attn, HEADS, KV_HEADS, THETA, projection_norms, per_head=scheme.qkv.isupper(), inner=inner
+            x,
+            attn,
+            HEADS,
+            KV_HEADS,
+            theta,
+            projection_norms,
+            per_head=scheme.qkv.isupper(),
+            inner=inner,
+            causal=theta is not None,
         )
 
     def feed_forward(x: Tensor) -> Tensor:
@@ -67,12 +82,12 @@ def seen_by_equation(block: Block, scheme: Scheme, index: int, total: int) -> At
     return At(index, total, attention, feed_forward, lambda n, x: norms[n](x), parameters.get("gate"), parameters)
 
 
-def from_equations(model: Transformer, scheme: Scheme, h: Tensor) -> Tensor:
+def from_equations(model: Trunk, scheme: Scheme, h: Tensor, theta: float | None = THETA) -> Tensor:
     """What the head reads, for one sequence h [seq, dim]."""
     state: Any = h
     for index, block in enumerate(model.blocks, start=1):
         assert isinstance(block, Block)
-        at = seen_by_equation(block, scheme, index, len(model.blocks))
+        at = seen_by_equation(block, scheme, index, len(model.blocks), theta)
         state = scheme.equation(at, state)
     return scheme.leave(at, state)
 
@@ -96,6 +111,26 @@ def test_the_stack_is_the_equation_and_calls_each_sublayer_once(name: str, ffn: 
     assert not torch.isclose(out, h, rtol=1e-2).all(dim=-1).any()
     expected = torch.stack([from_equations(model, SCHEMES[name], sequence) for sequence in h])
     torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+
+
+@ffns
+@schemes
+def test_the_logits_of_images_are_the_equations_too(name: str, ffn: str) -> None:
+    """From the pixels on: every patch sees all others and the class token, whose vector alone the classes come from."""
+    model = make_images_model(placement=name, ffn=ffn, num_layers=4, num_kv_heads=KV_HEADS)
+    randomize(model)
+    images = 3 * torch.randn(2, 1, 8, 8)
+    logits, _ = model(images)
+    weights = dict(model.named_parameters())
+    for image, found in zip(images, logits, strict=True):
+        patches = [
+            image[0, row : row + 2, column : column + 2].flatten() for row in (0, 2, 4, 6) for column in (0, 2, 4, 6)
+        ]
+        h = torch.stack([weights["class_token"], *(weights["embedding.weight"] @ patch for patch in patches)])
+        out = from_equations(model, SCHEMES[name], h + weights["position"], theta=None)
+        expected = weights["head.weight"] @ out[0]
+        scale = max(1.0, float(expected.detach().abs().max()))
+        torch.testing.assert_close(found, expected, atol=1e-4 * scale, rtol=1e-4)
 
 
 @ffns
@@ -148,9 +183,16 @@ def test_it_has_the_declared_norms_and_default_and_moves_no_sublayer_weight(name
 @norms
 @ffns
 @placements
-def test_gradients_reach_every_parameter(name: str, ffn: str, norm: str) -> None:
-    model = make_model(name, ffn, norm)
-    model(tokens(4, SEQ))[0].square().mean().backward()
+@pytest.mark.parametrize("of_images", [False, True], ids=["language", "images"])
+def test_gradients_reach_every_parameter(name: str, ffn: str, norm: str, of_images: bool) -> None:
+    if of_images:
+        model: Trunk = make_images_model(placement=name, ffn=ffn, norm=norm, num_layers=4)
+        randomize(model)
+        logits, _ = model(torch.randn(4, 1, 8, 8))
+    else:
+        model = make_model(name, ffn, norm)
+        logits, _ = model(tokens(4, SEQ))
+    logits.square().mean().backward()
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None, key
         assert parameter.grad.abs().sum() > 0, key
