@@ -24,6 +24,14 @@ def require_path(field: str, value: object, what: str = "the path of a folder") 
     require(not long, field, value, f"{what}: a name in it has more than {NAME_BYTES} bytes, or all of it {PATH_BYTES}")
 
 
+def behind_link(path: Path) -> Path:
+    """Return where a link leads, whether anything is there or not; a path that is no link as it is.
+
+    A folder that is made elsewhere and moved to its place cannot take the place of a link.
+    """
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
 def require_new_folder(field: str, path: Path) -> None:
     """Refuse a folder that is there already, or that could not be made; nothing is left of the attempt.
 
@@ -32,7 +40,7 @@ def require_new_folder(field: str, path: Path) -> None:
     """
     require_path(field, path)
     with writing(field, path):
-        require(not path.exists(), field, str(path), "a new folder: this one is there already")
+        require(not os.path.lexists(path), field, str(path), "a new folder: this one is there already")
         nearest = next(folder for folder in path.absolute().parents if folder.exists())
         with tempfile.TemporaryDirectory(dir=nearest):
             pass

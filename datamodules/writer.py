@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, TextIO
 import numpy as np
 import numpy.typing as npt
 
+from core.paths import behind_link
 from core.untrusted import read_json
 from datamodules.index import HEADER_BYTES, INDEX_BYTES, SPLITS, ArrayFile, Count, Index, SplitIndex
 from datamodules.shards import sha256_of
@@ -243,6 +244,7 @@ def write_corpus(
         description: what else the index should hold (tokenizer, vocab_size, source, ...).
         shard_tokens: length of a shard.
     """
+    folder = behind_link(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     remove_left_over(folder)
     with _own_scratch(folder) as scratch:

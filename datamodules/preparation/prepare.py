@@ -20,6 +20,7 @@ from typing import Any, Literal, TextIO
 import numpy as np
 
 from core.errors import ConfigError, InvalidValue, require, writing
+from core.paths import behind_link
 from core.untrusted import Untrusted, read_json
 from datamodules.expression import MAX_LOSS, SAID_LOSS, describe_loss
 from datamodules.index import SPLITS, Index
@@ -121,7 +122,7 @@ def prepare(config: PrepareConfig, report: Report = lambda *_: None, say: Say = 
         "inputs_sha256": _sha256(found),
         "given_tokenizer_sha256": sha256(given).hexdigest() if given is not None else None,
     }
-    output = Path(config.output)
+    output = behind_link(Path(config.output))
     with writing("output", output):
         is_there = (output / "index.json").exists()
     if is_there:
@@ -133,7 +134,8 @@ def prepare(config: PrepareConfig, report: Report = lambda *_: None, say: Say = 
         _tell_again(index, inputs, say)
         return index
     valid = "a new folder, or one with a prepared corpus"
-    require(not output.exists() or (output.is_dir() and not any(output.iterdir())), "output", str(output), valid)
+    free = not os.path.lexists(output) or (output.is_dir() and not any(output.iterdir()))
+    require(free, "output", config.output, valid)
     with writing("output", output), _scratch(output, made) as scratch:
         tokenizer, content = _tokenizer(config, inputs, given, scratch)
         writer = CorpusWriter(scratch, _describe(config, tokenizer, content, made), config.shard_tokens)

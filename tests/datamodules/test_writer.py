@@ -46,6 +46,14 @@ def test_the_files_are_what_the_index_says(tmp_path: Path, shard_tokens: int) ->
             assert hashlib.sha256(content).hexdigest() == file["sha256"]
 
 
+def test_it_is_made_where_a_link_leads(tmp_path: Path) -> None:
+    (tmp_path / "data").symlink_to(tmp_path / "disk/corpus")
+    write_corpus(tmp_path / "data", documents(), 256, DESCRIPTION)
+    assert (tmp_path / "data").is_symlink()
+    assert (tmp_path / "disk/corpus/index.json").is_file()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["corpus"]
+
+
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(257, "uint16"), (65536, "uint16"), (65537, "uint32")])
 def test_token_ids_are_as_wide_as_the_vocabulary_needs(tmp_path: Path, vocab_size: int, dtype: str) -> None:
     tokens = np.array([vocab_size - 1], np.uint32)

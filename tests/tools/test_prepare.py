@@ -223,6 +223,29 @@ def test_a_mistake_is_one_clear_line_and_nothing_is_written(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_corpus_is_made_where_a_link_leads(jsonl: Path, tmp_path: Path, there: bool) -> None:
+    """To an empty folder, and to nothing yet."""
+    (tmp_path / "disk").mkdir()
+    if there:
+        (tmp_path / "disk/corpus").mkdir()
+    (tmp_path / "link").symlink_to("disk/corpus")
+    prepare(f"input={jsonl}", f"output={tmp_path}/link", "text_field=body")
+    prepare(f"input={jsonl}", f"output={tmp_path}/plain", "text_field=body")
+    assert (tmp_path / "link").is_symlink()
+    assert contents(tmp_path / "disk/corpus") == contents(tmp_path / "plain")
+
+
+def test_links_in_a_circle_are_refused_before_anything_is_read(
+    jsonl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "one").symlink_to("two")
+    (tmp_path / "two").symlink_to("one")
+    said = message(capsys, f"input={jsonl}", f"output={tmp_path}/one", "text_field=body")
+    assert "output=" in said
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
+
+
 def test_a_corpus_that_is_there_stays(jsonl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [f"input={jsonl}", "text_field=body", f"output={tmp_path}/out", "processes=1"]
     prepare(*arguments)
