@@ -1,13 +1,13 @@
 """A corpus of some 60 million tokens without a network: the Python packages that the tests need."""
 
-import fcntl
 import hashlib
 from functools import cached_property
 from pathlib import Path
 
-from core.errors import require, writing
+from core.errors import require
 from datamodules.package_documents import PACKAGES, package_versions
-from datamodules.preparation.prepare import PrepareConfig, prepare
+from datamodules.preparation.once import prepare_once
+from datamodules.preparation.prepare import PrepareConfig
 from datamodules.storage import LocalFolder, read_index
 from datamodules.token_datamodule import TokenDataModule
 from datamodules.tokenizers import Tokenizer, read_tokenizer
@@ -66,12 +66,7 @@ class PythonPackages(TokenDataModule):
             ConfigError: the folder cannot be written to.
             CorpusError: a package is not installed.
         """
-        with writing("data.root", self.root):
-            self.root.mkdir(parents=True, exist_ok=True)
-            with (self.root / f".{self.folder.name}.lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # a run that starts meanwhile waits for the same corpus
-                if not (self.folder / "index.json").exists():
-                    print(f"Preparing {self.folder}: 220 MB of text, some minutes, once", flush=True)
-                    prepare(PrepareConfig(PACKAGES, str(self.folder), f"bpe:{VOCAB_SIZE}"))
+        said = f"Preparing {self.folder}: 220 MB of text, some minutes, once"
+        prepare_once(PrepareConfig(PACKAGES, str(self.folder), f"bpe:{VOCAB_SIZE}"), said)
         found = read_index(LocalFolder(self.folder)).vocab_size
         require(found == VOCAB_SIZE, "data.root", str(self.root), f"a corpus of {VOCAB_SIZE} tokens; this has {found}")

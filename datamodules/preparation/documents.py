@@ -21,6 +21,7 @@ from datamodules.stdlib_documents import library_documents
 
 PIECE_BYTES = 1 << 20  # longer documents come in pieces, so that no file has to fit into memory
 LONGEST_CHARACTER = 4  # bytes, in UTF-8
+OR_TEXT = " (format=text takes JSON for plain text)"
 DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)  # archives raise any of them
 
 
@@ -145,7 +146,7 @@ class Inputs:
             where = f"{path}, line {number}"
             self.bounds.check_record(len(line), where, "a line of JSON")
             if line.strip():
-                yield self._text_of(_parse(line, where, "this line"), where)
+                yield self._text_of(_parse(line, where, "this line"), where, OR_TEXT)
 
     def _from_document(self, file: BinaryIO, path: Path) -> Iterator[bytes | None]:
         """Yield the elements of a list, or the one object that there is."""
@@ -153,18 +154,18 @@ class Inputs:
         self.bounds.check_record(len(text), str(path), "a JSON document that is not in lines")
         content = _parse(text, str(path), "the file")
         if not isinstance(content, list):
-            yield self._text_of(content, str(path))
+            yield self._text_of(content, str(path), OR_TEXT)
             return
         for number, element in enumerate(content, start=1):
-            yield self._text_of(element, f"{path}, element {number}")
+            yield self._text_of(element, f"{path}, element {number}", OR_TEXT)
 
-    def _text_of(self, content: Any, where: str) -> bytes | None:
+    def _text_of(self, content: Any, where: str, remedy: str = "") -> bytes | None:
         """Return the text of a record; None: it is null."""
         text = content.get(self.text_field, self) if isinstance(content, dict) else self
         if text is None:
             return None
         if not isinstance(text, str):
-            valid = f"a field with text; {where} {_fields(content, text)} (format=text takes JSON for plain text)"
+            valid = f"a field with text; {where} {_fields(content, text)}{remedy}"
             raise ConfigError("text_field", self.text_field, valid)
         return text.encode("utf-8", "surrogatepass")
 

@@ -60,6 +60,7 @@ class PrepareConfig:
         end_of_document: the token that closes documents; null: the folder's eos_token, or a usual one.
         processes: the number of processes; null: one a core.
         shard_tokens: the number of tokens in a shard.
+        max_text_mb: read no further than the document with which so much text has been read, in 10^6 bytes; null: all.
         max_lost: the share of the text that may be missing in the tokens.
         max_record_mb: the largest line of JSON, JSON document or cell of a table, in 10^6 bytes.
         max_expansion: at most how many times its size a compressed file or a table may become.
@@ -75,6 +76,7 @@ class PrepareConfig:
     end_of_document: str | None = None
     processes: int | None = None
     shard_tokens: int = SHARD_TOKENS
+    max_text_mb: int | None = None
     max_lost: float = MAX_LOSS
     max_record_mb: int = 64
     max_expansion: int = 200
@@ -88,6 +90,8 @@ class PrepareConfig:
         require(
             self.shard_tokens > 0 and self.shard_tokens % PAGE_TOKENS == 0, "shard_tokens", self.shard_tokens, valid
         )
+        most = 1 if self.max_text_mb is None else self.max_text_mb
+        require(1 <= most <= 10**9, "max_text_mb", self.max_text_mb, "an integer in [1, 10^9], or null")
         require(self.separator != "", "separator", self.separator, "text, or null")
         require(self.format in FORMATS, "format", self.format, f"one of {', '.join(FORMATS)}")
         require(0 <= self.max_lost <= 1, "max_lost", self.max_lost, "a number in [0, 1]")
@@ -183,7 +187,7 @@ def _changed(index: Index, made: dict[str, Any], inputs: Inputs) -> str | None:
     before, now = there.get("settings"), made["settings"]
     if not isinstance(before, dict):
         return "its index does not say how"
-    before = {"format": "auto", **before}  # which indexes of old do not have
+    before = {"format": "auto", "max_text_mb": None, **before}  # which indexes of old do not have
     for name in now:
         if before.get(name) != now[name]:
             return f"with {name}={before.get(name)!r}"
@@ -305,7 +309,7 @@ def _tokenizer(
     if path.exists():
         given = path.read_bytes()
     elif config.tokenizer.startswith("bpe:"):
-        training = (piece.text for piece in _split_pieces(inputs, config.validation) if piece.split == "train")
+        training = (piece.text for piece in _split_pieces(inputs, config) if piece.split == "train")
         given = train_bpe(training, wanted_size(config.tokenizer))
     tokenizer = make_tokenizer(given, config.tokenizer, config.end_of_document)
     if given is not None and not path.exists():
@@ -335,15 +339,18 @@ def _source(given: str) -> str:
     return SOURCE if given == STDLIB else given
 
 
-def _split_pieces(inputs: Inputs, validation: float, tally: Tally | None = None) -> Iterator[SplitPiece]:
+def _split_pieces(inputs: Inputs, config: PrepareConfig, tally: Tally | None = None) -> Iterator[SplitPiece]:
     """Yield (split, piece): all pieces of a document go where its first one does."""
-    split = None
+    split, num_bytes = None, 0
     for piece in inputs.pieces(tally):
         begins = split is None
-        split = split or piece.split or split_of(piece.text if piece.key is None else piece.key, validation)
+        split = split or piece.split or split_of(piece.text if piece.key is None else piece.key, config.validation)
         yield SplitPiece(split, piece.text, piece.ends, begins)
+        num_bytes += len(piece.text)
         if piece.ends:
             split = None
+            if config.max_text_mb is not None and num_bytes >= config.max_text_mb * 10**6:
+                return
 
 
 def _write(
@@ -351,8 +358,11 @@ def _write(
 ) -> tuple[Tally, Counter[str]]:
     """Write all tokens; returns what was read, and which characters were lost."""
     tally, characters, said = Tally(), Counter[str](), False
-    pieces = _split_pieces(inputs, config.validation, tally)
+    pieces = _split_pieces(inputs, config, tally)
     done, total = writer.pieces, inputs.num_bytes
+    if config.max_text_mb is not None:
+        most = config.max_text_mb * 10**6
+        total = most if total is None else min(total, most)
     for piece in islice(pieces, done):
         report(len(piece.text), piece.ends, total)
     saved = -math.inf

@@ -241,6 +241,7 @@ WAYS: list[tuple[str, Way]] = [
     (r"python train\.py .*(trainer=(ddp|fsdp|slurm)|trainer\.devices=)", composes("tests/distributed runs several")),
     (r"python train\.py .*\w+://", composes("needs a network; tests/datamodules reads such a corpus")),
     (r"python train\.py .*data=hf_images", composes("needs a network; tests/datamodules/images reads such a dataset")),
+    (r"python train\.py .*data=hf\b", composes("needs a network; tests/datamodules/test_hub_text.py reads a folder")),
     (r"python CHECKOUT/train\.py ", composes("tests/test_own_pieces.py starts it from elsewhere")),
     (r"PYTHONPATH=CHECKOUT ", parses("tests/test_own_pieces.py starts it from elsewhere")),
     (r"python train\.py .*schedule=wsd", composes("two steps have no room for its decay; test_optim.py trains it")),

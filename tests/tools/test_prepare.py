@@ -94,6 +94,19 @@ def test_the_number_of_processes_changes_nothing(jsonl: Path, tmp_path: Path) ->
     assert (tmp_path / "1/index.json").read_bytes() == (tmp_path / "3/index.json").read_bytes()
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_no_more_text_is_read_than_is_asked_for(processes: int, tmp_path: Path) -> None:
+    """Up to the end of the document with which it is reached: of one larger than a piece, too."""
+    texts = ["a" * 400_000, "b" * 500_000, "c" * 2_500_000, "d" * 10, "e"]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    common = [f"input={tmp_path}/texts.jsonl", "validation=0.5", f"processes={processes}"]
+    for most, count in ((1, 3), (3, 3), (4, 5)):
+        prepare(*common, f"output={tmp_path}/{most}", f"max_text_mb={most}")
+        assert documents(tmp_path / str(most)) == {text.encode() for text in texts[:count]}
+    prepare(*common, f"output={tmp_path}/all")
+    assert contents(tmp_path / "all") == contents(tmp_path / "4")
+
+
 def test_a_bpe_is_trained_and_decodes_what_it_encodes(
     jsonl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -199,6 +212,7 @@ def message(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["validation=2"], ("validation=2.0", "a number in (0, 1)")),
         (["validation=few"], ("validation='few'", "a number")),
         (["validation=1e-9"], ("validation=1e-09", "gives val documents", "separator=...")),
+        (["max_text_mb=0"], ("max_text_mb=0", "an integer in [1, 10^9], or null")),
         (["processes=0"], ("processes=0", "an integer >= 1 or null")),
         (["shard_tokens=1000"], ("shard_tokens=1000", "a multiple of 65536")),
         (["output="], ("output=''", "it has no default")),

@@ -1,0 +1,27 @@
+"""Makes a corpus for a run that needs it, once for all runs and processes."""
+
+import fcntl
+from pathlib import Path
+
+from core.errors import writing
+from datamodules.preparation.prepare import PrepareConfig, prepare
+
+
+def prepare_once(config: PrepareConfig, announcement: str) -> None:
+    """Make a corpus unless it is there; another process that starts meanwhile waits for the same one.
+
+    Args:
+        config: its `output` is the corpus' folder, below the data's root.
+        announcement: printed before, as it takes minutes.
+
+    Raises:
+        ConfigError: by fields of `config`; or `data.root`, which cannot be written to.
+    """
+    folder = Path(config.output)
+    with writing("data.root", folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with (folder.parent / f".{folder.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder / "index.json").exists():
+                print(announcement, flush=True)
+                prepare(config, say=lambda line: print(line, flush=True))
