@@ -2,9 +2,7 @@
 
 import ast
 import inspect
-import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
@@ -75,24 +74,19 @@ def private_uses(path: Path, own: set[str]) -> Iterator[str]:
                 yield ast.unparse(node)
 
 
-WATCHED = """
-import os, subprocess, sys, time
-from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
-from core.compat import stop_watching_launched
-
-launched = subprocess.Popen(["sleep", "100"])
-_ChildProcessObserver(os.getpid(), [launched], sleep_period=1).start()
-launched.kill()
-if sys.argv[1] == "stop":
-    stop_watching_launched()
-time.sleep(2)
-sys.exit(5)
-"""
-
-
-@pytest.mark.parametrize(("way", "code"), [("watch", -signal.SIGKILL), ("stop", 5)])
-def test_lightning_kills_who_launched_a_process_that_failed_unless_it_is_leaving(way: str, code: int) -> None:
-    assert subprocess.run([sys.executable, "-c", WATCHED, way], cwd=ROOT, check=False).returncode == code
+@pytest.mark.parametrize("stopped", [False, True])
+def test_lightning_kills_who_launched_a_process_that_failed_unless_it_is_leaving(stopped: bool) -> None:
+    with subprocess.Popen(["sleep", "100"]) as launcher, subprocess.Popen(["sleep", "100"]) as launched:
+        observer = _ChildProcessObserver(launcher.pid, [launched], sleep_period=0.2)  # type: ignore[arg-type]
+        observer.start()
+        if stopped:
+            compat.stop_watching_launched()
+        launched.kill()
+        launched.wait()
+        observer.join(30)
+        assert launcher.poll() is None or not stopped
+        launcher.kill() if stopped else launcher.wait(30)
+    assert not observer.is_alive()
 
 
 def test_no_other_module_uses_what_is_not_public() -> None:

@@ -75,7 +75,7 @@ def assert_same(ours: Path, theirs: Path) -> None:
     assert read(ours) == read(theirs)
 
 
-@pytest.mark.parametrize("place", ["checkpoint", "rotation", "shards", "end", "summary"])
+@pytest.mark.parametrize("place", ["checkpoint", "shards", "summary"])
 def test_a_killed_run_goes_on(
     processes: Processes, uninterrupted: tuple[Path, dict[str, int]], tmp_path: Path, place: str
 ) -> None:
