@@ -11,7 +11,7 @@ from pathlib import Path
 from core.errors import ConfigError, require
 from core.paths import require_path
 from datamodules.preparation.bpe import find_tokenizer, make_tokenizer, wanted_size
-from datamodules.preparation.inputs import HUB, fingerprint
+from datamodules.preparation.inputs import HUB
 from datamodules.preparation.once import prepare_once
 from datamodules.preparation.prepare import PrepareConfig
 from datamodules.token_datamodule import TokenDataModule
@@ -62,10 +62,7 @@ class HubText(TokenDataModule):
         require(bool(name.strip(":")) and "," not in name, "data.name", name, valid)
         with _as_data_fields(name):
             made = PrepareConfig(f"{HUB}{name}", root, tokenizer, text_field, max_text_mb=max_text_mb)
-            local = None if tokenizer.startswith(("bpe:", "hf:")) else find_tokenizer(tokenizer)
-        # Of files here, what they hold now: others make another corpus. What the hub holds, only reading it tells.
-        content = fingerprint([made.input]), hashlib.sha256(local or b"").hexdigest()
-        settings = repr((made.input, tokenizer, text_field, max_text_mb, content))
+        settings = repr((name, tokenizer, text_field, max_text_mb))
         words = re.sub(r"[^\w.-]+", "-", f"{name} {tokenizer}").strip("-.")[-LONGEST_NAME:]
         folder = Path(root) / f"{words}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
         self.dataset, self.preparation = name, replace(made, output=str(folder))
@@ -98,13 +95,16 @@ class HubText(TokenDataModule):
         """Read the dataset and write the corpus, unless that is there.
 
         Raises:
-            ConfigError: the dataset cannot be read, has no such field, or too little text; or the folder cannot be
-                written to.
+            ConfigError: the dataset cannot be read, has no such field, or too little text; it is a folder whose files
+                have changed since; or the corpus' folder cannot be written to.
         """
         most = self.preparation.max_text_mb
         amount = "all" if most is None else f"the first {most} MB"
         with _as_data_fields(self.dataset):
-            prepare_once(self.preparation, f"Preparing {self.folder}: {amount} of {self.dataset}, once")
+            is_here = Path(self.dataset.partition(":")[0]).is_dir()
+            prepare_once(
+                self.preparation, f"Preparing {self.folder}: {amount} of {self.dataset}, once", compare=is_here
+            )
         found = self.index.vocab_size
         valid = f"a tokenizer of at most {found} tokens: the text has no more pairs"
         require(found == self.vocab_size, "data.tokenizer", self.preparation.tokenizer, valid)

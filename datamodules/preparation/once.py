@@ -7,12 +7,13 @@ from core.errors import writing
 from datamodules.preparation.prepare import PrepareConfig, prepare
 
 
-def prepare_once(config: PrepareConfig, announcement: str) -> None:
+def prepare_once(config: PrepareConfig, announcement: str, compare: bool = False) -> None:
     """Make a corpus unless it is there; another process that starts meanwhile waits for the same one.
 
     Args:
         config: its `output` is the corpus' folder, below the data's root.
         announcement: printed before, as it takes minutes.
+        compare: hold a corpus that is there against its input, which is on this machine.
 
     Raises:
         ConfigError: by fields of `config`; or `data.root`, which cannot be written to.
@@ -25,3 +26,5 @@ def prepare_once(config: PrepareConfig, announcement: str) -> None:
             if not (folder / "index.json").exists():
                 print(announcement, flush=True)
                 prepare(config, say=lambda line: print(line, flush=True))
+            elif compare:
+                prepare(config)

@@ -68,24 +68,33 @@ def test_the_first_texts_are_read_as_far_as_is_said(texts: list[str]) -> None:
         assert sorted(texts_of(data)) == sorted(texts[:count])
 
 
-def test_it_is_prepared_once_and_anew_when_files_are_others(
-    texts: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_is_prepared_once_for_the_same_settings(texts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     first = make(tokenizer="bpe:300", max_text_mb=1)
     assert first.vocab_size == 300
     first.prepare_data()
     assert capsys.readouterr().out == f"Preparing {first.folder}: the first 1 MB of hub, once\n"
-    with monkeypatch.context() as patch:
-        patch.setattr(once, "prepare", None)
-        again = make(tokenizer="bpe:300", max_text_mb=1)
-        again.prepare_data()
+    again = make(tokenizer="bpe:300", max_text_mb=1)
+    again.prepare_data()
+    assert capsys.readouterr().out == ""
     assert again.index.digest == first.index.digest
-    write(["x" * 100, *texts])
-    changed = make(tokenizer="bpe:300", max_text_mb=1)
-    changed.prepare_data()
-    assert changed.index.digest != first.index.digest
     others = (make(tokenizer="bpe:300"), make(max_text_mb=1), make(tokenizer="bpe:301", max_text_mb=1))
-    assert len({data.folder for data in (first, changed, *others)}) == 5
+    assert len({data.folder for data in (first, *others)}) == 4
+
+
+def test_files_that_have_changed_are_no_longer_what_the_corpus_was_made_of(
+    texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they are gone the corpus serves, as does that of a dataset on the hub."""
+    make().prepare_data()
+    made = make().index.digest
+    write(["x" * 100, *texts])
+    with pytest.raises(ConfigError, match=r"^data\.root='data/hub-byte-.*from other inputs"):
+        make().prepare_data()
+    Path("hub").rename("elsewhere")
+    monkeypatch.setattr(once, "prepare", None)
+    again = make()
+    again.prepare_data()
+    assert again.index.digest == made
 
 
 @pytest.mark.parametrize(
