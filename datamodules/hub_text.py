@@ -95,16 +95,15 @@ class HubText(TokenDataModule):
         """Read the dataset and write the corpus, unless that is there.
 
         Raises:
-            ConfigError: the dataset cannot be read, has no such field, or too little text; it is a folder whose files
-                have changed since; or the corpus' folder cannot be written to.
+            ConfigError: the dataset cannot be read, has no such field, or too little text; its files, or the
+                tokenizer's, are here and have changed since; or the corpus' folder cannot be written to.
         """
         most = self.preparation.max_text_mb
         amount = "all" if most is None else f"the first {most} MB"
         with _as_data_fields(self.dataset):
-            is_here = Path(self.dataset.partition(":")[0]).is_dir()
-            prepare_once(
-                self.preparation, f"Preparing {self.folder}: {amount} of {self.dataset}, once", compare=is_here
-            )
+            # What the hub holds, only reading it tells.
+            is_here = Path(self.dataset.partition(":")[0]).is_dir() or Path(self.preparation.tokenizer).exists()
+            prepare_once(self.preparation, f"Preparing {self.folder}: {amount} of {self.dataset}, once", is_here)
         found = self.index.vocab_size
         valid = f"a tokenizer of at most {found} tokens: the text has no more pairs"
         require(found == self.vocab_size, "data.tokenizer", self.preparation.tokenizer, valid)
