@@ -16,6 +16,9 @@ class Task:
         counted: what the length and the speed of a run are counted in, as a model's `count` does: `train/COUNTED` and
             `train/COUNTED_per_second` are the scalars.
         position: what the blocks take one vector for.
+        predicted: what the model is asked for, in words.
+        sample: what a batch has several of.
+        documents: what held-out figures are of that does not depend on each other, and intervals are drawn over.
         predicts_next: whether it is the next token of a text that is predicted: then the model can write one, and bits
             per byte, counted pairs and the instruments of a text say something of it.
         figures: what is measured of held-out data beside the loss, as val/FIGURE; summaries, records and the reports on
@@ -26,12 +29,17 @@ class Task:
     loss_unit: str
     counted: str
     position: str
+    predicted: str = "something of its own"
+    sample: str = "sequence"
+    documents: str = "documents"
     predicts_next: bool = False
     figures: tuple[str, ...] = ()
     main: str = LOSS
 
 
-OF_LANGUAGE = Task(NATS_PER_TOKEN, counted="tokens", position="token", predicts_next=True)
+OF_LANGUAGE = Task(
+    NATS_PER_TOKEN, counted="tokens", position="token", predicted="the next token of a text", predicts_next=True
+)
 
 
 def task_of(module: Any) -> Task:

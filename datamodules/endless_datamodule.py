@@ -77,6 +77,11 @@ class EndlessDataModule(L.LightningDataModule):
         """
 
     @property
+    def encoding(self) -> dict[str, Any]:
+        """Return what numbers in a batch stand for, by name; where two agree on it, a model of one reads the other."""
+        return {}
+
+    @property
     def num_val_batches(self) -> int:
         return min(self.val_batches, self.num_val_samples // self.batch_size)
 

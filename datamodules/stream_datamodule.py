@@ -7,7 +7,7 @@ from core.errors import require
 from core.limits import require_at_most
 from datamodules.endless_datamodule import EndlessDataModule
 from datamodules.tokenizer_folder import check_tokenizer
-from datamodules.tokenizers import NumberTokenizer, Tokenizer
+from datamodules.tokenizers import NumberTokenizer, Tokenizer, Vocabulary
 
 MAX_SEQ_LEN = 2**24
 MAX_BATCH_TOKENS = 2**28  # of a batch's sequences together, over all processes
@@ -45,6 +45,11 @@ class StreamDataModule(EndlessDataModule):
     @property
     def tokenizer(self) -> Tokenizer:
         return NumberTokenizer(self.vocab_size)
+
+    @property
+    def encoding(self) -> dict[str, Any]:
+        tokenizer = self.tokenizer
+        return {"tokens": Vocabulary(tokenizer.name, getattr(tokenizer, "content", None), self.vocab_size)}
 
     def check_source(self, source: str) -> None:
         check_tokenizer(source, self.tokenizer)

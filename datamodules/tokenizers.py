@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from hashlib import sha256
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +42,23 @@ class Tokenizer(Protocol):
     def decode(self, tokens: list[int]) -> str:
         """Return the text of ids: a document's end is a form feed, what is no valid text the replacement character."""
         ...
+
+
+class Vocabulary(NamedTuple):
+    """Says what token ids stand for, to be held against another; in words it is its name.
+
+    Attributes:
+        name: of the tokenizer.
+        content: of its file; None: the name says all.
+        size: number of tokens.
+    """
+
+    name: str
+    content: Any
+    size: int
+
+    def __str__(self) -> str:
+        return self.name
 
 
 class ByteTokenizer:

@@ -31,7 +31,9 @@ class MaskedLanguageModule(LanguageModule):
     """
 
     extra_tokens: ClassVar[int] = 1
-    task: ClassVar[Task] = Task(NATS_PER_TOKEN, counted="tokens", position="token")
+    task: ClassVar[Task] = Task(
+        NATS_PER_TOKEN, counted="tokens", position="token", predicted="tokens that are taken out of a text"
+    )
     model: MaskedTransformer | None
 
     def __init__(self, model: dict[str, Any], optim: dict[str, Any], vocab_size: int, mask_rate: float = 0.15) -> None:

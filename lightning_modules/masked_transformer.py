@@ -9,8 +9,8 @@ from torch import Tensor
 
 from core.errors import require
 from lightning_modules.config import ModelConfig
-from lightning_modules.transformer import Transformer
-from lightning_modules.trunk import Batch, Block
+from lightning_modules.transformer import Transformer, at_places
+from lightning_modules.trunk import Asked, Batch, Block
 
 PARTS = 10
 MASKED, REPLACED = 8, 1
@@ -85,8 +85,17 @@ class MaskedTransformer(Transformer):
         shown = torch.where((part >= MASKED) & (part < MASKED + REPLACED), anything, shown)
         return Masked(tokens.scatter(1, at, shown), at, targets)
 
-    def observe(self, batch: Batch) -> None:
-        self(self.mask(batch["tokens"][:, :-1]).tokens, logits_to_keep=1)
+    def tokens(self, batch: Batch) -> Tensor:
+        """Return what the model reads, as validation has it: with the tokens taken out that step 0 takes out."""
+        return self.mask(super().tokens(batch)).tokens
+
+    def asked(self, batch: Batch) -> Asked:
+        """Return the tokens that are taken out at step 0."""
+        masked = self.mask(super().tokens(batch))
+        return Asked(masked.targets, masked.at)
+
+    def read(self, state: Tensor, batch: Batch) -> Tensor:
+        return at_places(state, self.asked(batch).at)
 
     def loss(self, batch: Batch, chunked: bool = False) -> Tensor:
         """Return the mean cross-entropy of the tokens that are taken out at step 0, in nats."""

@@ -16,7 +16,7 @@ from lightning_modules.layers.document_mask import Mask, document_mask
 from lightning_modules.layers.kv_cache import KVCache
 from lightning_modules.layers.rope import Rope, at_positions, rope_tables
 from lightning_modules.layers.router import RouterStats
-from lightning_modules.trunk import Batch, Block, Count, Trunk
+from lightning_modules.trunk import Asked, Batch, Block, Count, Entry, Trunk
 from spannorm import Matrix
 
 EXAMPLE_VOCABULARY = 256
@@ -84,7 +84,7 @@ class Transformer(Trunk):
         require(cache is None or self.config.causal, "model.causal", self.config.causal, valid)
         state, router_stats = self.states(tokens, positions, cache)
         if at is not None:
-            state = state.gather(1, at[..., None].expand(-1, -1, state.size(-1)))
+            state = at_places(state, at)
         return self.read_out(state, targets, logits_to_keep), router_stats
 
     def states(
@@ -132,7 +132,7 @@ class Transformer(Trunk):
         return {"tokens": batch["tokens"][:samples, : None if positions is None else positions + 1]}
 
     def observe(self, batch: Batch) -> None:
-        self(batch["tokens"][:, :-1], logits_to_keep=1)  # nobody looks at them
+        self(self.tokens(batch), logits_to_keep=1)  # nobody looks at them
 
     def loss(self, batch: Batch, chunked: bool = False) -> Tensor:
         """Return the mean cross-entropy of the following tokens, in nats; documents packed into one are one text."""
@@ -143,6 +143,29 @@ class Transformer(Trunk):
             return mean
         logits, _ = self(inputs)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def tokens(self, batch: Batch) -> Tensor:
+        return batch["tokens"][:, :-1]
+
+    def entry(self, batch: Batch) -> Entry:
+        tokens = self.tokens(batch)
+        return Entry(self.embedding(tokens), *self.surroundings(tokens, batch.get("positions")))
+
+    def asked(self, batch: Batch) -> Asked:
+        """Return the token that follows each."""
+        targets = batch["tokens"][:, 1:]
+        return Asked(targets, torch.arange(targets.size(1), device=targets.device).expand_as(targets))
+
+    def read(self, state: Tensor, batch: Batch) -> Tensor:
+        return state
+
+    def logits(self, read: Tensor) -> Tensor:
+        logits: Tensor = self.read_out(read)
+        return logits
+
+    def losses(self, read: Tensor, targets: Tensor) -> Tensor:
+        by_token: Tensor = self.read_out(read, targets).by_token
+        return by_token.view_as(targets)
 
     def example(self, samples: int, positions: int, generator: torch.Generator | None = None) -> Batch:
         most = min(self.embedding.num_embeddings, EXAMPLE_VOCABULARY)
@@ -160,3 +183,8 @@ class Transformer(Trunk):
 
     def num_looked_up(self) -> int:
         return 0 if self.config.tie_embeddings else self.embedding.weight.numel()
+
+
+def at_places(state: Tensor, at: Tensor) -> Tensor:
+    """Return the vectors of state [batch, seq, dim] at these positions, int64 [batch, chosen]: [batch, chosen, dim]."""
+    return state.gather(1, at[..., None].expand(-1, -1, state.size(-1)))

@@ -43,6 +43,32 @@ class Count(NamedTuple):
     units: int
 
 
+class Entry(NamedTuple):
+    """Holds what the blocks take of a batch; the arguments of `Trunk.through_blocks`.
+
+    Attributes:
+        stream: the embedding output, [batch, positions, dim].
+        rope: of the positions; None: attention does not rotate.
+        mask: who may look at whom; None: as `model.causal` says.
+    """
+
+    stream: Tensor
+    rope: Rope | None
+    mask: Mask | None = None
+
+
+class Asked(NamedTuple):
+    """Says what a batch asks of a model: a target at each of some positions.
+
+    Attributes:
+        targets: int64 [batch, asked], what is to be predicted: tokens, or the class of an image.
+        at: int64 [batch, asked], the position of each; of an image, which is asked for as a whole, the first.
+    """
+
+    targets: Tensor
+    at: Tensor
+
+
 class Block(nn.Module):
     """One placement around one attention and one FFN.
 
@@ -133,11 +159,16 @@ class Trunk(nn.Module):
         output_multiplier: on what the head reads; not 1 only under width scaling.
         branch_multiplier: on what each attention and FFN puts out; not 1 only under depth scaling.
 
+    Attributes:
+        blocks: in order.
+        head: whose rows are what there is to choose from: tokens, or classes.
+
     Raises:
         ConfigError: a name that is in no registry, or an option that its scheme does not have.
     """
 
     blocks: nn.ModuleList
+    head: nn.Linear
 
     def __init__(self, config: ModelConfig, output_multiplier: float = 1.0, branch_multiplier: float = 1.0) -> None:
         super().__init__()
@@ -216,6 +247,35 @@ class Trunk(nn.Module):
             batch: whole, or an excerpt.
             chunked: whether it is to be taken as training takes it of a large vocabulary, a part of the logits at once.
         """
+        raise NotImplementedError
+
+    def entry(self, batch: Batch) -> Entry:
+        """Return what the blocks take of a batch; documents that it keeps apart do not see each other."""
+        raise NotImplementedError
+
+    def asked(self, batch: Batch) -> Asked:
+        """Return what a batch asks, whatever the weights are."""
+        raise NotImplementedError
+
+    def tokens(self, batch: Batch) -> Tensor | None:
+        """Return the token that each position stands for, int64 [batch, positions]; None: they stand for none."""
+        raise NotImplementedError
+
+    def read(self, state: Tensor, batch: Batch) -> Tensor:
+        """Return what the head reads for each target, [batch, asked, dim].
+
+        Args:
+            state: what the last block has returned, or another one of its shape, [batch, positions, dim].
+            batch: which it is of.
+        """
+        raise NotImplementedError
+
+    def logits(self, read: Tensor) -> Tensor:
+        """Return the logits, [..., rows of the head], of what the head reads, [..., dim]."""
+        raise NotImplementedError
+
+    def losses(self, read: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of each target [batch, asked] in nats, fp32, of what the head reads [batch, asked, dim]."""
         raise NotImplementedError
 
     def example(self, samples: int, positions: int, generator: torch.Generator | None = None) -> Batch:

@@ -77,6 +77,9 @@ class VisionModule(TransformerModule):
         "nats per image",
         counted="images",
         position="position",
+        predicted="the class of an image",
+        sample="image",
+        documents="images",
         figures=("accuracy", "calibration_error"),
         main="accuracy",
     )

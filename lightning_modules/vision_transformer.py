@@ -15,7 +15,7 @@ from lightning_modules.layers.ffn import linear
 from lightning_modules.layers.rope import Rope
 from lightning_modules.layers.rope_2d import rope_tables_2d
 from lightning_modules.layers.router import RouterStats
-from lightning_modules.trunk import Batch, Block, Count, Trunk
+from lightning_modules.trunk import Asked, Batch, Block, Count, Entry, Trunk
 from spannorm import Matrix
 
 POSITIONS, POOLS = ("learned", "rope"), ("class_token", "mean")
@@ -151,9 +151,11 @@ class VisionTransformer(Trunk):
 
     def read_out(self, state: Tensor) -> Tensor:
         """Return the logits [batch, classes] of what the last block has returned, [batch, positions, dim]."""
-        pooled = state.mean(dim=1) if self.class_token is None else state[:, 0]
-        logits: Tensor = self.head(pooled * self.output_multiplier)
-        return logits
+        return self.logits(self.pooled(state))
+
+    def pooled(self, state: Tensor) -> Tensor:
+        """Return what the head reads of each image, [batch, dim]."""
+        return state.mean(dim=1) if self.class_token is None else state[:, 0]
 
     def count(self, batch: Batch) -> Count:
         samples = len(batch["images"])
@@ -179,6 +181,28 @@ class VisionTransformer(Trunk):
         """Return the mean cross-entropy of the classes, in nats; there are never so many that it would be chunked."""
         logits, _ = self(batch["images"])
         return F.cross_entropy(logits.float(), batch["labels"])
+
+    def tokens(self, batch: Batch) -> None:
+        return None
+
+    def entry(self, batch: Batch) -> Entry:
+        return Entry(self.embed(batch["images"]), self.rope(batch["images"].device))
+
+    def asked(self, batch: Batch) -> Asked:
+        """Return the class of each image."""
+        labels = batch["labels"][:, None]
+        return Asked(labels, torch.zeros_like(labels))
+
+    def read(self, state: Tensor, batch: Batch) -> Tensor:
+        return self.pooled(state)[:, None]
+
+    def logits(self, read: Tensor) -> Tensor:
+        logits: Tensor = self.head(read * self.output_multiplier)
+        return logits
+
+    def losses(self, read: Tensor, targets: Tensor) -> Tensor:
+        logits = self.logits(read).float()
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
     def example(self, samples: int, positions: int, generator: torch.Generator | None = None) -> Batch:
         """Return images of independent, standard normal pixels."""

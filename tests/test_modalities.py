@@ -2,20 +2,26 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
 
+from analysis.anatomy.layer_drop import LayerDrop
+from analysis.anatomy.text import held_out
 from core.errors import ConfigError
 from core.open_run import open_run
 from lightning_modules.vision_module import VisionModule
 from studies.grid import Planned
-from studies.record import Record, collect
+from studies.record import FINISHED, Record, collect
+from studies.run import with_outcomes
 from tests.support.runs import events, load, scalars, tiny_job, train
-from tools import compare, evaluate, generate, plan, propagation, replay
+from tests.support.tool_runs import byte_run
+from tools import anatomy, compare, evaluate, generate, plan, propagation, replay
 from tools.examination.examine import Chosen, examine
 
 IMAGES = "experiment=vision_spannorm"
@@ -171,10 +177,98 @@ def test_a_plan_counts_images() -> None:
     assert planned.peak > 0
 
 
+def test_instruments_measure_images(run: Path, tmp_path: Path) -> None:
+    """The loss is what the module logs of the same images; each image is a document."""
+    report = tmp_path / "report"
+    anatomy.main([str(run), "tokens=6120", f"output={report}", "measures=layer_drop,expert_share"])
+    content = json.loads((report / "report.json").read_text())
+    assert content["text"]["images"] == 360
+    assert content["text"]["images_by_document"] == [1.0] * 360
+    opened = open_run(run)
+    numbers = np.arange(360)
+    batch = {name: torch.from_numpy(rows) for name, rows in opened.datamodule.samples("val").read(numbers).items()}
+    with torch.no_grad():
+        loss = float(opened.module.compute_loss(batch)[0])
+    found = content["runs"][0]["findings"]
+    assert found["layer_drop"]["scalars"]["loss"] == pytest.approx(loss, rel=1e-4)
+    text = (report / "report.md").read_text()
+    assert "360 images (6,120 positions), of the validation split of " in text
+    assert "Losses are in nats per image. In brackets: 95% intervals by bootstrap over images" in text
+    assert found["expert_share"]["scalars"].keys() == {"busiest_expert"}
+
+
+def test_runs_of_images_stand_side_by_side_where_their_images_are_the_same(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With patches of another number too; never beside those of a text, or of images of another size."""
+    small = [*tiny_job(IMAGES), "model.placement=spannorm"]
+    for name, more in (("mean", ["module.pool=mean"]), ("larger", ["data.image_size=16"])):
+        finished = train(tmp_path, *small, *more, f"run_dir={name}")
+        assert finished.code == 0, finished.err
+    text = byte_run(tmp_path)
+    both = [str(run), str(tmp_path / "mean")]
+    anatomy.main([*both, "tokens=300", "measures=outliers,cross_similarity", f"output={tmp_path / 'report'}"])
+    content = json.loads((tmp_path / "report/report.json").read_text())
+    for each, of_run in zip(content["intervals"]["outliers"].values(), content["runs"], strict=True):
+        kurtosis = of_run["findings"]["outliers"]["scalars"]["kurtosis"]
+        assert each["kurtosis"][0]["value"] == pytest.approx(kurtosis, rel=1e-4)
+    ((_, difference),) = content["differences"]["outliers"].items()
+    values = [of_run["findings"]["outliers"]["scalars"]["kurtosis"] for of_run in content["runs"]]
+    assert difference["kurtosis"][0]["value"] == pytest.approx(values[1] - values[0], rel=1e-3)
+    assert content["runs"][1]["left_out"] == {
+        "cross_similarity": "it makes 16 positions of a sample, the first makes 17"
+    }
+    refusals = {
+        (str(run), str(text)): r"predicts the class of an image, as that of .*; this one's predicts the next token of",
+        (str(text), str(run)): r"predicts the next token of a text, as that of .*; this one's predicts the class of an",
+        (str(run), str(tmp_path / "larger")): r"a run whose image_size are those of .*, 8; this one has 16",
+        (str(run), "data=corpus"): r"data='corpus' is not valid: expected null: a prepared corpus is text, and",
+    }
+    for arguments, message in refusals.items():
+        with pytest.raises(ConfigError, match=message):
+            anatomy.main([*arguments, f"output={tmp_path / 'none'}"])
+
+
+def test_the_anatomy_of_images_and_of_filled_in_tokens_is_kept_while_they_train(tmp_path: Path) -> None:
+    """And is that of the weights of the step; two masks are asked for otherwise."""
+    watched = ["+callbacks=anatomy", "callbacks.anatomy.every_n_steps=2", "callbacks.anatomy.tokens=200"]
+    for name, experiment, more in (
+        ("images", IMAGES, []),
+        ("masked", "experiment=mlm_spannorm", []),
+        ("half", "experiment=mlm_spannorm", ["module.mask_rate=0.5"]),
+    ):
+        finished = train(tmp_path, *tiny_job(experiment), "trainer.max_steps=3", *watched, *more, f"run_dir={name}")
+        assert finished.code == 0, finished.err
+        folder = tmp_path / name
+        assert {path.name for path in (folder / "anatomy/steps").iterdir()} == {"0.json", "2.json", "3.json"}
+        kept = json.loads((folder / "anatomy/steps/3.json").read_text())["findings"]
+        opened = open_run(folder)
+        opened.datamodule.prepare_data()
+        found = LayerDrop()(opened.module.model, held_out(opened.datamodule, opened.module, 200))
+        assert kept["layer_drop"]["scalars"]["loss"] == pytest.approx(found.scalars["loss"], rel=1e-3)
+        assert scalars(folder, "anatomy/loss")[2] == pytest.approx(found.scalars["loss"], rel=1e-3)
+        assert set(kept) == {"layer_drop", "contribution", "similarity", "lens"}
+    anatomy.main([str(tmp_path / "masked"), "tokens=200", f"output={tmp_path / 'report'}", "measures=layer_drop"])
+    assert (tmp_path / "report/steps_drops.png").exists()
+    with pytest.raises(ConfigError, match=r"RUN=.*half' is not valid: .*this one's they ask otherwise"):
+        examine(Chosen((tmp_path / "masked", tmp_path / "half"), ("layer_drop",)))
+
+
+def test_a_study_measures_outcomes_of_images(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    planned = Planned("run", {}, 0, ())
+    names = ("late_drop", "bf16_same", "kind_information")
+    measured = with_outcomes(replace(collect(planned, run), status=FINISHED), run, names)
+    assert capsys.readouterr().err == ""
+    assert measured.outcomes.keys() == set(names)
+    assert measured.outcomes["kind_information"] is None, "of what is no text"
+    _, (found,) = examine(Chosen((run,), ("layer_drop",)))
+    assert measured.outcomes["late_drop"] == pytest.approx(found.findings["layer_drop"].scalars["late_drop"], abs=1e-6)
+    compare.main([str(run), "outcomes=late_drop", f"output={run.parent / 'outcomes.png'}"])
+    assert f"{measured.outcomes['late_drop']:,.4g}" in capsys.readouterr().out
+
+
 def test_what_needs_a_text_says_so(run: Path) -> None:
     valid = r"RUN=.* expected a run whose model predicts the next token"
-    with pytest.raises(ConfigError, match=valid):
-        examine(Chosen((run,), ("layer_drop",)))
     for main, arguments in ((generate.main, ["prompt=x"]), (evaluate.main, [])):
         with pytest.raises(ConfigError, match=valid):
             main([str(run), *arguments])

@@ -1,7 +1,7 @@
 """Take trained models apart: what each block does, what the head says at every depth, how like each other depths are.
 
     python -m tools.anatomy RUN                                             writes RUN/anatomy/report/report.md
-    python -m tools.anatomy RUN1 RUN2 RUN3 output=runs/anatomy              side by side, on the same text
+    python -m tools.anatomy RUN1 RUN2 RUN3 output=runs/anatomy              side by side, on the same data
     python -m tools.anatomy RUN measures=layer_drop,tuned_lens tokens=65536
     python -m tools.anatomy RUN data=data/texts                             of an imported model, say
     python -m tools.anatomy RUN checkpoint=RUN/checkpoints/previous.ckpt,last    two checkpoints of one run
@@ -31,9 +31,11 @@ class AnatomyConfig:
     Attributes:
         runs: run folders, such as runs/dense_prenorm/TIME; the others are compared with the first.
         measures: what is measured; none: all that are not slow. docs/anatomy.md lists them.
-        tokens: measure on so many tokens of held-out text, in whole sequences.
-        data: the folder of a prepared corpus, whose validation split is the text; null: the first run's own.
-        batch_size: take so many sequences at once; null: as many as the first run was trained on.
+        tokens: measure on so many tokens of held-out text, in whole sequences; of images, on so many patches and class
+            tokens of whole ones.
+        data: the folder of a prepared corpus, whose validation split is the text; null: the first run's own. Of images
+            there are no others.
+        batch_size: take so many sequences or images at once; null: as many as the first run was trained on.
         skip: leave a block out by its placement's equation with sublayers that put out zeros, or by passing over it.
         checkpoint: take this one of each run: last, best, or a path; or as many as there are runs, in their order. Of a
             single run several stand side by side as several runs do.

@@ -13,7 +13,7 @@ from analysis.anatomy.findings import Findings
 from analysis.anatomy.measure import Measure
 from analysis.anatomy.passage import Passage
 from analysis.anatomy.text import Tally, Text
-from lightning_modules.transformer import Transformer
+from lightning_modules.trunk import Trunk
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Bfloat16(Measure):
 
     | name | what |
     |---|---|
-    | bf16 | what the loss is more in bfloat16, nats per token |
-    | bf16_kl | KL divergence of its predictions from those in fp32, KL(fp32 || bf16), nats per token |
-    | bf16_same | share of tokens of which both find the same next one the likeliest |
+    | bf16 | what the loss is more in bfloat16, nats per target |
+    | bf16_kl | KL divergence of its predictions from those in fp32, KL(fp32 || bf16), nats per target |
+    | bf16_same | share of targets of which both find the same one the likeliest |
     """
 
     name: ClassVar[str] = "bfloat16"
@@ -35,14 +35,14 @@ class Bfloat16(Measure):
     outcomes: ClassVar[tuple[str, ...]] = ("bf16", "bf16_kl", "bf16_same")
 
     @torch.inference_mode()
-    def __call__(self, model: Transformer, text: Text) -> Findings:
+    def __call__(self, model: Trunk, text: Text) -> Findings:
         narrow = copy.deepcopy(model).bfloat16()
         tally = Tally(text, len(self.outcomes))
         for batch in text:
             exact, rounded = Passage(model, batch), Passage(narrow, batch)
-            states = [each.leave(each.through(each.enter(), each.blocks())) for each in (exact, rounded)]
+            reads = [each.read(each.through(each.enter(), each.blocks())) for each in (exact, rounded)]
             rows = []
-            for first, second, targets in zip(*states, exact.targets, strict=True):  # all logits would be the most
+            for first, second, targets in zip(*reads, exact.targets, strict=True):  # all logits would be the most
                 p = _log_probabilities(model, first)
                 q = _log_probabilities(narrow, second)
                 losses = F.nll_loss(q, targets, reduction="none") - F.nll_loss(p, targets, reduction="none")
@@ -52,11 +52,10 @@ class Bfloat16(Measure):
                 tally.add(row, batch, values)
         sums = dict(zip(self.outcomes, tally.sums[:, None], strict=True))
         return Findings(
-            scalars={name: float(part.sum()) / text.num_tokens for name, part in sums.items()}, by_document=sums
+            scalars={name: float(part.sum()) / text.num_targets for name, part in sums.items()}, by_document=sums
         )
 
 
-def _log_probabilities(model: Transformer, state: Tensor) -> Tensor:
-    """Return [seq, vocab_size] in fp32, of what the head reads of one sequence, [seq, dim]."""
-    logits: Tensor = model.read_out(state[None])[0]
-    return logits.float().log_softmax(-1)
+def _log_probabilities(model: Trunk, read: Tensor) -> Tensor:
+    """Return [asked, rows of the head] in fp32, of what the head reads of one sample, [asked, dim]."""
+    return model.logits(read[None])[0].float().log_softmax(-1)

@@ -24,35 +24,41 @@ class Interval(NamedTuple):
 
 
 class Resampled:
-    """The documents of a text, drawn anew with replacement many times; each figure is taken of the same draws.
+    """The documents of held-out data, drawn anew with replacement many times; each figure is taken of the same draws.
 
-    Documents are what is drawn, as the tokens of one depend on each other; a figure is a sum over documents, over the
-    tokens in them. So models that are measured on the same text are compared pair by pair.
+    Documents are what is drawn, as the tokens of one depend on each other, and images; a figure is a sum over
+    documents, over the tokens in them. So models that are measured on the same data are compared pair by pair.
 
     Args:
-        tokens: number of each document's, [documents].
+        targets: number of each document's, [documents].
     """
 
-    def __init__(self, tokens: Sums) -> None:
-        self.tokens = tokens
-        documents = len(tokens)
+    def __init__(self, targets: Sums) -> None:
+        self.targets = targets
+        documents = len(targets)
         generator = np.random.default_rng(0)
         self.draws = generator.multinomial(documents, np.full(documents, 1 / documents), RESAMPLES).astype(np.float64)
 
-    def intervals(self, sums: Sums) -> list[Interval]:
+    def intervals(self, sums: Sums, counts: Sums | None = None) -> list[Interval]:
         """Return the interval of each figure.
 
         Args:
             sums: of each document, [figures, documents]: analysis.anatomy.findings.Findings.by_document.
+            counts: what they are over, [documents]; None: the targets.
         """
-        values = sums.sum(1) / self.tokens.sum()
-        if len(self.tokens) < FEWEST:
+        counts = self.targets if counts is None else counts
+        values = sums.sum(1) / counts.sum()
+        if len(counts) < FEWEST:
             return [Interval(float(value), math.nan, math.nan) for value in values]
-        drawn = (self.draws @ sums.T) / (self.draws @ self.tokens)[:, None]
+        drawn = (self.draws @ sums.T) / (self.draws @ counts)[:, None]
         tail = 100 * (1 - LEVEL) / 2
         low, high = np.percentile(drawn, [tail, 100 - tail], axis=0)
         return [Interval(*map(float, found)) for found in zip(values, low, high, strict=True)]
 
-    def differences(self, sums: Sums, others: Sums) -> list[Interval]:
+    def differences(
+        self, sums: Sums, others: Sums, counts: Sums | None = None, other_counts: Sums | None = None
+    ) -> list[Interval]:
         """Return the interval of each figure less that of another model, document by document."""
-        return self.intervals(sums - others)
+        if counts is not None and other_counts is not None:
+            others = others * (counts / other_counts)
+        return self.intervals(sums - others, counts)

@@ -10,7 +10,7 @@ from analysis.anatomy.findings import Curve, Findings, Picture
 from analysis.anatomy.measure import Measure
 from analysis.anatomy.passage import Passage
 from analysis.anatomy.text import Text
-from lightning_modules.transformer import Transformer
+from lightning_modules.trunk import Trunk
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Contribution(Measure):
 
     | name | what |
     |---|---|
-    | contribution_by_block | norm of what is added over the skip's, mean over tokens |
+    | contribution_by_block | norm of what is added over the skip's, mean over positions |
     | direction_by_block | cosine of the two: below 0 something is erased, at 0 it is new, above 0 amplified |
 
     As scalars late_contribution is the mean over the later half of the blocks over that of the earlier half.
@@ -34,7 +34,7 @@ class Contribution(Measure):
     outcomes: ClassVar[tuple[str, ...]] = ("late_contribution",)
 
     @torch.inference_mode()
-    def __call__(self, model: Transformer, text: Text) -> Findings:
+    def __call__(self, model: Trunk, text: Text) -> Findings:
         ratios, directions = torch.zeros(len(model.blocks)).double(), torch.zeros(len(model.blocks)).double()
         for batch in text:
             passage = Passage(model, batch)
@@ -45,7 +45,7 @@ class Contribution(Measure):
                 added = block.placement.hidden(state).float() - skip
                 ratios[number] += (added.norm(dim=-1) / skip.norm(dim=-1)).sum().cpu()
                 directions[number] += F.cosine_similarity(added, skip, dim=-1).sum().cpu()
-        ratio, direction = (ratios / text.num_tokens).tolist(), (directions / text.num_tokens).tolist()
+        ratio, direction = (ratios / text.num_positions).tolist(), (directions / text.num_positions).tolist()
         half = len(ratio) // 2
         scalars = {}
         if half:

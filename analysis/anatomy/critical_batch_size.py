@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from analysis.anatomy.findings import Curve, Findings, Picture
-from analysis.anatomy.forward import token_losses
+from analysis.anatomy.forward import target_losses
 from analysis.anatomy.measure import Measure, require_fitting
 from analysis.anatomy.text import Batch, Tally, Text
 from core.checkpoint import load
@@ -20,7 +20,7 @@ from core.open_run import OpenRun
 from core.options import accepts
 from lightning_modules.optim import restore
 from lightning_modules.optimizers import make_optimizer
-from lightning_modules.transformer import Transformer
+from lightning_modules.trunk import Trunk
 
 MIN_STEPS = 8
 """A batch of which a branch has fewer steps is not tried."""
@@ -31,11 +31,11 @@ class Branching:
     """Holds what a run trains with, beside its weights.
 
     Attributes:
-        module: its LanguageModule, which knows the loss and the optimizer.
+        module: its LightningModule, which knows the loss and the optimizer.
         state: of the optimizer, as a checkpoint of one file has it.
         step: optimizer steps that the checkpoint has done.
         checkpoint: its path.
-        sequences: of one optimizer step.
+        samples: of one optimizer step.
         clip: the gradient norm that is clipped at; None: none is.
         by_value: whether it is each entry of the gradient that is clipped there instead.
     """
@@ -44,7 +44,7 @@ class Branching:
     state: dict[str, Any]
     step: int
     checkpoint: Path
-    sequences: int
+    samples: int
     clip: float | None
     by_value: bool = False
 
@@ -65,21 +65,21 @@ class Branching:
 
     def train(
         self,
-        model: Transformer,
+        model: Trunk,
         data: dict[str, Tensor],
         size: int,
         factor: float,
         at_once: int,
         watch: Callable[[], None] = lambda: None,
-    ) -> Transformer:
+    ) -> Trunk:
         """Return a copy of a model after training on data, in their order; the last batch has to be a whole one.
 
         Args:
             model: where the branch begins.
-            data: "tokens" and perhaps "positions", as LanguageModule.compute_loss takes them.
-            size: sequences of one optimizer step.
+            data: rows as a DataModule has them.
+            size: samples of one optimizer step.
             factor: on the learning rate, which stays what it then is.
-            at_once: as many sequences are taken side by side; the gradients of a step are added up.
+            at_once: as many samples are taken side by side; the gradients of a step are added up.
             watch: called after each step.
         """
         module = copy.deepcopy(self.module).train()
@@ -87,7 +87,7 @@ class Branching:
         optimizer = self.optimizer(module)
         for group in optimizer.param_groups:
             group["lr"] *= factor
-        for number in range(len(data["tokens"]) // size):
+        for number in range(_length(data) // size):
             rows = range(number * size, (number + 1) * size)
             for start in range(rows.start, rows.stop, at_once):
                 part = slice(start, min(start + at_once, rows.stop))
@@ -101,7 +101,7 @@ class Branching:
             optimizer.step()
             optimizer.zero_grad()
             watch()
-        trained: Transformer = module.model.eval()
+        trained: Trunk = module.model.eval()
         return trained
 
 
@@ -109,15 +109,15 @@ class Branching:
 class CriticalBatchSize(Measure):
     """Measures the critical batch size by branches of training from the checkpoint (2505.23971).
 
-    Each branch takes weights and optimizer as they are, goes through the same tokens of the training split (those that
-    the text brings for fitting) in batches of 2^n times the run's, at a constant rate, the checkpoint's times
-    sqrt(2^n), and is then measured on the text. The critical size is the largest one up to which no branch's loss is
-    more than `tolerance` above the least of the smaller sizes'. (2410.21676 asks how this number scales, and takes
-    whole runs for it: the size that needs 20 % more tokens.)
+    Each branch takes weights and optimizer as they are, goes through the same part of the training split (that which
+    there is for fitting) in batches of 2^n times the run's, at a constant rate, the checkpoint's times sqrt(2^n), and
+    is then measured on held-out data. The critical size is the largest one up to which no branch's loss is more than
+    `tolerance` above the least of the smaller sizes'. (2410.21676 asks how this number scales, and takes whole runs for
+    it: the size that needs 20 % more tokens.)
 
     | name | what |
     |---|---|
-    | critical_batch_size | in sequences; the largest size that was tried, where none is too large |
+    | critical_batch_size | in sequences, or images; the largest size that was tried, where none is too large |
     | branch_loss_by_doubling | held-out loss after the branch, by n; n = 0 is the run's own batch |
 
     A checkpoint from before the rate's decay says more than the last one, whose rate is small. Short branches pay for
@@ -125,7 +125,7 @@ class CriticalBatchSize(Measure):
 
     Attributes:
         least, most: n of the smallest and largest batch.
-        tolerance: nats per token.
+        tolerance: nats per target.
         branching: what is trained on with; None: there is nothing to measure.
     """
 
@@ -161,40 +161,40 @@ class CriticalBatchSize(Measure):
         branching.optimizer(run.module)  # is refused here or never: a branch may take long
         return replace(self, branching=branching)
 
-    def lacks(self, model: Transformer) -> str | None:
+    def lacks(self, model: Trunk) -> str | None:
         """Say that there is nothing to train with, or that nothing would move."""
         if self.branching is None:
             return "its checkpoint is not one file with the state of an optimizer"
         return None if self.branching.lr > 0 else "its learning rate has come to 0"
 
-    def fitting_sequences(self) -> int:
+    def fitting_samples(self) -> int:
         """Return those of the fewest steps with the run's own batch."""
-        return 0 if self.branching is None else MIN_STEPS * self.branching.sequences
+        return 0 if self.branching is None else MIN_STEPS * self.branching.samples
 
-    def __call__(self, model: Transformer, text: Text) -> Findings:
+    def __call__(self, model: Trunk, text: Text) -> Findings:
         assert self.branching is not None, "what `lacks` says"
-        data, own = _sequences(text.fitting), self.branching.sequences
+        data, own = _joined(text.fitting), self.branching.samples
         sizes = {n: int(own * 2.0**n) for n in range(self.least, self.most + 1)}
-        count = len(data["tokens"])
+        count = _length(data)
         tried = {n: size for n, size in sizes.items() if size >= 1 and count // size >= MIN_STEPS}
-        require_fitting(self.name, self.fitting_sequences(), count, text.num_tokens)
+        require_fitting(self.name, self.fitting_samples(), count, text.num_positions)
         # All branches go through the same tokens, in whole batches of each.
         used = count - count % max(tried.values())
         data = {name: rows[:used] for name, rows in data.items()}
         tally = Tally(text, len(tried))
         for row, (n, size) in enumerate(tried.items()):
-            at_once, factor = len(text.batches[0].inputs), math.sqrt(2.0**n)
+            at_once, factor = text.batches[0].num_samples, math.sqrt(2.0**n)
             with torch.random.fork_rng():  # a router's jitter
                 torch.manual_seed(0)
                 branch = self.branching.train(model, data, size, factor, at_once, text.watch)
             with torch.inference_mode():
                 for batch in text:
-                    tally.add(row, batch, token_losses(branch, batch))
-        losses = (tally.sums.sum(1) / text.num_tokens).tolist()
+                    tally.add(row, batch, target_losses(branch, batch))
+        losses = (tally.sums.sum(1) / text.num_targets).tolist()
         found = list(tried.values())[critical(losses, self.tolerance)]
         seen = (
-            f"Each branch went through {used * data['tokens'].size(1) - used:,} tokens, in batches of "
-            f"{', '.join(map(str, tried.values()))} sequences; the run's own are of {own}."
+            f"Each branch went through {model.count(data).units:,} {text.task.counted}, in batches of "
+            f"{', '.join(map(str, tried.values()))} {text.task.sample}s; the run's own are of {own}."
         )
         largest = ("None of the batches was too large: the critical one is larger still.",)
         return Findings(
@@ -208,12 +208,13 @@ class CriticalBatchSize(Measure):
         )
 
 
-def _sequences(batches: Sequence[Batch]) -> dict[str, Tensor]:
+def _joined(batches: Sequence[Batch]) -> dict[str, Tensor]:
     """Return the rows of all batches, as a DataModule would give them."""
-    tokens = [torch.cat((batch.inputs, batch.targets[:, -1:]), dim=1) for batch in batches]
-    positions = [batch.positions for batch in batches if batch.positions is not None]
-    rows = {"tokens": torch.cat(tokens)} if tokens else {"tokens": torch.empty(0, 1, dtype=torch.long)}
-    return {**rows, "positions": torch.cat(positions)} if positions else rows
+    return Batch.joined(batches).rows if batches else {}
+
+
+def _length(rows: dict[str, Tensor]) -> int:
+    return min((len(values) for values in rows.values()), default=0)
 
 
 def critical(losses: Sequence[float], tolerance: float) -> int:

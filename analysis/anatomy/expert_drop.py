@@ -10,7 +10,7 @@ from analysis.anatomy.measure import Measure
 from analysis.anatomy.passage import Passage
 from analysis.anatomy.routing import NO_MIXTURE, mixture_note, without_expert
 from analysis.anatomy.text import Tally, Text
-from lightning_modules.transformer import Transformer
+from lightning_modules.trunk import Trunk
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class ExpertDrop(Measure):
 
     | name | what |
     |---|---|
-    | expert_drop | what the loss is more, nats per token; mean over experts and mixtures |
+    | expert_drop | what the loss is more, nats per target; mean over experts and mixtures |
     | expert_drop_by_mixture | the same of each mixture |
     | expert_drop_most_by_mixture | of its expert that is missed most |
     | expert_drop_by_expert | of each expert, mixture by mixture |
@@ -32,7 +32,7 @@ class ExpertDrop(Measure):
     about: ClassVar[str] = "loss without each expert"
     outcomes: ClassVar[tuple[str, ...]] = ("expert_drop",)
 
-    def lacks(self, model: Transformer) -> str | None:
+    def lacks(self, model: Trunk) -> str | None:
         """Say that there is no mixture, or that its router has to choose every expert."""
         if not model.mixtures():
             return NO_MIXTURE
@@ -40,7 +40,7 @@ class ExpertDrop(Measure):
         return None if moe.top_k < moe.num_experts else f"each token goes to all of model.moe.num_experts={moe.top_k}"
 
     @torch.inference_mode()
-    def __call__(self, model: Transformer, text: Text) -> Findings:
+    def __call__(self, model: Trunk, text: Text) -> Findings:
         mixtures, experts = model.mixtures(), model.config.moe.num_experts
         tally = Tally(text, len(mixtures) * experts)
         for batch in text:
@@ -53,7 +53,7 @@ class ExpertDrop(Measure):
                         state = passage.through(states[number - 1], blocks[number - 1 :])
                     tally.add(row * experts + expert, batch, passage.losses(state) - losses)
         sums = tally.sums.reshape(len(mixtures), experts, -1)
-        drops = sums.sum(-1) / text.num_tokens
+        drops = sums.sum(-1) / text.num_targets
         return Findings(
             scalars={"expert_drop": float(drops.mean())},
             curves={

@@ -17,7 +17,7 @@ from analysis.anatomy.text import Text
 from core.errors import require
 from lightning_modules.layers.experts import ExpertMLP
 from lightning_modules.layers.moe import MoE
-from lightning_modules.transformer import Transformer
+from lightning_modules.trunk import Trunk
 from spannorm.precision import without_autocast
 
 
@@ -49,7 +49,7 @@ class ExpertSimilarity(Measure):
     def __post_init__(self) -> None:
         require(self.positions >= 2, "positions", self.positions, "an integer >= 2")
 
-    def lacks(self, model: Transformer) -> str | None:
+    def lacks(self, model: Trunk) -> str | None:
         """Say that there are no two experts, or that those of megablocks do not take tokens without a router."""
         mixtures = model.mixtures()
         if not mixtures:
@@ -59,7 +59,7 @@ class ExpertSimilarity(Measure):
         return None if model.config.moe.num_experts > 1 else "it has one expert, model.moe.num_experts=1"
 
     @torch.inference_mode()
-    def __call__(self, model: Transformer, text: Text) -> Findings:
+    def __call__(self, model: Trunk, text: Text) -> Findings:
         mixtures = list(model.mixtures().values())
         inputs = _inputs(model, text, self.positions)
         found = {
@@ -110,7 +110,7 @@ def expert_outputs(mixture: MoE, x: Tensor) -> list[Tensor]:
     return outputs
 
 
-def _inputs(model: Transformer, text: Text, positions: int) -> list[Tensor]:
+def _inputs(model: Trunk, text: Text, positions: int) -> list[Tensor]:
     """Return what each mixture reads of evenly spaced tokens, each [tokens, dim]."""
     mixtures = model.mixtures().values()
     parts: list[list[Tensor]] = [[] for _ in mixtures]

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_modules.layers.attention import Attention
 from lightning_modules.layers.experts import ExpertMLP
 from lightning_modules.layers.ffn import MLP, FeedForward
-from lightning_modules.transformer import Transformer
+from lightning_modules.trunk import Trunk
 
 
 def round_to_bits(x: Tensor, bits: int, dim: int = -1) -> Tensor:
@@ -35,7 +35,7 @@ def round_to_bits(x: Tensor, bits: int, dim: int = -1) -> Tensor:
 
 @contextmanager
 def fake_quantization(
-    model: Transformer, weight_bits: int | None, activation_bits: int | None, ends: bool = False
+    model: Trunk, weight_bits: int | None, activation_bits: int | None, ends: bool = False
 ) -> Iterator[None]:
     """Let a model compute, within the context, with rounded weights and activations.
 
@@ -47,7 +47,9 @@ def fake_quantization(
         model: not sharded, and its experts no megablocks'.
         weight_bits: None: the weights stay.
         activation_bits: None: the activations stay.
-        ends: whether it is the embedding and the head as well; of the embedding the rows, one a token, are rounded.
+        ends: whether it is the embedding and the head as well; of the embedding the rows, one a token, are rounded. Of
+            images it is the projection of patches and what is added to them, and what comes out of the last block is
+            rounded before it is pooled.
     """
     with ExitStack() as stack:
         if weight_bits is not None:
@@ -68,7 +70,7 @@ def _restore(kept: dict[Tensor, Tensor]) -> None:
         weight.copy_(before)
 
 
-def _layers(model: Transformer) -> Iterator[nn.Linear | ExpertMLP]:
+def _layers(model: Trunk) -> Iterator[nn.Linear | ExpertMLP]:
     """Yield what multiplies in attention, FFN and experts."""
     for module in model.modules():
         if isinstance(module, Attention):
@@ -79,7 +81,7 @@ def _layers(model: Transformer) -> Iterator[nn.Linear | ExpertMLP]:
             yield module
 
 
-def _weights(model: Transformer, ends: bool) -> Iterator[tuple[Tensor, int, int]]:
+def _weights(model: Trunk, ends: bool) -> Iterator[tuple[Tensor, int, int]]:
     """Yield (weight, how many of its rows are one matrix, which dimension of [matrices, rows, columns] is summed)."""
     for layer in _layers(model):
         if isinstance(layer, nn.Linear):
@@ -88,10 +90,10 @@ def _weights(model: Transformer, ends: bool) -> Iterator[tuple[Tensor, int, int]
             yield from ((weight, layer.hidden_dim, -1) for weight in (layer.w1, layer.v1))
             yield layer.w2, layer.hidden_dim, -2  # it is stored as [hidden, dim]
     if ends:
-        yield from ((w, len(w), -1) for w in dict.fromkeys((model.embedding.weight, model.head.weight)))
+        yield from ((matrix.weight, len(matrix.weight), -1) for matrix in model.outside_matrices())
 
 
-def _hooks(model: Transformer, ends: bool, change: Callable[[Tensor], Tensor]) -> Iterator[RemovableHandle]:
+def _hooks(model: Trunk, ends: bool, change: Callable[[Tensor], Tensor]) -> Iterator[RemovableHandle]:
     """Have what comes to each product changed, and yield the hooks that do it."""
 
     def before(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -102,4 +104,7 @@ def _hooks(model: Transformer, ends: bool, change: Callable[[Tensor], Tensor]) -
         if isinstance(layer, ExpertMLP):  # between its products
             yield layer.inner_norm.register_forward_hook(lambda module, inputs, output: change(output))
     if ends:  # the head's own forward is passed over where losses are asked for
+        for module in model.children():
+            if isinstance(module, nn.Linear) and module is not model.head:  # of patches; a lookup multiplies nothing
+                yield module.register_forward_pre_hook(before)
         yield model.blocks[-1].register_forward_hook(lambda module, inputs, output: (change(output[0]), output[1]))

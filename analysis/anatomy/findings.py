@@ -53,8 +53,9 @@ class Findings:
         curves: rows of numbers.
         matrices: row by row; square ones over depth begin with the embedding.
         by_document: sums by document, [points, documents], of the scalar (one point) or the curve of the same name,
-            whose values are these sums over documents, over the text's tokens. Intervals and paired differences between
-            runs are made of them.
+            whose values are these sums over documents, over the number of targets. Intervals and paired differences
+            between runs are made of them.
+        counts: of names in by_document whose values are over something else: the number of it, [documents].
         pictures: what is worth a picture.
         notes: sentences that a reader of the numbers must know.
     """
@@ -63,12 +64,13 @@ class Findings:
     curves: dict[str, Curve] = field(default_factory=dict)
     matrices: dict[str, list[list[float]]] = field(default_factory=dict)
     by_document: dict[str, Sums] = field(default_factory=dict)
+    counts: dict[str, Sums] = field(default_factory=dict)
     pictures: tuple[Picture, ...] = ()
     notes: tuple[str, ...] = ()
 
     def as_plain(self) -> dict[str, Any]:
-        """Return the findings as JSON has them, but the pictures."""
-        return {name: as_plain(getattr(self, name)) for name in vars(self) if name != "pictures"}
+        """Return the findings as JSON has them, but what only those need who draw them or take intervals."""
+        return {name: as_plain(getattr(self, name)) for name in vars(self) if name not in ("pictures", "counts")}
 
 
 def as_plain(value: Any) -> Any:

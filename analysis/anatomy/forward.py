@@ -1,26 +1,23 @@
-"""Takes one batch through a whole model by its own forward, which is what hooks see."""
+"""Takes one batch through a whole model, block by block as the model itself does, which is what hooks see."""
 
 from torch import Tensor
 
 from analysis.anatomy.text import Batch
-from lightning_modules.transformer import Transformer
+from lightning_modules.trunk import Trunk
 
 
-def run(model: Transformer, batch: Batch) -> None:
+def run(model: Trunk, batch: Batch) -> None:
     """Take a batch through a model for what hooks see of it."""
-    inputs, positions, _ = _on_its_device(model, batch)
-    model(inputs, positions, logits_to_keep=1)
+    model.through_blocks(*model.entry(on_its_device(model, batch.rows)))
 
 
-def token_losses(model: Transformer, batch: Batch) -> Tensor:
-    """Return the loss of each target in nats, [batch, seq]."""
-    inputs, positions, targets = _on_its_device(model, batch)
-    losses, _ = model(inputs, positions, targets=targets)
-    by_token: Tensor = losses.by_token
-    return by_token.view_as(targets)
+def target_losses(model: Trunk, batch: Batch) -> Tensor:
+    """Return the loss of each target in nats, [batch, asked]."""
+    rows = on_its_device(model, batch.rows)
+    state, _ = model.through_blocks(*model.entry(rows))
+    return model.losses(model.read(state, rows), batch.targets.to(state.device))
 
 
-def _on_its_device(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor]:
-    device = model.head.weight.device
-    positions = None if batch.positions is None else batch.positions.to(device)
-    return batch.inputs.to(device), positions, batch.targets.to(device)
+def on_its_device(model: Trunk, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a batch's rows on the device of a model."""
+    return {name: values.to(model.head.weight.device) for name, values in rows.items()}

@@ -9,7 +9,7 @@ from analysis.anatomy.findings import Curve, Findings, Picture
 from analysis.anatomy.measure import Measure
 from analysis.anatomy.passage import Passage, Skip
 from analysis.anatomy.text import Tally, Text
-from lightning_modules.transformer import Transformer
+from lightning_modules.trunk import Trunk
 
 SKIPS = {
     "placement": "A block is left out by its placement's own equation, with sublayers that put out zeros: under "
@@ -24,7 +24,7 @@ class LayerDrop(Measure):
 
     | name | what |
     |---|---|
-    | loss | of the whole model, nats per token |
+    | loss | of the whole model, nats per target |
     | layer_drop | mean over blocks of what the loss is more where the block is left out |
     | late_drop | that over the later half of the blocks |
     | drop_by_block | that of each block |
@@ -42,8 +42,8 @@ class LayerDrop(Measure):
     skip: Skip = "placement"
 
     @torch.inference_mode()
-    def __call__(self, model: Transformer, text: Text) -> Findings:
-        depth, tokens = len(model.blocks), text.num_tokens
+    def __call__(self, model: Trunk, text: Text) -> Findings:
+        depth, targets = len(model.blocks), text.num_targets
         whole, drops, swaps, cuts = (Tally(text, rows) for rows in (1, depth, depth - 1, depth))
         for batch in text:
             passage = Passage(model, batch)
@@ -66,7 +66,7 @@ class LayerDrop(Measure):
             "swap_by_block": swaps.sums,
             "cut_by_count": cuts.sums,
         }
-        means = {name: (sums.sum(1) / tokens).tolist() for name, sums in by_document.items()}
+        means = {name: (sums.sum(1) / targets).tolist() for name, sums in by_document.items()}
         return Findings(
             scalars={name: means[name][0] for name in self.outcomes},
             curves={

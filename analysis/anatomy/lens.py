@@ -14,7 +14,7 @@ from analysis.anatomy.measure import Measure
 from analysis.anatomy.passage import Passage
 from analysis.anatomy.text import Batch, Tally, Text
 from core.errors import require
-from lightning_modules.transformer import Transformer
+from lightning_modules.trunk import Trunk
 
 MAX_LOGITS = 1 << 23
 """Logits that are held at once; of a large vocabulary a batch is read a part at a time."""
@@ -22,7 +22,7 @@ CLOSE, ALIKE, TOP = 0.1, 0.2, 5
 """Thresholds of the effective depth, of the divergence and of the overlap among so many tokens: 2512.14064's code."""
 
 Translate = Callable[[int, Tensor], Tensor]
-"""Depth, what the head would read there [tokens, dim] -> what it is given."""
+"""Depth, what the head would read there [targets, dim] -> what it is given."""
 
 
 class Reading(NamedTuple):
@@ -30,7 +30,7 @@ class Reading(NamedTuple):
 
     Attributes:
         divergence: KL(final distribution | the lens') in nats.
-        overlap: the share of the final distribution's most probable tokens that are the lens' too.
+        overlap: the share of the final distribution's most probable tokens, or classes, that are the lens' too.
         loss: of the targets, in nats.
     """
 
@@ -40,11 +40,11 @@ class Reading(NamedTuple):
 
 
 def read_depths(passage: Passage) -> list[Tensor]:
-    """Return what the head reads if the state of each depth is the last one, each [tokens, dim]."""
-    return [passage.leave(state).flatten(0, 1) for state in passage.states()]
+    """Return what the head reads if the state of each depth is the last one, each [targets, dim]."""
+    return [passage.read(state).flatten(0, 1) for state in passage.states()]
 
 
-def read(model: Transformer, text: Text, translate: Translate = lambda depth, x: x) -> Reading:
+def read(model: Trunk, text: Text, translate: Translate = lambda depth, x: x) -> Reading:
     """Look at every depth of a model through a lens."""
     depths = len(model.blocks) + 1
     reading = Reading(*(Tally(text, depths) for _ in range(3)))
@@ -55,18 +55,18 @@ def read(model: Transformer, text: Text, translate: Translate = lambda depth, x:
     return reading
 
 
-def _look(model: Transformer, batch: Batch, translate: Translate) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield the divergence, overlap and loss of each token, by depth."""
+def _look(model: Trunk, batch: Batch, translate: Translate) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield the divergence, overlap and loss of each target, by depth."""
     passage = Passage(model, batch)
     hidden, targets = read_depths(passage), passage.targets.flatten()
-    size = max(1, MAX_LOGITS // model.embedding.num_embeddings)
+    size = max(1, MAX_LOGITS // model.head.out_features)
     parts: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in hidden]
     for first in range(0, len(targets), size):
         here = slice(first, first + size)
-        final = model.read_out(hidden[-1][here]).float().log_softmax(-1)
+        final = model.logits(hidden[-1][here]).float().log_softmax(-1)
         best = final.topk(min(TOP, final.size(-1)), -1).indices
         for depth, (part, x) in enumerate(zip(parts, hidden, strict=True)):
-            seen = model.read_out(translate(depth, x[here])).float().log_softmax(-1)
+            seen = model.logits(translate(depth, x[here])).float().log_softmax(-1)
             shared = (seen.topk(best.size(-1), -1).indices.unsqueeze(-1) == best.unsqueeze(-2)).any(-1)
             divergence = (final.exp() * (final - seen)).sum(-1)
             loss = F.nll_loss(seen, targets[here], reduction="none")
@@ -87,19 +87,24 @@ def effective_depth(divergence: list[float]) -> float:
     return next(near, len(divergence) - 1)
 
 
-def _findings(name: str, reading: Reading, text: Text, note: str) -> Findings:
+def _findings(name: str, reading: Reading, text: Text, choices: int, note: str) -> Findings:
+    """Return what a lens of this name has read of a head with so many rows."""
     parts = {f"{name}_{part}_by_depth": tally.sums for part, tally in zip(Reading._fields, reading, strict=True)}
-    means = {key: (sums.sum(1) / text.num_tokens).tolist() for key, sums in parts.items()}
-    divergence, overlap = means[f"{name}_divergence_by_depth"], means[f"{name}_overlap_by_depth"]
-    by_divergence = effective_depth(divergence)
-    known = not any(map(math.isnan, overlap))
-    by_overlap = next((n for n, value in enumerate(overlap) if value > ALIKE), len(overlap) - 1) if known else math.nan
+    if choices <= TOP:
+        del parts[f"{name}_overlap_by_depth"]  # the most probable ones are all
+    means = {key: (sums.sum(1) / text.num_targets).tolist() for key, sums in parts.items()}
+    by_divergence = effective_depth(means[f"{name}_divergence_by_depth"])
+    scalars = {
+        f"{name}_effective_depth": by_divergence,
+        f"{name}_effective_share": by_divergence / (len(reading.divergence.sums) - 1),
+    }
+    overlap = means.get(f"{name}_overlap_by_depth")
+    if overlap is not None:
+        known = not any(map(math.isnan, overlap))
+        first = next((n for n, value in enumerate(overlap) if value > ALIKE), len(overlap) - 1)
+        scalars[f"{name}_overlap_depth"] = first if known else math.nan
     return Findings(
-        scalars={
-            f"{name}_effective_depth": by_divergence,
-            f"{name}_effective_share": by_divergence / (len(divergence) - 1),
-            f"{name}_overlap_depth": by_overlap,
-        },
+        scalars=scalars,
         curves={key: Curve(values, "depth", 0) for key, values in means.items()},
         by_document=parts,
         pictures=(
@@ -114,16 +119,17 @@ def _findings(name: str, reading: Reading, text: Text, note: str) -> Findings:
 class LogitLens(Measure):
     """Measures what the head says of the state at each depth, if it is given to it as the last one.
 
-    It goes through what the placement puts before the head (`leave`: the final norm, the sum of streams).
+    It goes through what the placement puts before the head (`leave`: the final norm, the sum of streams), and of images
+    through pooling.
 
     | name | what |
     |---|---|
-    | lens_divergence_by_depth | KL(final distribution, that of the depth), nats, mean over tokens |
-    | lens_overlap_by_depth | share of the five most probable tokens that is the same |
-    | lens_loss_by_depth | loss of the head at this depth, nats per token |
+    | lens_divergence_by_depth | KL(final distribution, that of the depth), nats, mean over targets |
+    | lens_overlap_by_depth | share of the five most probable tokens, or classes, that is the same |
+    | lens_loss_by_depth | loss of the head at this depth, nats per target |
     | lens_effective_depth | the first depth whose divergence is below a tenth of the largest (2512.14064) |
     | lens_effective_share | that over the number of blocks |
-    | lens_overlap_depth | the first depth whose overlap is above 0.2 (2512.14064) |
+    | lens_overlap_depth | the first depth whose overlap is above 0.2 (2512.14064); of no more than five classes none |
 
     The thresholds are those of the authors' code, which takes the divergence the other way around.
     """
@@ -133,9 +139,9 @@ class LogitLens(Measure):
     outcomes: ClassVar[tuple[str, ...]] = ("lens_effective_depth", "lens_effective_share", "lens_overlap_depth")
 
     @torch.inference_mode()
-    def __call__(self, model: Transformer, text: Text) -> Findings:
+    def __call__(self, model: Trunk, text: Text) -> Findings:
         note = "The logit lens gives the head the state of each depth as if it were the last."
-        return _findings("lens", read(model, text), text, note)
+        return _findings("lens", read(model, text), text, model.head.out_features, note)
 
 
 @dataclass(frozen=True)
@@ -154,7 +160,7 @@ class TunedLens(Measure):
     Attributes:
         steps: of Adam.
         lr: its rate at the start.
-        positions: tokens of each step, evenly spaced in a batch.
+        targets: so many in each step, evenly spaced in a batch.
     """
 
     name: ClassVar[str] = "tuned_lens"
@@ -164,14 +170,14 @@ class TunedLens(Measure):
 
     steps: int = 250
     lr: float = 2e-3
-    positions: int = 512
+    targets: int = 512
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, "steps", self.steps, "an integer >= 1")
         require(self.lr > 0, "lr", self.lr, "a number > 0")
-        require(self.positions >= 1, "positions", self.positions, "an integer >= 1")
+        require(self.targets >= 1, "targets", self.targets, "an integer >= 1")
 
-    def __call__(self, model: Transformer, text: Text) -> Findings:
+    def __call__(self, model: Trunk, text: Text) -> Findings:
         require(len(text.fitting) > 0, "text", "without a training part", "one to fit the lens on")
         maps = self.fit(model, text)
 
@@ -181,11 +187,11 @@ class TunedLens(Measure):
         with torch.inference_mode():
             reading = read(model, text, translate)
         note = f"The tuned lens is fitted on {len(text.fitting)} batches of the training split, in {self.steps} steps."
-        return _findings("tuned", reading, text, note)
+        return _findings("tuned", reading, text, model.head.out_features, note)
 
-    def fit(self, model: Transformer, text: Text) -> list[tuple[Tensor, Tensor]]:
+    def fit(self, model: Trunk, text: Text) -> list[tuple[Tensor, Tensor]]:
         """Return (A [dim, dim], b [dim]) of every depth but the last."""
-        dim, device = model.head.weight.size(1), model.head.weight.device
+        dim, device = model.config.dim, model.head.weight.device
         maps = [
             (
                 torch.zeros(dim, dim, device=device, requires_grad=True),
@@ -200,10 +206,10 @@ class TunedLens(Measure):
                 turn, number = divmod(step, len(text.fitting))
                 hidden = read_depths(Passage(model, text.fitting[number]))
                 places = self._places(len(hidden[0]), turn).to(device)
-                final = model.read_out(hidden[-1][places]).float().log_softmax(-1)
+                final = model.logits(hidden[-1][places]).float().log_softmax(-1)
             for pair, x in zip(maps, hidden[:-1], strict=True):  # a depth at a time: so much is held of the logits
                 x = x[places]
-                seen = model.read_out(x + F.linear(x, *pair)).float().log_softmax(-1)
+                seen = model.logits(x + F.linear(x, *pair)).float().log_softmax(-1)
                 loss = F.kl_div(seen, final, reduction="batchmean", log_target=True)
                 for parameter, gradient in zip(pair, torch.autograd.grad(loss, pair), strict=True):
                     parameter.grad = gradient
@@ -211,7 +217,7 @@ class TunedLens(Measure):
             decay.step()
         return [(matrix.detach(), offset.detach()) for matrix, offset in maps]
 
-    def _places(self, tokens: int, turn: int) -> Tensor:
+    def _places(self, count: int, turn: int) -> Tensor:
         """Return evenly spaced places, other ones in each turn through the batches."""
-        every = max(1, -(-tokens // self.positions))
-        return torch.arange(turn % every, tokens, every)
+        every = max(1, -(-count // self.targets))
+        return torch.arange(turn % every, count, every)

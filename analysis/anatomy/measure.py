@@ -4,11 +4,13 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
+import torch
+
 from analysis.anatomy.findings import Findings
 from analysis.anatomy.text import Text
 from core.errors import require
 from core.open_run import OpenRun
-from lightning_modules.transformer import Transformer
+from lightning_modules.trunk import Trunk
 
 
 @dataclass(frozen=True)
@@ -36,26 +38,26 @@ class Measure(Instrument):
     """Measures one model."""
 
     @abstractmethod
-    def __call__(self, model: Transformer, text: Text) -> Findings:
+    def __call__(self, model: Trunk, text: Text) -> Findings:
         """Return what is found."""
 
     def of_run(self, run: OpenRun) -> Self:
         """Return the measure with what it needs of a run beside its model, such as the optimizer's state."""
         return self
 
-    def fitting_sequences(self) -> int:
-        """Return how many sequences it needs at least of the text's part for fitting."""
+    def fitting_samples(self) -> int:
+        """Return how many samples it needs at least of the part for fitting."""
         return 0
 
-    def lacks(self, model: Transformer) -> str | None:
+    def lacks(self, model: Trunk) -> str | None:
         """Say in words why there is nothing to measure of this model; None: there is."""
         return None
 
 
-def require_fitting(name: str, needed: int, sequences: int, tokens: int) -> None:
-    """Raise ConfigError where a text of so many tokens has fewer sequences for fitting than a measure needs."""
-    valid = f"more: {name} needs {needed} sequences for fitting, and there are {sequences}"
-    require(sequences >= needed, "tokens", tokens, valid)
+def require_fitting(name: str, needed: int, samples: int, tokens: int) -> None:
+    """Raise ConfigError where `tokens` positions bring fewer samples for fitting than a measure needs."""
+    valid = f"more: {name} needs {needed} samples for fitting, and there are {samples}"
+    require(samples >= needed, "tokens", tokens, valid)
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,16 @@ class Comparison(Instrument):
     """Measures two models together, on the same text."""
 
     @abstractmethod
-    def __call__(self, first: Transformer, second: Transformer, text: Text) -> Findings:
+    def __call__(self, first: Trunk, second: Trunk, text: Text) -> Findings:
         """Return what is found."""
 
-    def lacks(self, first: Transformer, second: Transformer) -> str | None:
+    def lacks(self, first: Trunk, second: Trunk) -> str | None:
         """Say in words why these two cannot be compared; None: they can."""
         return None
+
+
+def other_positions(first: Trunk, second: Trunk) -> str | None:
+    """Say that two models make other positions of the same samples, as of other patches; None: they do not."""
+    example = first.example(1, 1, torch.Generator().manual_seed(0))
+    ours, theirs = (model.count(example).positions for model in (first, second))
+    return None if ours == theirs else f"it makes {theirs} positions of a sample, the first makes {ours}"

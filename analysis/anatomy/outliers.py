@@ -14,12 +14,22 @@ from analysis.anatomy.measure import Measure
 from analysis.anatomy.text import Batch, Tally, Text
 from analysis.states import BlockView, token_kurtosis, watching
 from core.errors import require
-from lightning_modules.transformer import Transformer
+from lightning_modules.trunk import Trunk
 
 SINK_HEAD = 0.3
 """The share of attention on the first token from which a head counts as a sink (2410.10781, section 3.2)."""
 NAMED = 5
 """As many of the massive dimensions are named in the notes."""
+SEES_ALL = "Sinks are not measured: they are of causal attention, whose queries all see the first token."
+SINKS = (
+    Picture("sinks", "curves", ("sink_by_block",), "attention's weight on the first token"),
+    Picture(
+        "sinks_of_heads",
+        "heat map",
+        ("sink_by_head",),
+        "attention's weight on the first token: block (y) and head (x), from 0",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +43,7 @@ class Outliers(Measure):
     |---|---|
     | activation_ratio | largest magnitude of the stream after a block, over the median of magnitudes; of all blocks |
     | persistent_dimensions | how many dimensions are massive after at least half of the blocks |
-    | kurtosis | E x^4 / (E x^2)^2 over a token's features, mean over tokens and blocks; 3 for Gaussian features |
+    | kurtosis | E x^4 / (E x^2)^2 over a position's features, mean over positions and blocks; 3 for Gaussian ones |
     | sink | attention's weight on the first token that a query sees, mean over queries, heads and blocks |
     | sink_heads | share of all heads whose weight on it is above 0.3 (2410.10781) |
     | sink_uniform | the sink of attention that looks at all tokens alike |
@@ -43,8 +53,8 @@ class Outliers(Measure):
     | massive_dimensions_by_block | how many have at least once `ratio` times the median, the mean of batches' medians |
     | sink_by_head | the sink of each head, block by block |
 
-    The first token is the document's where attention keeps documents apart, and else the sequence's. It sees nothing
-    but itself, and counts as 0 in all means of sinks.
+    Sinks are those of causal attention. The first token is the document's where attention keeps documents apart, and
+    else the sequence's. It sees nothing but itself, and counts as 0 in all means of sinks.
 
     Attributes:
         ratio: how many times the median a massive activation is. 2402.17762 asks for about 1000, and for a magnitude
@@ -67,60 +77,55 @@ class Outliers(Measure):
         require(self.ratio > 1, "ratio", self.ratio, "a number > 1")
 
     @torch.inference_mode()
-    def __call__(self, model: Transformer, text: Text) -> Findings:
+    def __call__(self, model: Trunk, text: Text) -> Findings:
         depth, heads = len(model.blocks), model.config.num_heads
         largest = [torch.zeros(())] * depth  # of each dimension
-        medians, tails, sinks = torch.zeros(depth), Tally(text, depth), Tally(text, depth * heads)
-        uniform = 0.0
+        medians, tails = torch.zeros(depth), Tally(text, depth, positions=True)
+        sinks, uniform = Tally(text, depth * heads, positions=True), 0.0
         for batch in text:
-            share, places = batch.targets.numel() / text.num_tokens, _places(batch)
-            uniform += share * float(torch.where(places > 0, 1 / (places + 1), 0.0).mean())
+            share = batch.num_positions / text.num_positions
+            if model.config.causal:
+                places = _places(batch)
+                uniform += share * float(torch.where(places > 0, 1 / (places + 1), 0.0).mean())
 
             def see(view: BlockView, batch: Batch = batch, share: float = share) -> None:
                 index, after = view.number - 1, view.after.abs().float().cpu()
                 largest[index] = torch.maximum(largest[index], after.flatten(0, 1).amax(0))
                 medians[index] += share * after.median()
                 tails.add(index, batch, token_kurtosis(view.after))
-                for head, weights in enumerate(first_token_weights(view, batch).unbind(1)):
-                    sinks.add(index * heads + head, batch, weights)
+                if model.config.causal:
+                    for head, weights in enumerate(first_token_weights(view, batch).unbind(1)):
+                        sinks.add(index * heads + head, batch, weights)
 
             with watching(model, see):
                 run(model, batch)
-        of_heads = sinks.sums.reshape(depth, heads, -1)
-        on_first = of_heads.sum(-1) / text.num_tokens
         found = _activations(torch.stack(largest), medians, self.ratio, model.config.dim)
-        by_document = {
-            "kurtosis": tails.sums.mean(0, keepdims=True),
-            "kurtosis_by_block": tails.sums,
-            "sink": sinks.sums.mean(0, keepdims=True),
-            "sink_by_block": of_heads.mean(1),
-        }
-        means = {name: (sums.sum(1) / text.num_tokens).tolist() for name, sums in by_document.items()}
+        by_document = {"kurtosis": tails.sums.mean(0, keepdims=True), "kurtosis_by_block": tails.sums}
+        scalars, matrices, notes = {}, {}, (*found.notes, *(() if model.config.causal else (SEES_ALL,)))
+        if model.config.causal:
+            of_heads = sinks.sums.reshape(depth, heads, -1)
+            on_first = of_heads.sum(-1) / text.num_positions
+            by_document |= {"sink": sinks.sums.mean(0, keepdims=True), "sink_by_block": of_heads.mean(1)}
+            matrices["sink_by_head"] = on_first.tolist()
+            sink_heads = float(np.where(np.isnan(on_first), np.nan, on_first > SINK_HEAD).mean())
+            scalars = {"sink_heads": sink_heads, "sink_uniform": uniform}
+        means = {name: (sums.sum(1) / text.num_positions).tolist() for name, sums in by_document.items()}
+        of_model = {name: values[0] for name, values in means.items() if not name.endswith("_by_block")}
         return Findings(
-            scalars={
-                **found.scalars,
-                **{name: means[name][0] for name in ("kurtosis", "sink")},
-                "sink_heads": float(np.where(np.isnan(on_first), np.nan, on_first > SINK_HEAD).mean()),
-                "sink_uniform": uniform,
-            },
+            scalars={**found.scalars, **of_model, **scalars},
             curves={
                 **found.curves,
-                **{name: Curve(means[name]) for name in ("kurtosis_by_block", "sink_by_block")},
+                **{name: Curve(values) for name, values in means.items() if name.endswith("_by_block")},
             },
-            matrices={"sink_by_head": on_first.tolist()},
+            matrices=matrices,
             by_document=by_document,
+            counts=dict.fromkeys(by_document, text.positions_by_document),
             pictures=(
                 Picture("activations", "curves", ("activation_ratio_by_block",), "largest activation / median", True),
-                Picture("kurtosis", "curves", ("kurtosis_by_block",), "kurtosis of a token's features", True),
-                Picture("sinks", "curves", ("sink_by_block",), "attention's weight on the first token"),
-                Picture(
-                    "sinks_of_heads",
-                    "heat map",
-                    ("sink_by_head",),
-                    "attention's weight on the first token: block (y) and head (x), from 0",
-                ),
+                Picture("kurtosis", "curves", ("kurtosis_by_block",), "kurtosis of a position's features", True),
+                *(SINKS if model.config.causal else ()),
             ),
-            notes=found.notes,
+            notes=notes,
         )
 
 
@@ -132,7 +137,7 @@ def first_token_weights(view: BlockView, batch: Batch) -> Tensor:
         cos, sin = (table[row] if table.dim() == 4 else table for table in view.rope)
         logits = view.block.attn.logits(view.attn_input[row : row + 1], (cos, sin))[0]
         first = index - place
-        if batch.positions is not None:  # queries see their own document
+        if "positions" in batch.rows:  # queries see their own document
             other = first[:, None] != first[None, :]
             logits = logits.masked_fill(other.to(logits.device), -math.inf)
         weights = logits.softmax(-1).cpu()[:, index, first]
@@ -142,9 +147,8 @@ def first_token_weights(view: BlockView, batch: Batch) -> Tensor:
 
 def _places(batch: Batch) -> Tensor:
     """Return how many tokens a query sees before itself, [batch, seq]."""
-    if batch.positions is not None:
-        return batch.positions
-    return torch.arange(batch.inputs.size(1)).expand_as(batch.inputs)
+    known = batch.rows.get("positions")
+    return torch.arange(batch.documents.size(1)).expand_as(batch.documents) if known is None else known
 
 
 def _activations(largest: Tensor, medians: Tensor, ratio: float, dim: int) -> Findings:

@@ -6,8 +6,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from analysis.anatomy.forward import on_its_device
 from analysis.anatomy.text import Batch
-from lightning_modules.transformer import Block, Transformer
+from lightning_modules.trunk import Block, Trunk
 
 Skip = Literal["placement", "identity"]
 """How a block is left out: by its placement's equation with sublayers that put out zeros, or by passing over it."""
@@ -21,12 +22,10 @@ class Passage:
         batch: what goes through it.
     """
 
-    def __init__(self, model: Transformer, batch: Batch) -> None:
-        device = model.head.weight.device
-        self.model, self.batch = model, batch
-        self.inputs, self.targets = batch.inputs.to(device), batch.targets.to(device)
-        positions = None if batch.positions is None else batch.positions.to(device)
-        self.rope, self.mask = model.surroundings(self.inputs, positions)
+    def __init__(self, model: Trunk, batch: Batch) -> None:
+        self.model, self.rows = model, on_its_device(model, batch.rows)
+        self.entry = model.entry(self.rows)
+        self.targets = batch.targets.to(self.entry.stream.device)
 
     def blocks(self) -> list[Block]:
         """Return the model's blocks, in order."""
@@ -34,12 +33,12 @@ class Passage:
 
     def enter(self) -> Any:
         """Return the state before the first block."""
-        return self.blocks()[0].enter(self.model.embedding(self.inputs))
+        return self.blocks()[0].enter(self.entry.stream)
 
     def through(self, state: Any, blocks: Iterable[Block]) -> Any:
         """Return the state after these blocks, in the order in which they are given."""
         for block in blocks:
-            state, _ = block.transform(state, self.rope, self.mask)
+            state, _ = block.transform(state, self.entry.rope, self.entry.mask)
         return state
 
     def skip(self, state: Any, blocks: Iterable[Block], how: Skip = "placement") -> Any:
@@ -56,15 +55,14 @@ class Passage:
             states.append(self.through(states[-1], [block]))
         return states
 
-    def leave(self, state: Any) -> Tensor:
-        """Return what the head reads where this is the last state, [batch, seq, dim]."""
-        return self.blocks()[-1].placement.leave(state)
+    def read(self, state: Any) -> Tensor:
+        """Return what the head reads for each target where this is the last state, [batch, asked, dim]."""
+        return self.model.read(self.blocks()[-1].placement.leave(state), self.rows)
 
     def losses(self, state: Any) -> Tensor:
-        """Return the loss of each target in nats, [batch, seq], where this is the last state."""
-        losses = self.model.read_out(self.leave(state), self.targets)
-        return losses.by_token.view_as(self.targets)
+        """Return the loss of each target in nats, [batch, asked], where this is the last state."""
+        return self.model.losses(self.read(state), self.targets)
 
     def logits(self, state: Any) -> Tensor:
-        """Return the logits, [batch, seq, vocab_size], where this is the last state."""
-        return self.model.read_out(self.leave(state))
+        """Return the logits of each target, [batch, asked, rows of the head], where this is the last state."""
+        return self.model.logits(self.read(state))

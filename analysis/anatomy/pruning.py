@@ -13,7 +13,7 @@ from analysis.anatomy.passage import Passage, Skip
 from analysis.anatomy.similarity import angular_distances, hidden_states
 from analysis.anatomy.text import Tally, Text
 from core.errors import require
-from lightning_modules.transformer import Transformer
+from lightning_modules.trunk import Trunk
 
 
 @dataclass(frozen=True)
@@ -22,17 +22,17 @@ class Pruning(Measure):
 
     | name | what |
     |---|---|
-    | pruning_by_count | what the loss is more with so many blocks left out, nats per token |
+    | pruning_by_count | what the loss is more with so many blocks left out, nats per target |
     | pruned_from | the first of these blocks |
     | spare_blocks | so many blocks, and any fewer, can be left out for less than `tolerance` |
 
-    The angle is that of a token's state before and after the n blocks, over all tokens; the paper takes the last token
-    of each of its sequences. Nothing is trained after it.
+    The angle is that of a position's state before and after the n blocks, over all positions; the paper takes the last
+    token of each of its sequences. Nothing is trained after it.
 
     Attributes:
         skip: how a block is left out: by the placement's equation with sublayers of zeros, or by passing over it, which
             is the paper's way.
-        tolerance: in nats per token.
+        tolerance: in nats per target.
     """
 
     name: ClassVar[str] = "pruning"
@@ -46,7 +46,7 @@ class Pruning(Measure):
         require(self.tolerance > 0, "tolerance", self.tolerance, "a number > 0")
 
     @torch.inference_mode()
-    def __call__(self, model: Transformer, text: Text) -> Findings:
+    def __call__(self, model: Trunk, text: Text) -> Findings:
         depth = len(model.blocks)
         angles = torch.zeros(depth + 1, depth + 1).double()
         for batch in text:
@@ -62,7 +62,7 @@ class Pruning(Measure):
                 state = passage.skip(states[start], blocks[start : start + count], self.skip)
                 state = passage.through(state, blocks[start + count :])
                 increase.add(count - 1, batch, passage.losses(state) - losses)
-        means = (increase.sums.sum(1) / text.num_tokens).tolist()
+        means = (increase.sums.sum(1) / text.num_targets).tolist()
         spare = next((count for count, mean in enumerate(means) if not mean < self.tolerance), depth)
         unknown = spare < depth and math.isnan(means[spare])
         title = "loss with so many blocks left out, less the loss (nats)"

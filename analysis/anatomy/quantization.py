@@ -8,11 +8,11 @@ import torch
 
 from analysis.anatomy.fake_quantization import fake_quantization
 from analysis.anatomy.findings import Findings
-from analysis.anatomy.forward import token_losses
+from analysis.anatomy.forward import target_losses
 from analysis.anatomy.measure import Measure
 from analysis.anatomy.text import Tally, Text
 from core.errors import require
-from lightning_modules.transformer import Transformer
+from lightning_modules.trunk import Trunk
 
 SCHEME = re.compile(r"w([2-9]|1[0-6])a([2-9]|1[0-6])")
 
@@ -47,22 +47,22 @@ class Quantization(Measure):
         for scheme in self.schemes:
             require(SCHEME.fullmatch(scheme) is not None, "schemes", scheme, valid)
 
-    def lacks(self, model: Transformer) -> str | None:
+    def lacks(self, model: Trunk) -> str | None:
         """Say that experts of megablocks cannot be reached: they do not let hooks in between their products."""
         if any(mixture.backend.name == "megablocks" for mixture in model.mixtures().values()):
             return "experts of model.moe.backend=megablocks cannot be quantized; auto takes others"
         return None
 
     @torch.inference_mode()
-    def __call__(self, model: Transformer, text: Text) -> Findings:
+    def __call__(self, model: Trunk, text: Text) -> Findings:
         tally = Tally(text, len(self.schemes))
         for batch in text:
-            exact = token_losses(model, batch)
+            exact = target_losses(model, batch)
             for row, scheme in enumerate(self.schemes):
                 weight_bits, activation_bits = (None if n == "16" else int(n) for n in scheme[1:].split("a"))
                 with fake_quantization(model, weight_bits, activation_bits, self.ends):
-                    tally.add(row, batch, token_losses(model, batch) - exact)
+                    tally.add(row, batch, target_losses(model, batch) - exact)
         sums = dict(zip(self.schemes, tally.sums[:, None], strict=True))
         return Findings(
-            scalars={scheme: float(part.sum()) / text.num_tokens for scheme, part in sums.items()}, by_document=sums
+            scalars={scheme: float(part.sum()) / text.num_targets for scheme, part in sums.items()}, by_document=sums
         )

@@ -11,12 +11,12 @@ from torch import Tensor
 from analysis.anatomy.forward import run
 from analysis.anatomy.text import Batch
 from lightning_modules.layers.moe import MoE
-from lightning_modules.transformer import Transformer
+from lightning_modules.trunk import Trunk
 
 NO_MIXTURE = "it has no mixture of experts"
 
 
-def chosen_experts(model: Transformer, batch: Batch) -> list[Tensor]:
+def chosen_experts(model: Trunk, batch: Batch) -> list[Tensor]:
     """Return the experts of every token at each mixture, in order, each int64 [batch x seq, top_k]; -1 stands for the
     choice among what are no numbers.
     """
@@ -61,7 +61,7 @@ def without_expert(mixture: MoE, expert: int) -> Iterator[None]:
             bias[expert] = kept
 
 
-def mixture_note(model: Transformer) -> tuple[str, ...]:
+def mixture_note(model: Trunk) -> tuple[str, ...]:
     """Return a note that says which blocks the mixtures are, where they are not all."""
     blocks = list(model.mixtures())
     if len(blocks) == len(model.blocks):

@@ -7,10 +7,10 @@ from typing import ClassVar
 import torch
 
 from analysis.anatomy.findings import Curve, Findings, Picture
-from analysis.anatomy.measure import Comparison
+from analysis.anatomy.measure import Comparison, other_positions
 from analysis.anatomy.routing import NO_MIXTURE, chosen_experts, count, mixture_note
 from analysis.anatomy.text import Tally, Text
-from lightning_modules.transformer import Transformer
+from lightning_modules.trunk import Trunk
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class RoutingAgreement(Comparison):
 
     | name | what |
     |---|---|
-    | routing_agreement | share of a token's top-k experts that both models choose; mean over tokens and mixtures |
-    | routing_chance | the same of two models that choose each expert as often as these, whatever the token |
+    | routing_agreement | share of a position's top-k experts that both choose; mean over positions and mixtures |
+    | routing_chance | the same of two models that choose each expert as often as these, whatever the position |
     | routing_agreement_by_mixture, routing_chance_by_mixture | the same of each mixture |
     """
 
@@ -30,20 +30,20 @@ class RoutingAgreement(Comparison):
     about: ClassVar[str] = "how often the routers of the first run and of another choose the same experts"
     outcomes: ClassVar[tuple[str, ...]] = ("routing_agreement",)
 
-    def lacks(self, first: Transformer, second: Transformer) -> str | None:
-        """Say that there is no mixture, or that the two have other ones."""
+    def lacks(self, first: Trunk, second: Trunk) -> str | None:
+        """Say that there is no mixture, or that the two have other ones, or take other positions."""
         if not first.mixtures() or not second.mixtures():
             return NO_MIXTURE
         ours, theirs = ((list(m.mixtures()), m.config.moe.num_experts, m.config.moe.top_k) for m in (first, second))
         for what, mine, other in zip(("mixtures in blocks", "experts", "experts a token"), ours, theirs, strict=True):
             if mine != other:
                 return f"its {what} are {other}, those of the first are {mine}"
-        return None
+        return other_positions(first, second)
 
     @torch.inference_mode()
-    def __call__(self, first: Transformer, second: Transformer, text: Text) -> Findings:
+    def __call__(self, first: Trunk, second: Trunk, text: Text) -> Findings:
         mixtures, moe = len(first.mixtures()), first.config.moe
-        tally = Tally(text, mixtures)
+        tally = Tally(text, mixtures, positions=True)
         loads = torch.zeros(2, mixtures, moe.num_experts, dtype=torch.float64)
         for batch in text:
             pairs = zip(chosen_experts(first, batch), chosen_experts(second, batch), strict=True)
@@ -52,15 +52,16 @@ class RoutingAgreement(Comparison):
                 tally.add(number, batch, shared.where((ours >= 0) & (theirs >= 0), math.nan).mean(-1))
                 for load, chosen in zip(loads[:, number], (ours, theirs), strict=True):
                     load += count(chosen, moe.num_experts)
-        shares = loads / text.num_tokens  # how likely an expert is among a token's
+        shares = loads / text.num_positions  # how likely an expert is among a token's
         chance = ((shares[0] * shares[1]).sum(-1) / moe.top_k).tolist()
         sums = {"routing_agreement": tally.sums.mean(0, keepdims=True), "routing_agreement_by_mixture": tally.sums}
-        means = {name: (part.sum(1) / text.num_tokens).tolist() for name, part in sums.items()}
+        means = {name: (part.sum(1) / text.num_positions).tolist() for name, part in sums.items()}
         names = ("routing_agreement_by_mixture", "routing_chance_by_mixture")
         return Findings(
             scalars={"routing_agreement": means["routing_agreement"][0], "routing_chance": sum(chance) / mixtures},
             curves={names[0]: Curve(means[names[0]], "mixture"), names[1]: Curve(chance, "mixture")},
             by_document=sums,
+            counts=dict.fromkeys(sums, text.positions_by_document),
             pictures=(Picture("routing_agreement", "curves", names, "share of a token's experts that both choose"),),
             notes=mixture_note(first),
         )

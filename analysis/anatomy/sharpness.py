@@ -8,18 +8,19 @@ import torch.nn.functional as F
 
 from analysis.anatomy.adam_state import AdamState
 from analysis.anatomy.findings import Findings
+from analysis.anatomy.forward import on_its_device
 from analysis.anatomy.measure import Measure
 from analysis.anatomy.text import Text
 from analysis.curvature import Vector, differentiable_twice, extreme_eigenvalues, hessian_product, obstacle
 from core.checkpoint import load
 from core.errors import require
 from core.open_run import OpenRun
-from lightning_modules.transformer import Transformer
+from lightning_modules.trunk import Trunk
 
 
 @dataclass(frozen=True)
 class Sharpness(Measure):
-    """Measures the curvature of the loss on a few sequences, of the mean in nats per token, without auxiliary losses.
+    """Measures the curvature of the loss on a few samples, of the mean in nats per target, without auxiliary losses.
 
     | name | what |
     |---|---|
@@ -28,12 +29,12 @@ class Sharpness(Measure):
     | stability_threshold | that at which Adam's steps at the checkpoint's learning rate lose their hold: 38 / lr |
     | peak_stability_threshold | the same at the schedule's peak, where the rate is higher |
 
-    By Lanczos' iteration (analysis/curvature.py), whose estimates approach the ends from inside. A few sequences bend
-    more sharply than all text does together: compare values of the same number of them. 38 is (2 + 2 beta1) /
+    By Lanczos' iteration (analysis/curvature.py), whose estimates approach the ends from inside. A few samples bend
+    more sharply than all data do together: compare values of the same number of them. 38 is (2 + 2 beta1) /
     (1 - beta1) with beta1 = 0.9. Where groups of parameters have learning rates of their own, P has them in it.
 
     Attributes:
-        sequences: so many of the text, or all where there are fewer, all side by side: the graph of a backward pass
+        sequences: so many samples, or all where there are fewer, all side by side: the graph of a backward pass
             through the backward pass is kept.
         iterations: products with each matrix; close eigenvalues want more.
         adam: second moments and rate; None: nothing preconditioned is measured.
@@ -55,20 +56,21 @@ class Sharpness(Measure):
         """Return the measure with the second moments that the run's checkpoint has kept, where it has."""
         return replace(self, adam=AdamState.of(load(run.checkpoint), run.module.model))
 
-    def lacks(self, model: Transformer) -> str | None:
+    def lacks(self, model: Trunk) -> str | None:
         """Say what keeps the loss from being differentiated twice."""
         return obstacle(model)
 
-    def __call__(self, model: Transformer, text: Text) -> Findings:
-        device, batch = model.head.weight.device, text.beginning(self.sequences)
-        positions = None if batch.positions is None else batch.positions.to(device)
-        number = len(batch.inputs)
-        notes = [f"Of the first {number} sequences of the text." if number > 1 else "Of one sequence of the text."]
+    def __call__(self, model: Trunk, text: Text) -> Findings:
+        batch = text.beginning(self.sequences)
+        rows, targets = on_its_device(model, batch.rows), batch.targets.to(model.head.weight.device)
+        number, sample = batch.num_samples, text.task.sample
+        notes = [f"Of the first {number} held-out {sample}s." if number > 1 else f"Of one held-out {sample}."]
         named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         parameters = list(named.values())
         with differentiable_twice(model):
-            logits, _ = model(batch.inputs.to(device), positions)
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.to(device).flatten())
+            state, _ = model.through_blocks(*model.entry(rows))
+            logits = model.logits(model.read(state, rows))
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
             multiply = hessian_product(loss, parameters)
             bottom, top = extreme_eigenvalues(multiply, parameters, self.iterations)
             scalars = {"hessian_top": float(top), "hessian_bottom": float(bottom)}

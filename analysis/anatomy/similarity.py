@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from analysis.anatomy.findings import Curve, Findings, Picture
-from analysis.anatomy.measure import Comparison, Measure
+from analysis.anatomy.measure import Comparison, Measure, other_positions
 from analysis.anatomy.passage import Passage
 from analysis.anatomy.text import Text
 from analysis.states import effective_rank, mean_cosine
 from core.errors import require
-from lightning_modules.transformer import Transformer
+from lightning_modules.trunk import Trunk
 from spannorm.precision import without_autocast
 
 AT_ONCE = 1024
@@ -81,15 +81,15 @@ def sampled(text: Text, positions: int) -> Iterator[tuple[Any, Tensor]]:
 
     They are evenly spaced; a text of fewer tokens gives all.
     """
-    every = max(1, -(-text.num_tokens // positions))
+    every = max(1, -(-text.num_positions // positions))
     passed = 0
     for batch in text:
-        size = batch.targets.numel()
+        size = batch.num_positions
         yield batch, torch.arange(-passed % every, size, every)
         passed += size
 
 
-def gathered(model: Transformer, text: Text, positions: int) -> list[Tensor]:
+def gathered(model: Trunk, text: Text, positions: int) -> list[Tensor]:
     """Return the hidden states of evenly spaced tokens at every depth, each [tokens, features]."""
     parts: list[list[Tensor]] = [[] for _ in range(len(model.blocks) + 1)]
     for batch, places in sampled(text, positions):
@@ -128,7 +128,7 @@ class Similarity(Measure):
         require(self.positions >= 2, "positions", self.positions, "an integer >= 2")
 
     @torch.inference_mode()
-    def __call__(self, model: Transformer, text: Text) -> Findings:
+    def __call__(self, model: Trunk, text: Text) -> Findings:
         depths = len(model.blocks) + 1
         parts: list[list[Tensor]] = [[] for _ in range(depths)]
         cosine, angle = torch.zeros(depths, depths).double(), torch.zeros(depths, depths).double()
@@ -138,15 +138,15 @@ class Similarity(Measure):
             states = hidden_states(Passage(model, batch))
             cosine += cosines(states).sum(-1).cpu()
             angle += angular_distances(states).sum(-1).cpu()
-            size = len(batch.targets)
+            size = batch.num_samples
             sequences += size
             rank += size * torch.stack([effective_rank(state).cpu() for state in states]).double()
             alike += size * torch.stack([mean_cosine(state).cpu() for state in states]).double()
             for part, state in zip(parts, states, strict=True):
                 part.append(state.flatten(0, 1)[places.to(state.device)])
         cosine, angle, rank, alike = (
-            cosine / text.num_tokens,
-            angle / text.num_tokens,
+            cosine / text.num_positions,
+            angle / text.num_positions,
             rank / sequences,
             alike / sequences,
         )
@@ -194,8 +194,12 @@ class CrossSimilarity(Comparison):
     def __post_init__(self) -> None:
         require(self.positions >= 2, "positions", self.positions, "an integer >= 2")
 
+    def lacks(self, first: Trunk, second: Trunk) -> str | None:
+        """Say that the two take other positions, so that nothing of one stands for something of the other."""
+        return other_positions(first, second)
+
     @torch.inference_mode()
-    def __call__(self, first: Transformer, second: Transformer, text: Text) -> Findings:
+    def __call__(self, first: Trunk, second: Trunk, text: Text) -> Findings:
         cka = linear_cka(*(gathered(model, text, self.positions) for model in (first, second)))
         title = "linear CKA of depths, the first run's down, the other's across"
         return Findings(

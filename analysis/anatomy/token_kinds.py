@@ -8,7 +8,7 @@ from torch import Tensor
 
 KINDS = ("letters", "digits", "whitespace", "punctuation", "mixed", "other")
 """What a token can be made of. Whitespace around other characters does not count. `mixed` has several of the first
-four; `other` is no text by itself: the end of a document, a part of a character, a control character."""
+four; `other` is no text by itself: the end of a document, a part of a character, a control character, a mask."""
 
 
 def kind_of(text: str) -> str:
@@ -37,5 +37,6 @@ def token_kinds(tokens: Tensor, tokenizer: Any) -> Tensor:
     """
     ids, places = tokens.unique(return_inverse=True)
     end = tokenizer.end_of_document
-    kinds = ["other" if each == end else kind_of(tokenizer.decode([each])) for each in ids.tolist()]
+    known = range(tokenizer.vocab_size)  # a mask is not
+    kinds = [kind_of(tokenizer.decode([each])) if each in known and each != end else "other" for each in ids.tolist()]
     return torch.tensor([KINDS.index(kind) for kind in kinds])[places]

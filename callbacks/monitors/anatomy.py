@@ -11,19 +11,18 @@ from torch.distributed.tensor import DTensor
 
 from analysis.anatomy.findings import Findings
 from analysis.anatomy.registry import MEASURES
-from analysis.anatomy.text import Text, held_out
+from analysis.anatomy.text import Text, has_blocks, held_out
 from analysis.evaluating import evaluating
 from callbacks.scalars import write_scalars
 from core.atomic_write import write_whole
 from core.errors import InvalidValue, lookup, require
-from core.task import task_of
 
 FOLDER = "anatomy/steps"
 """Below the run's."""
 
 
 class Anatomy(L.Callback):
-    """Measures the model on a held-out text before the first step, after every n-th and after the last one.
+    """Measures the model on held-out data before the first step, after every n-th and after the last one.
 
     Writes RUN/anatomy/steps/STEP.json, from which `python -m tools.anatomy` draws depth over steps, and logs:
 
@@ -39,11 +38,11 @@ class Anatomy(L.Callback):
         run_dir: the run's folder.
         every_n_steps: optimizer steps between two measurements.
         measures: names in analysis.anatomy.registry.MEASURES, of which none may be slow.
-        tokens: of the text, the first of validation.
+        tokens: so many, the first of validation; of images patches and class tokens.
 
     Raises:
-        ConfigError: one of them is too small, no such measure, parameters are sharded, the model does not predict the
-            next token, or the Trainer has no DataModule.
+        ConfigError: one of them is too small, no such measure, parameters are sharded, the model has no blocks, or the
+            Trainer has no DataModule.
     """
 
     def __init__(
@@ -69,13 +68,13 @@ class Anatomy(L.Callback):
         if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
             raise InvalidValue("callbacks.anatomy", name, "it needs every parameter whole in each process")
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if not task_of(pl_module).predicts_next:
-            reason = "it asks the model for the next token of a text, and this one predicts something else"
-            raise InvalidValue("callbacks.anatomy", name, reason)
+        if not has_blocks(model):
+            raise InvalidValue("callbacks.anatomy", name, "it looks at blocks, as lightning_modules.trunk has them")
         if datamodule is None:
-            raise InvalidValue("callbacks.anatomy", name, "it takes its text from a DataModule, and there is none")
+            reason = "it takes held-out data from a DataModule, and there is none"
+            raise InvalidValue("callbacks.anatomy", name, reason)
         if trainer.is_global_zero:
-            self._text = held_out(datamodule, self.tokens)
+            self._text = held_out(datamodule, pl_module, self.tokens)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int

@@ -88,6 +88,10 @@ class ImageDataModule(EndlessDataModule):
         return ImageSamples(source, self.image_size, self.num_channels, self.mean, self.std, seed, augment)
 
     @property
+    def encoding(self) -> dict[str, Any]:
+        return image_encoding(self)
+
+    @property
     def num_val_samples(self) -> int:
         return len(self._val.labels)
 
@@ -123,3 +127,9 @@ class ImageDataModule(EndlessDataModule):
         """Return the validation loss, in nats per image, of the classes' frequencies, each counted once more."""
         counts = np.bincount(self._train.labels, minlength=self.num_classes) + 1.0
         return -float(np.log(counts / counts.sum())[self._val.labels].mean())
+
+
+def image_encoding(data: Any) -> dict[str, Any]:
+    """Return what pixels and labels of a DataModule's batches stand for; classes are told apart by their number."""
+    sizes = {name: getattr(data, name) for name in ("image_size", "num_channels", "num_classes")}
+    return {**sizes, **{name: np.atleast_1d(getattr(data, name)).tolist() for name in ("mean", "std")}}

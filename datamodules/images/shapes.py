@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from core.errors import require
 from datamodules.endless_datamodule import EndlessDataModule
+from datamodules.images.image_datamodule import image_encoding
 from datamodules.samples import Numbers, Rows
 
 KINDS = {
@@ -113,6 +114,10 @@ class Shapes(EndlessDataModule):
         require(0 <= clutter <= 100, "data.clutter", clutter, "an integer from 0 to 100")
         self.clutter = clutter
         self.save_hyperparameters()
+
+    @property
+    def encoding(self) -> dict[str, Any]:
+        return image_encoding(self)
 
     def samples(self, split: str) -> SceneSamples:
         seed, key = (self.seed, 0) if split == "train" else (0, VALIDATION_KEY)

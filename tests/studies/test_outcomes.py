@@ -47,7 +47,7 @@ def test_outcomes_are_measured_of_the_last_weights_and_kept(plan: Plan) -> None:
     assert not lacks_outcomes(plan, first)
     opened = open_run(folder)
     opened.datamodule.prepare_data()
-    found = LayerDrop()(opened.module.model, held_out(opened.datamodule, 16384))
+    found = LayerDrop()(opened.module.model, held_out(opened.datamodule, opened.module, 16384))
     assert measured.outcomes["layer_drop"] == pytest.approx(found.scalars["layer_drop"], rel=1e-4, abs=1e-7)
     more = with_outcomes(measured, folder, ("loss",))
     assert set(more.outcomes) == {"layer_drop", "late_contribution", "loss"}

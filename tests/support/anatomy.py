@@ -1,7 +1,8 @@
-"""Held-out texts without a corpus, for tests of measures."""
+"""Held-out texts and images without a corpus, for tests of measures."""
 
 import copy
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +11,20 @@ from torch import Tensor, nn
 from analysis.anatomy.text import Batch, Text
 from datamodules.tokenizers import NumberTokenizer
 from lightning_modules.transformer import Transformer
+from lightning_modules.trunk import Asked, Trunk
+from lightning_modules.vision_module import VisionModule
+from lightning_modules.vision_transformer import ImageConfig, VisionTransformer
 from spannorm import PLACEMENTS
+from tests.support import images
 from tests.support.models import VOCAB_SIZE, make_module
 
 MODELS = [(name, "dense") for name in sorted(PLACEMENTS)] + [(name, "moe") for name in ("attnres", "mhc", "spannorm")]
 """Every placement, and what it is around."""
+KINDS = ("text", "images")
+M = TypeVar("M", bound=Trunk)
+IMAGES = replace(images.IMAGES, num_classes=7)
+POOLED = replace(IMAGES, positions="rope", pool="mean", patch_size=4)
+"""Images of 17 positions of which the first is read, and of 4 of which the mean is."""
 
 
 def make_text(batches: int = 2, sequences: int = 3, seq: int = 12, vocab_size: int = VOCAB_SIZE) -> Text:
@@ -24,9 +34,33 @@ def make_text(batches: int = 2, sequences: int = 3, seq: int = 12, vocab_size: i
     for number in range(batches):
         tokens = torch.randint(vocab_size, (sequences, seq + 1), generator=generator)
         rows = torch.arange(sequences) + number * sequences
-        documents = (rows - 1).clamp(min=0)[:, None].expand(-1, seq)
-        made.append(Batch(tokens[:, :-1], tokens[:, 1:], None, documents.contiguous()))
+        documents = (rows - 1).clamp(min=0)[:, None].expand(-1, seq).contiguous()
+        made.append(text_batch(tokens, documents))
     return Text(tuple(made), NumberTokenizer(vocab_size))
+
+
+def text_batch(tokens: Tensor, documents: Tensor, positions: Tensor | None = None) -> Batch:
+    """Of sequences [batch, seq + 1], each of whose tokens is to follow those before it."""
+    targets = tokens[:, 1:]
+    rows = {"tokens": tokens} if positions is None else {"tokens": tokens, "positions": positions}
+    return Batch(rows, documents, Asked(targets, torch.arange(targets.size(1)).expand_as(targets)))
+
+
+def inputs_of(batch: Batch) -> Tensor:
+    """The tokens that a model reads, [batch, seq]."""
+    return batch.rows["tokens"][:, :-1]
+
+
+def make_images(batches: int = 2, number: int = 4, config: ImageConfig = IMAGES) -> Text:
+    """Images of independent pixels with random classes; each is a document."""
+    generator, made = torch.Generator().manual_seed(1), []
+    for first in range(0, batches * number, number):
+        pixels = torch.randn(number, 1, 8, 8, generator=generator)
+        rows = {"images": pixels, "labels": torch.randint(config.num_classes, (number,), generator=generator)}
+        documents = torch.arange(first, first + number)[:, None].expand(-1, config.num_positions)
+        targets = rows["labels"][:, None]
+        made.append(Batch(rows, documents, Asked(targets, torch.zeros_like(targets))))
+    return Text(tuple(made), task=VisionModule.task)
 
 
 def trained_like(seed: int = 0, **fields: Any) -> Transformer:
@@ -34,6 +68,27 @@ def trained_like(seed: int = 0, **fields: Any) -> Transformer:
     torch.manual_seed(seed)
     model = make_module(**{"num_layers": 4, **fields}).model
     assert model is not None
+    return enlarged(model)
+
+
+def of_images(seed: int = 0, config: ImageConfig = IMAGES, **fields: Any) -> VisionTransformer:
+    """The same of images."""
+    torch.manual_seed(seed)
+    return enlarged(images.make_images_model(config, **{"num_layers": 4, **fields}))
+
+
+def of_kind(kind: str, seed: int = 0, **fields: Any) -> Any:
+    """The same of a text, or of images."""
+    return trained_like(seed, **fields) if kind == "text" else of_images(seed, **fields)
+
+
+def data_of(kind: str, batches: int = 2, samples: int = 3) -> Text:
+    """Data for it."""
+    return make_text(batches, samples) if kind == "text" else make_images(batches, samples)
+
+
+def enlarged(model: M) -> M:
+    """A model with weights as they may be after training."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.2) if parameter.dim() > 1 else parameter.uniform_(0.5, 1.5)
@@ -51,7 +106,7 @@ class Nothing(nn.Module):
         return (torch.zeros_like(x), None) if self.mixture else torch.zeros_like(x)
 
 
-def without(model: Transformer, *numbers: int) -> Transformer:
+def without(model: M, *numbers: int) -> M:
     """The model with sublayers that put out zeros in these blocks, counted from 0."""
     changed = copy.deepcopy(model)
     for number in numbers:
@@ -59,7 +114,7 @@ def without(model: Transformer, *numbers: int) -> Transformer:
     return changed
 
 
-def in_order(model: Transformer, *numbers: int) -> Transformer:
+def in_order(model: M, *numbers: int) -> M:
     """The model with these of its blocks, counted from 0, in this order."""
     changed = copy.deepcopy(model)
     changed.blocks = nn.ModuleList(changed.blocks[number] for number in numbers)
@@ -67,7 +122,8 @@ def in_order(model: Transformer, *numbers: int) -> Transformer:
 
 
 @torch.no_grad()
-def loss_of(model: Transformer, text: Text) -> float:
-    """Nats per token, of the model's own forward pass."""
-    logits = torch.cat([model(batch.inputs)[0] for batch in text])
-    return float(F.cross_entropy(logits.flatten(0, 1), torch.cat([batch.targets for batch in text]).flatten()))
+def loss_of(model: Any, data: Text) -> float:
+    """Nats per token, or per image, of the model's own forward pass."""
+    logits = [model(batch.rows["images"] if "images" in batch.rows else inputs_of(batch))[0] for batch in data]
+    targets = [batch.rows["labels"] if "images" in batch.rows else batch.rows["tokens"][:, 1:] for batch in data]
+    return float(F.cross_entropy(torch.cat(logits).flatten(0, -2), torch.cat(targets).flatten()))

@@ -20,7 +20,7 @@ from analysis.anatomy.text import held_out
 from core import cli
 from core.errors import ConfigError
 from core.open_run import open_run
-from tests.support.anatomy import make_text
+from tests.support.anatomy import inputs_of, make_text
 from tests.support.pretrained import add_tokenizer, saved
 from tests.support.tool_runs import bpe_corpus, bpe_run, byte_run
 from tools import anatomy, compare
@@ -87,21 +87,21 @@ def test_the_figures_are_those_of_the_measure_by_itself(report: Path, runs: list
         opened = open_run(folder)
         opened.datamodule.prepare_data()
         opened.datamodule.seq_len = 48
-        text = held_out(opened.datamodule, 300)
+        text = held_out(opened.datamodule, opened.module, 300)
         found = LayerDrop()(opened.module.model, text)
         reported = content["runs"][number]["findings"]["layer_drop"]
         assert reported["curves"]["drop_by_block"]["values"] == pytest.approx(
             found.curves["drop_by_block"].values, rel=1e-4, abs=1e-7
         )
         with torch.no_grad():
-            losses = [opened.module(b.inputs, b.positions, b.targets)[0].by_token for b in text]
+            losses = [opened.module(inputs_of(b), None, b.targets)[0].by_token for b in text]
         assert reported["scalars"]["loss"] == pytest.approx(float(torch.cat(losses).mean()), abs=1e-5)
 
 
 def test_comparisons_are_of_the_first_run_and_the_other(report: Path, runs: list[Path]) -> None:
     first, second = (open_run(folder) for folder in runs)
     first.datamodule.prepare_data()
-    text = held_out(first.datamodule, 300)
+    text = held_out(first.datamodule, first.module, 300)
     assert first.datamodule.seq_len == 48
     found = CrossSimilarity()(first.module.model, second.module.model, text).matrices["cross_cka"]
     reported = json.loads((report / "report.json").read_text())["runs"][1]["findings"]["cross_similarity"]
@@ -126,7 +126,7 @@ def test_fields_reach_what_they_are_for(runs: list[Path], tmp_path: Path, capsys
 
     with mock.patch("tools.examination.examine.held_out", wraps=held_out) as read:
         found(str(folder), "measures=sharpness", "batch_size=1")
-    assert read.call_args.args[2] == 1, "no figure depends on it"
+    assert read.call_args.args[3] == 1, "no figure depends on it"
 
     without: list[float] = []
     for skip in ("identity", "placement"):
@@ -270,14 +270,14 @@ def test_what_would_be_refused_in_the_end_is_refused_before_anything_is_measured
     monkeypatch.setattr(LayerDrop, "__call__", measured)
     one = [runs[0], "measures=layer_drop,critical_batch_size", f"output={tmp_path / 'report'}"]
     assert refused(capsys, *one, "tokens=100") == (
-        "Error: tokens=100 is not valid: expected more: critical_batch_size needs 32 sequences for fitting, and there "
+        "Error: tokens=100 is not valid: expected more: critical_batch_size needs 32 samples for fitting, and there "
         "are 9"
     )
     second = shutil.copytree(runs[1], tmp_path / "second")
     two = [runs[0], runs[1], second, "measures=layer_drop,critical_batch_size", f"output={tmp_path / 'report'}"]
     config = (second / "config.yaml").read_text()
     (second / "config.yaml").write_text(config.replace("accumulate_grad_batches: 1", "accumulate_grad_batches: 16"))
-    assert "needs 512 sequences for fitting" in refused(capsys, *two, "tokens=4000")
+    assert "needs 512 samples for fitting" in refused(capsys, *two, "tokens=4000")
     (second / "checkpoints/last.ckpt").write_bytes(b"broken")
     assert "a whole checkpoint; this file cannot be read as one" in refused(capsys, *two)
     (second / "checkpoints/last.ckpt").unlink()

@@ -1,4 +1,4 @@
-"""Opens runs one after the other and measures them on one text."""
+"""Opens runs one after the other and measures them on the same held-out data."""
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,13 +13,16 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from analysis.anatomy.findings import Findings
 from analysis.anatomy.measure import Comparison, Instrument, Measure, require_fitting
 from analysis.anatomy.registry import COMPARISONS, INSTRUMENTS, MEASURES, outcomes
-from analysis.anatomy.text import Batch, Text, held_out
+from analysis.anatomy.text import Batch, Text, has_blocks, held_out
 from core.errors import ConfigError, require, suggest
-from core.open_run import OpenRun, open_language_run
+from core.open_run import OpenRun, open_run
+from core.task import task_of
 from datamodules.samples import positions
 
 FITTING = 4
-"""Tokens of the training split that measures may fit something on, for each held-out one."""
+"""Positions of the training split that measures may fit something on, for each held-out one."""
+EXAMPLE = 64
+"""Positions of what two models are asked about, before they are held against each other."""
 OF_THE_FIRST = "Both read the text with data.document_mask as the first run was trained, the other was not."
 
 
@@ -30,9 +33,9 @@ class Chosen:
     Attributes:
         runs: their folders; one may stand there several times, with different checkpoints.
         measures: names in MEASURES and COMPARISONS.
-        tokens: of the text, at least.
+        tokens: at least so many held-out tokens, or of images patches and class tokens.
         data: a prepared corpus; None: the first run's own validation data.
-        batch_size: sequences side by side; None: as many as the first run was trained on.
+        batch_size: samples side by side; None: as many as the first run was trained on.
         checkpoints: last, best, or a path: one for all, or one for each.
         skip: how blocks are left out.
         allow: as core.open_run has it.
@@ -95,51 +98,77 @@ def examine(chosen: Chosen) -> tuple[Text, list[Examined]]:
         chosen: names of measures, all known.
 
     Raises:
-        ConfigError: a run cannot be opened, its tokens are not the first one's, or there is no text.
+        ConfigError: a run cannot be opened, it predicts something else than the first one or of other data, or there
+            are no data.
     """
     checkpoints = chosen.checkpoints * len(chosen.runs) if len(chosen.checkpoints) == 1 else chosen.checkpoints
-    first = open_language_run(chosen.runs[0], checkpoints[0], chosen.allow)
+    first = _open(chosen.runs[0], checkpoints[0], chosen.allow)
     length, needed = _wants(first, chosen)
     # All are opened before any is measured: a refusal after that loses what was found.
     for folder, checkpoint in zip(chosen.runs[1:], checkpoints[1:], strict=True):
         their_length, theirs = _wants_beside(first, folder, checkpoint, chosen)
-        length = min(length, their_length)
+        length = None if length is None or their_length is None else min(length, their_length)
         needed |= {name: max(count, needed.get(name, 0)) for name, count in theirs.items()}
     text = _text(first, length, chosen)
     for name, count in needed.items():
-        require_fitting(name, count, sum(len(batch.inputs) for batch in text.fitting), chosen.tokens)
+        require_fitting(name, count, sum(batch.num_samples for batch in text.fitting), chosen.tokens)
     examined = []
     for number, (folder, checkpoint) in enumerate(zip(chosen.runs, checkpoints, strict=True)):
-        run = first if number == 0 else open_language_run(folder, checkpoint, chosen.allow)
+        run = first if number == 0 else _open(folder, checkpoint, chosen.allow)
         examined.append(_examine(run, first if number else None, text, chosen))
     return text, examined
 
 
-def _wants(run: OpenRun, chosen: Chosen) -> tuple[int, dict[str, int]]:
-    """Return the length of a run's sequences, and how many of them its measures want for fitting, by their names."""
+def _open(folder: Path, checkpoint: str, allow: Collection[str]) -> OpenRun:
+    run = open_run(folder, checkpoint, allow)
+    valid = "a run of a model of blocks, as lightning_modules.trunk has them"
+    require(has_blocks(run.module.model), "RUN", str(folder), valid)
+    return run
+
+
+def _wants(run: OpenRun, chosen: Chosen) -> tuple[int | None, dict[str, int]]:
+    """Return the length of a run's sequences, None where samples cannot be cut, and how many samples its measures want
+    for fitting, by their names."""
     made = (_of_run(name, run, chosen) for name in chosen.measures if name in MEASURES)
     wanting = (measure for measure in made if measure.lacks(run.module.model) is None)
-    return run.datamodule.seq_len, {measure.name: measure.fitting_sequences() for measure in wanting}
+    return getattr(run.datamodule, "seq_len", None), {measure.name: measure.fitting_samples() for measure in wanting}
 
 
-def _wants_beside(first: OpenRun, folder: Path, checkpoint: str, chosen: Chosen) -> tuple[int, dict[str, int]]:
+def _wants_beside(first: OpenRun, folder: Path, checkpoint: str, chosen: Chosen) -> tuple[int | None, dict[str, int]]:
     """Return the same of another run, which is opened and let go again."""
-    other = open_language_run(folder, checkpoint, chosen.allow)
-    ours, theirs = first.datamodule.tokenizer, other.datamodule.tokenizer
-    same = getattr(ours, "content", ours.name) == getattr(theirs, "content", theirs.name)
-    same = same and first.datamodule.vocab_size == other.datamodule.vocab_size
-    valid = f"a run whose tokens are those of {first.folder}, {ours.name}; this one has {theirs.name}"
-    require(same, "RUN", str(folder), valid)
+    other = _open(folder, checkpoint, chosen.allow)
+    _require_same(first, other)
     return _wants(other, chosen)
 
 
-def _text(first: OpenRun, length: int, chosen: Chosen) -> Text:
+def _require_same(first: OpenRun, other: OpenRun) -> None:
+    """Raise ConfigError unless two runs are asked for the same, of data that mean the same to both."""
+    ours, theirs = task_of(first.module).predicted, task_of(other.module).predicted
+    valid = f"a run of a model that predicts {ours}, as that of {first.folder} does; this one's predicts {theirs}"
+    require(ours == theirs, "RUN", str(other.folder), valid)
+    read = other.datamodule.encoding
+    for name, meant in first.datamodule.encoding.items():
+        valid = f"a run whose {name} are those of {first.folder}, {meant}; this one has {read.get(name)}"
+        require(read.get(name) == meant, "RUN", str(other.folder), valid)
+    example = first.module.model.example(1, EXAMPLE, torch.Generator().manual_seed(0))
+    asked = (run.module.model.asked(example) for run in (first, other))
+    same = all(mine.shape == its.shape and bool((mine == its).all()) for mine, its in zip(*asked, strict=True))
+    valid = f"a run whose model the same data ask for the same as that of {first.folder}: this one's they ask otherwise"
+    require(same, "RUN", str(other.folder), valid)
+
+
+def _text(first: OpenRun, length: int | None, chosen: Chosen) -> Text:
     from tools.evaluation.corpora import open_corpus
 
-    datamodule = first.datamodule if chosen.data is None else open_corpus(first, chosen.data)
+    datamodule = first.datamodule
+    if chosen.data is not None:
+        valid = "null: a prepared corpus is text, and this run's data are none; it is measured on those of its own"
+        require(hasattr(datamodule, "tokenizer"), "data", chosen.data, valid)
+        datamodule = open_corpus(first, chosen.data)
     datamodule.prepare_data()
-    datamodule.seq_len = length
-    return held_out(datamodule, chosen.tokens, chosen.batch_size, FITTING * chosen.tokens)
+    if length is not None:
+        datamodule.seq_len = length
+    return held_out(datamodule, first.module, chosen.tokens, chosen.batch_size, FITTING * chosen.tokens)
 
 
 def _of_run(name: str, run: OpenRun, chosen: Chosen) -> Any:
@@ -153,17 +182,21 @@ def as_trained(text: Text, document_mask: bool) -> Text:
         return text
 
     def changed(batches: tuple[Batch, ...]) -> tuple[Batch, ...]:
-        if not document_mask:
-            return tuple(batch._replace(positions=None) for batch in batches)
-        places = (positions(batch.inputs.numpy(), text.tokenizer.end_of_document) for batch in batches)
-        return tuple(batch._replace(positions=torch.from_numpy(p)) for batch, p in zip(batches, places, strict=True))
+        made = []
+        for batch in batches:
+            rows = {name: values for name, values in batch.rows.items() if name != "positions"}
+            if document_mask:
+                places = positions(rows["tokens"][:, :-1].numpy(), text.tokenizer.end_of_document)
+                rows["positions"] = torch.from_numpy(places)
+            made.append(replace(batch, rows=rows))
+        return tuple(made)
 
     return replace(text, batches=changed(text.batches), fitting=changed(text.fitting))
 
 
 def is_masked(text: Text) -> bool:
     """Return whether attention keeps documents apart on this text."""
-    return text.batches[0].positions is not None
+    return "positions" in text.batches[0].rows
 
 
 def _examine(run: OpenRun, first: OpenRun | None, text: Text, chosen: Chosen) -> Examined:
@@ -171,7 +204,7 @@ def _examine(run: OpenRun, first: OpenRun | None, text: Text, chosen: Chosen) ->
     found: dict[str, Findings] = {}
     left_out: dict[str, str] = {}
     mask = getattr(run.datamodule, "document_mask", False) if first else is_masked(text)
-    own = as_trained(text, mask)
+    own = as_trained(text, mask).seen_by(model)
     for name in chosen.measures:
         measure = _of_run(name, run, chosen)
         models = (model,) if isinstance(measure, Measure) else (first and first.module.model, model)
@@ -183,7 +216,7 @@ def _examine(run: OpenRun, first: OpenRun | None, text: Text, chosen: Chosen) ->
             continue
         with _bar(f"{run.folder.name}: {name}", own if isinstance(measure, Measure) else text) as watched:
             found[name] = measure(*models, watched)
-        if isinstance(measure, Comparison) and own is not text:
+        if isinstance(measure, Comparison) and mask != is_masked(text):
             found[name] = replace(found[name], notes=(*found[name].notes, OF_THE_FIRST))
     size = sum(parameter.numel() for parameter in model.parameters())
     shape = (config.placement, config.num_layers, config.dim, config.ffn, size, mask)

@@ -30,7 +30,7 @@ class Report:
     """Everything that a report says.
 
     Attributes:
-        text: what was measured on.
+        text: the held-out data.
         examined: the runs, in order; the others are compared with the first.
         source: where the text comes from, in words.
         kept: of each run, what was kept while it was trained.
@@ -49,7 +49,7 @@ class Report:
     @cached_property
     def resampled(self) -> Resampled:
         """The draws of documents that every interval is of."""
-        return Resampled(self.text.tokens_by_document)
+        return Resampled(self.text.targets_by_document)
 
     def measures(self) -> Iterator[tuple[str, dict[str, Findings]]]:
         """Yield each measure's name with its findings by the run's label, of the runs that have some."""
@@ -62,7 +62,10 @@ class Report:
     def intervals(self, found: dict[str, Findings]) -> dict[str, dict[str, list[Interval]]]:
         """Return the intervals of one measure's figures: by label, then by the figure's name."""
         return {
-            label: {name: self.resampled.intervals(sums) for name, sums in findings.by_document.items()}
+            label: {
+                name: self.resampled.intervals(sums, findings.counts.get(name))
+                for name, sums in findings.by_document.items()
+            }
             for label, findings in found.items()
         }
 
@@ -71,7 +74,9 @@ class Report:
         first = found.get(self.labels[0])
         return {
             label: {
-                name: self.resampled.differences(sums, first.by_document[name])
+                name: self.resampled.differences(
+                    sums, first.by_document[name], findings.counts.get(name), first.counts.get(name)
+                )
                 for name, sums in findings.by_document.items()
                 if name in first.by_document and first.by_document[name].shape == sums.shape
             }
@@ -106,8 +111,8 @@ def _blocks(report: Report, output: Path) -> Iterator[Block]:
     text = report.text
     yield Heading("Anatomy", 1)
     yield Paragraph(
-        f"{text.num_tokens:,} tokens of {text.num_documents:,} documents, of {report.source}; the same for every run. "
-        f"Losses are in nats per token. {_about_intervals(text)}"
+        f"{_size(text)}, of {report.source}; the same for every run. Losses are in {text.task.loss_unit}. "
+        f"{_about_intervals(text)}"
     )
     header = ["run", "folder", "checkpoint", "step", "placement", "FFN", "blocks", "dim", "parameters"]
     rows: list[list[Words]] = [
@@ -157,14 +162,23 @@ def _blocks(report: Report, output: Path) -> Iterator[Block]:
         yield Bullets(missing)
 
 
+def _size(text: Text) -> str:
+    task, targets, positions = text.task, text.num_targets, text.num_positions
+    seen = "" if targets == positions else f" ({positions:,} positions)"
+    return f"{targets:,} {task.counted}{seen}" + (
+        "" if task.counted == task.documents else f" of {text.num_documents:,} {task.documents}"
+    )
+
+
 def _about_intervals(text: Text) -> str:
+    documents = text.task.documents
     if text.num_documents < FEWEST:
         return (
-            f"There are no intervals: bootstrap over documents takes at least {FEWEST}, as those of fewer come out too "
-            "narrow, and that of one without any width. More tokens= have more documents."
+            f"There are no intervals: bootstrap over {documents} takes at least {FEWEST}, as those of fewer come out "
+            f"too narrow, and that of one without any width. More tokens= have more {documents}."
         )
     return (
-        f"In brackets: {LEVEL:.0%} intervals by bootstrap over documents, which say how much hangs on the text, and "
+        f"In brackets: {LEVEL:.0%} intervals by bootstrap over {documents}, which say how much hangs on the data, and "
         "nothing of how another seed of training would have come out."
     )
 
@@ -177,7 +191,7 @@ def _over_steps(report: Report, output: Path) -> Iterator[Block]:
     if not scalars and not drops:
         return
     yield Heading("Over training")
-    yield Paragraph("What callbacks=anatomy has kept, on a text of its own: the first tokens of validation.")
+    yield Paragraph("What callbacks=anatomy has kept, on data of its own: the first of validation.")
     if scalars:
         draw_scalars(scalars, output / "steps_scalars.png")
         yield Shown("scalars over steps", "steps_scalars.png")
@@ -207,7 +221,7 @@ def _scalars(report: Report) -> Iterator[Block]:
                 against.append([Code(name), *("-" if change is None else _interval(change[0]) for change in changes)])
     yield Table(["", *report.labels], rows)
     if against:
-        yield Paragraph(f"Less that of {report.labels[0]}, document by document:")
+        yield Paragraph(f"Less that of {report.labels[0]}, over the same {report.text.task.documents}:")
         yield Table(["", *report.labels[1:]], against)
 
 
@@ -244,7 +258,7 @@ def _interval(interval: Interval) -> str:
 def content_of(report: Report) -> dict[str, Any]:
     """Return all of a report as JSON has it; what is no finite number is null."""
     runs = []
-    measured = dict(report.measures())
+    measured, counted = dict(report.measures()), report.text.task.counted
     for label, run in zip(report.labels, report.examined, strict=True):
         shape = {name: getattr(run, name) for name in SHAPE}
         runs.append(
@@ -260,8 +274,8 @@ def content_of(report: Report) -> dict[str, Any]:
     return {
         "text": {
             "source": report.source,
-            "tokens": report.text.num_tokens,
-            "tokens_by_document": as_plain(report.text.tokens_by_document),
+            counted: report.text.num_targets,
+            f"{counted}_by_document": as_plain(report.text.targets_by_document),
         },
         "runs": runs,
         "intervals": {name: as_plain(report.intervals(found)) for name, found in measured.items()},

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from analysis.anatomy.bfloat16 import Bfloat16
 from spannorm import PLACEMENTS
-from tests.support.anatomy import make_text, trained_like
+from tests.support.anatomy import inputs_of, make_text, trained_like
 
 
 @pytest.mark.parametrize("ffn", ["dense", "moe"])
@@ -16,7 +16,7 @@ def test_against_whole_logits(ffn: str) -> None:
     model, text = trained_like(ffn=ffn, num_layers=2), make_text()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     found = Bfloat16()(model, text)
-    inputs, targets = (torch.cat([getattr(batch, name) for batch in text]) for name in ("inputs", "targets"))
+    inputs, targets = (torch.cat([of(batch) for batch in text]) for of in (inputs_of, lambda batch: batch.targets))
     with torch.no_grad():
         exact, _ = model(inputs)
         rounded, _ = copy.deepcopy(model).to(torch.bfloat16)(inputs)
@@ -29,7 +29,7 @@ def test_against_whole_logits(ffn: str) -> None:
     assert found.scalars == pytest.approx(expected, rel=1e-3, abs=1e-6)
     assert found.scalars["bf16_kl"] > 0
     for name, value in found.scalars.items():
-        assert found.by_document[name].sum() / text.num_tokens == pytest.approx(value)
+        assert found.by_document[name].sum() / text.num_targets == pytest.approx(value)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

@@ -20,7 +20,7 @@ from analysis.anatomy.text import Text
 from core.checkpoint import load
 from core.errors import ConfigError
 from lightning_modules.language_module import LanguageModule
-from tests.support.anatomy import make_text
+from tests.support.anatomy import inputs_of, make_text
 from tests.support.fitting import fit
 from tests.support.models import make_module
 
@@ -35,7 +35,7 @@ def text(fitting: int = 16) -> Text:
 
 
 def rows_of(made: Text) -> Tensor:
-    return torch.cat([torch.cat((batch.inputs, batch.targets[:, -1:]), dim=1) for batch in made.fitting])
+    return torch.cat([batch.rows["tokens"] for batch in made.fitting])
 
 
 def trained(root: Path, *more: Tensor, **fields: Any) -> LanguageModule:
@@ -63,7 +63,7 @@ def run_of(root: Path, module: LanguageModule, **trainer: Any) -> Any:
 
 def mean_loss(model: Any, made: Text) -> float:
     with torch.no_grad():
-        logits = torch.cat([model(batch.inputs)[0] for batch in made])
+        logits = torch.cat([model(inputs_of(batch))[0] for batch in made])
     return F.cross_entropy(logits.flatten(0, 1), torch.cat([batch.targets for batch in made]).flatten()).item()
 
 
@@ -129,7 +129,7 @@ def test_losses_of_branches_against_a_loop(tmp_path: Path) -> None:
     assert min(abs(a - b) for a, b in itertools.pairwise(expected)) > 0.02
     assert found.scalars["critical_batch_size"] == (1, 2, 4, 8)[critical(expected, 0.0)]
     assert found.notes[0].startswith("Each branch went through 768 tokens, in batches of 1, 2, 4, 8 sequences; ")
-    sums = found.by_document["branch_loss_by_doubling"].sum(1) / made.num_tokens
+    sums = found.by_document["branch_loss_by_doubling"].sum(1) / made.num_targets
     assert sums.tolist() == pytest.approx(curve.values)
 
 
@@ -160,7 +160,7 @@ def test_what_it_takes_of_a_run(tmp_path: Path) -> None:
     module = trained(tmp_path)
     found = CriticalBatchSize(most=1).of_run(run_of(tmp_path, module, accumulate_grad_batches=3, gradient_clip_val=0.5))
     assert found.branching is not None
-    assert (found.branching.sequences, found.branching.clip, found.branching.lr) == (24, 0.5, 0.02)
+    assert (found.branching.samples, found.branching.clip, found.branching.lr) == (24, 0.5, 0.02)
     assert found.most == 1
     model: Any = module.model
     assert found.lacks(model) is None
@@ -218,7 +218,7 @@ def test_too_little_to_train_on_is_refused(tmp_path: Path) -> None:
     module = trained(tmp_path)
     assert module.model is not None
     for fitting in (7, 0):
-        with pytest.raises(ConfigError, match=rf"needs 16 sequences for fitting, and there are {2 * fitting}$"):
+        with pytest.raises(ConfigError, match=rf"needs 16 samples for fitting, and there are {2 * fitting}$"):
             CriticalBatchSize(branching=branching(tmp_path, module))(module.model, text(fitting))
 
 

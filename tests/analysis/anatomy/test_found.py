@@ -13,13 +13,13 @@ from analysis.anatomy.pruning import Pruning
 from analysis.anatomy.registry import MEASURES
 from analysis.anatomy.similarity import Similarity
 from core.errors import ConfigError
-from tests.support.anatomy import MODELS, loss_of, make_text, trained_like, without
+from tests.support.anatomy import KINDS, MODELS, data_of, inputs_of, loss_of, make_text, of_kind, trained_like, without
 
 DEAD = 2  # counted from 1
 
 
-def with_a_dead_block(**fields: Any) -> Any:
-    model = trained_like(num_layers=4, **fields)
+def with_a_dead_block(kind: str = "text", **fields: Any) -> Any:
+    model = of_kind(kind, num_layers=4, **fields)
     with torch.no_grad():
         for matrix in (*model.blocks[DEAD - 1].attn.matrices(), *model.blocks[DEAD - 1].ffn.matrices()):
             if matrix.role in ("attn_out", "ffn_down"):
@@ -27,9 +27,10 @@ def with_a_dead_block(**fields: Any) -> Any:
     return model
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("placement", "ffn"), MODELS)
-def test_a_dead_block_is_found_under_every_placement(placement: str, ffn: str) -> None:
-    model, text = with_a_dead_block(placement=placement, ffn=ffn), make_text(batches=1)
+def test_a_dead_block_is_found_under_every_placement(placement: str, ffn: str, kind: str) -> None:
+    model, text = with_a_dead_block(kind, placement=placement, ffn=ffn), data_of(kind, batches=1)
     drops = LayerDrop()(model, text).curves["drop_by_block"].values
     added = Contribution()(model, text).curves["contribution_by_block"].values
     for values in (drops, added):
@@ -37,8 +38,9 @@ def test_a_dead_block_is_found_under_every_placement(placement: str, ffn: str) -
         assert all(abs(value) > 2e-5 for number, value in enumerate(values, 1) if number != DEAD)
 
 
-def test_a_dead_block_is_the_first_to_be_pruned_and_changes_nothing() -> None:
-    model, text = with_a_dead_block(placement="prenorm"), make_text()
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dead_block_is_the_first_to_be_pruned_and_changes_nothing(kind: str) -> None:
+    model, text = with_a_dead_block(kind, placement="prenorm"), data_of(kind)
     pruned = Pruning(tolerance=1e-3)(model, text)
     assert pruned.curves["pruned_from"].values[0] == DEAD
     assert pruned.curves["pruning_by_count"].values[0] == pytest.approx(0, abs=1e-6)
@@ -67,10 +69,11 @@ def test_pruning_leaves_out_the_blocks_that_turn_the_state_least() -> None:
     assert found.curves["pruning_by_count"].values[0] == pytest.approx(drops[first - 1], abs=1e-6)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("placement", ["spannorm", "mhc", "attnres"])
-def test_blocks_are_pruned_by_the_placements_own_skip(placement: str) -> None:
+def test_blocks_are_pruned_by_the_placements_own_skip(placement: str, kind: str) -> None:
     """And as many can be spared as cost less than is tolerated, each time."""
-    model, text = trained_like(placement=placement), make_text()
+    model, text = of_kind(kind, placement=placement), data_of(kind)
     found, loss = Pruning()(model, text), loss_of(model, text)
     expected = []
     for count, first in enumerate(found.curves["pruned_from"].values, start=1):
@@ -98,7 +101,7 @@ def test_contribution_is_what_is_added_beside_the_skip() -> None:
         block.ffn.register_forward_hook(lambda module, inputs, output: outputs["ffn"].append(output[0]))
         block.register_forward_pre_hook(lambda module, inputs: outputs["before"].append(inputs[0]))
     with torch.no_grad():
-        model(text.batches[0].inputs)
+        model(inputs_of(text.batches[0]))
     ratios = [
         ((a + f).norm(dim=-1) / before.norm(dim=-1)).mean()
         for a, f, before in zip(outputs["attn"], outputs["ffn"], outputs["before"], strict=True)
@@ -109,12 +112,13 @@ def test_contribution_is_what_is_added_beside_the_skip() -> None:
     assert found.scalars["late_contribution"] == pytest.approx(float(late / early), rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", [name for name, measure in MEASURES.items() if not measure.slow])
-def test_a_model_that_overflowed_is_measured_as_no_number(name: str) -> None:
-    measure, text = MEASURES[name](), make_text(batches=1)
-    model = trained_like()
+def test_a_model_that_overflowed_is_measured_as_no_number(name: str, kind: str) -> None:
+    measure, text = MEASURES[name](), data_of(kind, batches=1)
+    model = of_kind(kind)
     if measure.lacks(model) is not None:
-        model = trained_like(ffn="moe")
+        model = of_kind(kind, ffn="moe")
     with torch.no_grad():
         model.blocks[1].attn.o_proj.weight[0, 0] = float("nan")
     found = measure(model, text)

@@ -17,7 +17,7 @@ from analysis.anatomy.outliers import Outliers
 from analysis.anatomy.pruning import Pruning
 from analysis.anatomy.similarity import Similarity
 from core.open_run import open_run
-from tests.support.anatomy import make_text
+from tests.support.anatomy import inputs_of, make_text
 from tests.support.pretrained import saved
 from tools.importing import make_run
 
@@ -38,7 +38,7 @@ def loss_of(model: Any, order: list[int]) -> float:
     """Of transformers' model with these of its layers, in this order."""
     changed = copy.deepcopy(model)
     changed.model.layers = torch.nn.ModuleList(changed.model.layers[number] for number in order)
-    logits = torch.cat([changed(batch.inputs, use_cache=False).logits for batch in TEXT]).flatten(0, 1)
+    logits = torch.cat([changed(inputs_of(batch), use_cache=False).logits for batch in TEXT]).flatten(0, 1)
     return float(F.cross_entropy(logits, torch.cat([batch.targets for batch in TEXT]).flatten()))
 
 
@@ -54,7 +54,7 @@ def states_of(model: Any) -> list[torch.Tensor]:
 
         hooks.append(layer.register_forward_hook(keep))
     for batch in TEXT:
-        model(batch.inputs, use_cache=False)
+        model(inputs_of(batch), use_cache=False)
     for hook in hooks:
         hook.remove()
     return [torch.cat(states).flatten(0, 1) for states in found]
@@ -131,7 +131,7 @@ def test_outliers_and_sinks_are_theirs(both: tuple[Any, Any]) -> None:
     eager = copy.deepcopy(theirs)
     eager.set_attn_implementation("eager")
     with torch.no_grad():
-        weights = [eager(batch.inputs, output_attentions=True, use_cache=False).attentions for batch in TEXT]
+        weights = [eager(inputs_of(batch), output_attentions=True, use_cache=False).attentions for batch in TEXT]
     for block in range(5):
         on_first = torch.cat([of_batch[block][..., 0] for of_batch in weights])  # [sequences, heads, queries]
         on_first[..., 0] = 0

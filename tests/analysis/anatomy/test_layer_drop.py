@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 
 from analysis.anatomy.layer_drop import LayerDrop
-from tests.support.anatomy import MODELS, in_order, loss_of, make_text, trained_like, without
+from tests.support.anatomy import KINDS, MODELS, data_of, in_order, loss_of, of_kind, without
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("placement", "ffn"), MODELS)
-def test_a_block_left_out_is_one_whose_sublayers_put_out_zeros(placement: str, ffn: str) -> None:
-    model, text = trained_like(placement=placement, ffn=ffn, num_layers=3), make_text()
+def test_a_block_left_out_is_one_whose_sublayers_put_out_zeros(placement: str, ffn: str, kind: str) -> None:
+    model, text = of_kind(kind, placement=placement, ffn=ffn, num_layers=3), data_of(kind)
     found = LayerDrop()(model, text)
     loss = loss_of(model, text)
     assert found.scalars["loss"] == pytest.approx(loss, abs=1e-5)
@@ -21,10 +22,11 @@ def test_a_block_left_out_is_one_whose_sublayers_put_out_zeros(placement: str, f
     assert found.curves["cut_by_count"].values == pytest.approx(cut, abs=1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("placement", ["spannorm", "postnorm", "prenorm"])
-def test_a_block_passed_over_or_swapped_is_one_that_stands_elsewhere(placement: str) -> None:
+def test_a_block_passed_over_or_swapped_is_one_that_stands_elsewhere(placement: str, kind: str) -> None:
     """Of four, whose last one stays: it may have a norm before the head."""
-    model, text = trained_like(placement=placement), make_text()
+    model, text = of_kind(kind, placement=placement), data_of(kind)
     found = LayerDrop(skip="identity")(model, text)
     loss = loss_of(model, text)
     expected = [loss_of(in_order(model, *order), text) - loss for order in ((1, 2, 3), (0, 2, 3), (0, 1, 3))]

@@ -13,14 +13,14 @@ from analysis.anatomy import lens
 from analysis.anatomy.lens import LogitLens, TunedLens, effective_depth
 from analysis.states import watching
 from core.errors import ConfigError
-from tests.support.anatomy import make_text, trained_like
+from tests.support.anatomy import inputs_of, make_text, trained_like
 
 
 def logits_by_depth(model: Any, batch: Any) -> list[torch.Tensor]:
     """By hooks: the final norm and the head on every state of a PreNorm model."""
     views: list[Any] = []
     with torch.no_grad(), watching(model, views.append):
-        model(batch.inputs)
+        model(inputs_of(batch))
         norm = model.blocks[-1].placement.final_norm
         return [F.linear(norm(x), model.head.weight) for x in (views[0].before, *(view.after for view in views))]
 
@@ -106,10 +106,10 @@ def fitted_by_hand(model: Any, text: Any, depth: int, tuned: TunedLens) -> list[
         turn, number = divmod(step, len(text.fitting))
         views: list[Any] = []
         with torch.no_grad(), watching(model, views.append):
-            model(text.fitting[number].inputs)
+            model(inputs_of(text.fitting[number]))
         norm = model.blocks[-1].placement.final_norm
         x, last = (norm(state.detach()).flatten(0, 1) for state in (views[depth].before, views[-1].after))
-        every = math.ceil(len(x) / tuned.positions)
+        every = math.ceil(len(x) / tuned.targets)
         taken = [n for n in range(len(x)) if n % every == turn % every]
         x, final = x[taken], F.linear(last[taken], model.head.weight).softmax(-1).detach()
         seen = F.linear(x + x @ matrix.T + offset, model.head.weight).log_softmax(-1)
@@ -123,7 +123,7 @@ def fitted_by_hand(model: Any, text: Any, depth: int, tuned: TunedLens) -> list[
 def test_a_tuned_lens_is_fitted_by_adam_on_the_divergence() -> None:
     model, text = trained_like(placement="prenorm", num_layers=2), make_text()
     text = dataclasses.replace(text, fitting=text.batches)
-    tuned = TunedLens(steps=7, lr=1e-2, positions=10)
+    tuned = TunedLens(steps=7, lr=1e-2, targets=10)
     for depth, found in enumerate(tuned.fit(model, text)):
         torch.testing.assert_close(list(found), fitted_by_hand(model, text, depth, tuned), rtol=1e-3, atol=1e-4)
 

@@ -14,13 +14,13 @@ from analysis.anatomy.expert_share import ExpertShare, mutual_information
 from analysis.anatomy.expert_similarity import ExpertSimilarity
 from analysis.anatomy.routing import chosen_experts, without_expert
 from analysis.anatomy.routing_agreement import RoutingAgreement
-from analysis.anatomy.text import Batch, Text
+from analysis.anatomy.text import Text
 from core.errors import ConfigError
 from datamodules.tokenizers import ByteTokenizer
 from lightning_modules.layers.moe import MoE
 from lightning_modules.transformer import Transformer
 from tests.support import reference
-from tests.support.anatomy import make_text, trained_like
+from tests.support.anatomy import inputs_of, make_text, text_batch, trained_like
 from tests.support.moe import inputs, make_moe
 
 
@@ -32,7 +32,7 @@ def mixture_of(model: Transformer, number: int) -> MoE:
 
 def mean_loss(model: Transformer, text: Text) -> float:
     with torch.no_grad():
-        logits = torch.cat([model(batch.inputs)[0] for batch in text])
+        logits = torch.cat([model(inputs_of(batch))[0] for batch in text])
     return F.cross_entropy(logits.flatten(0, 1), torch.cat([batch.targets for batch in text]).flatten()).item()
 
 
@@ -45,7 +45,7 @@ def spelled(*texts: bytes) -> Text:
     for number, each in enumerate(texts):
         tokens = torch.tensor([list(each)])
         documents = torch.full((1, len(each) - 1), number)
-        batches.append(Batch(tokens[:, :-1], tokens[:, 1:], None, documents))
+        batches.append(text_batch(tokens, documents))
     return Text(tuple(batches), ByteTokenizer())
 
 
@@ -96,9 +96,9 @@ def test_a_token_counts_for_each_of_its_experts() -> None:
     stats: list[Tensor] = []
     with torch.no_grad():
         for batch in text:
-            stats.append(torch.stack([layer.tokens_per_expert for layer in model(batch.inputs)[1]]))
+            stats.append(torch.stack([layer.tokens_per_expert for layer in model(inputs_of(batch))[1]]))
     counts = torch.stack(stats).sum(0)
-    expected = (counts / (2 * text.num_tokens)).tolist()
+    expected = (counts / (2 * text.num_targets)).tolist()
     assert found.matrices["expert_share"] == [pytest.approx(row) for row in expected]
     assert found.notes == ("Mixtures are counted from 1; they are blocks 2, 3.",)
 
@@ -159,7 +159,7 @@ def test_the_loss_without_each_expert(placement: str) -> None:
     assert found.matrices["expert_drop_by_expert"] == [pytest.approx(expected[0].tolist(), abs=1e-4)]
     assert found.scalars["expert_drop"] == pytest.approx(expected.mean().item(), abs=1e-4)
     assert found.curves["expert_drop_most_by_mixture"].values == pytest.approx([expected.max().item()], abs=1e-4)
-    assert found.by_document["expert_drop"].sum() / text.num_tokens == pytest.approx(found.scalars["expert_drop"])
+    assert found.by_document["expert_drop"].sum() / text.num_targets == pytest.approx(found.scalars["expert_drop"])
     assert found.notes == ("Mixtures are counted from 1; they are blocks 2.",)
     assert expected.abs().max() > 1e-3
 
@@ -231,13 +231,13 @@ def test_agreement_counted_token_by_token() -> None:
                 for model, own in enumerate((ours, theirs)):
                     for expert in own:
                         sets[model][mixture][expert] += 1
-    expected = (shared / text.num_tokens).tolist()
+    expected = (shared / text.num_targets).tolist()
     assert found.curves["routing_agreement_by_mixture"].values == pytest.approx(expected)
     assert found.scalars["routing_agreement"] == pytest.approx(sum(expected) / 2)
-    assert found.by_document["routing_agreement"].sum() / text.num_tokens == pytest.approx(sum(expected) / 2)
+    assert found.by_document["routing_agreement"].sum() / text.num_targets == pytest.approx(sum(expected) / 2)
     for mixture in range(2):
         pairs = zip(sets[0][mixture], sets[1][mixture], strict=True)
-        chance = sum(a * b for a, b in pairs) / text.num_tokens**2 / 2
+        chance = sum(a * b for a, b in pairs) / text.num_targets**2 / 2
         assert found.curves["routing_chance_by_mixture"].values[mixture] == pytest.approx(chance)
 
 

@@ -1,6 +1,7 @@
 """Massive dimensions that are planted and found; sinks and kurtosis written down a second time."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,13 +9,11 @@ import torch
 from torch import Tensor
 
 from analysis.anatomy.outliers import Outliers
-from analysis.anatomy.text import Batch, Text
+from analysis.anatomy.text import Batch
 from core.errors import ConfigError
-from datamodules.tokenizers import NumberTokenizer
 from lightning_modules.transformer import Transformer
 from spannorm import PLACEMENTS
-from tests.support.anatomy import make_text, trained_like
-from tests.support.models import VOCAB_SIZE
+from tests.support.anatomy import inputs_of, make_text, text_batch, trained_like
 from tests.support.reference import turn
 
 
@@ -83,7 +82,7 @@ def inputs_of_attention(model: Transformer, batch: Batch) -> list[Tensor]:
     seen: list[Tensor] = []
     handles = [block.attn.register_forward_hook(lambda m, i, o: seen.append(i[0])) for block in model.blocks]
     with torch.no_grad():
-        model(batch.inputs, batch.positions)
+        model(inputs_of(batch), batch.rows.get("positions"))
     for handle in handles:
         handle.remove()
     return seen
@@ -101,7 +100,9 @@ def weights_on(first: int, x: Tensor, attn: Any, head: int, theta: float) -> Ten
 def test_sinks_and_kurtosis_against_a_loop(masked: bool) -> None:
     model, text = trained_like(placement="prenorm", num_layers=2), make_text(batches=2, sequences=2, seq=6)
     positions = torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]]) if masked else None
-    text = Text(tuple(batch._replace(positions=positions) for batch in text.batches), NumberTokenizer(VOCAB_SIZE))
+    if positions is not None:
+        batches = (text_batch(batch.rows["tokens"], batch.documents, positions) for batch in text.batches)
+        text = replace(text, batches=tuple(batches))
     found = Outliers()(model, text)
     expected = torch.zeros(2, 4)
     for batch in text.batches:
@@ -114,11 +115,11 @@ def test_sinks_and_kurtosis_against_a_loop(masked: bool) -> None:
                         attn = model.blocks[block].attn
                         x = inputs[row, : query + 1]
                         expected[block, head] += weights_on(first, x, attn, head, model.config.rope_theta).item()
-    expected /= text.num_tokens
+    expected /= text.num_targets
     torch.testing.assert_close(torch.tensor(found.matrices["sink_by_head"]), expected, atol=1e-5, rtol=0)
     assert found.curves["sink_by_block"].values == pytest.approx(expected.mean(1).tolist(), abs=1e-5)
     assert found.scalars["sink_heads"] == (expected > 0.3).float().mean()
-    assert found.scalars["sink"] == pytest.approx(found.by_document["sink"].sum() / text.num_tokens)
+    assert found.scalars["sink"] == pytest.approx(found.by_document["sink"].sum() / text.num_targets)
     uniform = [1 / (n + 1) for n in ((1, 2, 1, 2, 1, 2, 3, 4, 5) if masked else (1, 2, 3, 4, 5) * 2)]
     assert found.scalars["sink_uniform"] == pytest.approx(sum(uniform) / 12)
 

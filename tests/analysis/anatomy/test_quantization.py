@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from analysis.anatomy.fake_quantization import fake_quantization, round_to_bits
-from analysis.anatomy.forward import token_losses
+from analysis.anatomy.forward import target_losses
 from analysis.anatomy.quantization import Quantization
 from analysis.anatomy.text import Text
 from core.errors import ConfigError
@@ -17,7 +17,7 @@ from lightning_modules.layers.moe import MoE
 from lightning_modules.transformer import Transformer
 from spannorm import PLACEMENTS
 from tests.support import reference
-from tests.support.anatomy import make_text, trained_like
+from tests.support.anatomy import inputs_of, make_text, trained_like
 
 
 def rounded(row: list[float], bits: int) -> list[float]:
@@ -81,7 +81,7 @@ def by_hand(model: Transformer, weight_bits: int | None, activation_bits: int | 
 
 def losses_of(model: Transformer, text: Text) -> Tensor:
     with torch.no_grad():
-        return torch.cat([token_losses(model, batch) for batch in text])
+        return torch.cat([target_losses(model, batch) for batch in text])
 
 
 @pytest.mark.parametrize("fields", [{"placement": "prenorm"}, {"placement": "subln", "qkv_bias": True}])
@@ -97,7 +97,7 @@ def test_the_loss_against_layers_rounded_by_hand(fields: dict[str, Any]) -> None
         assert torch.isclose(losses, expected, atol=1e-3).float().mean() > 0.9, name
         assert (expected - exact).abs().mean() > 10 * (losses - expected).abs().mean(), name
         assert found.scalars[name] == pytest.approx((losses - exact).mean().item(), abs=1e-5)
-        assert found.by_document[name].sum() / text.num_tokens == pytest.approx(found.scalars[name])
+        assert found.by_document[name].sum() / text.num_targets == pytest.approx(found.scalars[name])
 
 
 def test_sixteen_bits_are_not_rounded_at_all() -> None:
@@ -162,12 +162,12 @@ def test_what_is_rounded_and_what_is_not(ends: bool, tied: bool) -> None:
 def test_the_head_reads_rounded_activations_where_ends_are_too() -> None:
     model, text = trained_like(num_layers=1), make_text(1)
     with torch.no_grad(), fake_quantization(model, None, 3, ends=True):
-        losses = token_losses(model, text.batches[0])
+        losses = target_losses(model, text.batches[0])
     changed = by_hand(model, None, 3)
     state: list[Tensor] = []
     changed.blocks[-1].register_forward_hook(lambda module, inputs, output: state.append(output[0]))
     with torch.no_grad():
-        changed(text.batches[0].inputs)
+        changed(inputs_of(text.batches[0]))
         logits = by_rows(state[0], 3) @ model.head.weight.T
     expected = nn.functional.cross_entropy(logits.flatten(0, 1), text.batches[0].targets.flatten())
     assert losses.mean().item() == pytest.approx(expected.item(), abs=2e-3)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from analysis.anatomy.adam_state import AdamState
 from analysis.anatomy.sharpness import Sharpness
-from analysis.anatomy.text import Batch, Text
+from analysis.anatomy.text import Text
 from core.checkpoint import load
 from core.errors import ConfigError
 from lightning_modules.language_module import LanguageModule
@@ -46,7 +46,7 @@ def text() -> Text:
 def whole(rows: Text) -> Tensor:
     """What the text was made of, [batch, seq + 1]."""
     batch = rows.batches[0]
-    return torch.cat((batch.inputs, batch.targets[:, -1:]), dim=1)
+    return batch.rows["tokens"]
 
 
 def trained(root: Path, module: LanguageModule) -> dict[str, Any]:
@@ -82,16 +82,17 @@ def test_sequences_are_the_text_s_in_whatever_batches() -> None:
     model, whole_text = make().model, make_text(batches=1, sequences=3, seq=6, vocab_size=VOCAB_SIZE)
     assert model is not None
     (batch,) = whole_text.batches
-    apart = [Batch(*(None if part is None else part[n : n + 1] for part in batch)) for n in range(3)]  # type: ignore
-    for sequences, note in ((2, "Of the first 2 sequences of the text."), (5, "Of the first 3 sequences of the text.")):
+    apart = [batch.part(n, n + 1) for n in range(3)]
+    for sequences, note in ((2, "Of the first 2 held-out sequences."), (5, "Of the first 3 held-out sequences.")):
         measure = Sharpness(sequences=sequences, iterations=5)
         found = [measure(model, text) for text in (whole_text, replace(whole_text, batches=tuple(apart)))]
         assert found[0].scalars == pytest.approx(found[1].scalars, rel=1e-6)
         assert found[0].notes[0] == found[1].notes[0] == note
-    with_positions = [part._replace(positions=torch.tensor([[n, 0, 1]])) for n, part in enumerate(apart)]
-    beginning = replace(whole_text, batches=tuple(with_positions)).beginning(2).positions
-    assert beginning is not None
-    assert beginning.tolist() == [[0, 0, 1], [1, 0, 1]]
+    with_positions = [
+        replace(part, rows={**part.rows, "positions": torch.tensor([[n, 0, 1]])}) for n, part in enumerate(apart)
+    ]
+    beginning = replace(whole_text, batches=tuple(with_positions)).beginning(2)
+    assert beginning.rows["positions"].tolist() == [[0, 0, 1], [1, 0, 1]]
 
 
 def preconditioner_by_a_step(module: LanguageModule, content: dict[str, Any], rows: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from analysis.anatomy.expert_similarity import weight_cosines
 from analysis.anatomy.similarity import CrossSimilarity, Similarity, angular_distances, cosines, linear_cka
 from analysis.states import watching
-from tests.support.anatomy import make_text, trained_like
+from tests.support.anatomy import inputs_of, make_text, trained_like
 
 
 def states_of(model: Any, text: Any) -> list[np.ndarray[Any, Any]]:
@@ -19,7 +19,7 @@ def states_of(model: Any, text: Any) -> list[np.ndarray[Any, Any]]:
     for batch in text:
         views: list[Any] = []
         with torch.no_grad(), watching(model, views.append):
-            model(batch.inputs)
+            model(inputs_of(batch))
         for part, state in zip(found, [views[0].before, *(view.after for view in views)], strict=True):
             part.append(state.flatten(0, 1))
     return [torch.cat(part).double().numpy() for part in found]

@@ -37,7 +37,7 @@ def test_numbers_are_digits_but_for_the_end() -> None:
 
 def test_words_of_a_vocabulary() -> None:
     class Words:
-        end_of_document = 0
+        end_of_document, vocab_size = 0, 7
 
         def decode(self, tokens: list[int]) -> str:
             (token,) = tokens
@@ -45,3 +45,4 @@ def test_words_of_a_vocabulary() -> None:
 
     expected = ["other", "letters", "letters", "digits", "punctuation", "mixed", "other"]
     assert names([list(range(7))], Words()) == [expected]
+    assert names([[7, 1]], Words()) == [["other", "letters"]], "a mask stands behind the vocabulary"

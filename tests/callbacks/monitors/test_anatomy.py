@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.plugins import Precision
@@ -18,9 +19,8 @@ from core.checkpoint import load
 from core.errors import ConfigError
 from core.open_run import open_run
 from lightning_modules.language_module import LanguageModule
-from lightning_modules.masked_language_module import MaskedLanguageModule
 from tests.support.fitting import loader, make_trainer
-from tests.support.models import VOCAB_SIZE, make_module, tiny_values, tokens
+from tests.support.models import make_module, tiny_values, tokens
 from tests.support.runs import TinyData, run, scalars
 from tools.curves import read_curves
 
@@ -42,7 +42,7 @@ def test_it_measures_at_first_every_n_steps_and_at_last(runs: tuple[Path, Path])
 
 def test_what_is_kept_is_of_the_weights_of_that_step(runs: tuple[Path, Path]) -> None:
     opened = open_run(runs[1])
-    found = LayerDrop()(opened.module.model, held_out(opened.datamodule, 100))
+    found = LayerDrop()(opened.module.model, held_out(opened.datamodule, opened.module, 100))
     kept = json.loads((runs[1] / "anatomy/steps/5.json").read_text())
     assert kept["step"] == opened.step == 5
     assert set(kept["findings"]) == {"layer_drop", "contribution", "similarity", "lens"}
@@ -77,18 +77,19 @@ def test_training_does_not_notice(runs: tuple[Path, Path]) -> None:
     assert scalars(runs[0], "train/loss") == scalars(runs[1], "train/loss")
 
 
-def test_a_model_that_fills_in_tokens_is_refused(tmp_path: Path) -> None:
-    callback = Anatomy(str(tmp_path))
-    trainer = make_trainer(tmp_path, limit_val_batches=0, callbacks=[callback], logger=False, max_steps=1)
-    module = MaskedLanguageModule(tiny_values(causal=False), {"warmup_steps": 0}, VOCAB_SIZE)
-    with pytest.raises(ConfigError, match=r"callbacks\.anatomy='Anatomy' is not valid: it asks .* the next token"):
-        trainer.fit(module, datamodule=TinyData(tmp_path))
+def test_a_model_without_blocks_is_refused(tmp_path: Path) -> None:
+    class Own(L.LightningModule):
+        model = nn.Linear(2, 2)
+
+    trainer: Any = SimpleNamespace(datamodule=TinyData(tmp_path), is_global_zero=True)
+    with pytest.raises(ConfigError, match=r"callbacks\.anatomy='Anatomy' is not valid: it looks at blocks, as "):
+        Anatomy(str(tmp_path)).on_train_start(trainer, Own())
 
 
 def test_a_trainer_without_a_datamodule_is_refused(tmp_path: Path) -> None:
     callback = Anatomy(str(tmp_path))
     trainer = make_trainer(tmp_path, limit_val_batches=0, callbacks=[callback], logger=False, max_steps=1)
-    with pytest.raises(ConfigError, match=r"callbacks\.anatomy='Anatomy' is not valid: it takes its text from a"):
+    with pytest.raises(ConfigError, match=r"callbacks\.anatomy='Anatomy' is not valid: it takes held-out data from a"):
         trainer.fit(make_module(), loader(tokens(2, 7)), loader(tokens(2, 7)))
 
 
@@ -123,7 +124,7 @@ def test_what_is_compiled_is_measured_block_by_block(tmp_path: Path, monkeypatch
     callback.on_train_batch_start(trainer, module, None, 0)
     assert (tmp_path / "anatomy/steps/0.json").exists()
     assert not graphs
-    module.model(next(iter(held_out(data, 32))).inputs)  # type: ignore[misc]
+    module.model(next(iter(held_out(data, module, 32))).rows["tokens"][:, :-1])  # type: ignore[misc]
     assert graphs
 
 

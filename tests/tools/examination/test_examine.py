@@ -10,8 +10,9 @@ import torch
 
 from analysis.anatomy.text import Text
 from core.errors import ConfigError
-from datamodules.tokenizers import NumberTokenizer
-from tests.support.anatomy import make_text
+from datamodules.synthetic import Synthetic
+from tests.support.anatomy import inputs_of, make_text
+from tests.support.models import make_module
 from tools.examination import examine as examining
 from tools.examination.examine import Chosen, as_trained, examine
 
@@ -21,7 +22,7 @@ def places_of(batches: Any, end: int) -> list[list[list[int]]]:
     found = []
     for batch in batches:
         rows = []
-        for tokens in batch.inputs.tolist():
+        for tokens in inputs_of(batch).tolist():
             row: list[int] = []
             for n in range(len(tokens)):
                 row.append(0 if n == 0 or tokens[n - 1] == end else row[-1] + 1)
@@ -31,7 +32,7 @@ def places_of(batches: Any, end: int) -> list[list[list[int]]]:
 
 
 def positions_of(batches: Any) -> list[Any]:
-    return [None if batch.positions is None else batch.positions.tolist() for batch in batches]
+    return [batch.rows["positions"].tolist() if "positions" in batch.rows else None for batch in batches]
 
 
 def test_a_text_has_positions_as_a_run_was_trained() -> None:
@@ -48,7 +49,7 @@ def test_a_text_has_positions_as_a_run_was_trained() -> None:
     assert positions_of(plain.fitting) == [None] * 3
     for before, after in ((text, masked), (text, plain)):
         for ours, theirs in zip((*before.batches, *before.fitting), (*after.batches, *after.fitting), strict=True):
-            assert torch.equal(ours.inputs, theirs.inputs)
+            assert torch.equal(inputs_of(ours), inputs_of(theirs))
             assert torch.equal(ours.targets, theirs.targets)
     assert as_trained(masked, document_mask=True) is masked
 
@@ -57,14 +58,13 @@ def test_numbers_of_another_vocabulary_are_other_tokens(monkeypatch: pytest.Monk
     """Their tokenizers have the same name, and nothing in them."""
 
     def opened(folder: Path, *_: object) -> Any:
-        tokenizer = NumberTokenizer(int(folder.name))
-        data = SimpleNamespace(tokenizer=tokenizer, vocab_size=tokenizer.vocab_size, seq_len=8)
-        return SimpleNamespace(folder=folder, datamodule=data, module=SimpleNamespace(model=None))
+        data = Synthetic("copy", int(folder.name), 8, batch_size=2, val_batches=1)
+        return SimpleNamespace(folder=folder, datamodule=data, module=make_module())
 
     def read(*_: object) -> Text:
         raise AssertionError("read")
 
-    monkeypatch.setattr(examining, "open_language_run", opened)
+    monkeypatch.setattr(examining, "open_run", opened)
     monkeypatch.setattr(examining, "held_out", read)
     with pytest.raises(ConfigError, match="RUN='60' is not valid: expected a run whose tokens are those of 50, "):
         examine(Chosen((Path("50"), Path("60")), ("layer_drop",)))

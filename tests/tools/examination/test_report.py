@@ -16,7 +16,7 @@ from tools.examination.report import Report, write
 
 def examined(name: str, loss: float, losses: list[float], left_out: dict[str, str]) -> Examined:
     """Of a run with these losses of the head by depth, the same for every token."""
-    tokens = make_text().tokens_by_document
+    tokens = make_text().targets_by_document
     found = Findings(
         scalars={"loss": loss, "late_drop": 0.25},
         curves={"lens_loss_by_depth": Curve(losses, "depth", 0)},
@@ -46,7 +46,7 @@ def test_places_that_a_model_does_not_have_are_blank(report: Path) -> None:
 def test_the_others_are_held_against_the_first(report: Path) -> None:
     """Where they have as many points as it."""
     text = (report / "report.md").read_text()
-    assert "Less that of runs/a, document by document:\n\n|  | runs/b |\n|---|---|\n| `loss` | -0.5 |\n\n" in text
+    assert "Less that of runs/a, over the same documents:\n\n|  | runs/b |\n|---|---|\n| `loss` | -0.5 |\n\n" in text
     content = json.loads((report / "report.json").read_text())
     ((label, differences),) = content["differences"]["lens"].items()
     assert label == "runs/b"
