@@ -11,8 +11,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from analysis.anatomy.held_out import held_out
 from analysis.anatomy.layer_drop import LayerDrop
-from analysis.anatomy.text import held_out
 from core.errors import ConfigError
 from core.open_run import open_run
 from lightning_modules.vision_module import VisionModule
@@ -229,29 +229,31 @@ def test_runs_of_images_stand_side_by_side_where_their_images_are_the_same(
             anatomy.main([*arguments, f"output={tmp_path / 'none'}"])
 
 
-def test_the_anatomy_of_images_and_of_filled_in_tokens_is_kept_while_they_train(tmp_path: Path) -> None:
-    """And is that of the weights of the step; two masks are asked for otherwise."""
+@pytest.mark.parametrize("experiment", ["vision_spannorm", "mlm_spannorm"])
+def test_what_is_kept_of_images_and_of_filled_in_tokens_is_of_the_weights(experiment: str, tmp_path: Path) -> None:
     watched = ["+callbacks=anatomy", "callbacks.anatomy.every_n_steps=2", "callbacks.anatomy.tokens=200"]
-    for name, experiment, more in (
-        ("images", IMAGES, []),
-        ("masked", "experiment=mlm_spannorm", []),
-        ("half", "experiment=mlm_spannorm", ["module.mask_rate=0.5"]),
-    ):
-        finished = train(tmp_path, *tiny_job(experiment), "trainer.max_steps=3", *watched, *more, f"run_dir={name}")
-        assert finished.code == 0, finished.err
-        folder = tmp_path / name
-        assert {path.name for path in (folder / "anatomy/steps").iterdir()} == {"0.json", "2.json", "3.json"}
-        kept = json.loads((folder / "anatomy/steps/3.json").read_text())["findings"]
-        opened = open_run(folder)
-        opened.datamodule.prepare_data()
-        found = LayerDrop()(opened.module.model, held_out(opened.datamodule, opened.module, 200))
-        assert kept["layer_drop"]["scalars"]["loss"] == pytest.approx(found.scalars["loss"], rel=1e-3)
-        assert scalars(folder, "anatomy/loss")[2] == pytest.approx(found.scalars["loss"], rel=1e-3)
-        assert set(kept) == {"layer_drop", "contribution", "similarity", "lens"}
-    anatomy.main([str(tmp_path / "masked"), "tokens=200", f"output={tmp_path / 'report'}", "measures=layer_drop"])
+    job = tiny_job(f"experiment={experiment}", "trainer.max_steps=3", *watched, "run_dir=run")
+    finished = train(tmp_path, *job)
+    assert finished.code == 0, finished.err
+    folder = tmp_path / "run"
+    assert {path.name for path in (folder / "anatomy/steps").iterdir()} == {"0.json", "2.json", "3.json"}
+    kept = json.loads((folder / "anatomy/steps/3.json").read_text())["findings"]
+    assert set(kept) == {"layer_drop", "contribution", "similarity", "lens"}
+    opened = open_run(folder)
+    opened.datamodule.prepare_data()
+    found = LayerDrop()(opened.module.model, held_out(opened.datamodule, opened.module, 200))
+    assert kept["layer_drop"]["scalars"]["loss"] == pytest.approx(found.scalars["loss"], rel=1e-3)
+    assert scalars(folder, "anatomy/loss")[2] == pytest.approx(found.scalars["loss"], rel=1e-3)
+    anatomy.main([str(folder), "tokens=200", f"output={tmp_path / 'report'}", "measures=layer_drop"])
     assert (tmp_path / "report/steps_drops.png").exists()
-    with pytest.raises(ConfigError, match=r"RUN=.*half' is not valid: .*this one's they ask otherwise"):
-        examine(Chosen((tmp_path / "masked", tmp_path / "half"), ("layer_drop",)))
+
+
+def test_masks_of_another_rate_ask_for_something_else(tmp_path: Path) -> None:
+    for rate in (0.15, 0.5):
+        finished = train(tmp_path, *tiny_job("experiment=mlm_spannorm"), f"module.mask_rate={rate}", f"run_dir={rate}")
+        assert finished.code == 0, finished.err
+    with pytest.raises(ConfigError, match=r"RUN=.*0\.5' is not valid: .*this one's they ask otherwise"):
+        examine(Chosen((tmp_path / "0.15", tmp_path / "0.5"), ("layer_drop",)))
 
 
 def test_a_study_measures_outcomes_of_images(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,9 +94,9 @@ def main(config: AnatomyConfig) -> None:
     chosen = Chosen(
         runs, measures, config.tokens, config.data, config.batch_size, checkpoints, config.skip, config.allow
     )
-    text, examined = examine(chosen)
+    data, examined = examine(chosen)
     source = f"the validation split of {config.data or config.runs[0]}"
-    path = write(Report(text, examined, source, kept), output)
+    path = write(Report(data, examined, source, kept), output)
     print(f"Report: {printable(path, limit=None)}")
 
 

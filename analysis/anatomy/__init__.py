@@ -1,1 +1,1 @@
-"""Instruments for trained models: each measure is a class that takes a model and a held-out text."""
+"""Instruments for trained models: each measure is a class that takes a model and held-out data."""

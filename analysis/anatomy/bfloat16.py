@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from analysis.anatomy.findings import Findings
+from analysis.anatomy.held_out import HeldOut, Tally
 from analysis.anatomy.measure import Measure
 from analysis.anatomy.passage import Passage
-from analysis.anatomy.text import Tally, Text
 from lightning_modules.trunk import Trunk
 
 
@@ -35,10 +35,10 @@ class Bfloat16(Measure):
     outcomes: ClassVar[tuple[str, ...]] = ("bf16", "bf16_kl", "bf16_same")
 
     @torch.inference_mode()
-    def __call__(self, model: Trunk, text: Text) -> Findings:
+    def __call__(self, model: Trunk, data: HeldOut) -> Findings:
         narrow = copy.deepcopy(model).bfloat16()
-        tally = Tally(text, len(self.outcomes))
-        for batch in text:
+        tally = Tally(data, len(self.outcomes))
+        for batch in data:
             exact, rounded = Passage(model, batch), Passage(narrow, batch)
             reads = [each.read(each.through(each.enter(), each.blocks())) for each in (exact, rounded)]
             rows = []
@@ -52,7 +52,7 @@ class Bfloat16(Measure):
                 tally.add(row, batch, values)
         sums = dict(zip(self.outcomes, tally.sums[:, None], strict=True))
         return Findings(
-            scalars={name: float(part.sum()) / text.num_targets for name, part in sums.items()}, by_document=sums
+            scalars={name: float(part.sum()) / data.num_targets for name, part in sums.items()}, by_document=sums
         )
 
 

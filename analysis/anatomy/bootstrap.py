@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from analysis.anatomy.text import Sums
+from analysis.anatomy.held_out import Sums
 
 RESAMPLES, LEVEL = 2000, 0.95
 FEWEST = 8

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from analysis.anatomy.findings import Curve, Findings, Picture
+from analysis.anatomy.held_out import HeldOut
 from analysis.anatomy.measure import Measure
 from analysis.anatomy.passage import Passage
-from analysis.anatomy.text import Text
 from lightning_modules.trunk import Trunk
 
 
@@ -34,9 +34,9 @@ class Contribution(Measure):
     outcomes: ClassVar[tuple[str, ...]] = ("late_contribution",)
 
     @torch.inference_mode()
-    def __call__(self, model: Trunk, text: Text) -> Findings:
+    def __call__(self, model: Trunk, data: HeldOut) -> Findings:
         ratios, directions = torch.zeros(len(model.blocks)).double(), torch.zeros(len(model.blocks)).double()
-        for batch in text:
+        for batch in data:
             passage = Passage(model, batch)
             state = passage.enter()
             for number, block in enumerate(passage.blocks()):
@@ -45,7 +45,7 @@ class Contribution(Measure):
                 added = block.placement.hidden(state).float() - skip
                 ratios[number] += (added.norm(dim=-1) / skip.norm(dim=-1)).sum().cpu()
                 directions[number] += F.cosine_similarity(added, skip, dim=-1).sum().cpu()
-        ratio, direction = (ratios / text.num_positions).tolist(), (directions / text.num_positions).tolist()
+        ratio, direction = (ratios / data.num_positions).tolist(), (directions / data.num_positions).tolist()
         half = len(ratio) // 2
         scalars = {}
         if half:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from analysis.anatomy.findings import Curve, Findings, Picture
 from analysis.anatomy.forward import target_losses
+from analysis.anatomy.held_out import Batch, HeldOut, Tally
 from analysis.anatomy.measure import Measure, require_fitting
-from analysis.anatomy.text import Batch, Tally, Text
 from core.checkpoint import load
 from core.errors import require
 from core.open_run import OpenRun
@@ -66,7 +66,7 @@ class Branching:
     def train(
         self,
         model: Trunk,
-        data: dict[str, Tensor],
+        rows: dict[str, Tensor],
         size: int,
         factor: float,
         at_once: int,
@@ -76,7 +76,7 @@ class Branching:
 
         Args:
             model: where the branch begins.
-            data: rows as a DataModule has them.
+            rows: of all samples, as a DataModule has them.
             size: samples of one optimizer step.
             factor: on the learning rate, which stays what it then is.
             at_once: as many samples are taken side by side; the gradients of a step are added up.
@@ -87,12 +87,12 @@ class Branching:
         optimizer = self.optimizer(module)
         for group in optimizer.param_groups:
             group["lr"] *= factor
-        for number in range(_length(data) // size):
-            rows = range(number * size, (number + 1) * size)
-            for start in range(rows.start, rows.stop, at_once):
-                part = slice(start, min(start + at_once, rows.stop))
+        for number in range(_length(rows) // size):
+            stop = (number + 1) * size
+            for start in range(number * size, stop, at_once):
+                part = slice(start, min(start + at_once, stop))
                 share = (part.stop - part.start) / size
-                batch = {name: values[part].to(module.device) for name, values in data.items()}
+                batch = {name: values[part].to(module.device) for name, values in rows.items()}
                 (share * module.training_step(batch, number)).backward()
             if self.clip:
                 clip = torch.nn.utils.clip_grad_value_ if self.by_value else torch.nn.utils.clip_grad_norm_
@@ -171,30 +171,30 @@ class CriticalBatchSize(Measure):
         """Return those of the fewest steps with the run's own batch."""
         return 0 if self.branching is None else MIN_STEPS * self.branching.samples
 
-    def __call__(self, model: Trunk, text: Text) -> Findings:
+    def __call__(self, model: Trunk, data: HeldOut) -> Findings:
         assert self.branching is not None, "what `lacks` says"
-        data, own = _joined(text.fitting), self.branching.samples
+        rows, own = _joined(data.fitting), self.branching.samples
         sizes = {n: int(own * 2.0**n) for n in range(self.least, self.most + 1)}
-        count = _length(data)
+        count = _length(rows)
         tried = {n: size for n, size in sizes.items() if size >= 1 and count // size >= MIN_STEPS}
-        require_fitting(self.name, self.fitting_samples(), count, text.num_positions)
+        require_fitting(self.name, self.fitting_samples(), count, data.num_positions)
         # All branches go through the same tokens, in whole batches of each.
         used = count - count % max(tried.values())
-        data = {name: rows[:used] for name, rows in data.items()}
-        tally = Tally(text, len(tried))
+        rows = {name: values[:used] for name, values in rows.items()}
+        tally = Tally(data, len(tried))
         for row, (n, size) in enumerate(tried.items()):
-            at_once, factor = text.batches[0].num_samples, math.sqrt(2.0**n)
+            at_once, factor = data.batches[0].num_samples, math.sqrt(2.0**n)
             with torch.random.fork_rng():  # a router's jitter
                 torch.manual_seed(0)
-                branch = self.branching.train(model, data, size, factor, at_once, text.watch)
+                branch = self.branching.train(model, rows, size, factor, at_once, data.watch)
             with torch.inference_mode():
-                for batch in text:
+                for batch in data:
                     tally.add(row, batch, target_losses(branch, batch))
-        losses = (tally.sums.sum(1) / text.num_targets).tolist()
+        losses = (tally.sums.sum(1) / data.num_targets).tolist()
         found = list(tried.values())[critical(losses, self.tolerance)]
         seen = (
-            f"Each branch went through {model.count(data).units:,} {text.task.counted}, in batches of "
-            f"{', '.join(map(str, tried.values()))} {text.task.sample}s; the run's own are of {own}."
+            f"Each branch went through {model.count(rows).units:,} {data.task.counted}, in batches of "
+            f"{', '.join(map(str, tried.values()))} {data.task.sample}s; the run's own are of {own}."
         )
         largest = ("None of the batches was too large: the critical one is larger still.",)
         return Findings(

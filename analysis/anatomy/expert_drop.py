@@ -6,10 +6,10 @@ from typing import ClassVar
 import torch
 
 from analysis.anatomy.findings import Curve, Findings, Picture
+from analysis.anatomy.held_out import HeldOut, Tally
 from analysis.anatomy.measure import Measure
 from analysis.anatomy.passage import Passage
 from analysis.anatomy.routing import NO_MIXTURE, mixture_note, without_expert
-from analysis.anatomy.text import Tally, Text
 from lightning_modules.trunk import Trunk
 
 
@@ -40,10 +40,10 @@ class ExpertDrop(Measure):
         return None if moe.top_k < moe.num_experts else f"each token goes to all of model.moe.num_experts={moe.top_k}"
 
     @torch.inference_mode()
-    def __call__(self, model: Trunk, text: Text) -> Findings:
+    def __call__(self, model: Trunk, data: HeldOut) -> Findings:
         mixtures, experts = model.mixtures(), model.config.moe.num_experts
-        tally = Tally(text, len(mixtures) * experts)
-        for batch in text:
+        tally = Tally(data, len(mixtures) * experts)
+        for batch in data:
             passage = Passage(model, batch)
             blocks, states = passage.blocks(), passage.states()
             losses = passage.losses(states[-1])
@@ -53,7 +53,7 @@ class ExpertDrop(Measure):
                         state = passage.through(states[number - 1], blocks[number - 1 :])
                     tally.add(row * experts + expert, batch, passage.losses(state) - losses)
         sums = tally.sums.reshape(len(mixtures), experts, -1)
-        drops = sums.sum(-1) / text.num_targets
+        drops = sums.sum(-1) / data.num_targets
         return Findings(
             scalars={"expert_drop": float(drops.mean())},
             curves={

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from analysis.anatomy.findings import Curve, Findings, Picture
+from analysis.anatomy.held_out import Batch, HeldOut
 from analysis.anatomy.measure import Measure
 from analysis.anatomy.routing import NO_MIXTURE, chosen_experts, count, mixture_note
-from analysis.anatomy.text import Batch, Text
 from analysis.anatomy.token_kinds import KINDS, token_kinds
 from lightning_modules.trunk import Trunk
 
@@ -44,11 +44,11 @@ class ExpertShare(Measure):
         return None if model.mixtures() else NO_MIXTURE
 
     @torch.inference_mode()
-    def __call__(self, model: Trunk, text: Text) -> Findings:
+    def __call__(self, model: Trunk, data: HeldOut) -> Findings:
         experts = model.config.moe.num_experts
         counts = torch.zeros(len(model.mixtures()), len(KINDS), experts, dtype=torch.float64)
-        for batch in text:
-            kinds = _kinds(model, batch, text.tokenizer)
+        for batch in data:
+            kinds = _kinds(model, batch, data.tokenizer)
             for mixture, chosen in zip(counts, chosen_experts(model, batch), strict=True):
                 pairs = torch.where(chosen < 0, chosen, kinds[:, None] * experts + chosen)
                 mixture += count(pairs, mixture.numel()).view(mixture.shape)
@@ -58,7 +58,7 @@ class ExpertShare(Measure):
         found = {"busiest_expert": busiest}
         lines: tuple[Picture, ...] = ()
         notes: tuple[str, ...] = (NO_KINDS,)
-        if text.tokenizer is not None:
+        if data.tokenizer is not None:
             shares |= {
                 f"expert_share_{kind}": _shares(counts[:, number])
                 for number, kind in enumerate(KINDS)

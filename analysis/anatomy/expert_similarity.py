@@ -10,10 +10,10 @@ from torch import Tensor
 
 from analysis.anatomy.findings import Curve, Findings, Picture
 from analysis.anatomy.forward import run
+from analysis.anatomy.held_out import HeldOut
 from analysis.anatomy.measure import Measure
 from analysis.anatomy.routing import NO_MIXTURE, mixture_note
 from analysis.anatomy.similarity import linear_cka, sampled
-from analysis.anatomy.text import Text
 from core.errors import require
 from lightning_modules.layers.experts import ExpertMLP
 from lightning_modules.layers.moe import MoE
@@ -59,9 +59,9 @@ class ExpertSimilarity(Measure):
         return None if model.config.moe.num_experts > 1 else "it has one expert, model.moe.num_experts=1"
 
     @torch.inference_mode()
-    def __call__(self, model: Trunk, text: Text) -> Findings:
+    def __call__(self, model: Trunk, data: HeldOut) -> Findings:
         mixtures = list(model.mixtures().values())
-        inputs = _inputs(model, text, self.positions)
+        inputs = _inputs(model, data, self.positions)
         found = {
             "expert_cosine": [weight_cosines(mixture) for mixture in mixtures],
             "expert_cka": [
@@ -110,11 +110,11 @@ def expert_outputs(mixture: MoE, x: Tensor) -> list[Tensor]:
     return outputs
 
 
-def _inputs(model: Trunk, text: Text, positions: int) -> list[Tensor]:
+def _inputs(model: Trunk, data: HeldOut, positions: int) -> list[Tensor]:
     """Return what each mixture reads of evenly spaced tokens, each [tokens, dim]."""
     mixtures = model.mixtures().values()
     parts: list[list[Tensor]] = [[] for _ in mixtures]
-    for batch, places in sampled(text, positions):
+    for batch, places in sampled(data, positions):
         seen: list[Tensor] = []
 
         def keep(module: Any, inputs: tuple[Any, ...], seen: list[Tensor] = seen) -> None:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from analysis.anatomy.text import Sums
+from analysis.anatomy.held_out import Sums
 
 
 class Curve(NamedTuple):

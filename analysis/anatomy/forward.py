@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from analysis.anatomy.text import Batch
+from analysis.anatomy.held_out import Batch
 from lightning_modules.trunk import Trunk
 
 

@@ -6,9 +6,9 @@ from typing import ClassVar
 import torch
 
 from analysis.anatomy.findings import Curve, Findings, Picture
+from analysis.anatomy.held_out import HeldOut, Tally
 from analysis.anatomy.measure import Measure
 from analysis.anatomy.passage import Passage, Skip
-from analysis.anatomy.text import Tally, Text
 from lightning_modules.trunk import Trunk
 
 SKIPS = {
@@ -42,10 +42,10 @@ class LayerDrop(Measure):
     skip: Skip = "placement"
 
     @torch.inference_mode()
-    def __call__(self, model: Trunk, text: Text) -> Findings:
-        depth, targets = len(model.blocks), text.num_targets
-        whole, drops, swaps, cuts = (Tally(text, rows) for rows in (1, depth, depth - 1, depth))
-        for batch in text:
+    def __call__(self, model: Trunk, data: HeldOut) -> Findings:
+        depth, targets = len(model.blocks), data.num_targets
+        whole, drops, swaps, cuts = (Tally(data, rows) for rows in (1, depth, depth - 1, depth))
+        for batch in data:
             passage = Passage(model, batch)
             blocks, states = passage.blocks(), passage.states()
             losses = passage.losses(states[-1])

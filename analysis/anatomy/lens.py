@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from analysis.anatomy.findings import Curve, Findings, Picture
+from analysis.anatomy.held_out import Batch, HeldOut, Tally
 from analysis.anatomy.measure import Measure
 from analysis.anatomy.passage import Passage
-from analysis.anatomy.text import Batch, Tally, Text
 from core.errors import require
 from lightning_modules.trunk import Trunk
 
@@ -44,11 +44,11 @@ def read_depths(passage: Passage) -> list[Tensor]:
     return [passage.read(state).flatten(0, 1) for state in passage.states()]
 
 
-def read(model: Trunk, text: Text, translate: Translate = lambda depth, x: x) -> Reading:
+def read(model: Trunk, data: HeldOut, translate: Translate = lambda depth, x: x) -> Reading:
     """Look at every depth of a model through a lens."""
     depths = len(model.blocks) + 1
-    reading = Reading(*(Tally(text, depths) for _ in range(3)))
-    for batch in text:
+    reading = Reading(*(Tally(data, depths) for _ in range(3)))
+    for batch in data:
         for depth, (divergence, overlap, loss) in enumerate(_look(model, batch, translate)):
             for tally, values in zip(reading, (divergence, overlap, loss), strict=True):
                 tally.add(depth, batch, values)
@@ -87,12 +87,12 @@ def effective_depth(divergence: list[float]) -> float:
     return next(near, len(divergence) - 1)
 
 
-def _findings(name: str, reading: Reading, text: Text, choices: int, note: str) -> Findings:
+def _findings(name: str, reading: Reading, data: HeldOut, choices: int, note: str) -> Findings:
     """Return what a lens of this name has read of a head with so many rows."""
     parts = {f"{name}_{part}_by_depth": tally.sums for part, tally in zip(Reading._fields, reading, strict=True)}
     if choices <= TOP:
         del parts[f"{name}_overlap_by_depth"]  # the most probable ones are all
-    means = {key: (sums.sum(1) / text.num_targets).tolist() for key, sums in parts.items()}
+    means = {key: (sums.sum(1) / data.num_targets).tolist() for key, sums in parts.items()}
     by_divergence = effective_depth(means[f"{name}_divergence_by_depth"])
     scalars = {
         f"{name}_effective_depth": by_divergence,
@@ -139,16 +139,16 @@ class LogitLens(Measure):
     outcomes: ClassVar[tuple[str, ...]] = ("lens_effective_depth", "lens_effective_share", "lens_overlap_depth")
 
     @torch.inference_mode()
-    def __call__(self, model: Trunk, text: Text) -> Findings:
+    def __call__(self, model: Trunk, data: HeldOut) -> Findings:
         note = "The logit lens gives the head the state of each depth as if it were the last."
-        return _findings("lens", read(model, text), text, model.head.out_features, note)
+        return _findings("lens", read(model, data), data, model.head.out_features, note)
 
 
 @dataclass(frozen=True)
 class TunedLens(Measure):
     """Measures the same through an affine map of each depth, fitted so that the head says there what it says at last.
 
-    x -> x + A x + b with A = 0, b = 0 at the start, by Adam on KL(final distribution | the lens') over the text's
+    x -> x + A x + b with A = 0, b = 0 at the start, by Adam on KL(final distribution | the lens') over the data's
     `fitting` part, its rate falling to 0 (2303.08112). The map stands behind what the placement puts before the head,
     so that it is the same for every placement; in the paper it stands before the final norm.
 
@@ -177,19 +177,19 @@ class TunedLens(Measure):
         require(self.lr > 0, "lr", self.lr, "a number > 0")
         require(self.targets >= 1, "targets", self.targets, "an integer >= 1")
 
-    def __call__(self, model: Trunk, text: Text) -> Findings:
-        require(len(text.fitting) > 0, "text", "without a training part", "one to fit the lens on")
-        maps = self.fit(model, text)
+    def __call__(self, model: Trunk, data: HeldOut) -> Findings:
+        require(len(data.fitting) > 0, "data", "without a training part", "one to fit the lens on")
+        maps = self.fit(model, data)
 
         def translate(depth: int, x: Tensor) -> Tensor:
             return x if depth == len(maps) else x + F.linear(x, *maps[depth])
 
         with torch.inference_mode():
-            reading = read(model, text, translate)
-        note = f"The tuned lens is fitted on {len(text.fitting)} batches of the training split, in {self.steps} steps."
-        return _findings("tuned", reading, text, model.head.out_features, note)
+            reading = read(model, data, translate)
+        note = f"The tuned lens is fitted on {len(data.fitting)} batches of the training split, in {self.steps} steps."
+        return _findings("tuned", reading, data, model.head.out_features, note)
 
-    def fit(self, model: Trunk, text: Text) -> list[tuple[Tensor, Tensor]]:
+    def fit(self, model: Trunk, data: HeldOut) -> list[tuple[Tensor, Tensor]]:
         """Return (A [dim, dim], b [dim]) of every depth but the last."""
         dim, device = model.config.dim, model.head.weight.device
         maps = [
@@ -203,8 +203,8 @@ class TunedLens(Measure):
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / self.steps)
         for step in range(self.steps):
             with torch.no_grad():
-                turn, number = divmod(step, len(text.fitting))
-                hidden = read_depths(Passage(model, text.fitting[number]))
+                turn, number = divmod(step, len(data.fitting))
+                hidden = read_depths(Passage(model, data.fitting[number]))
                 places = self._places(len(hidden[0]), turn).to(device)
                 final = model.logits(hidden[-1][places]).float().log_softmax(-1)
             for pair, x in zip(maps, hidden[:-1], strict=True):  # a depth at a time: so much is held of the logits

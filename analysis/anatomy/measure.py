@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 import torch
 
 from analysis.anatomy.findings import Findings
-from analysis.anatomy.text import Text
+from analysis.anatomy.held_out import HeldOut
 from core.errors import require
 from core.open_run import OpenRun
 from lightning_modules.trunk import Trunk
@@ -15,10 +15,10 @@ from lightning_modules.trunk import Trunk
 
 @dataclass(frozen=True)
 class Instrument(ABC):
-    """Measures models on a text. A subclass is a frozen dataclass whose fields are its options.
+    """Measures models on held-out data. A subclass is a frozen dataclass whose fields are its options.
 
     Models are in eval mode, uncompiled, in fp32, and are left as they were found. What goes through them is one batch
-    at a time; what is kept of a batch must not grow with the text.
+    at a time; what is kept of a batch must not grow with them.
 
     Attributes:
         name: by which it is asked for.
@@ -38,7 +38,7 @@ class Measure(Instrument):
     """Measures one model."""
 
     @abstractmethod
-    def __call__(self, model: Trunk, text: Text) -> Findings:
+    def __call__(self, model: Trunk, data: HeldOut) -> Findings:
         """Return what is found."""
 
     def of_run(self, run: OpenRun) -> Self:
@@ -62,10 +62,10 @@ def require_fitting(name: str, needed: int, samples: int, tokens: int) -> None:
 
 @dataclass(frozen=True)
 class Comparison(Instrument):
-    """Measures two models together, on the same text."""
+    """Measures two models together, on the same data."""
 
     @abstractmethod
-    def __call__(self, first: Trunk, second: Trunk, text: Text) -> Findings:
+    def __call__(self, first: Trunk, second: Trunk, data: HeldOut) -> Findings:
         """Return what is found."""
 
     def lacks(self, first: Trunk, second: Trunk) -> str | None:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from analysis.anatomy.findings import Curve, Findings, Picture
 from analysis.anatomy.forward import run
+from analysis.anatomy.held_out import Batch, HeldOut, Tally
 from analysis.anatomy.measure import Measure
-from analysis.anatomy.text import Batch, Tally, Text
 from analysis.states import BlockView, token_kurtosis, watching
 from core.errors import require
 from lightning_modules.trunk import Trunk
@@ -77,13 +77,13 @@ class Outliers(Measure):
         require(self.ratio > 1, "ratio", self.ratio, "a number > 1")
 
     @torch.inference_mode()
-    def __call__(self, model: Trunk, text: Text) -> Findings:
+    def __call__(self, model: Trunk, data: HeldOut) -> Findings:
         depth, heads = len(model.blocks), model.config.num_heads
         largest = [torch.zeros(())] * depth  # of each dimension
-        medians, tails = torch.zeros(depth), Tally(text, depth, positions=True)
-        sinks, uniform = Tally(text, depth * heads, positions=True), 0.0
-        for batch in text:
-            share = batch.num_positions / text.num_positions
+        medians, tails = torch.zeros(depth), Tally(data, depth, positions=True)
+        sinks, uniform = Tally(data, depth * heads, positions=True), 0.0
+        for batch in data:
+            share = batch.num_positions / data.num_positions
             if model.config.causal:
                 places = _places(batch)
                 uniform += share * float(torch.where(places > 0, 1 / (places + 1), 0.0).mean())
@@ -104,12 +104,12 @@ class Outliers(Measure):
         scalars, matrices, notes = {}, {}, (*found.notes, *(() if model.config.causal else (SEES_ALL,)))
         if model.config.causal:
             of_heads = sinks.sums.reshape(depth, heads, -1)
-            on_first = of_heads.sum(-1) / text.num_positions
+            on_first = of_heads.sum(-1) / data.num_positions
             by_document |= {"sink": sinks.sums.mean(0, keepdims=True), "sink_by_block": of_heads.mean(1)}
             matrices["sink_by_head"] = on_first.tolist()
             sink_heads = float(np.where(np.isnan(on_first), np.nan, on_first > SINK_HEAD).mean())
             scalars = {"sink_heads": sink_heads, "sink_uniform": uniform}
-        means = {name: (sums.sum(1) / text.num_positions).tolist() for name, sums in by_document.items()}
+        means = {name: (sums.sum(1) / data.num_positions).tolist() for name, sums in by_document.items()}
         of_model = {name: values[0] for name, values in means.items() if not name.endswith("_by_block")}
         return Findings(
             scalars={**found.scalars, **of_model, **scalars},
@@ -119,7 +119,7 @@ class Outliers(Measure):
             },
             matrices=matrices,
             by_document=by_document,
-            counts=dict.fromkeys(by_document, text.positions_by_document),
+            counts=dict.fromkeys(by_document, data.positions_by_document),
             pictures=(
                 Picture("activations", "curves", ("activation_ratio_by_block",), "largest activation / median", True),
                 Picture("kurtosis", "curves", ("kurtosis_by_block",), "kurtosis of a position's features", True),

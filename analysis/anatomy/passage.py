@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from analysis.anatomy.forward import on_its_device
-from analysis.anatomy.text import Batch
+from analysis.anatomy.held_out import Batch
 from lightning_modules.trunk import Block, Trunk
 
 Skip = Literal["placement", "identity"]

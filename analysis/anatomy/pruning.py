@@ -7,11 +7,11 @@ from typing import ClassVar
 import torch
 
 from analysis.anatomy.findings import Curve, Findings, Picture
+from analysis.anatomy.held_out import HeldOut, Tally
 from analysis.anatomy.layer_drop import SKIPS
 from analysis.anatomy.measure import Measure
 from analysis.anatomy.passage import Passage, Skip
 from analysis.anatomy.similarity import angular_distances, hidden_states
-from analysis.anatomy.text import Tally, Text
 from core.errors import require
 from lightning_modules.trunk import Trunk
 
@@ -46,15 +46,15 @@ class Pruning(Measure):
         require(self.tolerance > 0, "tolerance", self.tolerance, "a number > 0")
 
     @torch.inference_mode()
-    def __call__(self, model: Trunk, text: Text) -> Findings:
+    def __call__(self, model: Trunk, data: HeldOut) -> Findings:
         depth = len(model.blocks)
         angles = torch.zeros(depth + 1, depth + 1).double()
-        for batch in text:
+        for batch in data:
             angles += angular_distances(hidden_states(Passage(model, batch))).sum(-1).cpu()
         of_counts = [angles.diagonal(count) for count in range(1, depth + 1)]
         starts = [int(of_count.argmin()) for of_count in of_counts]  # of a nan, where there is one
-        increase = Tally(text, depth)
-        for batch in text:
+        increase = Tally(data, depth)
+        for batch in data:
             passage = Passage(model, batch)
             blocks, states = passage.blocks(), passage.states()
             losses = passage.losses(states[-1])
@@ -62,7 +62,7 @@ class Pruning(Measure):
                 state = passage.skip(states[start], blocks[start : start + count], self.skip)
                 state = passage.through(state, blocks[start + count :])
                 increase.add(count - 1, batch, passage.losses(state) - losses)
-        means = (increase.sums.sum(1) / text.num_targets).tolist()
+        means = (increase.sums.sum(1) / data.num_targets).tolist()
         spare = next((count for count, mean in enumerate(means) if not mean < self.tolerance), depth)
         unknown = spare < depth and math.isnan(means[spare])
         title = "loss with so many blocks left out, less the loss (nats)"

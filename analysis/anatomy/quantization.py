@@ -9,8 +9,8 @@ import torch
 from analysis.anatomy.fake_quantization import fake_quantization
 from analysis.anatomy.findings import Findings
 from analysis.anatomy.forward import target_losses
+from analysis.anatomy.held_out import HeldOut, Tally
 from analysis.anatomy.measure import Measure
-from analysis.anatomy.text import Tally, Text
 from core.errors import require
 from lightning_modules.trunk import Trunk
 
@@ -54,9 +54,9 @@ class Quantization(Measure):
         return None
 
     @torch.inference_mode()
-    def __call__(self, model: Trunk, text: Text) -> Findings:
-        tally = Tally(text, len(self.schemes))
-        for batch in text:
+    def __call__(self, model: Trunk, data: HeldOut) -> Findings:
+        tally = Tally(data, len(self.schemes))
+        for batch in data:
             exact = target_losses(model, batch)
             for row, scheme in enumerate(self.schemes):
                 weight_bits, activation_bits = (None if n == "16" else int(n) for n in scheme[1:].split("a"))
@@ -64,5 +64,5 @@ class Quantization(Measure):
                     tally.add(row, batch, target_losses(model, batch) - exact)
         sums = dict(zip(self.schemes, tally.sums[:, None], strict=True))
         return Findings(
-            scalars={scheme: float(part.sum()) / text.num_targets for scheme, part in sums.items()}, by_document=sums
+            scalars={scheme: float(part.sum()) / data.num_targets for scheme, part in sums.items()}, by_document=sums
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from analysis.anatomy.forward import run
-from analysis.anatomy.text import Batch
+from analysis.anatomy.held_out import Batch
 from lightning_modules.layers.moe import MoE
 from lightning_modules.trunk import Trunk
 

@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 
 from analysis.anatomy.findings import Curve, Findings, Picture
+from analysis.anatomy.held_out import HeldOut, Tally
 from analysis.anatomy.measure import Comparison, other_positions
 from analysis.anatomy.routing import NO_MIXTURE, chosen_experts, count, mixture_note
-from analysis.anatomy.text import Tally, Text
 from lightning_modules.trunk import Trunk
 
 
@@ -41,27 +41,27 @@ class RoutingAgreement(Comparison):
         return other_positions(first, second)
 
     @torch.inference_mode()
-    def __call__(self, first: Trunk, second: Trunk, text: Text) -> Findings:
+    def __call__(self, first: Trunk, second: Trunk, data: HeldOut) -> Findings:
         mixtures, moe = len(first.mixtures()), first.config.moe
-        tally = Tally(text, mixtures, positions=True)
+        tally = Tally(data, mixtures, positions=True)
         loads = torch.zeros(2, mixtures, moe.num_experts, dtype=torch.float64)
-        for batch in text:
+        for batch in data:
             pairs = zip(chosen_experts(first, batch), chosen_experts(second, batch), strict=True)
             for number, (ours, theirs) in enumerate(pairs):
                 shared = (ours[:, :, None] == theirs[:, None, :]).any(-1).double()
                 tally.add(number, batch, shared.where((ours >= 0) & (theirs >= 0), math.nan).mean(-1))
                 for load, chosen in zip(loads[:, number], (ours, theirs), strict=True):
                     load += count(chosen, moe.num_experts)
-        shares = loads / text.num_positions  # how likely an expert is among a token's
+        shares = loads / data.num_positions  # how likely an expert is among a token's
         chance = ((shares[0] * shares[1]).sum(-1) / moe.top_k).tolist()
         sums = {"routing_agreement": tally.sums.mean(0, keepdims=True), "routing_agreement_by_mixture": tally.sums}
-        means = {name: (part.sum(1) / text.num_positions).tolist() for name, part in sums.items()}
+        means = {name: (part.sum(1) / data.num_positions).tolist() for name, part in sums.items()}
         names = ("routing_agreement_by_mixture", "routing_chance_by_mixture")
         return Findings(
             scalars={"routing_agreement": means["routing_agreement"][0], "routing_chance": sum(chance) / mixtures},
             curves={names[0]: Curve(means[names[0]], "mixture"), names[1]: Curve(chance, "mixture")},
             by_document=sums,
-            counts=dict.fromkeys(sums, text.positions_by_document),
+            counts=dict.fromkeys(sums, data.positions_by_document),
             pictures=(Picture("routing_agreement", "curves", names, "share of a token's experts that both choose"),),
             notes=mixture_note(first),
         )

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from analysis.anatomy.adam_state import AdamState
 from analysis.anatomy.findings import Findings
 from analysis.anatomy.forward import on_its_device
+from analysis.anatomy.held_out import HeldOut
 from analysis.anatomy.measure import Measure
-from analysis.anatomy.text import Text
 from analysis.curvature import Vector, differentiable_twice, extreme_eigenvalues, hessian_product, obstacle
 from core.checkpoint import load
 from core.errors import require
@@ -60,10 +60,10 @@ class Sharpness(Measure):
         """Say what keeps the loss from being differentiated twice."""
         return obstacle(model)
 
-    def __call__(self, model: Trunk, text: Text) -> Findings:
-        batch = text.beginning(self.sequences)
+    def __call__(self, model: Trunk, data: HeldOut) -> Findings:
+        batch = data.beginning(self.sequences)
         rows, targets = on_its_device(model, batch.rows), batch.targets.to(model.head.weight.device)
-        number, sample = batch.num_samples, text.task.sample
+        number, sample = batch.num_samples, data.task.sample
         notes = [f"Of the first {number} held-out {sample}s." if number > 1 else f"Of one held-out {sample}."]
         named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         parameters = list(named.values())

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from analysis.anatomy.findings import Curve, Findings, Picture
+from analysis.anatomy.held_out import HeldOut
 from analysis.anatomy.measure import Comparison, Measure, other_positions
 from analysis.anatomy.passage import Passage
-from analysis.anatomy.text import Text
 from analysis.states import effective_rank, mean_cosine
 from core.errors import require
 from lightning_modules.trunk import Trunk
@@ -76,23 +76,23 @@ def _unit_gram(x: Tensor) -> Tensor:
     return gram / gram.norm()
 
 
-def sampled(text: Text, positions: int) -> Iterator[tuple[Any, Tensor]]:
-    """Yield each batch with the places of its tokens [n], flattened, that are among so many of the whole text.
+def sampled(data: HeldOut, positions: int) -> Iterator[tuple[Any, Tensor]]:
+    """Yield each batch with the places of its positions [n], flattened, that are among so many of all data.
 
-    They are evenly spaced; a text of fewer tokens gives all.
+    They are evenly spaced; data of fewer give all.
     """
-    every = max(1, -(-text.num_positions // positions))
+    every = max(1, -(-data.num_positions // positions))
     passed = 0
-    for batch in text:
+    for batch in data:
         size = batch.num_positions
         yield batch, torch.arange(-passed % every, size, every)
         passed += size
 
 
-def gathered(model: Trunk, text: Text, positions: int) -> list[Tensor]:
+def gathered(model: Trunk, data: HeldOut, positions: int) -> list[Tensor]:
     """Return the hidden states of evenly spaced tokens at every depth, each [tokens, features]."""
     parts: list[list[Tensor]] = [[] for _ in range(len(model.blocks) + 1)]
-    for batch, places in sampled(text, positions):
+    for batch, places in sampled(data, positions):
         for part, state in zip(parts, hidden_states(Passage(model, batch)), strict=True):
             part.append(state.flatten(0, 1)[places.to(state.device)])
     return [torch.cat(part) for part in parts]
@@ -128,13 +128,13 @@ class Similarity(Measure):
         require(self.positions >= 2, "positions", self.positions, "an integer >= 2")
 
     @torch.inference_mode()
-    def __call__(self, model: Trunk, text: Text) -> Findings:
+    def __call__(self, model: Trunk, data: HeldOut) -> Findings:
         depths = len(model.blocks) + 1
         parts: list[list[Tensor]] = [[] for _ in range(depths)]
         cosine, angle = torch.zeros(depths, depths).double(), torch.zeros(depths, depths).double()
         rank, alike = torch.zeros(depths).double(), torch.zeros(depths).double()
         sequences = 0
-        for batch, places in sampled(text, self.positions):
+        for batch, places in sampled(data, self.positions):
             states = hidden_states(Passage(model, batch))
             cosine += cosines(states).sum(-1).cpu()
             angle += angular_distances(states).sum(-1).cpu()
@@ -145,8 +145,8 @@ class Similarity(Measure):
             for part, state in zip(parts, states, strict=True):
                 part.append(state.flatten(0, 1)[places.to(state.device)])
         cosine, angle, rank, alike = (
-            cosine / text.num_positions,
-            angle / text.num_positions,
+            cosine / data.num_positions,
+            angle / data.num_positions,
             rank / sequences,
             alike / sequences,
         )
@@ -199,8 +199,8 @@ class CrossSimilarity(Comparison):
         return other_positions(first, second)
 
     @torch.inference_mode()
-    def __call__(self, first: Trunk, second: Trunk, text: Text) -> Findings:
-        cka = linear_cka(*(gathered(model, text, self.positions) for model in (first, second)))
+    def __call__(self, first: Trunk, second: Trunk, data: HeldOut) -> Findings:
+        cka = linear_cka(*(gathered(model, data, self.positions) for model in (first, second)))
         title = "linear CKA of depths, the first run's down, the other's across"
         return Findings(
             matrices={"cross_cka": cka.tolist()}, pictures=(Picture("cross_cka", "heat map", ("cross_cka",), title),)

@@ -10,8 +10,8 @@ import lightning as L
 from torch.distributed.tensor import DTensor
 
 from analysis.anatomy.findings import Findings
+from analysis.anatomy.held_out import HeldOut, has_blocks, held_out
 from analysis.anatomy.registry import MEASURES
-from analysis.anatomy.text import Text, has_blocks, held_out
 from analysis.evaluating import evaluating
 from callbacks.scalars import write_scalars
 from core.atomic_write import write_whole
@@ -59,7 +59,7 @@ class Anatomy(L.Callback):
             valid = "one that is not slow: it would hold up training, and can be measured afterwards"
             require(not measure.slow, "callbacks.anatomy.measures", measure.name, valid)
         self.folder, self.every_n_steps, self.tokens = Path(run_dir) / FOLDER, every_n_steps, tokens
-        self._text: Text | None = None
+        self._data: HeldOut | None = None
         self._measured: int | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -74,7 +74,7 @@ class Anatomy(L.Callback):
             reason = "it takes held-out data from a DataModule, and there is none"
             raise InvalidValue("callbacks.anatomy", name, reason)
         if trainer.is_global_zero:
-            self._text = held_out(datamodule, pl_module, self.tokens)
+            self._data = held_out(datamodule, pl_module, self.tokens)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -88,12 +88,12 @@ class Anatomy(L.Callback):
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure the weights after this number of steps, once."""
         step = trainer.global_step
-        if self._text is None or step == self._measured:
+        if self._data is None or step == self._measured:
             return
         self._measured = step
         model: Any = pl_module.model
         with evaluating(model), trainer.precision_plugin.forward_context():
-            found = {m.name: m(model, self._text) for m in self.measures if m.lacks(model) is None}
+            found = {m.name: m(model, self._data) for m in self.measures if m.lacks(model) is None}
         content = {"step": step, "findings": {name: findings.as_plain() for name, findings in found.items()}}
         text = json.dumps(content, allow_nan=False) + "\n"
         write_whole(self.folder / f"{step}.json", partial(Path.write_text, data=text))

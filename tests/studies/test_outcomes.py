@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from analysis.anatomy.held_out import held_out
 from analysis.anatomy.layer_drop import LayerDrop
-from analysis.anatomy.text import held_out
 from core.errors import ConfigError
 from core.open_run import open_run
 from studies.grid import Study

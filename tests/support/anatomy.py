@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from analysis.anatomy.text import Batch, Text
+from analysis.anatomy.held_out import Batch, HeldOut
 from datamodules.tokenizers import NumberTokenizer
 from lightning_modules.transformer import Transformer
 from lightning_modules.trunk import Asked, Trunk
@@ -27,7 +27,7 @@ POOLED = replace(IMAGES, positions="rope", pool="mean", patch_size=4)
 """Images of 17 positions of which the first is read, and of 4 of which the mean is."""
 
 
-def make_text(batches: int = 2, sequences: int = 3, seq: int = 12, vocab_size: int = VOCAB_SIZE) -> Text:
+def make_text(batches: int = 2, sequences: int = 3, seq: int = 12, vocab_size: int = VOCAB_SIZE) -> HeldOut:
     """Random tokens; every sequence but the first two is a document, and those are one."""
     generator = torch.Generator().manual_seed(1)
     made = []
@@ -36,7 +36,7 @@ def make_text(batches: int = 2, sequences: int = 3, seq: int = 12, vocab_size: i
         rows = torch.arange(sequences) + number * sequences
         documents = (rows - 1).clamp(min=0)[:, None].expand(-1, seq).contiguous()
         made.append(text_batch(tokens, documents))
-    return Text(tuple(made), NumberTokenizer(vocab_size))
+    return HeldOut(tuple(made), NumberTokenizer(vocab_size))
 
 
 def text_batch(tokens: Tensor, documents: Tensor, positions: Tensor | None = None) -> Batch:
@@ -51,7 +51,7 @@ def inputs_of(batch: Batch) -> Tensor:
     return batch.rows["tokens"][:, :-1]
 
 
-def make_images(batches: int = 2, number: int = 4, config: ImageConfig = IMAGES) -> Text:
+def make_images(batches: int = 2, number: int = 4, config: ImageConfig = IMAGES) -> HeldOut:
     """Images of independent pixels with random classes; each is a document."""
     generator, made = torch.Generator().manual_seed(1), []
     for first in range(0, batches * number, number):
@@ -60,7 +60,7 @@ def make_images(batches: int = 2, number: int = 4, config: ImageConfig = IMAGES)
         documents = torch.arange(first, first + number)[:, None].expand(-1, config.num_positions)
         targets = rows["labels"][:, None]
         made.append(Batch(rows, documents, Asked(targets, torch.zeros_like(targets))))
-    return Text(tuple(made), task=VisionModule.task)
+    return HeldOut(tuple(made), task=VisionModule.task)
 
 
 def trained_like(seed: int = 0, **fields: Any) -> Transformer:
@@ -82,7 +82,7 @@ def of_kind(kind: str, seed: int = 0, **fields: Any) -> Any:
     return trained_like(seed, **fields) if kind == "text" else of_images(seed, **fields)
 
 
-def data_of(kind: str, batches: int = 2, samples: int = 3) -> Text:
+def data_of(kind: str, batches: int = 2, samples: int = 3) -> HeldOut:
     """Data for it."""
     return make_text(batches, samples) if kind == "text" else make_images(batches, samples)
 
@@ -122,7 +122,7 @@ def in_order(model: M, *numbers: int) -> M:
 
 
 @torch.no_grad()
-def loss_of(model: Any, data: Text) -> float:
+def loss_of(model: Any, data: HeldOut) -> float:
     """Nats per token, or per image, of the model's own forward pass."""
     logits = [model(batch.rows["images"] if "images" in batch.rows else inputs_of(batch))[0] for batch in data]
     targets = [batch.rows["labels"] if "images" in batch.rows else batch.rows["tokens"][:, 1:] for batch in data]

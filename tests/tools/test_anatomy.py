@@ -14,9 +14,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from analysis.anatomy.bootstrap import FEWEST
+from analysis.anatomy.held_out import held_out
 from analysis.anatomy.layer_drop import SKIPS, LayerDrop
 from analysis.anatomy.similarity import CrossSimilarity
-from analysis.anatomy.text import held_out
 from core import cli
 from core.errors import ConfigError
 from core.open_run import open_run

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from analysis.anatomy.findings import Findings
+from analysis.anatomy.held_out import Batch, HeldOut, has_blocks, held_out
 from analysis.anatomy.measure import Comparison, Instrument, Measure, require_fitting
 from analysis.anatomy.registry import COMPARISONS, INSTRUMENTS, MEASURES, outcomes
-from analysis.anatomy.text import Batch, Text, has_blocks, held_out
 from core.errors import ConfigError, require, suggest
 from core.open_run import OpenRun, open_run
 from core.task import task_of
@@ -91,7 +91,7 @@ def by_default(names: Sequence[str], several: bool) -> tuple[str, ...]:
     return tuple(names) or tuple(name for name, measure in known.items() if not measure.slow)
 
 
-def examine(chosen: Chosen) -> tuple[Text, list[Examined]]:
+def examine(chosen: Chosen) -> tuple[HeldOut, list[Examined]]:
     """Measure the runs; one model is in memory at a time, beside the first.
 
     Args:
@@ -109,14 +109,14 @@ def examine(chosen: Chosen) -> tuple[Text, list[Examined]]:
         their_length, theirs = _wants_beside(first, folder, checkpoint, chosen)
         length = None if length is None or their_length is None else min(length, their_length)
         needed |= {name: max(count, needed.get(name, 0)) for name, count in theirs.items()}
-    text = _text(first, length, chosen)
+    data = _data(first, length, chosen)
     for name, count in needed.items():
-        require_fitting(name, count, sum(batch.num_samples for batch in text.fitting), chosen.tokens)
+        require_fitting(name, count, sum(batch.num_samples for batch in data.fitting), chosen.tokens)
     examined = []
     for number, (folder, checkpoint) in enumerate(zip(chosen.runs, checkpoints, strict=True)):
         run = first if number == 0 else _open(folder, checkpoint, chosen.allow)
-        examined.append(_examine(run, first if number else None, text, chosen))
-    return text, examined
+        examined.append(_examine(run, first if number else None, data, chosen))
+    return data, examined
 
 
 def _open(folder: Path, checkpoint: str, allow: Collection[str]) -> OpenRun:
@@ -146,8 +146,8 @@ def _require_same(first: OpenRun, other: OpenRun) -> None:
     ours, theirs = task_of(first.module).predicted, task_of(other.module).predicted
     valid = f"a run of a model that predicts {ours}, as that of {first.folder} does; this one's predicts {theirs}"
     require(ours == theirs, "RUN", str(other.folder), valid)
-    read = other.datamodule.encoding
-    for name, meant in first.datamodule.encoding.items():
+    read = getattr(other.datamodule, "encoding", {})
+    for name, meant in getattr(first.datamodule, "encoding", {}).items():
         valid = f"a run whose {name} are those of {first.folder}, {meant}; this one has {read.get(name)}"
         require(read.get(name) == meant, "RUN", str(other.folder), valid)
     example = first.module.model.example(1, EXAMPLE, torch.Generator().manual_seed(0))
@@ -157,7 +157,7 @@ def _require_same(first: OpenRun, other: OpenRun) -> None:
     require(same, "RUN", str(other.folder), valid)
 
 
-def _text(first: OpenRun, length: int | None, chosen: Chosen) -> Text:
+def _data(first: OpenRun, length: int | None, chosen: Chosen) -> HeldOut:
     from tools.evaluation.corpora import open_corpus
 
     datamodule = first.datamodule
@@ -176,35 +176,35 @@ def _of_run(name: str, run: OpenRun, chosen: Chosen) -> Any:
     return measure.of_run(run) if isinstance(measure, Measure) else measure
 
 
-def as_trained(text: Text, document_mask: bool) -> Text:
+def as_trained(data: HeldOut, document_mask: bool) -> HeldOut:
     """Return the same tokens with positions as a run has them that was trained with or without data.document_mask."""
-    if document_mask == is_masked(text):
-        return text
+    if document_mask == is_masked(data):
+        return data
 
     def changed(batches: tuple[Batch, ...]) -> tuple[Batch, ...]:
         made = []
         for batch in batches:
             rows = {name: values for name, values in batch.rows.items() if name != "positions"}
             if document_mask:
-                places = positions(rows["tokens"][:, :-1].numpy(), text.tokenizer.end_of_document)
+                places = positions(rows["tokens"][:, :-1].numpy(), data.tokenizer.end_of_document)
                 rows["positions"] = torch.from_numpy(places)
             made.append(replace(batch, rows=rows))
         return tuple(made)
 
-    return replace(text, batches=changed(text.batches), fitting=changed(text.fitting))
+    return replace(data, batches=changed(data.batches), fitting=changed(data.fitting))
 
 
-def is_masked(text: Text) -> bool:
+def is_masked(data: HeldOut) -> bool:
     """Return whether attention keeps documents apart on this text."""
-    return "positions" in text.batches[0].rows
+    return "positions" in data.batches[0].rows
 
 
-def _examine(run: OpenRun, first: OpenRun | None, text: Text, chosen: Chosen) -> Examined:
+def _examine(run: OpenRun, first: OpenRun | None, data: HeldOut, chosen: Chosen) -> Examined:
     model, config = run.module.model, run.module.model_config
     found: dict[str, Findings] = {}
     left_out: dict[str, str] = {}
-    mask = getattr(run.datamodule, "document_mask", False) if first else is_masked(text)
-    own = as_trained(text, mask).seen_by(model)
+    mask = getattr(run.datamodule, "document_mask", False) if first else is_masked(data)
+    own = as_trained(data, mask).seen_by(model)
     for name in chosen.measures:
         measure = _of_run(name, run, chosen)
         models = (model,) if isinstance(measure, Measure) else (first and first.module.model, model)
@@ -214,9 +214,9 @@ def _examine(run: OpenRun, first: OpenRun | None, text: Text, chosen: Chosen) ->
         if reason is not None:
             left_out[name] = reason
             continue
-        with _bar(f"{run.folder.name}: {name}", own if isinstance(measure, Measure) else text) as watched:
+        with _bar(f"{run.folder.name}: {name}", own if isinstance(measure, Measure) else data) as watched:
             found[name] = measure(*models, watched)
-        if isinstance(measure, Comparison) and mask != is_masked(text):
+        if isinstance(measure, Comparison) and mask != is_masked(data):
             found[name] = replace(found[name], notes=(*found[name].notes, OF_THE_FIRST))
     size = sum(parameter.numel() for parameter in model.parameters())
     shape = (config.placement, config.num_layers, config.dim, config.ffn, size, mask)
@@ -230,8 +230,8 @@ def make(measure: type[Instrument], skip: str) -> Instrument:
 
 
 @contextmanager
-def _bar(description: str, text: Text) -> Iterator[Text]:
-    """Draw a bar on a terminal while the text is gone through, however often that is."""
+def _bar(description: str, data: HeldOut) -> Iterator[HeldOut]:
+    """Draw a bar on a terminal while the data are gone through, however often that is."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[passed]} batches"))
     console = Console(stderr=True)
     with Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal) as progress:
@@ -242,7 +242,7 @@ def _bar(description: str, text: Text) -> Iterator[Text]:
             passed[0] += 1
             progress.update(task, passed=passed[0])
 
-        yield text.watched(step)
+        yield data.watched(step)
 
 
 def outcomes_of(folder: Path, names: Iterable[str], **options: Any) -> dict[str, float | None]:

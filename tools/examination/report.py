@@ -12,8 +12,8 @@ from typing import Any
 
 from analysis.anatomy.bootstrap import FEWEST, LEVEL, Interval, Resampled
 from analysis.anatomy.findings import Findings, Picture, as_plain
+from analysis.anatomy.held_out import HeldOut
 from analysis.anatomy.registry import INSTRUMENTS
-from analysis.anatomy.text import Text
 from core.errors import writing
 from studies.document import Block, Bullets, Code, Heading, Paragraph, Table, Words, markdown
 from studies.document import Picture as Shown
@@ -30,13 +30,13 @@ class Report:
     """Everything that a report says.
 
     Attributes:
-        text: the held-out data.
+        data: the held-out data.
         examined: the runs, in order; the others are compared with the first.
-        source: where the text comes from, in words.
+        source: where the data come from, in words.
         kept: of each run, what was kept while it was trained.
     """
 
-    text: Text
+    data: HeldOut
     examined: Sequence[Examined]
     source: str
     kept: Sequence[Sequence[Kept]]
@@ -49,7 +49,7 @@ class Report:
     @cached_property
     def resampled(self) -> Resampled:
         """The draws of documents that every interval is of."""
-        return Resampled(self.text.targets_by_document)
+        return Resampled(self.data.targets_by_document)
 
     def measures(self) -> Iterator[tuple[str, dict[str, Findings]]]:
         """Yield each measure's name with its findings by the run's label, of the runs that have some."""
@@ -108,11 +108,11 @@ def write(report: Report, output: Path) -> Path:
 
 
 def _blocks(report: Report, output: Path) -> Iterator[Block]:
-    text = report.text
+    data = report.data
     yield Heading("Anatomy", 1)
     yield Paragraph(
-        f"{_size(text)}, of {report.source}; the same for every run. Losses are in {text.task.loss_unit}. "
-        f"{_about_intervals(text)}"
+        f"{_size(data)}, of {report.source}; the same for every run. Losses are in {data.task.loss_unit}. "
+        f"{_about_intervals(data)}"
     )
     header = ["run", "folder", "checkpoint", "step", "placement", "FFN", "blocks", "dim", "parameters"]
     rows: list[list[Words]] = [
@@ -162,17 +162,17 @@ def _blocks(report: Report, output: Path) -> Iterator[Block]:
         yield Bullets(missing)
 
 
-def _size(text: Text) -> str:
-    task, targets, positions = text.task, text.num_targets, text.num_positions
+def _size(data: HeldOut) -> str:
+    task, targets, positions = data.task, data.num_targets, data.num_positions
     seen = "" if targets == positions else f" ({positions:,} positions)"
     return f"{targets:,} {task.counted}{seen}" + (
-        "" if task.counted == task.documents else f" of {text.num_documents:,} {task.documents}"
+        "" if task.counted == task.documents else f" of {data.num_documents:,} {task.documents}"
     )
 
 
-def _about_intervals(text: Text) -> str:
-    documents = text.task.documents
-    if text.num_documents < FEWEST:
+def _about_intervals(data: HeldOut) -> str:
+    documents = data.task.documents
+    if data.num_documents < FEWEST:
         return (
             f"There are no intervals: bootstrap over {documents} takes at least {FEWEST}, as those of fewer come out "
             f"too narrow, and that of one without any width. More tokens= have more {documents}."
@@ -221,7 +221,7 @@ def _scalars(report: Report) -> Iterator[Block]:
                 against.append([Code(name), *("-" if change is None else _interval(change[0]) for change in changes)])
     yield Table(["", *report.labels], rows)
     if against:
-        yield Paragraph(f"Less that of {report.labels[0]}, over the same {report.text.task.documents}:")
+        yield Paragraph(f"Less that of {report.labels[0]}, over the same {report.data.task.documents}:")
         yield Table(["", *report.labels[1:]], against)
 
 
@@ -258,7 +258,7 @@ def _interval(interval: Interval) -> str:
 def content_of(report: Report) -> dict[str, Any]:
     """Return all of a report as JSON has it; what is no finite number is null."""
     runs = []
-    measured, counted = dict(report.measures()), report.text.task.counted
+    measured, counted = dict(report.measures()), report.data.task.counted
     for label, run in zip(report.labels, report.examined, strict=True):
         shape = {name: getattr(run, name) for name in SHAPE}
         runs.append(
@@ -274,8 +274,8 @@ def content_of(report: Report) -> dict[str, Any]:
     return {
         "text": {
             "source": report.source,
-            counted: report.text.num_targets,
-            f"{counted}_by_document": as_plain(report.text.targets_by_document),
+            counted: report.data.num_targets,
+            f"{counted}_by_document": as_plain(report.data.targets_by_document),
         },
         "runs": runs,
         "intervals": {name: as_plain(report.intervals(found)) for name, found in measured.items()},

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from analysis.anatomy.critical_batch_size import Branching, CriticalBatchSize, critical
-from analysis.anatomy.text import Text
+from analysis.anatomy.held_out import HeldOut
 from core.checkpoint import load
 from core.errors import ConfigError
 from lightning_modules.language_module import LanguageModule
@@ -28,13 +28,13 @@ SEQUENCES, STEPS = 2, 4
 BY_VALUE = {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}
 
 
-def text(fitting: int = 16) -> Text:
+def text(fitting: int = 16) -> HeldOut:
     """Two sequences in each batch; so many batches for fitting."""
     batches = make_text(batches=fitting, sequences=SEQUENCES, seq=12).batches
     return replace(make_text(batches=2, sequences=SEQUENCES, seq=12), fitting=batches)
 
 
-def rows_of(made: Text) -> Tensor:
+def rows_of(made: HeldOut) -> Tensor:
     return torch.cat([batch.rows["tokens"] for batch in made.fitting])
 
 
@@ -61,7 +61,7 @@ def run_of(root: Path, module: LanguageModule, **trainer: Any) -> Any:
     return SimpleNamespace(module=module, config=config, checkpoint=root / "last.ckpt", step=STEPS)
 
 
-def mean_loss(model: Any, made: Text) -> float:
+def mean_loss(model: Any, made: HeldOut) -> float:
     with torch.no_grad():
         logits = torch.cat([model(inputs_of(batch))[0] for batch in made])
     return F.cross_entropy(logits.flatten(0, 1), torch.cat([batch.targets for batch in made]).flatten()).item()

@@ -19,6 +19,7 @@ from analysis.anatomy.contribution import Contribution
 from analysis.anatomy.critical_batch_size import Branching, CriticalBatchSize
 from analysis.anatomy.expert_share import ExpertShare
 from analysis.anatomy.fake_quantization import fake_quantization, round_to_bits
+from analysis.anatomy.held_out import Batch, HeldOut, held_out
 from analysis.anatomy.layer_drop import LayerDrop
 from analysis.anatomy.lens import LogitLens, TunedLens
 from analysis.anatomy.outliers import Outliers
@@ -26,7 +27,6 @@ from analysis.anatomy.passage import Passage
 from analysis.anatomy.routing_agreement import RoutingAgreement
 from analysis.anatomy.sharpness import Sharpness
 from analysis.anatomy.similarity import CrossSimilarity, Similarity
-from analysis.anatomy.text import Batch, Text, held_out
 from analysis.states import watching
 from core.checkpoint import load
 from core.task import OF_LANGUAGE
@@ -306,14 +306,14 @@ def test_the_way_of_filled_in_tokens_is_their_forward_pass(placement: str) -> No
     assert torch.equal(passage.logits(last), logits)
     expected = F.cross_entropy(logits.flatten(0, 1), masked.targets.flatten(), reduction="none").view(3, 3)
     torch.testing.assert_close(passage.losses(last), expected)
-    found = LayerDrop()(model, Text((batch,)))
+    found = LayerDrop()(model, HeldOut((batch,)))
     assert found.scalars["loss"] == pytest.approx(float(model.loss({"tokens": tokens})), abs=1e-5)
     views: list[Any] = []
     with watching(model, views.append):
         model(masked.tokens)
     norms = torch.stack([view.after.norm(dim=-1).mean() for view in views])
     assert len(norms) == 2
-    assert Contribution()(model, Text((batch,))).curves["contribution_by_block"].values[0] > 0
+    assert Contribution()(model, HeldOut((batch,))).curves["contribution_by_block"].values[0] > 0
 
 
 def test_a_task_says_what_is_asked_for() -> None:

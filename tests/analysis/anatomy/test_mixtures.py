@@ -12,9 +12,9 @@ from torch import Tensor
 from analysis.anatomy.expert_drop import ExpertDrop
 from analysis.anatomy.expert_share import ExpertShare, mutual_information
 from analysis.anatomy.expert_similarity import ExpertSimilarity
+from analysis.anatomy.held_out import HeldOut
 from analysis.anatomy.routing import chosen_experts, without_expert
 from analysis.anatomy.routing_agreement import RoutingAgreement
-from analysis.anatomy.text import Text
 from core.errors import ConfigError
 from datamodules.tokenizers import ByteTokenizer
 from lightning_modules.layers.moe import MoE
@@ -30,7 +30,7 @@ def mixture_of(model: Transformer, number: int) -> MoE:
     return ffn
 
 
-def mean_loss(model: Transformer, text: Text) -> float:
+def mean_loss(model: Transformer, text: HeldOut) -> float:
     with torch.no_grad():
         logits = torch.cat([model(inputs_of(batch))[0] for batch in text])
     return F.cross_entropy(logits.flatten(0, 1), torch.cat([batch.targets for batch in text]).flatten()).item()
@@ -39,14 +39,14 @@ def mean_loss(model: Transformer, text: Text) -> float:
 # Shares.
 
 
-def spelled(*texts: bytes) -> Text:
+def spelled(*texts: bytes) -> HeldOut:
     """One sequence a text, of bytes."""
     batches = []
     for number, each in enumerate(texts):
         tokens = torch.tensor([list(each)])
         documents = torch.full((1, len(each) - 1), number)
         batches.append(text_batch(tokens, documents))
-    return Text(tuple(batches), ByteTokenizer())
+    return HeldOut(tuple(batches), ByteTokenizer())
 
 
 def told(kinds: dict[str, int]) -> Transformer:

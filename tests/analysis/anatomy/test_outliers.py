@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from analysis.anatomy.held_out import Batch
 from analysis.anatomy.outliers import Outliers
-from analysis.anatomy.text import Batch
 from core.errors import ConfigError
 from lightning_modules.transformer import Transformer
 from spannorm import PLACEMENTS

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from analysis.anatomy.fake_quantization import fake_quantization, round_to_bits
 from analysis.anatomy.forward import target_losses
+from analysis.anatomy.held_out import HeldOut
 from analysis.anatomy.quantization import Quantization
-from analysis.anatomy.text import Text
 from core.errors import ConfigError
 from lightning_modules.layers.moe import MoE
 from lightning_modules.transformer import Transformer
@@ -79,7 +79,7 @@ def by_hand(model: Transformer, weight_bits: int | None, activation_bits: int | 
     return changed
 
 
-def losses_of(model: Transformer, text: Text) -> Tensor:
+def losses_of(model: Transformer, text: HeldOut) -> Tensor:
     with torch.no_grad():
         return torch.cat([target_losses(model, batch) for batch in text])
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from analysis.anatomy.findings import Findings
+from analysis.anatomy.held_out import HeldOut
 from analysis.anatomy.lens import TunedLens
 from analysis.anatomy.measure import Comparison
 from analysis.anatomy.registry import INSTRUMENTS
-from analysis.anatomy.text import Text
 from tests.support.anatomy import KINDS, data_of, of_kind
 
 
@@ -33,7 +33,7 @@ def test_nothing_of_the_callers_is_moved(name: str, kind: str) -> None:
     assert not model.training
 
 
-def found_by(name: str, text: Text, kind: str) -> Findings:
+def found_by(name: str, text: HeldOut, kind: str) -> Findings:
     measure: Any = TunedLens(steps=3, targets=20) if name == "tuned_lens" else INSTRUMENTS[name]()
     if hasattr(measure, "positions"):
         measure = dataclasses.replace(measure, positions=20)  # every fifth token: batches do not end with one
@@ -41,7 +41,7 @@ def found_by(name: str, text: Text, kind: str) -> Findings:
     return measure(*models[: 1 + isinstance(measure, Comparison)], text)  # type: ignore[no-any-return]
 
 
-def cut(text: Text, *sizes: int) -> Text:
+def cut(text: HeldOut, *sizes: int) -> HeldOut:
     """The same sequences in batches of these sizes."""
     (whole,) = text.batches
     stops = list(itertools.accumulate(sizes))

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from analysis.anatomy.adam_state import AdamState
+from analysis.anatomy.held_out import HeldOut
 from analysis.anatomy.sharpness import Sharpness
-from analysis.anatomy.text import Text
 from core.checkpoint import load
 from core.errors import ConfigError
 from lightning_modules.language_module import LanguageModule
@@ -39,11 +39,11 @@ def make(optim: dict[str, Any] | None = None, **fields: Any) -> LanguageModule:
     return module
 
 
-def text() -> Text:
+def text() -> HeldOut:
     return make_text(batches=1, sequences=2, seq=6, vocab_size=VOCAB_SIZE)
 
 
-def whole(rows: Text) -> Tensor:
+def whole(rows: HeldOut) -> Tensor:
     """What the text was made of, [batch, seq + 1]."""
     batch = rows.batches[0]
     return batch.rows["tokens"]

@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch.plugins import Precision
 from torch import nn
 
+from analysis.anatomy.held_out import held_out
 from analysis.anatomy.layer_drop import LayerDrop
-from analysis.anatomy.text import held_out
 from callbacks.monitors.anatomy import Anatomy
 from core.checkpoint import load
 from core.errors import ConfigError

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from analysis.anatomy.text import Text
+from analysis.anatomy.held_out import HeldOut
 from core.errors import ConfigError
 from datamodules.synthetic import Synthetic
 from tests.support.anatomy import inputs_of, make_text
@@ -61,7 +61,7 @@ def test_numbers_of_another_vocabulary_are_other_tokens(monkeypatch: pytest.Monk
         data = Synthetic("copy", int(folder.name), 8, batch_size=2, val_batches=1)
         return SimpleNamespace(folder=folder, datamodule=data, module=make_module())
 
-    def read(*_: object) -> Text:
+    def read(*_: object) -> HeldOut:
         raise AssertionError("read")
 
     monkeypatch.setattr(examining, "open_run", opened)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from analysis.anatomy.held_out import Tally, held_out
 from analysis.anatomy.passage import Passage
-from analysis.anatomy.text import Tally, held_out
 from core.errors import ConfigError
 from datamodules.synthetic import Synthetic
 from tests.support.anatomy import MODELS, inputs_of, make_text, text_batch, trained_like

@@ -86,7 +86,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Text:
+class HeldOut:
     """Hands out batches of held-out data, in an order that is always the same, as often as they are gone through.
 
     What is predicted and what is seen are counted apart: of a text each token is a target and a position, of an image
@@ -146,7 +146,7 @@ class Text:
         """Return so many samples side by side, from the first on, or all where there are fewer: in any batches."""
         return Batch.joined(self.batches[:samples]).part(0, samples)
 
-    def seen_by(self, model: Trunk) -> "Text":
+    def seen_by(self, model: Trunk) -> "HeldOut":
         """Return the same data as another model of its kind sees them: of images it may make other patches."""
 
         def seen(batches: tuple[Batch, ...]) -> tuple[Batch, ...]:
@@ -154,7 +154,7 @@ class Text:
 
         return replace(self, batches=seen(self.batches), fitting=seen(self.fitting))
 
-    def watched(self, watch: Callable[[], None]) -> "Text":
+    def watched(self, watch: Callable[[], None]) -> "HeldOut":
         """Return the same data, which call `watch` after each batch."""
         return replace(self, watch=watch)
 
@@ -163,7 +163,7 @@ class Tally:
     """Adds up quantities by the document that they are of.
 
     Args:
-        text: whose documents.
+        data: whose documents.
         rows: how many quantities.
         positions: whether each position has a value; else each target has one.
 
@@ -171,8 +171,8 @@ class Tally:
         sums: float64 [rows, documents].
     """
 
-    def __init__(self, text: Text, rows: int, positions: bool = False) -> None:
-        self.sums: Sums = np.zeros((rows, text.num_documents))
+    def __init__(self, data: HeldOut, rows: int, positions: bool = False) -> None:
+        self.sums: Sums = np.zeros((rows, data.num_documents))
         self.positions = positions
 
     def add(self, row: int, batch: Batch, values: Tensor) -> None:
@@ -189,7 +189,7 @@ def has_blocks(model: Any) -> bool:
 
 def held_out(
     datamodule: Any, module: Any, num_positions: int, batch_size: int | None = None, fitting_positions: int = 0
-) -> Text:
+) -> HeldOut:
     """Return the first samples of a DataModule's validation split.
 
     Args:
@@ -217,7 +217,7 @@ def held_out(
     count, fitted = (-(-number // model.count(first).positions) for number in (num_positions, fitting_positions))
     batches = _read(model, split, min(most, count), batch_size)
     fitting = _read(model, datamodule.samples("train"), fitted, batch_size) if fitted else ()
-    return Text(batches, getattr(datamodule, "tokenizer", None), fitting, task_of(module))
+    return HeldOut(batches, getattr(datamodule, "tokenizer", None), fitting, task_of(module))
 
 
 def _read(model: Trunk, samples: Any, count: int, batch_size: int) -> tuple[Batch, ...]:
