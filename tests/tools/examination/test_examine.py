@@ -5,13 +5,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 
 from analysis.anatomy.held_out import HeldOut
 from core.errors import ConfigError
+from datamodules.images.digits import Digits
 from datamodules.synthetic import Synthetic
 from tests.support.anatomy import inputs_of, make_text
+from tests.support.images import make_vision_module
 from tests.support.models import make_module
 from tools.examination import examine as examining
 from tools.examination.examine import Chosen, as_trained, examine
@@ -68,3 +71,35 @@ def test_numbers_of_another_vocabulary_are_other_tokens(monkeypatch: pytest.Monk
     monkeypatch.setattr(examining, "held_out", read)
     with pytest.raises(ConfigError, match="RUN='60' is not valid: expected a run whose tokens are those of 50, "):
         examine(Chosen((Path("50"), Path("60")), ("layer_drop",)))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"mean": (0.5,)}, r"a run whose mean are those of first, \[0\.305\]; this one has \[0\.5\]"),
+        ({"std": (0.5,)}, r"a run whose std are those of first, \[0\.376\]; this one has \[0\.5\]"),
+        ({"image_size": 16}, r"a run whose image_size are those of first, 8; this one has 16"),
+    ],
+)
+def test_pixels_that_mean_something_else_are_other_images(
+    changed: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(folder: Path, *_: object) -> Any:
+        data = Digits(batch_size=2, **(changed if folder.name == "second" else {}))
+        return SimpleNamespace(folder=folder, datamodule=data, module=make_vision_module())
+
+    monkeypatch.setattr(examining, "open_run", opened)
+    with pytest.raises(ConfigError, match=f"RUN='second' is not valid: expected {message}"):
+        examine(Chosen((Path("first"), Path("second")), ("layer_drop",)))
+
+
+def test_data_that_cannot_be_asked_by_number_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Plain(L.LightningDataModule):
+        pass
+
+    def opened(folder: Path, *_: object) -> Any:
+        return SimpleNamespace(folder=folder, datamodule=Plain(), module=make_module())
+
+    monkeypatch.setattr(examining, "open_run", opened)
+    with pytest.raises(ConfigError, match=r"data\._target_='Plain' is not valid: expected data whose samples can be"):
+        examine(Chosen((Path("first"), Path("second")), ("layer_drop",)))
