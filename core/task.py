@@ -20,7 +20,7 @@ class Task:
         sample: what a batch has several of.
         documents: what held-out figures are of that does not depend on each other, and intervals are drawn over.
         predicts_next: whether it is the next token of a text that is predicted: then the model can write one, and bits
-            per byte, counted pairs and the instruments of a text say something of it.
+            per byte and counted pairs say something of it.
         figures: what is measured of held-out data beside the loss, as val/FIGURE; summaries, records and the reports on
             studies have them.
         main: the one of them that runs are compared by, of which more is better; or the loss.
