@@ -110,32 +110,61 @@ def draw_map(study: Study, grid: Mapping[Point, Cell], output: Path) -> None:
             text = "-" if cell.mean is None else f"{cell.mean:.3f}"
         box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1.5}
         axes.text(j, i, text, ha="center", va="center", fontsize=8, bbox=box)
-    axes.set_xticks(range(len(columns)), [drawn_label(" ".join(column)) for column in columns])
+    _label_columns(axes, [drawn_label(" ".join(column)) for column in columns], 1.15)
     axes.set_yticks(range(len(rows)), [drawn_label(row) for row in rows])
     axes.set_xlabel(drawn_label(", ".join(list(study.axes)[1:])))
     figure.colorbar(image, label="final validation loss")
     _save(figure, output)
 
 
+def _label_columns(axes: Any, labels: Sequence[str], inches: float) -> None:
+    """Label the columns of a picture, each so many inches wide; aslant where the words would run into each other."""
+    aslant = 0.085 * max(map(len, labels)) > inches
+    axes.set_xticks(
+        range(len(labels)),
+        labels,
+        rotation=30 if aslant else 0,
+        ha="right" if aslant else "center",
+        rotation_mode="anchor",
+    )
+
+
+def _is_a_number(label: str) -> bool:
+    try:
+        return math.isfinite(float(label))
+    except ValueError:
+        return False
+
+
 def draw_trend(study: Study, grid: Mapping[Point, Cell], output: Path) -> None:
-    """Draw final validation loss over the second axis, a line for each point of the first; failures are crosses."""
+    """Draw final validation loss over the second axis, by the points of the first; failures are crosses.
+
+    Points are joined where the columns are numbers, and lie beside each other where they are words: between two of
+    those there is nothing.
+    """
     plt = pyplot()
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     columns = list(itertools.product(*list(study.axes.values())[1:]))
+    width = max(7.0, 1.0 + 0.8 * len(columns))
+    figure, axes = plt.subplots(figsize=_size(width, 4.2), layout="constrained")
+    joined = all(len(column) == 1 and _is_a_number(column[0]) for column in columns)
+    rows = list(next(iter(study.axes.values())))
+    apart = 0.0 if joined else 0.6 / len(rows)
     means = [cell.mean for cell in grid.values() if cell.mean is not None]
     top = max(means, default=1.0) + 0.1
-    for i, row in enumerate(next(iter(study.axes.values()))):
-        cells = [grid[(row, *column)] for column in columns]
+    for i, row in enumerate(rows):
+        cells, aside = [grid[(row, *column)] for column in columns], apart * (i - (len(rows) - 1) / 2)
         known = [(j, c.mean, c.deviation or 0.0) for j, c in enumerate(cells) if c.mean is not None]
         failed = [j for j, c in enumerate(cells) if c.failed]
         color = f"C{i}"
         if known:
             where, mean, spread = zip(*known, strict=True)
-            axes.errorbar(where, mean, spread, color=color, marker="o", capsize=3, label=drawn_label(row))
-        shifted = [j + 0.06 * (i - len(study.axes) / 2) for j in failed]
+            style = "-" if joined else "none"
+            places = [j + aside for j in where]
+            axes.errorbar(places, mean, spread, color=color, marker="o", ls=style, capsize=3, label=drawn_label(row))
+        shifted = [j + (aside or 0.06 * (i - len(study.axes) / 2)) for j in failed]
         if failed:
             axes.plot(shifted, [top] * len(failed), "x", color=color, label=None if known else drawn_label(row))
-    axes.set_xticks(range(len(columns)), [drawn_label(" ".join(column)) for column in columns])
+    _label_columns(axes, [drawn_label(" ".join(column)) for column in columns], (width - 1) / len(columns))
     axes.set(
         xlabel=drawn_label(", ".join(list(study.axes)[1:])), ylabel="final validation loss (crosses on top: failed)"
     )
@@ -239,7 +268,7 @@ def draw_curves(study: Study, grid: Mapping[Point, Cell], output: Path) -> None:
     plt = pyplot()
     rows = list(next(iter(study.axes.values())))
     columns = list(itertools.product(*list(study.axes.values())[1:]))
-    across = min(3, len(rows))
+    across = 2 if len(rows) == 4 else min(3, len(rows))
     down = -(-len(rows) // across)
     figure, panels = plt.subplots(
         down,
@@ -257,10 +286,13 @@ def draw_curves(study: Study, grid: Mapping[Point, Cell], output: Path) -> None:
                 axes.plot(record.train_loss[0], drawable(record.train_loss[1]), color=f"C{j}", linewidth=1, label=label)
         axes.set_title(drawn_label(row))
         axes.grid(alpha=0.3)
+    for place in range(len(rows), across * down):
+        panels.flat[place].axis("off")
+        panels.flat[place - across].tick_params(labelbottom=True)
     finite = [x for cell in grid.values() for r in cell.records for x in r.train_loss[1] if abs(x) < DRAWN]
     panels[0, 0].set_ylim(min(finite, default=0) - 0.1, min(max(finite, default=1), 6.0))
     handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6)
+    figure.legend(handles, labels, loc="outside upper center", ncols=2 * across)
     figure.supxlabel("optimizer step")
     units = loss_units(record for cell in grid.values() for record in cell.records)
     figure.supylabel(f"training loss ({drawn_label(units)})")

@@ -24,8 +24,9 @@ from tools.stability import MAX_BLOCKS
 FINISHED, SPIKING, SLOW = "finished", "spiking", "slow"
 COLLAPSED, DIVERGED, BROKEN = "collapsed", "diverged", "broken"
 FAILURES = {
-    DIVERGED: "the loss is no finite number at the end, or the training loss of the last tenth is more than 10 % above "
-    "that of the best tenth before it",
+    DIVERGED: "the loss is no finite number at the end, or the training loss of the last tenth is above that of the "
+    "best tenth before it by more than 10 %, and by more than a tenth of what had been learned: the distance from "
+    "there to the loss of the frequencies of what is predicted",
     COLLAPSED: "the final validation loss is nearer to that of counted tokens than to that of counted pairs: the model "
     "uses hardly anything of the context; where no pairs are counted, as of images, it is not below that of the "
     "frequencies of what is predicted",
@@ -41,7 +42,7 @@ BLEMISHES = {
 STATUSES = (FINISHED, *FAILURES, *BLEMISHES)
 FORMER_STATUSES = {"no number": DIVERGED, "rose": DIVERGED, "unlearned": SLOW}
 """Of records that were written before the two were told apart."""
-RISE = 1.1
+RISE = 0.1
 MANY_SPIKES = 100
 """In 10,000 steps."""
 BY_BLOCK = (
@@ -242,7 +243,10 @@ def judge(
         return DIVERGED
     size = max(1, round(LATE * len(train_loss)))
     tenths = [statistics.fmean(train_loss[end - size : end]) for end in range(size, len(train_loss) + 1)]
-    if tenths[-1] > RISE * min(mean for mean in tenths if math.isfinite(mean)):
+    best = min(mean for mean in tenths if math.isfinite(mean))
+    nothing_learned = unigram_loss if unigram_loss is not None else next(filter(math.isfinite, train_loss))
+    # Near 0, as of images that are told apart almost all, the noise alone is more than 10 %.
+    if tenths[-1] - best > RISE * max(best, nothing_learned - best):
         return DIVERGED
     if unigram_loss is not None and val_loss >= (
         unigram_loss if bigram_loss is None else (bigram_loss + unigram_loss) / 2

@@ -186,6 +186,10 @@ def test_a_status_is_what_the_words_say() -> None:
     best = np.mean(falling[-20:-10])
     assert judge([*falling[:-10], *[1.09 * best] * 10], 2.0, *baselines) == FINISHED
     assert judge([*falling[:-10], *[1.11 * best] * 10], 2.0, *baselines) == DIVERGED
+    near_zero = [1.4 * 0.9**i for i in range(80)] + [0.02] * 10
+    assert judge([*near_zero, *[0.06] * 10], 0.05, None, 1.4) == FINISHED, "noise where there is hardly any loss left"
+    assert judge([*near_zero, *[0.17] * 10], 0.15, None, 1.4) == DIVERGED
+    assert judge([*near_zero, *[0.06] * 10], 0.05, None, None) == FINISHED, "the first loss says what is nothing"
     assert judge(falling, 2.0, *baselines, 99.0) == FINISHED
     assert judge(falling, 2.0, *baselines, 101.0) == SPIKING
     assert judge(falling, 2.6, *baselines, 101.0) == SLOW
