@@ -1,7 +1,7 @@
 """A run folder -> the model that was trained in it, for whoever uses it afterwards."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class OpenRun:
         datamodule: its DataModule; nothing of the corpus is read yet.
         step: optimizer steps that the weights have seen.
         checkpoint: where the weights come from, with what else it holds: core.checkpoint.load.
+        data_identity: the `stream_identity` of the data that the weights were trained on; empty: not known.
     """
 
     folder: Path
@@ -38,6 +39,7 @@ class OpenRun:
     datamodule: Any
     step: int
     checkpoint: Path
+    data_identity: dict[str, Any] = field(default_factory=dict)
 
 
 def open_run(folder: Path, checkpoint: str = "last", allow: Collection[str] = ()) -> OpenRun:
@@ -71,6 +73,8 @@ def open_run(folder: Path, checkpoint: str = "last", allow: Collection[str] = ()
     try:
         content = load(path)
         saved, step, weights = dict(content["hyper_parameters"]), content["global_step"], content["state_dict"]
+        of_data_module = (state for state in content.values() if isinstance(state, dict) and "stream_identity" in state)
+        identity = dict(next(of_data_module, {}).get("stream_identity", {}))
     except Exception as error:  # truncated, no checkpoint at all, or one with code in it
         valid = f"a whole checkpoint; this file cannot be read as one ({one_line(error)})"
         raise ConfigError("checkpoint", str(path), valid) from error
@@ -87,7 +91,7 @@ def open_run(folder: Path, checkpoint: str = "last", allow: Collection[str] = ()
         module.load_state_dict(weights)
     except RuntimeError as error:
         raise ConfigError("checkpoint", str(path), described) from error
-    return OpenRun(folder, config, module.eval(), open_data(config, allow), step, path)
+    return OpenRun(folder, config, module.eval(), open_data(config, allow), step, path, identity)
 
 
 def open_language_run(folder: Path, checkpoint: str = "last", allow: Collection[str] = ()) -> OpenRun:

@@ -81,6 +81,16 @@ class EndlessDataModule(L.LightningDataModule):
         """Return what numbers in a batch stand for, by name; where two agree on it, a model of one reads the other."""
         return {}
 
+    def check_trained_on(self, identity: dict[str, Any]) -> None:
+        """Hold the data against those of a trained model whose answers they are to be laid beside.
+
+        Args:
+            identity: the `stream_identity` of the data that the model was trained on; empty: not known.
+
+        Raises:
+            ConfigError: the model's answers mean something else than these data say.
+        """
+
     @property
     def num_val_batches(self) -> int:
         return min(self.val_batches, self.num_val_samples // self.batch_size)

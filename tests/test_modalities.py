@@ -160,12 +160,27 @@ def test_a_step_of_images_comes_out_again(tmp_path: Path, capsys: pytest.Capture
     assert capsys.readouterr().out.endswith(": the same.\n")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "positions"),
+    [
+        (["data=digits", "module.patch_size=2"], 17),
+        (["data=shapes", "module.patch_size=8", "module.pool=mean"], 9),
+        (["data=images", "data.path=nowhere", "data.image_size=12", "module.patch_size=4"], 10),
+    ],
+    ids=str,
+)
+def test_propagation_measures_the_model_for_the_data_that_are_configured(overrides: list[str], positions: int) -> None:
+    """None of which are there: a rank cannot be above the number of positions, as many as in training."""
+    rank = propagation.report([IMAGES, "model.num_layers=2", *overrides]).signals[0].effective_rank
+    assert positions / 2 < rank <= positions
+
+
 def test_propagation_measures_a_model_of_images(tmp_path: Path) -> None:
     result = propagation.report([IMAGES, "model.num_layers=3", "module.positions=rope"])
     assert result.predictions is None
     assert len(result.signals) == 3
     assert all(signal.variance > 0 and signal.hidden_gradient > 0 for signal in result.signals)
-    assert result.signals[0].effective_rank > 20, "of 65 positions"
+    assert result.signals[0].effective_rank > 8, "of 17 positions"
 
 
 def test_a_plan_counts_images() -> None:

@@ -103,8 +103,9 @@ def _write_images(run: Any, output: Path, dtype: Any) -> str:
     """Write what loads as AutoModelForImageClassification; says in words what that is."""
     from tools.exporting import images
 
-    images.write(run.module.model, output, run.datamodule, dtype)
-    return f"PlacementForImageClassification, by its own code (trust_remote_code=True), step {run.step}"
+    images.write(run.module.model, output, run.datamodule, run.data_identity, dtype)
+    named = "" if getattr(run.datamodule, "classes", None) else "; classes have no names, and are numbers"
+    return f"PlacementForImageClassification, by its own code (trust_remote_code=True), step {run.step}{named}"
 
 
 def _name_as_both_do(path: Path) -> None:

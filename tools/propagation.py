@@ -57,7 +57,8 @@ class PropagationConfig:
     """Holds the fields that `python -m tools.propagation` takes.
 
     Attributes:
-        overrides: overrides as for train.py, of which model, optim, seed and init_from count.
+        overrides: overrides as for train.py, of which those of model, module, seed and init_from count,
+            and of the data the sizes.
         output: the picture that is drawn; null: runs/signal/MODEL.png.
         all_rows: print every block, also of a deep model.
         every_placement: print one Markdown row for each placement instead, and draw nothing.
@@ -119,12 +120,18 @@ def report(overrides: Sequence[str], batch_size: int = 4, seq_len: int = 64) -> 
 
 
 def _module(config: DictConfig, source: Path | None) -> Any:
-    """Return the module of a configuration; of its data nothing is asked, but what weights to start from say."""
+    """Return the module of a configuration, for its data as they are configured, of which nothing is read.
+
+    What only reading them would tell is assumed; what weights to start from say comes before either.
+    """
     node = config.module
     kind: Any = import_target("module._target_", node["_target_"])
     assumed = kind.assumed(OmegaConf.to_container(node, resolve=True))
+    data: Any = import_target("data._target_", config.data["_target_"])
+    fields = {name: config.data.get(name, getattr(data, name, None)) for name in assumed}
+    configured = {name: value for name, value in fields.items() if type(value) is int}  # a property is none
     said = {} if source is None else data_of(source, assumed)
-    return build(config, "module", **{**assumed, **said})
+    return build(config, "module", **{**assumed, **configured, **said})
 
 
 def make_table(result: Report, all_rows: bool) -> Table:

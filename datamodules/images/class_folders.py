@@ -28,9 +28,11 @@ class FolderImages:
     def __init__(self, paths: Sequence[Path], labels: Labels) -> None:
         self.paths, self.labels = paths, labels
 
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
+
     def image(self, index: int) -> Pixels:
-        path = self.paths[index]
-        return decode(path, str(path))
+        return decode(self.paths[index], self.name(index))
 
 
 class ClassFolders:

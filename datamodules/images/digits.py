@@ -33,7 +33,7 @@ class Digits(ImageDataModule):
         UserError: scikit-learn is not installed.
     """
 
-    num_classes = 10
+    num_channels, num_classes = 1, 10
 
     def __init__(
         self,

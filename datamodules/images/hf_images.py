@@ -25,8 +25,11 @@ class HFImageSplit:
     def __init__(self, rows: Any, image: str, labels: Labels) -> None:
         self.rows, self.column, self.labels = rows, image, labels
 
+    def name(self, index: int) -> str:
+        return f"image {index} of the dataset"
+
     def image(self, index: int) -> Pixels:
-        with reading(f"image {index} of the dataset"):
+        with reading(self.name(index)):
             return from_pil(self.rows[index][self.column])
 
 
@@ -113,7 +116,19 @@ class HFImages(ImageDataModule):
         require(is_one, "data.label_column", self.label_column, valid)
         return HFImageSplit(rows, self.image_column, labels.astype(np.int64))
 
-    @property
+    @cached_property
+    def classes(self) -> list[str] | None:
+        """Return the names of the classes, in order, where the dataset has them."""
+        names = getattr(self._rows["train"].features[self.label_column], "names", None)
+        return list(names) if names else None
+
+    def check(self) -> None:
+        super().check()
+        if self.classes is not None:
+            valid = f"{len(self.classes)}: the dataset names so many classes"
+            require(self.num_classes == len(self.classes), "data.num_classes", self.num_classes, valid)
+
+    @cached_property
     def content(self) -> str:
         """Return a digest of the labels and of how many images there are: to read all would take an epoch."""
         digest = hashlib.sha256()

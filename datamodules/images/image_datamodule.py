@@ -112,6 +112,14 @@ class ImageDataModule(EndlessDataModule):
             require(most < self.num_classes, "data.num_classes", self.num_classes, valid)
             self.samples(name).read(np.zeros(1, np.int64))
 
+    def check_trained_on(self, identity: dict[str, Any]) -> None:
+        before = identity.get("corpus", self.content)
+        field = "data.path" if hasattr(self, "path") else "data._target_"
+        valid = (
+            "the images that the run was trained on: names, sizes or classes of these are others, and so may be what "
+        )
+        require(before == self.content, field, getattr(self, "path", type(self).__name__), f"{valid}a class means")
+
     @property
     def stream_identity(self) -> dict[str, Any]:
         return {

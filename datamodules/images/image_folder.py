@@ -48,7 +48,9 @@ class ImageFolder(ImageDataModule):
         super().__init__(image_size, num_channels, batch_size, val_batches, num_workers, seed, mean, std, augmentation)
         what = "the path of a folder with images in train/CLASS and val/CLASS, or of shards, as shards/{00..10}.tar"
         require_path("data.path", path, what)
-        shards = find_shards(path)
+        # What has been unpacked is what is meant, whatever archives lie beside it.
+        unpacked = Path(path, "train").is_dir() and any(entry.is_dir() for entry in Path(path, "train").iterdir())
+        shards = None if unpacked else find_shards(path)
         require(shards is not None or Path(path).is_dir(), "data.path", path, what)
         self.path = path
         self.collection = ClassFolders(Path(path)) if shards is None else TarShards(shards, path)
@@ -72,6 +74,9 @@ class ImageFolder(ImageDataModule):
 
     def check(self) -> None:
         super().check()
+        if isinstance(self.collection, TarShards) and is_main_process():
+            for line in self.collection.remarks():
+                print(printable(line))
         skipped = +self.collection.skipped
         if skipped and is_main_process():
             kinds = ", ".join(f"{number} {printable(kind, KIND)}" for kind, number in skipped.most_common(KINDS))

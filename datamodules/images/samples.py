@@ -59,6 +59,12 @@ class ImageSamples:
 
     def _read(self, index: int, number: int) -> npt.NDArray[np.float32]:
         pixels = self.source.image(index)
+        try:
+            return self._prepared(pixels, number)
+        except CorpusError as error:
+            raise CorpusError(f"{self.source.name(index)}: {error}") from error
+
+    def _prepared(self, pixels: Pixels, number: int) -> npt.NDArray[np.float32]:
         if self.augment is not None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(int(np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)[0] >> 1))
@@ -93,8 +99,8 @@ def cut_to_size(pixels: Pixels, size: int) -> Pixels:
         raise CorpusError(f"an image of {width} x {height} pixels cannot be scaled by its shorter side: {reason}")
     from PIL import Image
 
-    scale = size / min(height, width)
-    height, width = (max(size, round(side * scale)) for side in (height, width))
+    shorter = min(height, width)
+    height, width = (int(size * side / shorter) for side in (height, width))  # as torchvision and transformers round
     resized = [
         np.asarray(Image.fromarray(channel).resize((width, height), Image.Resampling.BICUBIC))
         for channel in np.moveaxis(pixels, -1, 0)

@@ -27,6 +27,10 @@ class ImageSource(Protocol):
 
     labels: Labels
 
+    def name(self, index: int) -> str:
+        """Return what an image is called in a message."""
+        ...
+
     def image(self, index: int) -> Pixels:
         """Return the pixels of an image.
 
@@ -46,6 +50,9 @@ class ImageArrays:
 
     def __init__(self, images: Pixels, labels: Labels) -> None:
         self.images, self.labels = images, labels
+
+    def name(self, index: int) -> str:
+        return f"image {index}"
 
     def image(self, index: int) -> Pixels:
         pixels: Pixels = self.images[index]

@@ -7,7 +7,7 @@ import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +21,8 @@ from datamodules.index import CorpusError
 
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 MAX_SHARDS = 100_000
+NAMED, MANY = 5, 100_000
+"""Shards or classes that are named, and classes that are looked at."""
 MAX_CLASS_BYTES = 32
 """Of a .cls file, which has a number in it."""
 
@@ -45,9 +47,11 @@ class TarImages:
     def __init__(self, places: Sequence[Place], labels: Labels) -> None:
         self.places, self.labels = places, labels
 
+    def name(self, index: int) -> str:
+        return f"{self.places[index].name} in {self.places[index].shard}"
+
     def image(self, index: int) -> Pixels:
-        place = self.places[index]
-        return decode(io.BytesIO(_read(place)), f"{place.name} in {place.shard}")
+        return decode(io.BytesIO(_read(self.places[index])), self.name(index))
 
 
 def _read(place: Place) -> bytes:
@@ -62,8 +66,8 @@ def _read(place: Place) -> bytes:
 class TarShards:
     """Classes are the numbers in the .cls files, from 0 on.
 
-    Of FOLDER/train/*.tar and FOLDER/val/*.tar the latter are held out; of any other shards the last one, in the order
-    of their names.
+    Of FOLDER/train/*.tar and FOLDER/val/*.tar the latter are held out; of other shards those whose names say that they
+    are of another split than train, or else the last one, in the order of the numbers in their names.
 
     Args:
         shards: of each split.
@@ -79,6 +83,16 @@ class TarShards:
     def __init__(self, shards: dict[str, list[Path]], path: str) -> None:
         self.shards, self.path = shards, path
         self.skipped: Counter[str] = Counter()
+
+    def remarks(self) -> Iterator[str]:
+        """Yield, in lines, what the user may not expect: what is held out, and classes that nothing is trained on."""
+        held_out = ", ".join(shard.name for shard in self.shards["val"][:NAMED])
+        yield f"Held out for validation: {held_out}{', ...' * (len(self.shards['val']) > NAMED)}"
+        missing = np.setdiff1d(np.arange(min(self.num_classes, MANY)), self._sources["train"].labels)
+        if len(missing):
+            named = ", ".join(map(str, missing[:NAMED].tolist()))
+            more = ", ..." * (len(missing) > NAMED or self.num_classes > MANY)
+            yield f"Of {self.num_classes} classes, counted from 0, there is no training image of {named}{more}"
 
     @property
     def num_classes(self) -> int:
@@ -186,7 +200,26 @@ def find_shards(path: str) -> dict[str, list[Path]] | None:
             return None
     valid = "at least two shards, of which the last is held out; or a folder with train/*.tar and val/*.tar"
     require(len(shards) >= 2, "data.path", path, valid)
-    return {"train": shards[:-1], "val": shards[-1:]}
+    shards.sort(key=_in_order)
+    of_train = [shard for shard in shards if _words(shard) & {"train", "training"}]
+    of_others = [shard for shard in shards if _words(shard) & {"val", "valid", "validation", "test", "dev"}]
+    if not of_others:
+        return {"train": shards[:-1], "val": shards[-1:]}
+    valid = "shards of which each says by its name whether it is of train or of one other split, as val"
+    splits = {frozenset(_words(shard) & {"val", "valid", "validation", "test", "dev"}) for shard in of_others}
+    apart = len(of_train) + len(of_others) == len(shards) and not set(of_train) & set(of_others)
+    require(bool(of_train) and apart and len(splits) == 1, "data.path", path, valid)
+    return {"train": of_train, "val": of_others}
+
+
+def _words(shard: Path) -> set[str]:
+    return set(re.findall(r"[a-z]+", shard.stem.lower()))
+
+
+def _in_order(shard: Path) -> tuple[str, list[tuple[int, str]]]:
+    """Return what sorts 9.tar before 10.tar."""
+    parts = re.split(r"(\d+)", shard.name)
+    return str(shard.parent), [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
 def expand(pattern: str) -> list[Path]:

@@ -166,6 +166,8 @@ def _data(first: OpenRun, length: int | None, chosen: Chosen) -> HeldOut:
         require(hasattr(datamodule, "tokenizer"), "data", chosen.data, valid)
         datamodule = open_corpus(first, chosen.data)
     datamodule.prepare_data()
+    if chosen.data is None:
+        datamodule.check_trained_on(first.data_identity)
     if length is not None:
         datamodule.seq_len = length
     return held_out(datamodule, first.module, chosen.tokens, chosen.batch_size, FITTING * chosen.tokens)

@@ -14,18 +14,27 @@ from tools.exporting.description import dtype_name
 FILE = "modeling_placement_image"
 
 
-def write(model: VisionTransformer, folder: Path, datamodule: Any, dtype: torch.dtype = torch.float32) -> None:
+def write(
+    model: VisionTransformer,
+    folder: Path,
+    datamodule: Any,
+    trained_on: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Write config.json, preprocessor_config.json, model.safetensors and the code.
 
     Args:
         model: of any placement.
         folder: exists.
         datamodule: says how images are scaled and normalized, and what the classes are called.
+        trained_on: the identity of the data that it was trained on: names of classes are of these.
         dtype: of the parameters; buffers keep theirs.
 
     Raises:
+        ConfigError: the DataModule's images are others by now.
         UserError: the user's file has an import that cannot be exported; says which, and what to write instead.
     """
+    datamodule.check_trained_on(trained_on)
     code = remote_code.sources(model.config, f"{remote_code.__package__}.{FILE}")
     names = getattr(datamodule, "classes", None) or [str(number) for number in range(model.images.num_classes)]
     description = {

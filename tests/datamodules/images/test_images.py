@@ -211,6 +211,9 @@ def test_what_is_transparent_lies_on_white(tmp_path: Path) -> None:
 def test_an_image_that_is_a_line_is_refused() -> None:
     with pytest.raises(CorpusError, match=r"an image of 1000000 x 1 pixels .* more than 100 times"):
         cut_to_size(np.zeros((1, 1_000_000, 1), np.uint8), 224)
+    lines = ImageArrays(np.zeros((3, 1, 300, 1), np.uint8), np.zeros(3, np.int64))
+    with pytest.raises(CorpusError, match=r"^image [012]: an image of 300 x 1 pixels"):
+        ImageSamples(lines, 8, 1, [0.5], [0.5], 0).read(np.arange(1))
 
 
 def test_names_that_are_no_text_are_read(tmp_path: Path) -> None:
@@ -402,6 +405,12 @@ def test_a_dataset_of_hugging_face_is_read_from_a_folder(tmp_path: Path) -> None
         HFImages(**arguments, val_split="validation").prepare_data()
     with pytest.raises(ConfigError, match=r"data\.num_classes=2 .* more than 2"):
         HFImages(**{**arguments, "num_classes": 2}).check()
+    with pytest.raises(ConfigError, match=r"data\.num_classes=4 .* 3: the dataset names so many"):
+        HFImages(**{**arguments, "num_classes": 4}).check()
+    assert data.classes == ["0", "1", "2"]
+    named = datasets.ClassLabel(names=["plane", "car", "bird"])
+    assert save_dataset(tmp_path / "named", [0, 1, 2], named).classes == ["plane", "car", "bird"]
+    assert save_dataset(tmp_path / "numbers", [0, 1, 2], datasets.Value("int64")).classes is None
 
 
 def save_dataset(folder: Path, labels: list[Any], kind: Any, image: Any = None) -> HFImages:

@@ -51,6 +51,61 @@ def test_all_images_are_there_with_their_classes(path: str, tmp_path: Path) -> N
     assert numbers(found, "val") == {n: n % 2 for n in range(12, 16)}
 
 
+@pytest.mark.parametrize(
+    ("names", "held_out"),
+    [
+        (["train.tar", "test.tar"], ["test.tar"]),
+        (["x-train-000.tar", "x-train-001.tar", "x-val-000.tar", "x-val-001.tar"], ["x-val-000.tar", "x-val-001.tar"]),
+        (["8.tar", "9.tar", "10.tar"], ["10.tar"]),
+        (["latest-1.tar", "latest-2.tar"], ["latest-2.tar"]),
+    ],
+    ids=str,
+)
+def test_what_is_held_out_goes_by_names_and_is_said(
+    names: list[str], held_out: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, name in enumerate(names):
+        write_shard(tmp_path / name, samples(4 * number, 4))
+    found = data(tmp_path)
+    found.check()
+    assert capsys.readouterr().out == f"Held out for validation: {', '.join(held_out)}\n"
+    expected = {4 * number + n for number, name in enumerate(names) for n in range(4) if name in held_out}
+    assert set(numbers(found, "val")) == expected
+    assert set(numbers(found, "train")) == set(range(4 * len(names))) - expected
+
+
+@pytest.mark.parametrize(
+    "names", [["train-0", "val-0", "more"], ["train", "val", "test"], ["val-0", "val-1"], ["train-val", "val"]], ids=str
+)
+def test_names_that_leave_open_what_is_held_out_are_refused(names: list[str], tmp_path: Path) -> None:
+    for number, name in enumerate(names):
+        write_shard(tmp_path / f"{name}.tar", samples(4 * number, 4))
+    with pytest.raises(ConfigError, match=r"data\.path=.*each says by its name"):
+        data(tmp_path)
+
+
+def test_classes_that_nothing_is_trained_on_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As of classes that somebody counts from 1."""
+    for number, classes in enumerate(([1, 2, 4], [1, 3, 4])):
+        files = {f"{n}.png": png(n) for n in range(3)} | {f"{n}.cls": str(c).encode() for n, c in enumerate(classes)}
+        write_shard(tmp_path / f"{number}.tar", files)
+    data(tmp_path).check()
+    assert "Of 5 classes, counted from 0, there is no training image of 0, 3\n" in capsys.readouterr().out
+
+
+def test_folders_are_what_is_meant_where_archives_lie_beside_them(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        write_shard(tmp_path / f"{split}.tar", {"0.png": png(1)})
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for n in range(2):
+                (tmp_path / split / name / f"{n}.png").write_bytes(png(n))
+    write_shard(tmp_path / "train/stray.tar", {"0.png": png(1)})
+    found = data(tmp_path)
+    found.check()
+    assert (found.classes, found.num_val_samples) == (["cat", "dog"], 4)
+
+
 def test_a_stream_goes_on_bit_for_bit_at_any_number_of_processes(tmp_path: Path) -> None:
     found = data(write_shards(tmp_path / "shards"))
     whole = [SampleStream(found.samples("train"), 4).read(n) for n in range(6)]
@@ -76,7 +131,11 @@ def test_what_belongs_to_no_image_is_said(tmp_path: Path, capsys: pytest.Capture
     found = data(folder)
     found.check()
     said = capsys.readouterr().out
-    assert said == f"Left out of {folder}: 3 that are no images (2 .json, 1 .cls without an image)\n"
+    assert said.splitlines()[0] == "Held out for validation: 002.tar"
+    assert (
+        said.splitlines(keepends=True)[1]
+        == f"Left out of {folder}: 3 that are no images (2 .json, 1 .cls without an image)\n"
+    )
     assert set(numbers(found, "train")) == set(range(12))
 
 
