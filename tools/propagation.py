@@ -57,8 +57,8 @@ class PropagationConfig:
     """Holds the fields that `python -m tools.propagation` takes.
 
     Attributes:
-        overrides: overrides as for train.py, of which those of model, module, seed and init_from count,
-            and of the data the sizes.
+        overrides: overrides as for train.py, of which those of model, module, optim, seed and init_from
+            count, and of the data the sizes.
         output: the picture that is drawn; null: runs/signal/MODEL.png.
         all_rows: print every block, also of a deep model.
         every_placement: print one Markdown row for each placement instead, and draw nothing.

@@ -166,7 +166,7 @@ def _data(first: OpenRun, length: int | None, chosen: Chosen) -> HeldOut:
         require(hasattr(datamodule, "tokenizer"), "data", chosen.data, valid)
         datamodule = open_corpus(first, chosen.data)
     datamodule.prepare_data()
-    if chosen.data is None:
+    if chosen.data is None and hasattr(datamodule, "check_trained_on"):  # what is no stream is refused below
         datamodule.check_trained_on(first.data_identity)
     if length is not None:
         datamodule.seq_len = length
