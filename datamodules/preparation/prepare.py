@@ -126,8 +126,8 @@ def prepare(config: PrepareConfig, report: Report = lambda *_: None, say: Say = 
         "inputs_sha256": _sha256(found),
         "given_tokenizer_sha256": sha256(given).hexdigest() if given is not None else None,
     }
-    output = behind_link(Path(config.output))
-    with writing("output", output):
+    with writing("output", config.output):
+        output = behind_link(Path(config.output))
         is_there = (output / "index.json").exists()
     if is_there:
         index = read_index(LocalFolder(output))
