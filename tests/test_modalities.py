@@ -85,6 +85,17 @@ def test_the_summary_has_the_classes_frequencies_beside_the_loss(run: Path) -> N
     assert not any("tokens" in key for key in summary)
 
 
+@pytest.mark.slow  # half a minute on one thread
+def test_the_experiment_reads_digits(tmp_path: Path) -> None:
+    finished = train(tmp_path, IMAGES, "run_dir=run", "callbacks.progress=null")
+    assert finished.code == 0, finished.err
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["figures"]["accuracy"] > 0.97, "logistic regression on the pixels finds 96.39 %"
+    assert summary["figures"]["calibration_error"] < 0.03
+    said = next(line for line in finished.out.splitlines() if line.startswith("Accuracy "))
+    assert f"{summary['figures']['accuracy']:.2%}" in said
+
+
 def test_a_field_that_may_not_change_is_named_as_it_is_set(run: Path) -> None:
     for field, value in (("module.pool", "mean"), ("module.patch_size", "4"), ("data.image_size", "16")):
         finished = train(run.parent, *JOB, "run_dir=run", "ckpt_path=last", "trainer.max_steps=9", f"{field}={value}")
