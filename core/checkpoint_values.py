@@ -1,7 +1,7 @@
 """Types and bounds what a checkpoint says of its run, before anybody counts with it or makes a path of it."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
 
@@ -33,6 +33,14 @@ STEPS_DONE = (
 PATHS = ("best_model_path", "kth_best_model_path", "last_model_path", "dirpath")  # of Lightning's ModelCheckpoint
 
 
+def data_states(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the states of DataModules in a checkpoint, by class.
+
+    Lightning keeps a DataModule's state under the name of its class; `stream_identity` marks those of this project.
+    """
+    return {name: state for name, state in content.items() if isinstance(state, dict) and "stream_identity" in state}
+
+
 def checked(content: Any) -> dict[str, Any]:
     """Return the same content, of which each part that is there has the type that this project and Lightning give it.
 
@@ -59,12 +67,11 @@ def checked(content: Any) -> dict[str, Any]:
         if not isinstance(value, bool | None):
             _count(name, value)
     _check_progress(content)
-    for name, state in content.items():
-        if isinstance(state, dict) and "stream_identity" in state:
-            for part in ("samples", "step"):
-                _count(f"{name}.{part}", state.get(part))
-            if "global_step" in content and state["step"] != content["global_step"]:
-                raise _wrong(f"{name}.step", state["step"], f"its global_step, {content['global_step']},")
+    for name, state in data_states(content).items():
+        for part in ("samples", "step"):
+            _count(f"{name}.{part}", state.get(part))
+        if "global_step" in content and state["step"] != content["global_step"]:
+            raise _wrong(f"{name}.step", state["step"], f"its global_step, {content['global_step']},")
     _check_schedulers(content.get("lr_schedulers", []))
     # A checkpoint in pieces has each optimizer's under a name of its own.
     in_pieces = {name: state for name, state in content.items() if re.fullmatch(r"optimizer_\d+", str(name))}

@@ -57,6 +57,7 @@ def open_run(folder: Path, checkpoint: str = "last", allow: Collection[str] = ()
     import torch
 
     from core.checkpoint import load
+    from core.checkpoint_values import data_states
 
     config = load_config(folder, allow)
     path = checkpoint_path(folder, checkpoint)
@@ -73,8 +74,7 @@ def open_run(folder: Path, checkpoint: str = "last", allow: Collection[str] = ()
     try:
         content = load(path)
         saved, step, weights = dict(content["hyper_parameters"]), content["global_step"], content["state_dict"]
-        of_data_module = (state for state in content.values() if isinstance(state, dict) and "stream_identity" in state)
-        identity = dict(next(of_data_module, {}).get("stream_identity", {}))
+        identity = dict(next(iter(data_states(content).values()), {}).get("stream_identity", {}))
     except Exception as error:  # truncated, no checkpoint at all, or one with code in it
         valid = f"a whole checkpoint; this file cannot be read as one ({one_line(error)})"
         raise ConfigError("checkpoint", str(path), valid) from error

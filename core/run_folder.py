@@ -451,11 +451,10 @@ def flatten(values: Mapping[str, Any], separator: str, prefix: str = "") -> dict
 
 
 def _check_same_data(content: dict[str, Any], datamodule: Any) -> None:
-    """Refuse a DataModule of another class than the checkpoint's: a position in its stream means nothing in another.
+    """Refuse a DataModule of another class than the checkpoint's: a position in its stream means nothing in another."""
+    from core.checkpoint_values import data_states
 
-    Lightning keeps a DataModule's state under the name of its class; `stream_identity` marks those of this project.
-    """
-    saved = [name for name, state in content.items() if isinstance(state, dict) and "stream_identity" in state]
+    saved = list(data_states(content))
     own = type(datamodule).__qualname__
     if own not in saved and (saved or hasattr(datamodule, "stream_identity")):
         valid = (

@@ -23,6 +23,9 @@ RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 MAX_SHARDS = 100_000
 NAMED, MANY = 5, 100_000
 """Shards or classes that are named, and classes that are looked at."""
+TRAIN_WORDS = {"train", "training"}
+SPLIT_WORDS = {*TRAIN_WORDS, "val", "valid", "validation", "test", "dev"}
+"""Of names of shards, that say of which split they are."""
 MAX_CLASS_BYTES = 32
 """Of a .cls file, which has a number in it."""
 
@@ -201,19 +204,17 @@ def find_shards(path: str) -> dict[str, list[Path]] | None:
     valid = "at least two shards, of which the last is held out; or a folder with train/*.tar and val/*.tar"
     require(len(shards) >= 2, "data.path", path, valid)
     shards.sort(key=_in_order)
-    of_train = [shard for shard in shards if _words(shard) & {"train", "training"}]
-    of_others = [shard for shard in shards if _words(shard) & {"val", "valid", "validation", "test", "dev"}]
-    if not of_others:
+    splits = {shard: SPLIT_WORDS & set(re.findall(r"[a-z]+", shard.stem.lower())) for shard in shards}
+    held_out = [shard for shard, words in splits.items() if words - TRAIN_WORDS]
+    if not held_out:
         return {"train": shards[:-1], "val": shards[-1:]}
+    of_train = [shard for shard, words in splits.items() if words and words <= TRAIN_WORDS]
     valid = "shards of which each says by its name whether it is of train or of one other split, as val"
-    splits = {frozenset(_words(shard) & {"val", "valid", "validation", "test", "dev"}) for shard in of_others}
-    apart = len(of_train) + len(of_others) == len(shards) and not set(of_train) & set(of_others)
-    require(bool(of_train) and apart and len(splits) == 1, "data.path", path, valid)
-    return {"train": of_train, "val": of_others}
-
-
-def _words(shard: Path) -> set[str]:
-    return set(re.findall(r"[a-z]+", shard.stem.lower()))
+    apart = len(of_train) + len(held_out) == len(shards) and all(
+        splits[shard] == splits[held_out[0]] for shard in held_out
+    )
+    require(bool(of_train) and apart and not splits[held_out[0]] & TRAIN_WORDS, "data.path", path, valid)
+    return {"train": of_train, "val": held_out}
 
 
 def _in_order(shard: Path) -> tuple[str, list[tuple[int, str]]]:
