@@ -222,6 +222,22 @@ def known_runs(plan: Plan) -> list[Planned]:
     return [*grid, *judging_runs(plan.study, [Record.load(plan.record_of(run)) for run in ended])]
 
 
+def rounds(plan: Plan) -> Iterator[list[Planned]]:
+    """Yield what to train, in this order: the grid of what is to be judged, the runs that judge it, the other runs.
+
+    A study that is broken off has then compared what it was made to compare.
+    """
+    grid = plan.study.runs()
+    rest = [run for run in grid if not plan.study.is_judged(tuple(run.point.values()))]
+    later = {run.name for run in rest}
+    yield [run for run in grid if run.name not in later]
+    if plan.study.select_seeds:  # asked for once the first round has its records
+        of_grid = {run.name for run in grid}
+        yield [run for run in known_runs(plan) if run.name not in of_grid]
+    if rest:
+        yield rest
+
+
 def is_done(path: Path, run: Planned) -> bool:
     """Return whether there is a record of just this run."""
     return path.exists() and Record.load(path).overrides == list(run.overrides)
@@ -304,14 +320,14 @@ def main(config: StudyConfig) -> None:
         check_runs([run for run in known_runs(plan) if not is_done(plan.record_of(run), run)])
     for folder in (plan.results, plan.runs):  # whichever seeds are asked for now: a report is to say what is missing
         plan.whole.save(folder / "study.yaml")
-    for _ in ("the grid", "what its selection leads to") if plan.study.select_seeds else ("the grid",):
-        runs = known_runs(plan)
-        done = {run.name: is_done(plan.record_of(run), run) for run in runs}
-        todo = [run.name for run in runs if not done[run.name] or lacks_outcomes(plan, run)]
-        print(f"{plan.study.name}, {plan.study.scale}: {sum(done.values())} of {len(runs)} runs are done", flush=True)
+    for batch in rounds(plan):
+        known = known_runs(plan)
+        done = {run.name: is_done(plan.record_of(run), run) for run in known}
+        todo = [run.name for run in batch if not done[run.name] or lacks_outcomes(plan, run)]
+        print(f"{plan.study.name}, {plan.study.scale}: {sum(done.values())} of {len(known)} runs are done", flush=True)
         if todo:
             if not launches_elsewhere(overrides):
-                num_gpus(next(run for run in runs if run.name == todo[0]))
+                num_gpus(next(run for run in batch if run.name == todo[0]))
             sys.argv[1:] = ["--multirun", *overrides, f"run={','.join(todo)}"]
             run_one()
 
