@@ -74,6 +74,14 @@ def set_logged_step(trainer: "L.Trainer") -> None:
     trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
 
+def leave_out_deprecated_settings(trainer: "L.Trainer") -> None:
+    """Let a WandbLogger not pass on what wandb warns of, though nobody has set it: Lightning always passes it."""
+    for logger in trainer.loggers:
+        settings = getattr(logger, "_wandb_init", {})
+        if settings.get("anonymous", "unset") is None:
+            del settings["anonymous"]
+
+
 def is_resuming(trainer: "L.Trainer") -> bool:
     """Return whether the loops go on from a checkpoint and have not done a batch yet."""
     return bool(trainer.fit_loop.restarting)

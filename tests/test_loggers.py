@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import lightning as L
 import pytest
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 
@@ -123,11 +124,11 @@ def test_a_run_at_wandb_ends_with_the_context_unless_it_was_there_before(monkeyp
     service, theirs, ours, failed = SimpleNamespace(run=None), Mock(), Mock(), Mock()
     monkeypatch.setitem(sys.modules, "wandb", service)
     service.run = theirs
-    with own_wandb_run():
+    with own_wandb_run(L.Trainer(logger=False)):
         pass
     theirs.finish.assert_not_called()
     service.run = None
-    with own_wandb_run():
+    with own_wandb_run(L.Trainer(logger=False)):
         service.run = ours
     ours.finish.assert_called_once_with(exit_code=0)
 
@@ -135,7 +136,7 @@ def test_a_run_at_wandb_ends_with_the_context_unless_it_was_there_before(monkeyp
         service.run = failed
         sys.exit(3)
 
-    with pytest.raises(SystemExit), own_wandb_run():
+    with pytest.raises(SystemExit), own_wandb_run(L.Trainer(logger=False)):
         fail()
     failed.finish.assert_called_once_with(exit_code=1)
 
@@ -146,10 +147,10 @@ def test_wandb_without_a_login_is_a_line_and_leaves_nothing(tmp_path: Path, monk
     for name in [name for name in os.environ if name.startswith("WANDB")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))  # whose .netrc may have a key
-    monkeypatch.setenv("WANDB_SILENT", "true")
     finished = train(tmp_path, *tiny_job("run_dir=run", "logger=wandb"))
     assert (finished.code, finished.err.count("Error")) == (2, 1), finished.err
     assert "\nError: logger=wandb cannot be had (No API key configured." in f"\n{finished.err}"
+    assert "WARNING" not in finished.err
     assert finished.err.endswith("`wandb login` once, or logger.wandb.offline=true keeps everything here\n")
     assert not (tmp_path / "run").exists()
 

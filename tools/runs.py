@@ -246,15 +246,22 @@ def make_table(rows: list[Row], root: Path, columns: Sequence[str] = ()) -> Tabl
         table.add_column(column, justify="right")
     for column in columns:
         table.add_column(cell(column), overflow="fold")
-    table.add_column("why")
     for row in rows:
         steps = "-" if row.step is None else f"{row.step}/{row.max_steps}" if row.max_steps else str(row.step)
         loss = "-" if row.val_loss is None else f"{row.val_loss:.4f}"
-        name = row.folder.relative_to(root) if row.folder != root else row.folder
         status = Text(row.status, style=STYLES[row.status])
         more = (cell(as_text(row.facts[column])) if column in row.facts else "-" for column in columns)
-        table.add_row(cell(name), status, steps, loss, age(row.seconds), *more, cell(row.reason))
+        table.add_row(cell(_name(row, root)), status, steps, loss, age(row.seconds), *more)
     return table
+
+
+def reasons(rows: list[Row], root: Path) -> list[str]:
+    """Return why each run ended early that did, a line each: beside the rest it would be many."""
+    return [printable(f"{_name(row, root)}: {row.reason}") for row in rows if row.reason]
+
+
+def _name(row: Row, root: Path) -> Path:
+    return row.folder.relative_to(root) if row.folder != root else row.folder
 
 
 def age(seconds: float) -> str:
@@ -296,6 +303,8 @@ def main(config: RunsConfig) -> None:
     console.print(
         make_table(rows, config.folder, config.columns) if rows else cell(f"No such runs in {config.folder}.")
     )
+    for line in reasons(rows, config.folder):
+        print(line)
     if config.output is not None:
         export(rows, config.output)
         print(f"Written: {printable(config.output, limit=None)}")

@@ -17,7 +17,7 @@ from core.errors import require
 
 
 class BlockMonitor(L.Callback):
-    """Logs NAME/block_NUMBER/FIGURE for the first optimizer step and every n-th, before it changes the weights.
+    """Logs NAME/block_NUMBER/FIGURE for the first optimizer step, every n-th and the last, before the weights change.
 
     A subclass says what it measures of a block. Sampled are the first sequences of the step, of the first process;
     documents packed into one are seen as one text, whatever `data.document_mask` is in training. Monitors that sample
@@ -74,13 +74,14 @@ class BlockMonitor(L.Callback):
         """Hand what was measured before the optimizer step of this number, counted from 1, to the loggers."""
         write_scalars(trainer, self.report(measured), step)
 
-    def _is_sampled(self, step: int, pl_module: L.LightningModule) -> bool:
-        return (step == 1 or step % self.every_n_steps == 0) and self.applies(pl_module)
+    def _is_sampled(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
+        step = trainer.global_step + 1
+        return (step in (1, trainer.max_steps) or step % self.every_n_steps == 0) and self.applies(pl_module)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if batch_idx % trainer.accumulate_grad_batches or not self._is_sampled(trainer.global_step + 1, pl_module):
+        if batch_idx % trainer.accumulate_grad_batches or not self._is_sampled(trainer, pl_module):
             return
         monitors = self._sharing(trainer, pl_module)
         if monitors[0] is not self:
@@ -106,7 +107,7 @@ class BlockMonitor(L.Callback):
         """Return the run's monitors that sample the same of this step, in order: one forward pass serves them all."""
         monitors = [c for c in trainer.callbacks if isinstance(c, BlockMonitor)]  # type: ignore[attr-defined]
         mine = self.sequences, self.positions
-        due = (m for m in monitors if m._is_sampled(trainer.global_step + 1, pl_module))
+        due = (m for m in monitors if m._is_sampled(trainer, pl_module))
         return [m for m in due if (m.sequences, m.positions) == mine]
 
     @torch.no_grad()
@@ -118,6 +119,6 @@ class BlockMonitor(L.Callback):
             model.observe(sample)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
-        step = trainer.global_step + 1
-        if self._is_sampled(step, pl_module):
+        if self._is_sampled(trainer, pl_module):
+            step = trainer.global_step + 1
             self.write(trainer, gradient_statistics(trainer, pl_module).carried[self.prefix], step)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.demos.boring_classes import BoringModel
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
@@ -187,6 +187,15 @@ def test_lightnings_functions_that_restore_are_there() -> None:
         with pytest.raises(KeyError) as caught:
             function()
         assert compat.is_restoring(caught.value) is expected
+
+
+def test_wandbs_logger_passes_on_what_nobody_has_set(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    logger = WandbLogger(save_dir=tmp_path, offline=True)
+    assert logger._wandb_init["anonymous"] is None
+    kept = {name: value for name, value in logger._wandb_init.items() if name != "anonymous"}
+    compat.leave_out_deprecated_settings(L.Trainer(logger=[CSVLogger(tmp_path), logger], default_root_dir=tmp_path))
+    assert logger._wandb_init == kept
 
 
 @pytest.mark.parametrize("given", [True, False])

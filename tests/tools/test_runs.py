@@ -127,7 +127,20 @@ def listed(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
     out = capsys.readouterr().out
     assert "\x1b" not in out, "no colour but on a terminal"
     names = [line.split("│")[1].strip() for line in out.splitlines() if line.startswith("│")]
-    return [name for name in names if name]  # a long reason goes on in a second line
+    return [name for name in names if name]
+
+
+def test_a_run_is_a_row_of_one_line_and_says_below_why_it_ended(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(runs)
+    main([])
+    table, reasons = capsys.readouterr().out.split("┘\n")
+    assert sum(line.startswith("│") for line in table.splitlines()) == 4
+    said = sorted(reasons.splitlines())
+    assert said[0].startswith("diverged: ")
+    assert "non-finite" in said[0]
+    assert said[1:] == ["failed: [disk] full", "study/stopped: SIGTERM after step 1"]
 
 
 def test_the_table_is_sorted_and_filtered(

@@ -24,6 +24,7 @@ JOB = (
     "optim.schedule=constant",
     "trainer.val_check_interval=2",
     "callbacks.signal_propagation.every_n_steps=1",
+    "callbacks.representation_collapse.every_n_steps=1",
 )
 SEEN = f"+callbacks.seen._target_={__name__}.Seen"
 

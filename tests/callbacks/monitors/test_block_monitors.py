@@ -161,28 +161,28 @@ def test_training_does_not_notice(tmp_path: Path, placement: str) -> None:
 
 
 def test_monitors_of_the_same_sample_share_one_forward_pass(tmp_path: Path) -> None:
-    """In the first of two steps all three are due, two of them of the same positions; in the second only one is."""
+    """In the first and last of three steps all three are due, two of them of the same positions; else only one is."""
 
     def train(*callbacks: BlockMonitor) -> tuple[Recorder, int]:
         torch.manual_seed(0)
         module, recorder, passes = make_module(), Recorder(), []
         assert module.model is not None
         module.model.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
-        fit(tmp_path, module, *batches, callbacks=list(callbacks), logger=recorder, max_steps=2)
+        fit(tmp_path, module, *batches, callbacks=list(callbacks), logger=recorder, max_steps=3)
         return recorder, passes.count(False)
 
-    batches = [tokens(2, 9) for _ in range(2)]
+    batches = [tokens(2, 9) for _ in range(3)]
     short = SignalPropagation(every_n_steps=9, positions=4)
     alone = [train(SignalPropagation(every_n_steps=1)), train(RepresentationCollapse(every_n_steps=9)), train(short)]
-    assert [passes for _, passes in alone] == [2, 1, 1]
+    assert [passes for _, passes in alone] == [3, 2, 2]
     both, passes = train(SignalPropagation(every_n_steps=1), RepresentationCollapse(every_n_steps=9))
-    assert passes == 2
+    assert passes == 3
     for recorder, key in (
         (alone[0][0], "signal/block_2/kurtosis"),
         (alone[1][0], "representation/block_2/token_cosine"),
     ):
         assert both.series(key) == recorder.series(key) != []
-    assert train(RepresentationCollapse(every_n_steps=9), short)[1] == 2
+    assert train(RepresentationCollapse(every_n_steps=9), short)[1] == 4
 
 
 @pytest.mark.parametrize(("field", "value"), [("every_n_steps", 0), ("sequences", 0), ("positions", 1)])
