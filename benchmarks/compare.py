@@ -24,8 +24,10 @@ import matplotlib
 import torch
 from matplotlib import pyplot
 
+from benchmarks import spending
 from benchmarks.contenders import DENSE, MIXTURES, Sizes
 from benchmarks.measure import check_counts, interval, judged, machine, ratios, take_turns
+from benchmarks.spending import Spending
 from benchmarks.workers import RATE, Contender, Result, start
 from core import cli
 from core.device_peaks import known_peak
@@ -92,7 +94,7 @@ class Row(NamedTuple):
     Attributes:
         speed: tokens/s of ours, as a factor on this one's, and so above 1 where ours is faster: the median of rounds.
         between: the ends of its interval.
-        shares: of a step's time by operator; of ours and of the fastest peer alone.
+        spent: where a step's time goes; of ours and of the fastest peer alone.
     """
 
     name: str
@@ -101,7 +103,7 @@ class Row(NamedTuple):
     between: tuple[float, float]
     mfu: float
     result: Result
-    shares: dict[str, float]
+    spent: Spending
 
 
 def cases(device: str) -> Iterator[Case]:
@@ -136,7 +138,7 @@ def measure(case: Case, config: CompareConfig, say: Callable[[str], None]) -> li
     of_rounds = {name: ratios(seconds[name], seconds[OURS]) for name in workers if name != RATE}
     speeds = {name: statistics.median(found) for name, found in of_rounds.items()}
     profiled = [OURS, *sorted(filter(is_peer, speeds), key=speeds.__getitem__)[:1]]
-    shares = {name: workers[name].profile() for name in profiled}
+    spent = {name: workers[name].profile() for name in profiled}
     results = {name: worker.end() for name, worker in workers.items()}
     rate = results[RATE].flops / statistics.median(seconds[RATE])
     for name in case.others:
@@ -151,7 +153,7 @@ def measure(case: Case, config: CompareConfig, say: Callable[[str], None]) -> li
             interval(of_rounds[name]),
             results[name].flops / statistics.median(seconds[name]) / rate,
             results[name],
-            shares.get(name, {}),
+            spent.get(name, Spending({}, 0)),
         )
         for name in speeds
     ]
@@ -194,7 +196,7 @@ def verdict(case: Case, rows: list[Row]) -> str:
 def bound(rows: list[Row]) -> str:
     """Return about how far ahead a model could be whose products are those of the fastest peer."""
     peer = min(peers_of(rows), key=lambda row: row.speed)
-    share = sum(value for name, value in peer.shares.items() if name.startswith(KERNELS))
+    share = sum(value for name, value in peer.spent.shares.items() if name.startswith(KERNELS))
     return (
         f"Matrix products and attention's kernels are {100 * share:.0f} % of {peer.name}'s step: by the same ones, and "
         f"with nothing else to do, a model would be about {1 / share:.2f} times as fast. (Own time of operators. The "
@@ -206,11 +208,7 @@ def bound(rows: list[Row]) -> str:
 def profile(rows: list[Row]) -> Iterator[str]:
     """Return where the time goes: the operators that take most of it in ours and in the fastest peer."""
     both = [rows[0], *sorted(peers_of(rows), key=lambda row: row.speed)[:1]]
-    yield "| share of a step by operator | " + " | ".join(row.name for row in both) + " |"
-    yield "|---|" + "---|" * len(both)
-    largest = sorted({name for row in both for name in list(row.shares)[:8]}, key=lambda n: -both[0].shares.get(n, 0))
-    for name in largest:
-        yield f"| `{name[:80]}` | " + " | ".join(f"{100 * row.shares.get(name, 0):.1f} %" for row in both) + " |"
+    yield from spending.table({row.name: row.spent for row in both})
 
 
 def goals_of_gpu(ours: dict[str, Row], device: str) -> Iterator[str]:

@@ -9,7 +9,7 @@ answers each, long contexts with one answer each, and a text that is read window
 
 import statistics
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from benchmarks.generation import MODELS, VOCAB_SIZE, Pair, make_pair
 from benchmarks.measure import check_counts, judged, machine, ratios, report, take_turns, timed
+from benchmarks.spending import Spending, spending, table
 from core import cli
 from core.errors import require
 from datamodules.tokenizers import ByteTokenizer
@@ -104,6 +105,7 @@ class Row(NamedTuple):
         ours, theirs: tokens per second, contexts counted once for each continuation.
         ratios: of tokens per second in each round, ours by theirs.
         memory: bytes at a time beside the weights, ours and theirs; on a GPU not measured.
+        spent: where the time goes, by who answers.
     """
 
     model: str
@@ -112,6 +114,7 @@ class Row(NamedTuple):
     theirs: float
     ratios: list[float]
     memory: tuple[int, int] | None
+    spent: Mapping[str, Spending]
 
     def __str__(self) -> str:
         middle, least, most = statistics.median(self.ratios), min(self.ratios), max(self.ratios)
@@ -171,18 +174,20 @@ def rows(settings: EvaluationBenchmarkConfig) -> Iterator[Row]:
                 memory = peak_bytes(asked["ours"]), peak_bytes(asked["theirs"])
             of_rounds = ratios(seconds["theirs"], seconds["ours"])
             label = f"{name}, {pair.parameters / 1e6:.1f}M"
-            yield Row(label, kind, rates["ours"], rates["theirs"], of_rounds, memory)
+            spent = {who: spending(ask, settings.device) for who, ask in asked.items()}
+            yield Row(label, kind, rates["ours"], rates["theirs"], of_rounds, memory, spent)
 
 
 def verdict(found: list[Row]) -> str:
-    """Return how the two goals came out, each by its worst row."""
+    """Return how the two goals came out, each by its worst row, and where the slowest one's time goes."""
     slowest = min(found, key=lambda row: min(row.ratios))
     largest = max(found, key=lambda row: row.memory_ratio)
     return (
         f"Goal {GOAL} times HFLM's in every row and round: {judged(min(slowest.ratios) >= GOAL)}, the least is "
         f"{min(slowest.ratios):.2f} ({slowest.model}, {slowest.kind}).\n"
         f"Goal of no more memory: {judged(largest.memory_ratio <= 1)}, the most is {largest.memory_ratio:.2f} "
-        f"({largest.model}, {largest.kind})."
+        f"({largest.model}, {largest.kind}).\n\n"
+        f"Where the time of {slowest.model}, {slowest.kind} goes:\n\n" + "\n".join(table(slowest.spent))
     )
 
 

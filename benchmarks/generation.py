@@ -11,7 +11,7 @@ token ends a text.
 import statistics
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from benchmarks.measure import check_counts, judged, machine, ratio, ratios, report, take_turns, timed
+from benchmarks.spending import Spending, spending, table
 from core import cli
 from core.build import build
 from core.errors import require
@@ -149,6 +150,7 @@ class Row(NamedTuple):
         ratios: of tokens per second in each round, ours by theirs.
         first: milliseconds to the first token, ours and theirs.
         first_ratio: the median over rounds of ours by theirs.
+        spent: where the time goes, by who generates.
     """
 
     model: str
@@ -160,6 +162,7 @@ class Row(NamedTuple):
     ratios: list[float]
     first: tuple[float, float]
     first_ratio: float
+    spent: Mapping[str, Spending]
 
     def __str__(self) -> str:
         middle, least, most = statistics.median(self.ratios), min(self.ratios), max(self.ratios)
@@ -186,18 +189,16 @@ def rows(settings: GenerationBenchmarkConfig) -> Iterator[Row]:
                 prompts = torch.randint(VOCAB_SIZE, (batch, length), device=settings.device)
                 check_agreement(pair, prompts)
                 whole, first = (
-                    take_turns(
-                        {
-                            way.__name__: timed(partial(way, pair, prompts, number), settings.device)
-                            for way in (ours, theirs)
-                        },
-                        settings.rounds,
-                    )
+                    {way.__name__: partial(way, pair, prompts, number) for way in (ours, theirs)}
                     for number in (settings.num_tokens, 1)
                 )
+                seconds, until_first = (
+                    take_turns({who: timed(way, settings.device) for who, way in ways.items()}, settings.rounds)
+                    for ways in (whole, first)
+                )
                 tokens = batch * settings.num_tokens
-                rates = {who: tokens / statistics.median(seconds) for who, seconds in whole.items()}
-                delays = {who: 1e3 * statistics.median(seconds) for who, seconds in first.items()}
+                rates = {who: tokens / statistics.median(values) for who, values in seconds.items()}
+                delays = {who: 1e3 * statistics.median(values) for who, values in until_first.items()}
                 yield Row(
                     name,
                     pair.kind,
@@ -205,21 +206,24 @@ def rows(settings: GenerationBenchmarkConfig) -> Iterator[Row]:
                     batch,
                     rates["ours"],
                     rates["theirs"],
-                    ratios(whole["theirs"], whole["ours"]),
+                    ratios(seconds["theirs"], seconds["ours"]),
                     (delays["ours"], delays["theirs"]),
-                    ratio(first["ours"], first["theirs"]),
+                    ratio(until_first["ours"], until_first["theirs"]),
+                    {who: spending(way, settings.device) for who, way in whole.items()},
                 )
 
 
 def verdict(found: list[Row]) -> str:
-    """Return how the two goals came out, each by its worst row."""
+    """Return how the two goals came out, each by its worst row, and where the slowest one's time goes."""
     slowest = min(found, key=lambda row: min(row.ratios))
     latest = max(found, key=lambda row: row.first_ratio)
     return (
         f"Goal {GOAL} times theirs in every row and round: {judged(min(slowest.ratios) >= GOAL)}, the least is "
         f"{min(slowest.ratios):.2f} ({slowest.model}, prompt {slowest.prompt}, batch {slowest.batch}).\n"
         f"Goal of a first token no later than theirs: {judged(latest.first_ratio <= 1)}, the most is "
-        f"{latest.first_ratio:.2f} ({latest.model}, prompt {latest.prompt}, batch {latest.batch})."
+        f"{latest.first_ratio:.2f} ({latest.model}, prompt {latest.prompt}, batch {latest.batch}).\n\n"
+        f"Where the time of {slowest.model}, prompt {slowest.prompt}, batch {slowest.batch} goes; what is called "
+        "between the operators is Python:\n\n" + "\n".join(table(slowest.spent))
     )
 
 

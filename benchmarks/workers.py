@@ -6,23 +6,19 @@ import os
 import tempfile
 import time
 import traceback
-from collections import Counter
 from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.contenders import Sizes
+from benchmarks.spending import Spending, spending
 
 RATE, SIDE = "GEMM", {"cpu": 1024, "cuda": 8192}
 """The contender that only multiplies square matrices of that side: what the machine can do."""
 
 PROFILED_STEPS = 3
 SMALL = {"vocab_size": 64, "num_layers": 2, "dim": 32, "num_heads": 2, "hidden": 48, "seq_len": 64}
-
-FUSED = "fused by inductor"
-GENERATED = ("## Call CompiledFxGraph", "triton_")
-"""How names in a profile begin that inductor made up; they differ between contenders, so they count as FUSED."""
 
 
 class Contender(NamedTuple):
@@ -99,11 +95,11 @@ class Worker:
         assert isinstance(seconds, float), seconds
         return seconds
 
-    def profile(self) -> dict[str, float]:
-        """Return the shares of a step's time on the device by operator, the largest first."""
-        shares = self._ask("profile")
-        assert isinstance(shares, dict), shares
-        return shares
+    def profile(self) -> Spending:
+        """Return where the time of PROFILED_STEPS steps goes on the device."""
+        spent = self._ask("profile")
+        assert isinstance(spent, Spending), spent
+        return spent
 
     def end(self) -> Result:
         result = self._ask("end")
@@ -163,10 +159,10 @@ def _serve(connection: Connection, contender: Contender) -> None:
         if contender.device == "cuda":
             step()  # takes the memory again that it gave back, which is not timed
         if question == "step":
-            answer: Any = step()
+            answer: float | Spending = step()
             memory = _memory(contender.device)  # of steps alone: the profiler takes some for itself
         else:
-            answer = _profile(step, contender.device)
+            answer = spending(lambda: [step() for _ in range(PROFILED_STEPS)], contender.device)
         _rest(contender.device)
         connection.send(answer)
     connection.send(result._replace(memory=memory - result.memory))
@@ -233,20 +229,6 @@ def _prepare(contender: Contender, build: Any) -> tuple[Any, Result]:
     multiplying = parameters - idle - sizes.vocab_size * sizes.dim  # the embedding only looks up
     per_token = 6 * multiplying + 12 * sizes.num_layers * sizes.dim * sizes.seq_len
     return step, Result(parameters, per_token * sizes.batch_size * sizes.seq_len, first, before)
-
-
-def _profile(step: Any, device: str) -> dict[str, float]:
-    from torch.profiler import ProfilerActivity, profile
-
-    activity = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
-    with profile(activities=[activity]) as run:
-        for _ in range(PROFILED_STEPS):
-            step()
-    field = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
-    spent: Counter[str] = Counter()
-    for event in run.key_averages():
-        spent[FUSED if event.key.startswith(GENERATED) else event.key] += getattr(event, field)
-    return {name: value / spent.total() for name, value in spent.most_common()}
 
 
 def _rest(device: str) -> None:

@@ -12,6 +12,7 @@ import scipy.stats
 from benchmarks import compare, costs
 from benchmarks.contenders import Sizes
 from benchmarks.measure import interval, ratio, take_turns
+from benchmarks.spending import Spending
 from benchmarks.workers import RATE, Result
 from tests.support.forked import server
 
@@ -59,8 +60,8 @@ class Counted:
     def step(self) -> float:
         return 1.0
 
-    def profile(self) -> dict[str, float]:
-        return {}
+    def profile(self) -> Spending:
+        return Spending({}, 0)
 
     def end(self) -> Result:
         return Result(self.parameters, 1.0, 1.0, 1)
@@ -79,7 +80,8 @@ def test_who_has_other_parameters_is_not_compared(monkeypatch: pytest.MonkeyPatc
 
 def row(name: str, speed: float, memory: int) -> compare.Row:
     between = (speed - 0.01, speed + 0.02)
-    return compare.Row(name, 1.0, speed, between, 0.5, Result(1, 1.0, 1.0, memory), {"aten::mm": 0.75, name: 0.25})
+    spent = Spending({"aten::mm": 3e-3, name: 1e-3}, 2)
+    return compare.Row(name, 1.0, speed, between, 0.5, Result(1, 1.0, 1.0, memory), spent)
 
 
 def test_the_fastest_and_the_leanest_peer_count() -> None:
@@ -93,6 +95,8 @@ def test_the_fastest_and_the_leanest_peer_count() -> None:
         "| `aten::mm` | 75.0 % | 75.0 % |",
         "| `ours` | 25.0 % | 0.0 % |",
         "| `a` | 0.0 % | 25.0 % |",
+        "| all, ms | 4.0 | 4.0 |",
+        "| operators called | 2 | 2 |",
     ]
     assert "75 % of a's step" in (bound := compare.bound(rows))
     assert "1.33 times" in bound
@@ -131,8 +135,10 @@ def test_of_few_rounds_an_interval_is_all_of_them() -> None:
 )
 def test_goals_of_a_gpu(device: str, dense: float, mixture: float, first: str, last: str) -> None:
     rates = {compare.DENSE_1B: dense, compare.MIXTURE_1B: mixture}
+    nothing = Spending({}, 0)
     ours = {
-        n: compare.Row("ours", 1.0, 1.0, (1.0, 1.0), r / 100e12, Result(1, r, 1.0, 1), {}) for n, r in rates.items()
+        n: compare.Row("ours", 1.0, 1.0, (1.0, 1.0), r / 100e12, Result(1, r, 1.0, 1), nothing)
+        for n, r in rates.items()
     }
     text = " ".join(compare.goals_of_gpu(ours, device))
     assert f"{dense / 1e12:.0f} TFLOP/s, {first}" in text
@@ -146,7 +152,7 @@ def test_memory_is_that_of_a_step_without_what_is_imported() -> None:
     workers, _ = compare.start({"one": compare.Contender(compare.OURS, sizes, False, "cpu", 1)}, in_turn=True)
     worker = workers["one"]
     worker.step()
-    shares = worker.profile()
+    shares = worker.profile().shares
     assert shares["aten::mm"] + shares.get("mkldnn::_linear_pointwise", 0) > 0.1
     logits = 4 * 4096 * 512 * 4  # bytes
     assert 0 < worker.end().memory < 4 * logits, "Lightning takes twice as much"

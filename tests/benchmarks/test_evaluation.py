@@ -7,6 +7,7 @@ import torch
 
 from benchmarks import evaluation
 from benchmarks.generation import make_pair
+from benchmarks.spending import Spending
 from tests.support.models import TINY_MODELS
 
 
@@ -18,6 +19,7 @@ def test_it_runs_and_writes_its_table(tmp_path: Path, monkeypatch: pytest.Monkey
     for name in TINY_MODELS:
         for kind in ("questions, four answers each", "long contexts", "a text by windows"):
             assert f"M | {kind} |" in text, name
+    assert "operators called" in text
     assert text.count("**met**") + text.count("**missed**") == 2
 
 
@@ -41,7 +43,7 @@ def test_memory_is_that_of_the_most_at_once() -> None:
 
 
 def test_the_goals_are_judged_by_the_worst() -> None:
-    row = evaluation.Row("a", "long", 200.0, 100.0, [1.9, 2.1], (5, 10))
+    row = evaluation.Row("a", "long", 200.0, 100.0, [1.9, 2.1], (5, 10), {"ours": Spending({"aten::mm": 1.0}, 1)})
     slow = row._replace(model="b", ratios=[1.1, 3.0], memory=(12, 10))
     assert evaluation.verdict([row]).count("**met**") == 2
     assert "the least is 1.10 (b, long)" in evaluation.verdict([row, slow])
