@@ -16,22 +16,16 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import hydra
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from core import cli
-from core.dataclass_cli import STUDY_OVERRIDES
-from core.errors import ConfigError, one_line, require, suggest
+from core.errors import ConfigError, one_line, suggest
 from core.interruption import PEER_LOST
 from core.memory import LACK
-from core.overrides import CONFIGS
 from core.printable import printable
 from core.run_folder import LAST
 from core.saved_config import texts
@@ -40,105 +34,11 @@ from studies.checking import check_runs
 from studies.composing import composing_anew
 from studies.decay import LARGEST_BUILT, measure
 from studies.devices import gpus_wanted, taken, visible_gpus
-from studies.grid import LEARNING_RATE, Planned, Study, read
+from studies.grid import Planned
+from studies.plan import Plan, StudyConfig, is_done, known_runs, lock_of, plan_of, planned, rounds
 from studies.record import BROKEN, Record, collect, storable
-from studies.tables import grids, judging_runs, selected
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@dataclass(frozen=True)
-class StudyConfig:
-    """Holds the fields that `python -m studies.run` and `python -m studies.status` take.
-
-    Attributes:
-        overrides: study=NAME, and what else configs/study.yaml has: scale, seeds, threads, the folders, hydra/launcher.
-    """
-
-    overrides: tuple[str, ...] = field(default=(), metadata=STUDY_OVERRIDES)
-
-
-class Plan(NamedTuple):
-    """Holds the runs that the overrides ask for.
-
-    Attributes:
-        study: with the seeds that are asked for.
-        whole: with all of its own.
-        results: the folder of its records.
-        runs: that of its runs.
-        outcomes: scalars that are measured of each finished model.
-    """
-
-    study: Study
-    whole: Study
-    results: Path
-    runs: Path
-    outcomes: tuple[str, ...] = ()
-
-    def record_of(self, run: Planned) -> Path:
-        """Return the path of a run's record."""
-        return self.results / f"{run.name}.json"
-
-
-def plan_of(config: DictConfig) -> Plan:
-    """Return the plan of a composed configs/study.yaml."""
-    name = HydraConfig.get().runtime.choices.get("study")
-    require(isinstance(name, str) and isinstance(config.study, DictConfig), "study", name, "the name of one study")
-    assert isinstance(name, str)
-    for kind in ("results_dir", "runs_dir"):
-        require(isinstance(config[kind], str) and config[kind] != "", kind, config[kind], "the path of a folder")
-    threads = config.threads
-    require(type(threads) is int and 1 <= threads <= 1024, "threads", threads, "an integer from 1 to 1024")
-    outcomes = config.outcomes
-    is_list = isinstance(outcomes, ListConfig) and all(isinstance(name, str) for name in outcomes)
-    require(is_list, "outcomes", outcomes, "a list of names, as [layer_drop,late_drop]")
-    if outcomes:
-        from tools.examination.examine import known_outcomes
-
-        known_outcomes(outcomes)
-    rates_of = partial(selected_rates, Path(config.results_dir), config.scale)
-    study, whole = (read(name, config.study, config.scale, seeds, rates_of) for seeds in (config.seeds, None))
-    results, runs = (Path(folder) / name / config.scale for folder in (config.results_dir, config.runs_dir))
-    return Plan(study, whole, results, runs, tuple(outcomes))
-
-
-def selected_rates(results: Path, scale: str, name: str) -> list[tuple[dict[str, str], float]]:
-    """Return the learning rates that another study has selected: ({axis: label}, rate).
-
-    Args:
-        results: the folder of all studies' records.
-        scale: of both studies.
-        name: of the other.
-
-    Raises:
-        ConfigError: it has not been run at this scale, or some of its grid is still to be run.
-    """
-    folder = results / name / scale
-    valid = f"a study that has been run: python -m studies.run study={name} scale={scale}"
-    if not (folder / "study.yaml").is_file():
-        raise ConfigError("study.rates_from", name, valid)
-    study = Study.load(folder / "study.yaml")
-    if LEARNING_RATE not in study.axes:
-        raise ConfigError("study.rates_from", name, f"a study with an axis {LEARNING_RATE}")
-    records = [Record.load(path) for run in study.runs() if (path := folder / f"{run.name}.json").is_file()]
-    grid = grids(study, records).selection
-    missing = sum(cell.missing for cell in grid.values())
-    if missing:
-        raise ConfigError("study.rates_from", name, f"{valid}; {missing} runs of its grid have no record yet")
-    found = []
-    for point in selected(study, grid).values():
-        labels = dict(zip(study.axes, point, strict=True))
-        found.append((labels, float(labels.pop(LEARNING_RATE))))
-    return found
-
-
-def planned(overrides: list[str]) -> Plan:
-    """Return the plan of the command line's overrides."""
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("study", overrides, return_hydra_config=True)
-        HydraConfig.instance().set_config(config)
-        require(config.run is None, "run", config.run, "null: a study runs all that have no record yet")
-        return plan_of(config)
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="study")
@@ -213,36 +113,6 @@ def lacks_outcomes(plan: Plan, run: Planned) -> bool:
     return not record.failed and not set(plan.outcomes) <= set(record.outcomes)
 
 
-def known_runs(plan: Plan) -> list[Planned]:
-    """Return the runs of the grid, and those that its selection has led to so far."""
-    grid = plan.study.runs()
-    if not plan.study.select_seeds:
-        return grid
-    ended = [run for run in grid if is_done(plan.record_of(run), run)]
-    return [*grid, *judging_runs(plan.study, [Record.load(plan.record_of(run)) for run in ended])]
-
-
-def rounds(plan: Plan) -> Iterator[list[Planned]]:
-    """Yield what to train, in this order: the grid of what is to be judged, the runs that judge it, the other runs.
-
-    A study that is broken off has then compared what it was made to compare.
-    """
-    grid = plan.study.runs()
-    rest = [run for run in grid if not plan.study.is_judged(tuple(run.point.values()))]
-    later = {run.name for run in rest}
-    yield [run for run in grid if run.name not in later]
-    if plan.study.select_seeds:  # asked for once the first round has its records
-        of_grid = {run.name for run in grid}
-        yield [run for run in known_runs(plan) if run.name not in of_grid]
-    if rest:
-        yield rest
-
-
-def is_done(path: Path, run: Planned) -> bool:
-    """Return whether there is a record of just this run."""
-    return path.exists() and Record.load(path).overrides == list(run.overrides)
-
-
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Wait until nobody else runs in the folder. The training process inherits the lock: it outlives a killed study."""
@@ -251,11 +121,6 @@ def held(folder: Path) -> Iterator[None]:
         os.set_inheritable(lock.fileno(), True)
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def lock_of(folder: Path) -> Path:
-    """Return the lock's place beside the folder, which may have to be made anew."""
-    return folder.with_name(f".{folder.name}.lock")
 
 
 def train(run: Planned, folder: Path, threads: int) -> Record | str:

@@ -18,8 +18,8 @@ from core import cli
 from core.printable import cell
 from core.status import DONE, RUNNING, is_locked
 from studies.grid import Planned
+from studies.plan import Plan, StudyConfig, is_done, known_runs, lock_of, planned
 from studies.record import Record
-from studies.run import Plan, StudyConfig, is_done, known_runs, lock_of, planned
 from tools.runs import look
 
 MAX_STEPS = "trainer.max_steps"

@@ -156,8 +156,10 @@ def test_no_callback_is_found_by_its_class() -> None:
                 assert not asked & (concrete - {"BlockMonitor"}), f"{path}:{node.lineno}"
 
 
-def test_the_typed_configuration_costs_no_torch() -> None:
-    code = "import sys, core.cli; sys.exit('torch' in sys.modules)"
+def test_what_needs_no_torch_does_not_wait_for_it() -> None:
+    """The typed configuration, and commands that only read records, events and settings: torch takes seconds."""
+    names = "core.cli", "studies.status", "tools.compare", "tools.curves", "tools.prepare", "tools.runs", "tools.watch"
+    code = f"import sys, {', '.join(names)}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

@@ -14,7 +14,7 @@ from core.overrides import CONFIGS
 from core.untrusted import Untrusted
 from lightning_modules.composing import register_schemas
 from studies.grid import Study, read
-from studies.run import planned
+from studies.plan import planned
 
 STUDIES = sorted(path.stem for path in (CONFIGS / "study").glob("*.yaml"))
 
@@ -33,7 +33,7 @@ def scales() -> list[Any]:
 def study(name: str, scale: str) -> Study:
     """Return it with a rate of 1e-3 for each scheme, where another study is to select them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("studies.run.selected_rates", lambda *_: [({}, 1e-3)])
+        patch.setattr("studies.plan.selected_rates", lambda *_: [({}, 1e-3)])
         return planned([f"study={name}", f"scale={scale}"])[0]
 
 

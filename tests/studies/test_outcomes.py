@@ -14,9 +14,10 @@ from analysis.anatomy.layer_drop import LayerDrop
 from core.errors import ConfigError
 from core.open_run import open_run
 from studies.grid import Study
+from studies.plan import Plan, planned
 from studies.record import DIVERGED, FINISHED, Record
 from studies.report import write
-from studies.run import Plan, lacks_outcomes, planned, with_outcomes
+from studies.run import lacks_outcomes, with_outcomes
 from tests.support.runs import run
 from tests.support.tool_runs import SMALL
 from tools.examination import examine

@@ -7,7 +7,7 @@ import pytest
 from core.errors import ConfigError
 from core.overrides import CONFIGS
 from studies.grid import Planned, Study
-from studies.run import planned
+from studies.plan import planned
 from tools.plan import GIB, USABLE, compose_config, plan
 
 STUDIES = sorted(path.stem for path in (CONFIGS / "study").glob("*.yaml"))

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from studies.grid import LEARNING_RATE, Planned, Study
+from studies.plan import Plan, rounds
 from studies.record import FINISHED, Record
-from studies.run import Plan, rounds
 
 AXES = {"scheme": {"late": [], "judged": [], "base": []}, LEARNING_RATE: {"1": ["optim.lr=1"], "2": ["optim.lr=2"]}}
 

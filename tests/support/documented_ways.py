@@ -151,10 +151,10 @@ def plans(reason: str) -> Way:
     """Lays the grid of a study out, and runs none of it; rates that another study is to select are 1e-3."""
 
     def way(command: Command, cwd: Path) -> None:
-        from studies.run import planned
+        from studies.plan import planned
 
         assert reason
-        with contextlib.chdir(cwd), mock.patch("studies.run.selected_rates", return_value=[({}, 1e-3)]):
+        with contextlib.chdir(cwd), mock.patch("studies.plan.selected_rates", return_value=[({}, 1e-3)]):
             study, *_ = planned([word for word in command.arguments if "=" in word])
         assert len(list(study.runs())) > 1
 
