@@ -56,6 +56,7 @@ bench: $(FOR_BENCH) $(FOR_TESTS)  ## training, generating and evaluating beside 
 	$(BENCH)/python -m benchmarks.costs
 	$(BIN)/python -m benchmarks.generation
 	$(BIN)/python -m benchmarks.evaluation
+	$(BIN)/python -m benchmarks.start
 
 bench-gpu: $(FOR_BENCH)  ## the same on a GPU
 	$(BENCH)/python -m benchmarks.compare device=cuda $(ARGS)

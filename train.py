@@ -21,7 +21,7 @@ def main(config: DictConfig) -> float:
     from core.build import build, build_all, build_module
     from core.config_files import require_effect, turned_off_in_vain
     from core.console import silence_noise
-    from core.early_end import tell_early_end
+    from core.early_end import tell_end
     from core.errors import require
     from core.interruption import report_failures
     from core.lightning_callbacks import check_callbacks, without_stand_ins
@@ -91,7 +91,7 @@ def main(config: DictConfig) -> float:
         running = run.running(trainer, config, overrides, step, made_by)
         with running, own_wandb_run(trainer), report_failures(trainer, run.path):
             trainer.fit(module, datamodule=datamodule, ckpt_path=run.ckpt_path, weights_only=True)
-            tell_early_end(trainer)
+            tell_end(trainer)
         return final_loss(trainer, run.path)
 
 

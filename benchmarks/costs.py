@@ -5,8 +5,8 @@
 
 As benchmarks/compare.py does it: one process a contender, in turn. Goals of a few percent are judged by the fastest
 steps, as what else the machine does only adds time: the median of so few ratios moves by 3 % from run to run. What data
-loading gives and a step consumes is in benchmarks/data.py, the mixture layer alone in benchmarks/moe.py, and the
-monitors in benchmarks/monitoring.py.
+loading gives and a step consumes is in benchmarks/data.py, the mixture layer alone in benchmarks/moe.py, the monitors
+in benchmarks/monitoring.py, and what comes before the first step in benchmarks/start.py.
 """
 
 import statistics
@@ -20,11 +20,12 @@ import torch
 
 from benchmarks.contenders import Sizes
 from benchmarks.measure import check_counts, judged, machine, ratio, take_turns
-from benchmarks.overhead import startup, trainer_overhead
+from benchmarks.overhead import trainer_overhead
 from benchmarks.workers import Contender, Result, start
 from core import cli
 from spannorm import PLACEMENTS
 
+TRAINER = "Lightning's Trainer"
 MORE_STREAMS = ("attnres", "residual", "siamesenorm")
 MANY_STREAMS = {"hc": 0.8, "mhc": 0.8, "ihc": 0.85, "gr": 0.8}
 """What is asked of each, of prenorm's tokens/s."""
@@ -295,10 +296,9 @@ def main(config: CostsConfig) -> None:
         if config.only in table.title:
             for line in lines_of(table, measure(table, config)):
                 say(line)
-    for title, make in (("Lightning's Trainer", trainer_overhead), ("Startup", startup)):
-        if config.only in title:
-            for line in make(title, config.device, config.rounds):
-                say(line)
+    if config.only in TRAINER:
+        for line in trainer_overhead(TRAINER, config.device, config.rounds):
+            say(line)
     output = config.output or Path(f"results/benchmark-costs-{config.device}.md")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text("\n".join(lines) + "\n")

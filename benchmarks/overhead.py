@@ -1,12 +1,8 @@
-"""Measures what surrounds a training step: Lightning's Trainer, and the time until the first one."""
+"""Measures what surrounds a training step in Lightning's Trainer."""
 
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -17,8 +13,6 @@ from benchmarks.measure import judged
 from lightning_modules.language_module import LanguageModule
 
 WINDOW = 10  # steps
-TRAIN = Path(__file__).resolve().parents[1] / "train.py"
-FIRST_STEP = "first step after"
 
 
 class Job(NamedTuple):
@@ -117,37 +111,3 @@ def trainer_overhead(title: str, device: str, rounds: int) -> Iterator[str]:
     yield f"{1e3 * statistics.median(bare) / WINDOW:.0f} ms without.\n"
     yield f"Goal: at most 1.03 times the bare loop: {middle:.3f} (quartiles {low:.3f}, {high:.3f}), "
     yield f"{judged(middle <= 1.03)}."
-
-
-class FirstStep(L.Callback):
-    """Prints the time of day after the first training step."""
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 0:
-            print(FIRST_STEP, time.time(), flush=True)
-
-
-def startup(title: str, device: str, rounds: int) -> Iterator[str]:
-    """Return medians of three commands each; the corpus is made anew each time."""
-
-    def seconds(*overrides: str) -> float:
-        started = time.time()
-        command = [sys.executable, str(TRAIN), *overrides]
-        out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=TRAIN.parent).stdout
-        times = [float(line.split()[-1]) for line in out.splitlines() if line.startswith(FIRST_STEP)]
-        return (times or [time.time()])[0] - started
-
-    def job() -> float:
-        with tempfile.TemporaryDirectory() as folder:
-            mine = "+callbacks.mine._target_=benchmarks.overhead.FirstStep"
-            end = ("trainer.max_steps=1", "trainer.limit_val_batches=1", "callbacks.text_sample=null")
-            place = (f"run_dir={folder}/run", f"data.root={folder}/data")
-            return seconds("experiment=moe_spannorm", mine, *end, *place)
-
-    yield f"\n## {title}\n"
-    for what, limit, measured in (
-        ("`python train.py --help`", 1.5, [seconds("--help") for _ in range(3)]),
-        ("first training step of the default job, its corpus made anew", 12.0, [job() for _ in range(3)]),
-    ):
-        value = statistics.median(measured)
-        yield f"Goal: {what} under {limit:g} s: {value:.1f} s, {judged(value < limit)}.\n"

@@ -35,10 +35,10 @@ DEBUGGING = os.environ.get("HYDRA_FULL_ERROR") == "1" and OURS not in os.environ
 
 
 class RunDiverged(Exception):
-    """callbacks.divergence has given the run up, and said so; the weights are those before the step.
+    """callbacks.divergence has given the run up, or it has ended with a loss that is no finite number; it was said so.
 
     Attributes:
-        step: the optimizer step, counted from 1.
+        step: the optimizer step that it was given up at, counted from 1; the weights are those before it. Or the last.
     """
 
     def __init__(self, step: int, line: str) -> None:

@@ -1,4 +1,4 @@
-"""Tells why a run ended before its last step without an error: its time is up, or a callback has stopped it."""
+"""Tells how a run ended without an error: at its last step or early, and with losses that are numbers or not."""
 
 import math
 from collections.abc import Mapping
@@ -9,9 +9,10 @@ import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from omegaconf import DictConfig
 
+from core.cli import RunDiverged
 from core.errors import ConfigError, one_line
 from core.lightning_callbacks import field_of
-from core.status import DONE, STOPPED, TIMED_OUT
+from core.status import DIVERGED, DONE, STOPPED, TIMED_OUT
 from core.steps import at_the_end
 
 
@@ -50,20 +51,29 @@ def early_end(trainer: L.Trainer) -> EarlyEnd | None:
 
 def how_it_ended(trainer: L.Trainer) -> tuple[str, str | None]:
     """Return the status of a run that has ended without an error, and in a line what there is to say of it."""
-    end = early_end(trainer)
-    if end is not None:
-        return end
     losses = {name: trainer.callback_metrics.get(name) for name in ("train/loss", "val/loss")}
     bad = [name for name, loss in losses.items() if loss is not None and not math.isfinite(loss)]
-    return DONE, f"not finite at its end: {', '.join(bad)}" if bad else None
-
-
-def tell_early_end(trainer: L.Trainer) -> None:
-    """Print it, once for all processes."""
     end = early_end(trainer)
-    if end is not None and trainer.is_global_zero:
-        of = f" of {trainer.max_steps}" if trainer.max_steps >= 0 else ""
-        print(f"Ended early, after step {trainer.global_step}{of}: {end.reason}.", flush=True)
+    if bad:
+        return DIVERGED, f"not finite at its end: {', '.join(bad)}{f'; {end.reason}' if end is not None else ''}"
+    return end if end is not None else (DONE, None)
+
+
+def tell_end(trainer: L.Trainer) -> None:
+    """Print that a run has ended early or has diverged, once for all processes.
+
+    Raises:
+        RunDiverged: a loss is no finite number at the end, though nobody gave the run up.
+    """
+    status, reason = how_it_ended(trainer)
+    if status == DONE:
+        return
+    of = f" of {trainer.max_steps}" if trainer.max_steps >= 0 else ""
+    line = f"{'Diverged' if status == DIVERGED else 'Ended early'}, after step {trainer.global_step}{of}: {reason}."
+    if trainer.is_global_zero:
+        print(line, flush=True)
+    if status == DIVERGED:
+        raise RunDiverged(trainer.global_step, line)
 
 
 def check_time_left(trainer: L.Trainer, checkpoint: Mapping[str, Any], config: DictConfig | None = None) -> None:

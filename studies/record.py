@@ -184,7 +184,7 @@ def collect(planned: Planned, folder: Path, broken: str | None = None) -> Record
     Args:
         planned: the run.
         folder: where it ran.
-        broken: what its process said when it ended before the last step; None: it did not.
+        broken: what its process said when it failed before the last step; None: it did not.
     """
     identity: dict[str, Any] = {
         "name": planned.name,
@@ -201,12 +201,17 @@ def collect(planned: Planned, folder: Path, broken: str | None = None) -> Record
     summary = run.summary
     val_loss = validation[-1] if validation and math.isfinite(validation[-1]) else None
     ended = read_status(folder)
-    stopped = ended.get("reason") if ended.get("status") in EARLY else None
+    diverged = ended.get("status") == DIVERGED  # given up, or with a loss that is no number
+    stopped = ended.get("reason") if diverged or ended.get("status") in EARLY else None
     stable = run.stability
     baselines = (summary.get("bigram_loss"), summary.get("unigram_loss"))
     return Record(
         **identity,
-        status=BROKEN if broken is not None else judge(losses, val_loss, *baselines, stable.spikes),
+        status=BROKEN
+        if broken is not None
+        else DIVERGED
+        if diverged
+        else judge(losses, val_loss, *baselines, stable.spikes),
         reason=broken or stopped or "",
         val_loss=_rounded(val_loss),
         bigram_loss=_rounded(baselines[0]),

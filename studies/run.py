@@ -146,7 +146,7 @@ def train(run: Planned, folder: Path, threads: int) -> Record | str:
     with taken(num_gpus(run), visible_gpus()) as gpus:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **gpus}
         ended = subprocess.run(command, env=environment, capture_output=True, text=True, close_fds=False, check=False)
-    if ended.returncode == 0:
+    if ended.returncode in (0, cli.DIVERGED):
         return collect(run, folder)
     # By a signal, or as one of several processes of which another was.
     if ended.returncode < 0 or ended.returncode > 128 or ended.returncode == PEER_LOST:

@@ -15,7 +15,7 @@ OF_THE_RUN_ALONE = ("run_dir", "ckpt_path", "save_dir", "dirpath", "command")
 
 
 def facts(folder: Path) -> dict[str, Any]:
-    """Return {name: value}: settings as in config.yaml (model.dim), then commit, torch, command and the like.
+    """Return {name: value}: settings as in its configuration (model.dim), then commit, torch, command and the like.
 
     All is read as data. What is not there, or cannot be read, is left out.
     """
@@ -23,8 +23,10 @@ def facts(folder: Path) -> dict[str, Any]:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
+    """Return those of the process that trained it last, as read_origin does; what a resume changes is what counts."""
+    resumed = (path.name for path in folder.glob("config-resumed-*.yaml"))
     try:
-        config = read_yaml(folder / "config.yaml")
+        config = read_yaml(folder / max(resumed, default="config.yaml"))
     except (Untrusted, OSError):
         return {}
     found = flatten(config, ".") if isinstance(config, Mapping) and _is_plain(config) else {}

@@ -13,9 +13,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 MAX_COLUMNS = 256
 """Times that are kept of a quantity; beyond it every second one is forgotten."""
-COLUMNS = 2
 PLOT, BAR, PROFILE = 330, 10, 130  # pixels of width: heat map, its colours, the profile over depth
-LEFT, GAP, LABEL, RIGHT, TITLE, BOTTOM = 28, 6, 52, 12, 20, 20  # of margins
+LEFT, GAP, LABEL, RIGHT, TITLE, BOTTOM = 36, 6, 72, 12, 26, 28  # of margins
+FONT = 16
+"""Of letters, in pixels: TensorBoard shows a picture in a card of 340 pixels, which is 0.6 of its width."""
 HEIGHT = 128
 """Pixels that a heat map is high, about: a whole number of them for each block."""
 VIRIDIS = np.array(
@@ -65,7 +66,7 @@ class History:
 
 
 def draw(panels: Mapping[str, History]) -> Image.Image:
-    """Return the picture, in RGB, one panel a quantity.
+    """Return the picture, in RGB, one panel a quantity, below each other.
 
     Of each there are a heat map, a row for each block, the first at the top, over the steps; its colours, on a
     logarithmic scale where nothing is below 0, with zeros at its lower end; and the profile over depth, now in black
@@ -78,10 +79,9 @@ def draw(panels: Mapping[str, History]) -> Image.Image:
     heights = [_cell(history) * len(history.blocks) for history in panels.values()]
     width = LEFT + PLOT + GAP + BAR + LABEL + PROFILE + RIGHT
     row_height = TITLE + max(heights) + BOTTOM
-    rows = math.ceil(len(panels) / COLUMNS)
-    image = Image.new("RGB", (width * min(COLUMNS, len(panels)), row_height * rows), "white")
+    image = Image.new("RGB", (width, row_height * len(panels)), "white")
     for index, (title, history) in enumerate(panels.items()):
-        _panel(image, (index % COLUMNS * width, index // COLUMNS * row_height), title, history)
+        _panel(image, (0, index * row_height), title, history)
     return image
 
 
@@ -91,7 +91,7 @@ def _cell(history: History) -> int:
 
 
 def _panel(image: Image.Image, corner: tuple[int, int], title: str, history: History) -> None:
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(11)
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(FONT)
     values = np.stack(history.columns, axis=1).astype(np.float64)  # [blocks, steps]
     finite = values[np.isfinite(values)]
     logarithmic = bool(finite.size and finite.min() >= 0 and finite.max() > 0)
@@ -134,7 +134,7 @@ def _panel(image: Image.Image, corner: tuple[int, int], title: str, history: His
         pen.line(points, fill=colour, width=2)
         for point in points if len(points) < 2 * HEIGHT // 8 else ():
             pen.ellipse((point[0] - 2, point[1] - 2, point[0] + 2, point[1] + 2), fill=colour)
-    pen.text((x, top + height + 3), "now, and at first (grey)", INK, font)
+    pen.text((x, top + height + 3), "now; grey: first", INK, font)
 
 
 def _widened(low: float, high: float, least: float) -> tuple[float, float]:

@@ -17,14 +17,14 @@ from core.task import task_of
 LEADING = (
     "model/placement",
     "model/init",
+    "optim/lr",
     "model/norm",
-    "model/ffn",
     "model/num_layers",
     "model/dim",
+    "model/ffn",
     "optim/optimizer",
-    "optim/lr",
 )
-"""Settings that most runs are compared by."""
+"""Settings that most runs are compared by; the tab shows the first five of one run's names, of whatever runs."""
 OF_THE_FOLDER = ("run_dir", "ckpt_path")
 """What each run has its own of."""
 
@@ -32,10 +32,11 @@ OF_THE_FOLDER = ("run_dir", "ckpt_path")
 class Hyperparameters(L.Callback):
     """Writes the hyperparameters of module and data, flattened (`model/dim`), when training starts.
 
-    The tab sorts them by name and shows the first few: so what the command line asked for stands there a second time as
-    `asked/optim/lr`, and placement, init, norm, size and rate as `compare/model/placement`. Behind all settings comes
-    where the run is from (`provenance/commit`, `provenance/host`). Lightning's own way
-    writes them only together with a made-up first value of the metric, which spoils its curve.
+    The tab sorts them by name, of one of its runs, and shows the first five: so placement, init, rate, norm and number
+    of blocks stand there a second time under names that come first, `1 placement`, `2 init`. What the command line
+    asked for does too, as `asked/optim/lr`. Behind all settings comes where the run is from (`provenance/commit`,
+    `provenance/host`). Lightning's own way writes them only together with a made-up first value of the metric, which
+    spoils its curve.
 
     Args:
         metric: the scalar that the tab shows beside them, before training loss and speed; its last value counts.
@@ -53,7 +54,8 @@ class Hyperparameters(L.Callback):
         made_by = origin(device_of(trainer), getattr(datamodule, "stream_identity", {}).get("corpus"))
         settings |= {f"{PROVENANCE}/{name}": value for name, value in made_by.items()}
         first = {f"asked/{name}": settings.get(name, value) for name, value in self._asked().items()}
-        first |= {f"compare/{name}": settings[name] for name in LEADING if name in settings}
+        leading = {f"{number} {name.split('/')[-1]}": settings.get(name) for number, name in enumerate(LEADING, 1)}
+        first = {name: value for name, value in leading.items() if value is not None} | first
         plain = {key: v if isinstance(v, bool | int | float | str) else str(v) for key, v in (first | settings).items()}
         metrics = dict.fromkeys((self.metric, "train/loss", f"train/{task_of(pl_module).counted}_per_second"), 0.0)
         for logger in trainer.loggers:

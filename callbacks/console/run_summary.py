@@ -18,7 +18,7 @@ from core.event_files import event_files
 from core.printable import cell, printable
 from core.provenance import device_of, provenance
 from core.run_folder import resume_command
-from core.status import DONE, PROVENANCE, TIMED_OUT
+from core.status import DIVERGED, DONE, PROVENANCE, TIMED_OUT
 from core.task import task_of
 
 MEASURED = "run_summary"  # in a checkpoint
@@ -40,7 +40,7 @@ class RunSummary(L.Callback):
 
     | key | unit |
     |---|---|
-    | status, reason | as status.json has them: done, stopped or timed_out, and by whom and why |
+    | status, reason | as status.json has them: done, stopped, timed_out or diverged, and by whom and why |
     | loss_unit | that of all losses: nats per token, or per image |
     | train_loss, val_loss | null where not finite |
     | val_perplexity | exp(val_loss) |
@@ -57,7 +57,8 @@ class RunSummary(L.Callback):
     | parameters, active_parameters | count |
     | tensorboard | command line; null where another logger keeps the curves |
     | resume | command line that goes on: twice as long, or up to the end that a run stopped early did not reach; null |
-    | | where there is no last checkpoint, no command line that began the run, or no time left |
+    | | where there is no last checkpoint, no command line that began the run, no time left, or a loss |
+    | | that is no number |
     | provenance | commit of this project, whether it was changed since, versions, processor, threads, device, |
     | | hash of the corpus |
 
@@ -120,7 +121,7 @@ class RunSummary(L.Callback):
     def _resume_command(self, trainer: L.Trainer, status: str) -> str | None:
         """Return the command that goes on; None where no command line has begun the run and given its steps."""
         begun_so = trainer.max_steps >= 1 and (self.run_dir / "overrides.yaml").is_file()
-        if not begun_so or status == TIMED_OUT:  # the time counts from the run's first step
+        if not begun_so or status in (TIMED_OUT, DIVERGED):  # the time counts from the run's first step
             return None
         return resume_command(self.run_dir, 2 * trainer.max_steps if status == DONE else None)
 

@@ -10,6 +10,7 @@ from callbacks.scalars import of_block
 from core.run_folder import is_main_process
 
 DEAD_EXPERTS, LASTING = "moe/dead_experts", 5
+NO_NUMBER = "no number"
 
 
 class Limit(NamedTuple):
@@ -39,8 +40,9 @@ class Trouble(L.Callback):
     """Prints a line the first time that a figure of a block is beyond LIMITS, or that experts stay without a token.
 
     Of a figure it names the block that is farthest out, and says nothing of that figure again, in a resumed run
-    neither. Experts are named where some got no token in five logged steps in a row. GradientHealth says itself where
-    the gradient vanishes or explodes.
+    neither. Figures that are no numbers say nothing of what they measure, and get one line together. Experts are named
+    where some got no token in five logged steps in a row. GradientHealth says itself where the gradient vanishes or
+    explodes.
     """
 
     def __init__(self) -> None:
@@ -50,12 +52,20 @@ class Trouble(L.Callback):
     def choose_scalars(self, values: Mapping[str, float], step: int) -> Mapping[str, float]:
         """Look at what a monitor has measured, and leave it as it is: callbacks.protocols.ChoosesScalars."""
         found: dict[str, tuple[float, int, float]] = {}  # how far out, block, value
+        no_number: tuple[int, str] | None = None  # the first block, and a figure of it
         for name, value in values.items():
             prefix, block, figure = of_block(name) or ("", 0, "")
             limit = LIMITS.get(key := f"{prefix.removesuffix('/block')}/{figure}")
-            if limit is not None and not limit.below <= value <= limit.above:
-                out = max(limit.below - value, value - limit.above) if math.isfinite(value) else math.inf
+            if limit is None:
+                continue
+            if not math.isfinite(value):
+                no_number = min(no_number or (block, key), (block, key))
+            elif not limit.below <= value <= limit.above:
+                out = max(limit.below - value, value - limit.above)
                 found[key] = max(found.get(key, (-1.0, 0, 0.0)), (out, block, value))
+        if no_number is not None:
+            block, key = no_number
+            self._say(NO_NUMBER, f"step {step}: figures of the blocks are no numbers: {key} from block {block} on")
         for key, (_, block, value) in found.items():
             self._say(key, f"step {step}: {LIMITS[key].words}: {key} is {value:.3g} in block {block}")
         if DEAD_EXPERTS in values:

@@ -76,23 +76,24 @@ def test_hyperparameters_of_model_optimizer_and_data_are_there(written: EventAcc
     assert settings["data/seq_len"].number_value == SEQ_LEN
 
 
-def test_what_was_asked_for_comes_first_where_names_are_sorted(tmp_path: Path) -> None:
+def test_what_runs_are_compared_by_and_what_was_asked_for_come_first_where_names_are_sorted(tmp_path: Path) -> None:
     """As TensorBoard's tab does, whatever the order in the file."""
     folder = run(tmp_path, "run", "model.norm_eps=1e-6", "optim.betas=[0.8,0.9]", "+trainer.min_steps=1")
     content = events(folder).SummaryMetadata("_hparams_/experiment").plugin_data.content
     experiment = HParamsPluginData.FromString(content).experiment
     names = sorted(info.name for info in experiment.hparam_infos)
+    compared = ["1 placement", "2 init", "3 lr", "4 norm", "5 num_layers", "6 dim", "7 ffn", "8 optimizer"]
+    assert names[: len(compared)] == compared, "the first five are shown, and of one run's names alone"
     asked = [name for name in names if name.startswith("asked/")]
-    assert names[: len(asked)] == asked
+    assert names[len(compared) : len(compared) + len(asked)] == asked
     assert {"asked/model/norm_eps", "asked/optim/betas", "asked/trainer/min_steps", "asked/data/seq_len"} <= set(asked)
     assert "asked/run_dir" not in asked
-    compared = [name for name in names if name.startswith("compare/")]
-    assert names[len(asked) : len(asked) + len(compared)] == compared
-    assert {"compare/model/placement", "compare/optim/lr"} <= set(compared)
     assert {"model/norm_eps", "optim/betas", "model/placement", "provenance/commit"} <= set(names)
     assert [info.name.tag for info in experiment.metric_infos] == ["val/loss", "train/loss", "train/tokens_per_second"]
     content = events(folder).SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     settings = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert [settings[name].string_value for name in compared[:2]] == ["spannorm", "default"]
+    assert [settings[name].number_value for name in ("3 lr", "5 num_layers")] == [3e-3, 2]
     assert settings["asked/model/norm_eps"].number_value == 1e-6
     assert settings["asked/trainer/min_steps"].number_value == 1
 

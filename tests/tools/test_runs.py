@@ -14,6 +14,7 @@ import pytest
 from core import cli
 from tests.support.forked import started
 from tests.support.runs import TRAIN, run, tiny_job, train
+from tools.run_facts import differences, facts
 from tools.runs import WAS_KILLED, Row, age, find, look, main
 
 NAN = "+callbacks.break._target_=tests.tools.test_runs.Break"
@@ -78,11 +79,14 @@ def test_a_resumed_run_is_done_and_keeps_its_last_loss_until_there_is_another(ru
     assert resumed.code == 0, resumed.err
     row = seen(tmp_path / "runs/study/stopped")
     assert (row.status, row.step, row.max_steps, row.reason) == ("done", 3, 3, "")
+    first = facts(runs / "runs/study/stopped")
     again = [*tiny_job("run_dir=runs/study/stopped", "ckpt_path=last", "trainer.max_steps=9"), NAN]
     train(tmp_path, *again, "+callbacks.break.how=signal")
     assert seen(tmp_path / "runs/study/stopped") == Row(
         row.folder, "stopped", 4, 9, row.val_loss, pytest.approx(0, abs=300), "SIGTERM after step 4"
     )
+    differing = differences([first, facts(row.folder)])
+    assert differing["trainer.max_steps"] == [2, 9], "the settings are those of the process that trained it last"
 
 
 def test_a_run_is_running_while_its_process_lives_and_killed_when_it_was_killed(tmp_path: Path) -> None:

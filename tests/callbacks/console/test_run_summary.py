@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 
 from callbacks.console.run_summary import describe_epochs
+from core.status import read as read_status
 from core.status import read_summary
 from datamodules.counting import bigram_loss, unigram_loss
 from datamodules.shards import open_split
 from datamodules.storage import LocalFolder, read_index
 from lightning_modules.language_module import LanguageModule
 from tests.support.job import ACCUMULATE, BATCH_SIZE, SEQ_LEN, STEPS, Job
-from tests.support.runs import TEXT, corpus_root, load, run, scalars, tiny_job, train
+from tests.support.runs import TEXT, corpus_root, load, scalars, tiny_job, train
 
 KEYS = ["status", "reason", "loss_unit"]
 KEYS += ["train_loss", "val_loss", "val_perplexity", "val_bits_per_byte", "bigram_loss", "unigram_loss"]
@@ -134,13 +135,20 @@ def test_a_run_whose_time_is_up_names_no_command_that_is_refused(tmp_path: Path)
 
 
 def test_a_loss_that_is_no_number_is_null_and_the_file_stays_json(tmp_path: Path) -> None:
-    folder = run(tmp_path, "run", "optim.lr=1e30", "optim.warmup_steps=0", "model.norm=none", "model.placement=prenorm")
+    bad = ("optim.lr=1e30", "optim.warmup_steps=0", "model.norm=none", "model.placement=prenorm")
+    finished = train(tmp_path, *tiny_job("run_dir=run", *bad))
+    assert finished.code == 3, finished.err
+    assert "Diverged, after step 2 of 2: not finite at its end: train/loss, val/loss.\n" in finished.out
+    assert "Twice as long" not in finished.out
+    folder = tmp_path / "run"
+    assert read_status(folder)["status"] == "diverged"
 
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
 
     summary = json.loads((folder / "summary.json").read_text(), parse_constant=refuse)
-    assert summary["status"] == "done"
+    assert summary["status"] == "diverged"
+    assert summary["resume"] is None
     assert summary["reason"] == "not finite at its end: train/loss, val/loss"
     assert summary["val_loss"] is summary["val_bits_per_byte"] is None
     assert summary["steps"] == 2
