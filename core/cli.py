@@ -4,6 +4,7 @@ import functools
 import gc
 import os
 import re
+import select
 import sys
 import traceback
 import typing
@@ -28,6 +29,7 @@ FAULT = 1
 USER_ERROR = 2
 DIVERGED = 3
 INTERRUPTED = 130
+NOBODY_READS = 141  # 128 + SIGPIPE, as of other programs
 MISTAKES = (UserError, HydraException, OmegaConfBaseException)
 OURS = "HYDRA_FULL_ERROR_IS_OURS"
 """A variable for the processes that a run starts: it says that HYDRA_FULL_ERROR is not what the user asked for."""
@@ -68,9 +70,15 @@ def _call(main: Callable[[], None]) -> None:
     try:
         sys.argv[1:] = overrides.with_names_of_today(sys.argv[1:])
         main()
+        print(end="", flush=True)  # here, where it is known what to do when that fails
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would complain once more when it flushes
+        raise SystemExit(NOBODY_READS) from None
     except BrokenProcessPool as error:  # joblib's
         print(f"Error: the sweep ends, as one of its processes was killed: {one_line(error)}", file=sys.stderr)
         raise SystemExit(FAULT) from None
@@ -79,6 +87,13 @@ def _call(main: Callable[[], None]) -> None:
     except Exception as error:  # among them Hydra's own about groups, which name none
         _leave_if_given(error)
         raise
+
+
+def _nobody_reads() -> bool:
+    """Return whether whoever read what is printed has gone, as `| head` does: nothing is left to say then."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(found & (select.POLLERR | select.POLLHUP) for _, found in poll.poll(0))
 
 
 def job(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from core import cli
 from tests.support.runs import EXPERIMENTS, ROOT, TRAIN, tiny_job, train
 
 PLACEMENTS = ("postnorm", "prenorm", "spannorm")
@@ -260,6 +261,32 @@ def test_how_idle_threads_wait_is_set_before_torch_reads_it(module: str, given: 
     code = NOTED.format(module=module, folder=tmp_path / "run")
     seen = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert seen.stdout.strip() == (given or "100000"), seen.stderr
+
+
+@pytest.mark.parametrize("printed", ["print('a\\n' * 10**6)", "print('a')"], ids=["much", "in the buffer"])
+def test_who_reads_only_the_beginning_is_told_no_more(printed: str, tmp_path: Path) -> None:
+    """As `| head -1` does."""
+    script = tmp_path / "script.py"
+    script.write_text(f"import time\nfrom core import cli\ncli.run(lambda: (time.sleep(0.3), {printed}))\n")
+    with subprocess.Popen(
+        [sys.executable, script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+def test_a_broken_pipe_to_somebody_else_keeps_its_traceback() -> None:
+    def main() -> None:
+        raise BrokenPipeError("a worker has gone")
+
+    with pytest.raises(BrokenPipeError, match="a worker has gone"):
+        cli.run(main)
 
 
 def test_a_fault_of_the_project_keeps_its_traceback(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:

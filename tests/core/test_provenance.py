@@ -74,3 +74,5 @@ def test_a_run_notes_it_before_it_trains_and_once_more_when_it_is_resumed(tmp_pa
     assert "command" in facts(folder)
     assert "host" not in facts(folder), "of more characters than a name has"
     assert facts(folder)["torch"] == "other"
+    resumed.with_name("provenance-resumed-2999-01-01_00-00-00.json").write_text(json.dumps({"torch": "newest"}))
+    assert facts(folder)["torch"] == "newest", "of the process that trained it last"

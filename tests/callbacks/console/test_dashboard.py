@@ -40,6 +40,8 @@ def test_each_chart_has_one_line_a_block_of_one_quantity(written: EventAccumulat
             matched = [tag for tag in tags if re.match(pattern, tag)]
             assert [re.findall(r"\d+", tag)[0] for tag in matched] == ["1", "2"], pattern
             assert len({re.sub(r"\d+", "", tag) for tag in matched}) == 1
+            worst = re.sub(r"_\d+/", "_worst/", matched[0], count=1)
+            assert re.match(pattern, worst), "of more than three blocks the worst one is written, too"
 
 
 def test_the_overview_comes_first_and_every_line_in_it_is_a_curve(written: EventAccumulator) -> None:
@@ -51,8 +53,15 @@ def test_the_overview_comes_first_and_every_line_in_it_is_a_curve(written: Event
         chart.title: [tag for pattern in chart.multiline.tag for tag in tags if re.match(pattern, tag)]
         for chart in first.chart
     }
-    assert sorted(lines["loss"]) == ["train/loss", "val/bigram_loss", "val/loss"]
-    assert all(len(matched) == 1 for title, matched in lines.items() if title != "loss"), lines
+    assert lines == {
+        "loss": ["train/loss", "val/loss", "val/bigram_loss"],
+        "learning rate": ["optim/lr"],
+        "gradient norm": ["optim/grad_norm"],
+        "gradient of the first block over the last one's": ["gradients/first_over_last"],
+        "tokens per second": ["train/tokens_per_second"],
+    }
+    (norms,) = [chart.multiline.tag for chart in first.chart if chart.title == "gradient norm"]
+    assert any(re.match(pattern, "divergence/grad_norm") for pattern in norms), "the spikes, where there are some"
 
 
 def test_the_baseline_is_a_level_line_over_a_resume(tmp_path: Path) -> None:

@@ -91,6 +91,19 @@ def test_the_ends_and_the_worst_block_are_left_as_scalars(whole: tuple[Path, Any
         assert scalars(whole[0], tag) == scalars(every_block, tag), "the curves are the same"
 
 
+def test_all_quantities_are_kept_block_by_block() -> None:
+    pictures = DepthPictures()
+    for step, values in ((1, [1.0, 2.0, 3.0]), (5, [4.0, 5.0, 6.0])):
+        by_block = dict(zip((10, 2, 1), reversed(values), strict=True))
+        figures = ("norm", "attn_in", "all")
+        pictures.choose_scalars({f"gradients/block_{n}/{f}": v for n, v in by_block.items() for f in figures}, step)
+    kept = pictures.state_dict()
+    assert list(kept) == ["gradients/norm", "gradients/attn_in", "gradients/all"]
+    for history in kept.values():
+        assert (history["blocks"].tolist(), history["steps"].tolist()) == ([1, 2, 10], [1, 5])
+        assert history["values"].tolist() == [[1, 2, 3], [4, 5, 6]]
+
+
 def test_other_callbacks_see_every_block(whole: tuple[Path, list[dict[str, float]]], every_block: Path) -> None:
     values = list(scalars(every_block, "gradients/block_3/all").values())
     assert [step["gradients/block_3/all"] for step in whole[1]] == pytest.approx(values, rel=1e-6)

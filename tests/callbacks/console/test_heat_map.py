@@ -106,3 +106,6 @@ def test_of_many_times_every_second_one_is_forgotten_and_a_rollback_takes_back_w
 def test_any_depth_and_any_number_of_panels_can_be_drawn() -> None:
     for blocks in (2, 7, 96, 300):
         assert draw({str(n): history([1.0] * blocks) for n in range(5)}).dtype == np.uint8
+    one, three = (draw({str(n): history([1.0, 2.0]) for n in range(number)}) for number in (1, 3))
+    assert (three.shape[0], three.shape[1]) == (3 * one.shape[0], one.shape[1]), "below each other"
+    assert (three[: one.shape[0]] == one).mean() > 0.99

@@ -110,6 +110,15 @@ def test_the_console_says_the_same(summary: dict[str, Any], job: Job) -> None:
     assert "The overview: http://localhost:6006/#custom_scalars\n" in out
 
 
+def test_no_path_is_cut(tmp_path: Path) -> None:
+    name = "a" * 90 + "/" + "b" * 90
+    out = train(tmp_path, *tiny_job(f"run_dir={name}")).out
+    table = out[out.index("Run summary") : out.index("┘")]
+    rows = [line.split("│") for line in table.splitlines() if line.startswith("│")]
+    assert len(rows[0][1]) + len(rows[0][2]) > 120, "as wide as a file may be, not as a terminal of 80 columns"
+    assert f"{name}/checkpoints/last.ckpt" in "".join(row[2].strip() for row in rows)
+
+
 def test_a_run_that_was_stopped_early_goes_on_to_its_own_end(tmp_path: Path) -> None:
     stop = "+callbacks.stop={_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/loss, min_delta: 99}"
     job = tiny_job(
