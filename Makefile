@@ -71,7 +71,7 @@ types: $(FOR_TESTS)  ## mypy
 	$(BIN)/mypy
 
 docs: $(FOR_TESTS)  ## build the documentation into site/
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(FOR_TESTS)  ## let ruff rewrite the code
 	$(BIN)/ruff check --fix .

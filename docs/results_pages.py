@@ -10,11 +10,11 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-SHOWN = (".md", ".png")
+SHOWN = (".md", ".png", ".json")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add every page and picture of results/."""
+    """Add every page, picture and record of results/."""
     for path in sorted(RESULTS.rglob("*")):
         if path.suffix in SHOWN:
             uri = path.relative_to(RESULTS.parent).as_posix()

@@ -281,6 +281,7 @@ WAYS: list[tuple[str, Way]] = [
     (r"python -m pytest", listed("we are in it")),
     (r"python -c ", listed("asks whether a package that is built for CUDA is there")),
     (r"make ", makes),
+    (r"mkdocs build$", listed("make docs does")),
     (r"(pip|git|source|export|tar|sed|docker) ", listed("changes the environment")),
     (r"(tensorboard|chromium) ", listed("shows a page until it is ended")),
     (r"eval ", listed("tests/test_terminal.py completes overrides")),
