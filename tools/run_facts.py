@@ -1,6 +1,6 @@
 """Reads what a run says of itself, as one flat mapping: its settings, and where it comes from."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,10 @@ MAX_SETTINGS = 10_000
 """Of one run; this project's have some 200."""
 OF_THE_RUN_ALONE = ("run_dir", "ckpt_path", "save_dir", "dirpath", "command")
 """Settings, of whatever part, and origins that any two runs may differ in without being different jobs."""
+OUTPUT = ("logger", "blocks", "trainer.profiler", "trainer.enable_progress_bar", "trainer.enable_model_summary")
+"""Settings, alone or with all below them, of what a run shows of its training and where it writes that."""
+OUTPUT_CALLBACKS = "callbacks.console."
+"""The package of the callbacks that do the same."""
 
 
 def facts(folder: Path) -> dict[str, Any]:
@@ -45,11 +49,25 @@ def _is_plain(config: Mapping[Any, Any]) -> bool:
 def differences(runs: list[dict[str, Any]]) -> dict[str, list[Any]]:
     """Return {name: its value in each run}, of what is not the same in all; None where a run does not have it.
 
-    Folders are left out, which are never the same.
+    Folders are left out, which are never the same, and so is what changes nothing of the training: loggers, profilers
+    and the callbacks of the console.
     """
+    output = {*OUTPUT, *(callback for run in runs for callback in _output_callbacks(run))}
     names = dict.fromkeys(name for run in runs for name in run if name.rpartition(".")[2] not in OF_THE_RUN_ALONE)
-    values = {name: [run.get(name) for run in runs] for name in names}
+    values = {name: [run.get(name) for run in runs] for name in names if output.isdisjoint(_with_parents(name))}
     return {name: these for name, these in values.items() if any(value != these[0] for value in these[1:])}
+
+
+def _output_callbacks(run: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in run.items():
+        if name.startswith("callbacks.") and name.endswith("._target_") and str(value).startswith(OUTPUT_CALLBACKS):
+            yield name.removesuffix("._target_")
+
+
+def _with_parents(name: str) -> list[str]:
+    """Return the setting's name, and of `a.b.c` also a.b and a."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
 
 
 def as_text(value: Any) -> str:
