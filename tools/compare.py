@@ -23,7 +23,7 @@ from core.errors import require
 from core.printable import cell, printable
 from core.status import MEASURED, read_summary
 from core.task import NATS_PER_TOKEN
-from tools.curves import Curve, has_curves, read_curves
+from tools.curves import Curve, from_one, has_curves, read_curves
 from tools.picture import check_picture, save_picture
 from tools.run_facts import as_text, differences, facts
 from tools.run_labels import labels
@@ -193,10 +193,10 @@ def draw(runs: Sequence[Run], tags: Sequence[str], output: Path) -> None:
         for run, name in zip(runs, labels([run.folder for run in runs]), strict=True):
             label = f" {printable(name, 80)}" if name.startswith("_") else printable(name, 80)  # "_x" is not shown
             if tags:
-                axes.plot(*run.curve(tag), linewidth=1, label=label)
+                axes.plot(*from_one(run.curve(tag)), linewidth=1, label=label)
                 continue
-            (line,) = axes.plot(*run.curve("train/loss"), linewidth=1, label=f"{label}, training")
-            axes.plot(*run.curve("val/loss"), "o", color=line.get_color(), label=f"{label}, validation")
+            (line,) = axes.plot(*from_one(run.curve("train/loss")), linewidth=1, label=f"{label}, training")
+            axes.plot(*from_one(run.curve("val/loss")), "o", color=line.get_color(), label=f"{label}, validation")
         if not tags and runs[0].summary.get("bigram_loss") is not None:
             axes.axhline(runs[0].summary["bigram_loss"], color="gray", linestyle="--", label="bigram baseline")
         axes.set(ylabel=printable(tag, 80))

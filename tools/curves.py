@@ -19,7 +19,7 @@ from core.event_files import event_files
 from core.untrusted import MIB, Untrusted, beyond, bound
 
 Curve = tuple[list[int], list[float]]
-"""Optimizer steps, and the value at each."""
+"""Optimizer steps as loggers number them, from 0, and the value at each."""
 
 PNG = b"\x89PNG\r\n\x1a\n"
 TABLES = "csv/version_*/metrics.csv"
@@ -55,6 +55,12 @@ def read_curves(run: Path) -> dict[str, Curve]:
     for tag, step, value in (*_of_tables(run), *_of_events(run)):
         found.setdefault(tag, {})[step] = value
     return {tag: (sorted(values), [values[step] for step in sorted(values)]) for tag, values in found.items()}
+
+
+def from_one(curve: Curve) -> Curve:
+    """Return the curve with its steps counted from 1, as everything else counts them that a person sees."""
+    steps, values = curve
+    return [step + 1 for step in steps], values
 
 
 def _of_tables(run: Path) -> Iterator[tuple[str, int, float]]:

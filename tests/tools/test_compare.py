@@ -22,6 +22,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
             for step in range(20):
                 writer.add_scalar("moe/max_load", float(slope * step), step)
                 writer.add_scalar("train/loss", 5.0 - slope * step / 20, step)
+            writer.add_scalar("val/loss", 3.0, 19)
     (folders[0] / "summary.json").write_text(json.dumps({"val_loss": 1.2345, "bigram_loss": 2.5, "tokens": 1000}))
     monkeypatch.chdir(tmp_path)
     return [folder.relative_to(tmp_path) for folder in folders]
@@ -97,6 +98,9 @@ def test_the_table_holds_the_summaries(
     assert curves["study/a, training"][-1] == pytest.approx(4.05)
     assert curves["study/b, training"][-1] == pytest.approx(3.1)
     assert curves["bigram baseline"] == [2.5, 2.5]
+    steps = {str(line.get_label()): list(line.get_xdata()) for line in axes.lines}
+    assert steps["study/a, training"] == list(range(1, 21))
+    assert steps["study/a, validation"] == [20]
 
 
 def test_tags_are_averaged_over_the_last_tenth(
@@ -109,6 +113,7 @@ def test_tags_are_averaged_over_the_last_tenth(
     assert Path("new/curves.png").exists()
     assert [axes.get_ylabel() for axes in drawn[0].axes] == ["moe/max_load", "train/loss"]
     assert list(drawn[0].axes[0].lines[1].get_ydata()) == [2.0 * step for step in range(20)]
+    assert list(drawn[0].axes[0].lines[1].get_xdata()) == list(range(1, 21)), "steps as a person counts them"
 
 
 @pytest.mark.parametrize(
@@ -148,9 +153,9 @@ def test_a_run_that_keeps_its_curves_as_csv_is_one_too(
     compare(monkeypatch, "csv", "whole", "tags=train/loss")
     ours, theirs = (dict(line.get_xydata().tolist()) for line in drawn[0].axes[0].lines)
     assert ours == pytest.approx(theirs)
-    assert list(ours) == [0, 1, 2, 3]
+    assert list(ours) == [1, 2, 3, 4]
     out = capsys.readouterr().out
-    assert row_of(out, Path("csv")) == row_of(out, Path("whole")) == [f"{ours[3]:,.4g} ({ours[3]:,.4g})"]
+    assert row_of(out, Path("csv")) == row_of(out, Path("whole")) == [f"{ours[4]:,.4g} ({ours[4]:,.4g})"]
 
 
 def test_of_a_step_that_was_gone_over_again_the_later_value_counts(tmp_path: Path) -> None:

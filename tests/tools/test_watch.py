@@ -3,6 +3,7 @@
 import html
 import http.client
 import json
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -10,12 +11,18 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
+import lightning as L
 import numpy as np
 import pytest
+import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers import CSVLogger
 from torch.utils.tensorboard import SummaryWriter
 
 from core import cli
+from core.tensorboard import TensorBoard
 from tests.support.browser import CHROMIUM, WITHOUT, dom
+from tools.curves import read_curves
 from tools.watch import main
 from tools.watching.content import MAX_POINTS, Content
 from tools.watching.server import Watching, is_of_this_machine
@@ -85,8 +92,8 @@ def test_runs_are_listed_with_what_became_of_them(server: Watching) -> None:
 
 def test_curves_pictures_and_differences_are_those_of_the_files(server: Watching, folder: Path) -> None:
     found = asked(server, "/curves", run="a", tag=["train/loss", "no/such"])
-    assert found["curves"] == {"train/loss": [[0, 1, 2], [3.0, None, 1.0]]}
-    assert (found["tags"], found["pictures"], found["error"]) == (["train/loss", "val/loss"], {"depth/signal": 1}, None)
+    assert found["curves"] == {"train/loss": [[1, 2, 3], [3.0, None, 1.0]]}
+    assert (found["tags"], found["pictures"], found["error"]) == (["train/loss", "val/loss"], {"depth/signal": 2}, None)
     status, picture, headers = get(server, "/picture?run=a&tag=depth/signal")
     assert (status, headers["Content-Type"]) == (200, "image/png")
     assert picture == Content(folder).picture(folder / "a", "depth/signal")
@@ -95,16 +102,62 @@ def test_curves_pictures_and_differences_are_those_of_the_files(server: Watching
     assert rows == {"optim.lr": ["0.1", "0.2"]}
 
 
+def test_the_newest_run_comes_first(tmp_path: Path) -> None:
+    written = {"oldest": 1000, "newest": 3000, "middle": 2000}
+    for name, time in written.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("{}")
+        os.utime(tmp_path / name / "config.yaml", (time, time))
+    assert [run["name"] for run in Content(tmp_path).runs()["runs"]] == ["newest", "middle", "oldest"]
+
+
+def test_a_file_that_grows_is_read_again(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", 0.1, {"status": "running"}, [1.0])
+    content = Content(tmp_path)
+    with SummaryWriter(tmp_path / "run/tensorboard", filename_suffix=".2") as writer:
+        for step in range(1, 4):
+            writer.add_scalar("train/loss", 1.0 + step, step)
+            writer.add_image("depth/signal", PICTURE, step + 1)
+            writer.flush()
+            found = content.curves(tmp_path / "run", ["train/loss"])
+            assert found["curves"]["train/loss"][1][-1] == 1.0 + step
+            assert found["pictures"] == {"depth/signal": step + 2}
+    assert len(list((tmp_path / "run/tensorboard").iterdir())) == 2, "the second file has grown"
+
+
+def test_loggers_write_out_at_each_logged_step(tmp_path: Path) -> None:
+    """Before the next step begins, as the page's documentation says."""
+    seen: list[list[int]] = []
+
+    class Reader(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *_: object) -> None:
+            seen.extend(read_curves(tmp_path / name).get("loss", ([], []))[0] for name in ("events", "table"))
+
+    class Module(BoringModel):
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> Any:
+            self.log("loss", 1.0)
+            return super().training_step(batch, batch_idx)
+
+    loggers = [TensorBoard(tmp_path / "events"), CSVLogger(tmp_path / "table", "csv")]
+    silent = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    trainer = L.Trainer(
+        max_steps=3, limit_val_batches=0, log_every_n_steps=1, logger=loggers, callbacks=[Reader()], accelerator="cpu",
+        **silent,
+    )  # fmt: skip
+    trainer.fit(Module())
+    assert seen == [[], [], [0], [0], [0, 1], [0, 1]]
+
+
 def test_what_is_written_meanwhile_is_seen_and_long_curves_are_thinned(tmp_path: Path) -> None:
     make_run(tmp_path / "run", 0.1, {"status": "running"}, [1.0])
     content = Content(tmp_path)
-    assert content.curves(tmp_path / "run", ["train/loss"])["curves"]["train/loss"] == [[0], [1.0]]
+    assert content.curves(tmp_path / "run", ["train/loss"])["curves"]["train/loss"] == [[1], [1.0]]
     with SummaryWriter(tmp_path / "run/tensorboard", filename_suffix=".2") as writer:
         for step in range(1, 3 * MAX_POINTS):
             writer.add_scalar("train/loss", step, step)
     steps, values = content.curves(tmp_path / "run", ["train/loss"])["curves"]["train/loss"]
     assert len(steps) == len(values) == MAX_POINTS
-    assert (steps[0], steps[-1]) == (0, 3 * MAX_POINTS - 1)
+    assert (steps[0], steps[-1]) == (1, 3 * MAX_POINTS)
     (tmp_path / "run/tensorboard/events.out.tfevents.9").write_bytes(b"x" * 100)
     assert "tfevents.9" in content.curves(tmp_path / "run", ["train/loss"])["error"]
 
@@ -186,7 +239,7 @@ def test_a_browser_shows_them_keeps_up_and_takes_nothing_for_its_own(
     assert "<img src=x" not in page
     drawn = re.findall(r'<path d="([^"]+)" stroke', page)
     assert sorted(path.count("M") for path in drawn) == [1, 2], "a gap where a loss is no number"
-    assert page.count("<circle") == 2, "validation losses"
+    assert page.count("<circle") == 4, "validation losses, and points beside a gap, which no line would show"
     differences = page[page.index('<table id="differences">') :]
     assert "<td>optim.lr</td>" in differences[: differences.index("</table>")]
     assert re.search(r'<img src="picture\?run=[^"]+tag=depth%2Fsignal[^"]+" alt="depth/signal">', page)

@@ -10,7 +10,7 @@ from typing import Any
 from core.event_files import event_files
 from core.printable import printable
 from core.untrusted import Untrusted
-from tools.curves import TABLES, Curve, read_curves, read_pictures
+from tools.curves import TABLES, Curve, from_one, read_curves, read_pictures
 from tools.run_facts import as_text, differences, facts
 from tools.runs import find, look
 
@@ -71,7 +71,7 @@ class Content:
     def curves(self, run: Path, tags: Sequence[str]) -> dict[str, Any]:
         """Return the names of all scalars and pictures of a run, and the curves that are asked for, thinned.
 
-        A value that is no finite number is null. What cannot be read is said in `error`.
+        Steps count from 1. A value that is no finite number is null. What cannot be read is said in `error`.
         """
         try:
             curves, pictures = self._files(run)
@@ -80,7 +80,7 @@ class Content:
         return {
             "tags": sorted(curves),
             "curves": {tag: _thinned(curves[tag]) for tag in tags if tag in curves},
-            "pictures": {tag: step for tag, (step, _) in sorted(pictures.items())},
+            "pictures": {tag: step + 1 for tag, (step, _) in sorted(pictures.items())},
             "error": None,
         }
 
@@ -118,7 +118,7 @@ def _signature(run: Path) -> Signature:
 
 def _thinned(curve: Curve) -> list[list[float | int | None]]:
     """Return [steps, values] of evenly chosen points, the first and the last among them."""
-    steps, values = curve
+    steps, values = from_one(curve)
     count = min(len(steps), MAX_POINTS)
     chosen = [round(i * (len(steps) - 1) / max(count - 1, 1)) for i in range(count)]
     return [[steps[i] for i in chosen], [values[i] if math.isfinite(values[i]) else None for i in chosen]]
