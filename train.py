@@ -89,7 +89,7 @@ def main(config: DictConfig) -> float:
 
         made_by = origin(device_of(trainer), getattr(datamodule, "stream_identity", {}).get("corpus"))
         running = run.running(trainer, config, overrides, step, made_by)
-        with running, own_wandb_run(trainer), report_failures(trainer, run.path):
+        with running, own_wandb_run(), report_failures(trainer, run.path):
             trainer.fit(module, datamodule=datamodule, ckpt_path=run.ckpt_path, weights_only=True)
             tell_end(trainer)
         return final_loss(trainer, run.path)

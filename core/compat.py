@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 if TYPE_CHECKING:
     import lightning as L
+    from lightning.pytorch.loggers import WandbLogger
 
 __all__ = [
     "FakeTensorMode",
@@ -74,12 +75,10 @@ def set_logged_step(trainer: "L.Trainer") -> None:
     trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
 
-def leave_out_deprecated_settings(trainer: "L.Trainer") -> None:
+def leave_out_deprecated_settings(logger: "WandbLogger") -> None:
     """Let a WandbLogger not pass on what wandb warns of, though nobody has set it: Lightning always passes it."""
-    for logger in trainer.loggers:
-        settings = getattr(logger, "_wandb_init", {})
-        if settings.get("anonymous", "unset") is None:
-            del settings["anonymous"]
+    if logger._wandb_init["anonymous"] is None:
+        del logger._wandb_init["anonymous"]
 
 
 def is_resuming(trainer: "L.Trainer") -> bool:

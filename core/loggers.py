@@ -1,22 +1,17 @@
-"""Has Weights & Biases begin a run without a needless word, and ends what its logger leaves open."""
+"""Ends what a logger leaves open."""
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import lightning as L
-
-from core import compat
-
 
 @contextmanager
-def own_wandb_run(trainer: L.Trainer) -> Iterator[None]:
-    """End with the context the run at Weights & Biases that the Trainer begins in it, as failed at an exception.
+def own_wandb_run() -> Iterator[None]:
+    """End with the context the run at Weights & Biases that begins in it, as failed at an exception.
 
     Lightning leaves that to the end of the process. The next run of a sweep, in the same process, would be logged into
     the first one's. A run that somebody has begun before the context stays open.
     """
-    compat.leave_out_deprecated_settings(trainer)
     before = _current()
     try:
         yield

@@ -135,7 +135,7 @@ class RunFolder:
         Raises:
             ConfigError: the folder cannot be written to; or a run has come into it meanwhile, which the lock prevents
                 where the file system has locks.
-            UserError: the overrides of its beginning, which the command to go on repeats, cannot be read.
+            UserError: the overrides of its last process, which the command to go on repeats, cannot be read.
         """
         with writing("run_dir", self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -281,7 +281,8 @@ def refuse_links(path: Path) -> None:
             raise InvalidValue("run_dir", str(path), reason)
         if part.exists() and not (part.is_file() or part.is_dir()):
             raise InvalidValue("run_dir", str(path), f"{part} is no regular file; remove it")
-        if part.is_dir() and not part.is_symlink():
+        of_an_older_run = part.parent == path / "wandb"  # where wandb itself makes links, and writes no more
+        if part.is_dir() and not part.is_symlink() and not of_an_older_run:
             pending.extend(part.iterdir())
 
 
@@ -466,12 +467,13 @@ def _check_same_data(content: dict[str, Any], datamodule: Any) -> None:
 
 
 def read_overrides(run_dir: Path) -> list[str]:
-    """Return the overrides that a run began with, as they were given, references and all.
+    """Return the overrides of the process that trained a run last, as they were given, references and all.
 
     Raises:
         UserError: they are not there, cannot be read, or are no list of texts.
     """
-    path = run_dir / OVERRIDES
+    resumed = (path.name for path in run_dir.glob(f"{Path(OVERRIDES).stem}-resumed-*.yaml"))  # with their time
+    path = run_dir / max(resumed, default=OVERRIDES)
     given = read_yaml(path)
     if not isinstance(given, list) or not all(isinstance(override, str) for override in given):
         raise UserError(f"{path} cannot be read as the run's overrides: expected a list of FIELD=VALUE, or []")

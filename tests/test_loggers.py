@@ -8,12 +8,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
-import lightning as L
 import pytest
+import torch
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 
 from core.event_files import event_files
 from core.loggers import own_wandb_run
+from core.tracking import last_run
 from tests.support.runs import events, run, scalars, tiny_job, train
 from tools.curves import read_curves
 
@@ -80,7 +81,7 @@ def test_without_wandb_the_message_names_what_to_install(tmp_path: Path, monkeyp
     monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", Missing())
     finished = train(tmp_path, *tiny_job("run_dir=run", "logger=wandb"))
     assert finished.code == 2
-    assert finished.err == "Error: logger.wandb._target_='lightning.pytorch.loggers.WandbLogger' is not valid: " + (
+    assert finished.err == "Error: logger.wandb._target_='core.tracking.WeightsAndBiases' is not valid: " + (
         "Try running `pip install wandb`\n"
     )
     assert not (tmp_path / "run").exists()
@@ -120,15 +121,45 @@ def test_runs_of_a_sweep_are_runs_of_their_own_at_wandb(tmp_path: Path, monkeypa
     assert wandb.run is None
 
 
+@pytest.mark.slow  # wandb starts a server of its own, twice
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_resumed_run_goes_on_in_the_same_one_at_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    wandb.teardown()  # its server may be another test's
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    job = ("logger=wandb", "logger.wandb.offline=true")
+    folder = run(tmp_path, "run", *job)
+    (made,) = folder.glob("wandb/offline-run-*")
+    run(tmp_path, "run", *job, "trainer.max_steps=3", "ckpt_path=last")
+    assert {path.name.split("-")[-1] for path in folder.glob("wandb/offline-run-*")} == {made.name.split("-")[-1]}
+    wandb.teardown()  # waits for its server
+    (record,) = made.glob("*.wandb")
+    for text in (f"{tmp_path.name}/run", "asked/trainer/max_steps", "provenance/torch", str(folder)):
+        assert text.encode() in record.read_bytes(), text
+
+
+def test_the_last_run_at_wandb_is_known_by_its_folder(tmp_path: Path) -> None:
+    assert last_run(tmp_path) is None
+    for name in (
+        "run-20260102_000000-b1",
+        "offline-run-20260101_000000-c2",
+        "run-20260101_120000-a_3",
+        "run-x",
+        "latest-run",
+    ):
+        (tmp_path / "wandb" / name).mkdir(parents=True)
+    assert last_run(tmp_path) == "b1"
+
+
 def test_a_run_at_wandb_ends_with_the_context_unless_it_was_there_before(monkeypatch: pytest.MonkeyPatch) -> None:
     service, theirs, ours, failed = SimpleNamespace(run=None), Mock(), Mock(), Mock()
     monkeypatch.setitem(sys.modules, "wandb", service)
     service.run = theirs
-    with own_wandb_run(L.Trainer(logger=False)):
+    with own_wandb_run():
         pass
     theirs.finish.assert_not_called()
     service.run = None
-    with own_wandb_run(L.Trainer(logger=False)):
+    with own_wandb_run():
         service.run = ours
     ours.finish.assert_called_once_with(exit_code=0)
 
@@ -136,7 +167,7 @@ def test_a_run_at_wandb_ends_with_the_context_unless_it_was_there_before(monkeyp
         service.run = failed
         sys.exit(3)
 
-    with pytest.raises(SystemExit), own_wandb_run(L.Trainer(logger=False)):
+    with pytest.raises(SystemExit), own_wandb_run():
         fail()
     failed.finish.assert_called_once_with(exit_code=1)
 
@@ -168,3 +199,8 @@ def test_mlflow_keeps_the_same_curves_in_the_runs_folder(tmp_path: Path) -> None
         kept = {m.step: m.value for part in (first, second) for m in client.get_metric_history(part.info.run_id, tag)}
         assert kept == pytest.approx(scalars(folder, tag), rel=1e-6), tag
     assert first.data.params["model/placement"] == "spannorm"
+    assert [part.info.run_name for part in (first, second)] == [f"{tmp_path.name}/run"] * 2
+    assert first.data.params["run_dir"] == str(folder)
+    assert [part.data.params["asked/trainer/max_steps"] for part in (first, second)] == ["2", "3"]
+    assert first.data.params["provenance/torch"] == torch.__version__
+    assert "epoch" not in first.data.metrics

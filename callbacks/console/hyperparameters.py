@@ -1,4 +1,4 @@
-"""Fills TensorBoard's HParams tab: the run's settings beside what it came to."""
+"""Fills TensorBoard's HParams tab, and what other loggers have like it: settings beside what a run came to."""
 
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ class Hyperparameters(L.Callback):
     of blocks stand there a second time under names that come first, `1 placement`, `2 init`. What the command line
     asked for does too, as `asked/optim/lr`. Behind all settings comes where the run is from (`provenance/commit`,
     `provenance/host`). Lightning's own way writes them only together with a made-up first value of the metric, which
-    spoils its curve.
+    spoils its curve. Other loggers get the folder, what was asked for and where the run is from.
 
     Args:
         metric: the scalar that the tab shows beside them, before training loss and speed; its last value counts.
@@ -57,9 +57,14 @@ class Hyperparameters(L.Callback):
         leading = {f"{number} {name.split('/')[-1]}": settings.get(name) for number, name in enumerate(LEADING, 1)}
         first = {name: value for name, value in leading.items() if value is not None} | first
         plain = {key: v if isinstance(v, bool | int | float | str) else str(v) for key, v in (first | settings).items()}
+        # The others have all settings by Lightning's own way.
+        more = {name: v for name, v in plain.items() if name.startswith(("asked/", f"{PROVENANCE}/"))}
+        more |= {"run_dir": str(Path(self.run_dir).absolute())} if self.run_dir is not None else {}
         metrics = dict.fromkeys((self.metric, "train/loss", f"train/{task_of(pl_module).counted}_per_second"), 0.0)
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+            if not isinstance(logger, TensorBoardLogger):
+                logger.log_hyperparams(more)
+            elif trainer.is_global_zero:
                 for summary in hparams(plain, metrics):
                     logger.experiment.file_writer.add_summary(summary)
 

@@ -111,12 +111,15 @@ def test_the_command_repeats_what_was_asked_for(monkeypatch: pytest.MonkeyPatch)
     overrides = ["experiment=moe", "+callbacks.mine={a: 1}", "trainer.max_steps=7", "run_dir=old", "ckpt_path=x.ckpt"]
     path = Path("runs/moe/a run").absolute()
     RunFolder(path, None).create(asked(seed=1), overrides)
-    run = RunFolder(path, None, holds_run=True)
-    run.create(asked(seed=2), ["seed=2"])
-    assert OmegaConf.load(run.path / "config.yaml").seed == 1
     command = ["python", "/some where/train.py", *overrides[:2]]
+    first = [*command, "trainer.max_steps=7", "run_dir='runs/moe/a run'", "ckpt_path=last"]
+    assert shlex.split(resume_command(path)) == first
+    run = RunFolder(path, None, holds_run=True)
+    run.create(asked(seed=2), [*overrides, "optim.schedule=wsd"])
+    assert OmegaConf.load(run.path / "config.yaml").seed == 1
+    command += ["optim.schedule=wsd"]  # as the process that trained it last was asked
     end = ["run_dir='runs/moe/a run'", "ckpt_path=last"]
-    assert shlex.split(resume_command(run.path)) == [*command, "trainer.max_steps=7", *end]
+    assert shlex.split(resume_command(run.path)) == [*command[:-1], "trainer.max_steps=7", command[-1], *end]
     assert shlex.split(resume_command(run.path, max_steps=14)) == [*command, "trainer.max_steps=14", *end]
 
 

@@ -74,6 +74,18 @@ def test_no_link_leads_a_run_out_of_its_folder(cwd: Path, kind: str) -> None:
     assert_refused(cwd, "leads out of it by a link, through which the run would write and delete; remove the link")
 
 
+def test_links_that_wandb_made_for_an_older_run_are_no_way_out(cwd: Path) -> None:
+    """It logs its own doings elsewhere, beside the folder of a run that it never writes into again."""
+    (cwd / "outside").mkdir()
+    older = cwd / "run/wandb/offline-run-20260101_000000-abc"
+    older.mkdir(parents=True)
+    (older / "debug-core.log").symlink_to(cwd / "outside/debug.log")
+    finished = train(cwd, *tiny_job("run_dir=run", "ckpt_path=last", "trainer.max_steps=3"))
+    assert finished.code == 0, finished.err
+    (cwd / "run/wandb/debug.log").symlink_to(cwd / "outside/debug.log")
+    assert_refused(cwd, "run/wandb/debug.log leads out of it by a link")
+
+
 def test_no_link_leads_a_new_run_out_of_the_folder_that_it_is_given(cwd: Path) -> None:
     """A folder without a run in it: nothing but a link to a place where somebody's checkpoints lie."""
     (cwd / "outside/step_1").mkdir(parents=True)
