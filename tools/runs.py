@@ -250,9 +250,14 @@ def make_table(rows: list[Row], root: Path, columns: Sequence[str] = ()) -> Tabl
         steps = "-" if row.step is None else f"{row.step}/{row.max_steps}" if row.max_steps else str(row.step)
         loss = "-" if row.val_loss is None else f"{row.val_loss:.4f}"
         status = Text(row.status, style=STYLES[row.status])
-        more = (cell(as_text(row.facts[column])) if column in row.facts else "-" for column in columns)
+        more = (cell(_short(column, row.facts[column])) if column in row.facts else "-" for column in columns)
         table.add_row(cell(_name(row, root)), status, steps, loss, age(row.seconds), *more)
     return table
+
+
+def _short(name: str, value: Any) -> str:
+    """Return a cell; of a commit its beginning, which `where` takes, too."""
+    return as_text(value)[:12] if name == "commit" else as_text(value)
 
 
 def reasons(rows: list[Row], root: Path) -> list[str]:
@@ -296,7 +301,8 @@ def main(config: RunsConfig) -> None:
             asked_by = "sort" if name == config.sort else "columns" if name in config.columns else "where"
             near = "".join(f"; did you mean {found}?" for found in get_close_matches(name, known, 1))
             origins = ", ".join((*FIELDS, *OF_THE_USER))
-            valid = f"a setting in one of their config.yaml, as optim.lr, or one of {origins}{near}"
+            also = "age, loss, " if asked_by == "sort" else ""
+            valid = f"{also}a setting in one of their config.yaml, as optim.lr, or one of {origins}{near}"
             require(name in known, asked_by, name, valid)
     rows = in_order([row for row in rows if is_wanted(row, config.where)], config.sort)
     console = Console(width=None if Console().is_terminal else 160)

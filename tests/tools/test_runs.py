@@ -176,7 +176,7 @@ def schemes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         model = f"{{placement: {placement}, compile: false}}"
         config = f"model: {model}\nmodule: {{model: {model}}}\noptim: {{lr: {rate}}}\nrun_dir: runs/{name}\n"
         (folder / "config.yaml").write_text(config)
-        origin = {"commit": f"{name}bcdef", "torch": "=2.13", "threads": 1}
+        origin = {"commit": f"{name}bcdef{'0' * 34}", "torch": "=2.13", "threads": 1}
         if name != "c":
             (folder / "summary.json").write_text(json.dumps({"steps": 5, "val_loss": 2.0, "provenance": origin}))
     return tmp_path
@@ -192,8 +192,11 @@ def test_runs_are_chosen_and_sorted_by_settings_and_origins(schemes: Path, capsy
     assert listed(capsys, "where=[model.placement=span]") == [], "and of nothing else"
     assert listed(capsys, "where=[model.placement=spannorm,model.compile=false,threads=1]") == ["b"]
     main(["columns=[optim.lr,threads]", "where=[optim.lr=0.02]"])
-    (row,) = [line for line in capsys.readouterr().out.splitlines() if "│ c " in line]
+    out = capsys.readouterr().out
+    (row,) = [line for line in out.splitlines() if "│ c " in line]
     assert [cell.strip() for cell in row.split("│")][6:8] == ["0.02", "-"]
+    main(["columns=[commit]", "where=[commit=ab]"])
+    assert "│ abcdef000000 │" in capsys.readouterr().out
 
 
 def test_all_that_is_known_of_the_runs_can_be_written(schemes: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -216,6 +219,7 @@ def test_all_that_is_known_of_the_runs_can_be_written(schemes: Path, capsys: pyt
         ("sort=speed", "sort='speed' is not valid"),
         ("where=[spannorm]", "where='spannorm' is not valid: expected a list of NAME=VALUE"),
         ("where=[model.placment=spannorm]", "where='model.placment' is not valid"),
+        ("sort=val_loss", "sort='val_loss' is not valid: expected age, loss, a setting in one of their config.yaml"),
         ("output=all.txt", "output='all.txt' is not valid: expected a name that ends in .csv or .json"),
     ],
 )
