@@ -9,8 +9,9 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlencode
+from urllib.parse import parse_qs, urlencode, urlsplit
 
+import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
@@ -33,6 +34,7 @@ def make_run(folder: Path, curves: dict[str, Sequence[float]], status: str = "do
         for tag, values in curves.items():
             for step, value in enumerate(values):
                 writer.add_scalar(tag, value, step)
+        writer.add_image("depth/signal", np.zeros((3, 4, 4), np.float32), 9)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_run(root / "a", {"train/loss": losses, "val/loss": [3.0], "val/bigram_loss": [COUNTED], "x/small": [1, 1e-2]})
     decades = [10.0**-step for step in range(5)]
     both = {"train/loss": losses[::-1], "val/loss": [2.5], "val/bigram_loss": [COUNTED]}
-    make_run(root / "b", both | {"x/decades": decades, "x/10": [1.0], "x/9": [1.0]}, "stopped")
+    make_run(root / "b", both | {"x/decades": decades, "x/10": [1.0], "x/9": [1.0], "x/near": [0.4, 6]}, "stopped")
     (root / "elsewhere").mkdir()
     (root / "elsewhere/config.yaml").write_text("logger: {mlflow: {}}")
     (root / "elsewhere/mlflow.db").write_bytes(b"SQLite format 3\0")
@@ -128,6 +130,8 @@ def test_a_run_whose_curves_lie_elsewhere_is_said_to_have_none(browser: Browser,
         assert boxes(page, "#problems")[0]["height"] < 30, "one line"
         page.click("input[aria-label=elsewhere]")
         page.wait("!document.getElementById('problems').textContent")
+        assert texts(page, "#no-pictures") == [""]
+    with opened(browser, server, run="elsewhere") as page:
         assert "event files" in texts(page, "#no-pictures")[0]
     with opened(browser, server, run=["a", "b"], tag="x/decades") as page:
         assert texts(page, "#problems") == ["not written by a"]
@@ -136,7 +140,7 @@ def test_a_run_whose_curves_lie_elsewhere_is_said_to_have_none(browser: Browser,
 def test_a_scalar_is_chosen_from_all_that_are_written_and_drawn_at_once(browser: Browser, server: Watching) -> None:
     with opened(browser, server, run=["a", "b"]) as page:
         assert texts(page, "#tag option") == [
-            LOSSES, "train/loss", "val/bigram_loss", "val/loss", "x/9", "x/10", "x/decades", "x/small",
+            LOSSES, "train/loss", "val/bigram_loss", "val/loss", "x/9", "x/10", "x/decades", "x/near", "x/small",
         ]  # fmt: skip
         assert [len(points) for _, points in lines(page)] == [60, 60]
         page.enter("#tag", "x/decades")
@@ -166,6 +170,8 @@ def test_logarithmic_is_that_of_the_values(browser: Browser, server: Watching) -
         assert "log" not in view(page)
     with opened(browser, server, run="a", tag="train/loss", log=1) as page:
         assert len(numbers(page, "value")) >= 3, "less than a decade: numbers in between"
+    with opened(browser, server, run="b", tag="x/near", log=1) as page:
+        assert sorted(numbers(page, "value")) == [0.5, 1, 2, 5]
 
 
 def test_runs_are_told_apart_and_each_can_be_left_out(browser: Browser, server: Watching) -> None:
@@ -203,13 +209,28 @@ def test_the_filter_hides_rows_by_name_and_status(browser: Browser, server: Watc
         assert texts(page, shown) == ["elsewhere"]
 
 
+def test_the_pictures_are_those_of_the_run_that_is_chosen(browser: Browser, server: Watching) -> None:
+    shown = "[...document.querySelectorAll('#pictures img')].filter(image => image.naturalWidth === 4).map(i => i.src)"
+    with opened(browser, server, run=["a", "b", "elsewhere"]) as page:
+        assert texts(page, "#of option") == ["a", "b"]
+        (first,) = page.wait(shown)
+        page.enter("#of", "b")
+        (second,) = page.wait(f"(of_b => of_b.length && of_b[0] !== '{first}' && of_b)({shown})")
+        assert [parse_qs(urlsplit(address).query)["run"] for address in (first, second)] == [["a"], ["b"]]
+        assert texts(page, "#pictures figcaption") == ["depth/signal, step 10"]
+        assert view(page)["of"] == ["b"]
+    with opened(browser, server, run=["a", "b"], of="b") as page:
+        assert page.run("document.getElementById('of').value") == "b"
+
+
 @pytest.mark.parametrize("width", [640, 1400])
 def test_axes_have_round_numbers_that_can_be_read_and_dots_are_round(
     browser: Browser, server: Watching, width: int
 ) -> None:
     with opened(browser, server, run=["a", "b"]) as page:
         page.resize(width)
-        page.wait(f"document.querySelector('#charts svg').getBoundingClientRect().right <= {width}")
+        drawn = "document.querySelector('#charts svg').clientWidth === document.getElementById('charts').clientWidth"
+        page.wait(f"innerWidth === {width} && {drawn}")
         (chart,) = boxes(page, "#charts svg")
         assert chart["width"] > 0.8 * min(width, 1240)
         for kind in ("value", "step"):
@@ -285,7 +306,7 @@ def test_what_is_chosen_last_is_drawn_however_late_an_earlier_answer_comes(
         page.wait("performance.getEntriesByType('resource').some(one => one.name.includes('decades'))")
         time.sleep(0.1)
         assert page.run(chart) == "x/9"
-        assert not lines(page)[0][1][1:], "the one point of x/9"
+        assert len(boxes(page, "#charts circle")) == len(lines(page)[0][1]) == 1, "the one point of x/9 can be seen"
 
 
 @pytest.mark.parametrize("values", [[1.0, 1.0 + 2**-23], [3e38, -3e38], [1e-45, 1e-45], [0.0, -1.0], [7e20]])
