@@ -8,7 +8,8 @@ alike, and a ratio is the median of those within a round. Same parameters within
 AdamW). MFU is 6 FLOPs for each active parameter that multiplies and each token, and attention's, over what torch's
 products of large matrices reach in the same rounds; the causal mask is not credited. Memory is that of a step, imports
 left out: on a GPU what is allocated, on a CPU what is resident. On a GPU a contender keeps 12 bytes a parameter while
-the others step, and takes the rest again in a step that is not timed.
+the others step, and takes the rest again in a step that is not timed. What was found is kept by day beside the report,
+as JSON, and goals are judged by all days.
 """
 
 import statistics
@@ -24,9 +25,9 @@ import matplotlib
 import torch
 from matplotlib import pyplot
 
-from benchmarks import spending
+from benchmarks import days, spending
 from benchmarks.contenders import DENSE, MIXTURES, Sizes
-from benchmarks.measure import check_counts, interval, judged, machine, ratios, take_turns
+from benchmarks.measure import check_counts, interval, judged, machine, machine_name, ratios, take_turns
 from benchmarks.spending import Spending
 from benchmarks.workers import RATE, Contender, Result, start
 from core import cli
@@ -180,11 +181,27 @@ def peers_of(rows: list[Row]) -> list[Row]:
     return [row for row in rows if is_peer(row.name)]
 
 
+def fastest_of(peers: list[Row]) -> Row:
+    return min(peers, key=lambda row: row.speed)
+
+
+def leanest_of(peers: list[Row]) -> Row:
+    return min(peers, key=lambda row: row.result.memory)
+
+
+def of_today(rows: list[Row]) -> dict[str, Any]:
+    """Return what days.recorded keeps of a table."""
+    fastest, leanest = fastest_of(peers_of(rows)), leanest_of(peers_of(rows))
+    least, most = fastest.between
+    memory = rows[0].result.memory / leanest.result.memory
+    return {"peer": fastest.name, "speed": fastest.speed, "least": least, "most": most, "memory": memory}
+
+
 def verdict(case: Case, rows: list[Row]) -> str:
     peers = peers_of(rows)
     if not peers:
         return "No peer does this at all."
-    fastest, leanest = min(peers, key=lambda row: row.speed), min(peers, key=lambda row: row.result.memory)
+    fastest, leanest = fastest_of(peers), leanest_of(peers)
     lean, (least, most) = rows[0].result.memory / leanest.result.memory, fastest.between
     return (
         f"Goal {case.goal} times the fastest peer ({fastest.name}), by the lower end of the interval: "
@@ -195,7 +212,7 @@ def verdict(case: Case, rows: list[Row]) -> str:
 
 def bound(rows: list[Row]) -> str:
     """Return about how far ahead a model could be whose products are those of the fastest peer."""
-    peer = min(peers_of(rows), key=lambda row: row.speed)
+    peer = fastest_of(peers_of(rows))
     share = sum(value for name, value in peer.spent.shares.items() if name.startswith(KERNELS))
     return (
         f"Matrix products and attention's kernels are {100 * share:.0f} % of {peer.name}'s step: by the same ones, and "
@@ -294,6 +311,13 @@ def main(config: CompareConfig) -> None:
     if config.device == "cuda":
         say("\n## Against the machine\n")
         for line in goals_of_gpu({title: rows[0] for title, rows in measured.items()}, torch.cuda.get_device_name()):
+            say(line)
+    if not config.only and not config.layers:  # a part, or another model, would stand for the whole
+        goals = {case.title: case.goal for case in cases(config.device)}
+        found = {title: of_today(rows) for title, rows in measured.items() if peers_of(rows)}
+        say("\n## Over days and machines\n")
+        records = days.recorded(output.with_suffix(".json"), machine_name(config.device), found)
+        for line in days.judgement(records, goals):
             say(line)
     draw(measured, output.with_suffix(".png"))
     say(f"\nThe whole took {(time.perf_counter() - started) / 60:.0f} minutes.")

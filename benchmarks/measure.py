@@ -95,10 +95,17 @@ def report(head: str, columns: str, rows: Iterable[Any], verdict: Callable[[list
     output.write_text("\n".join([head, columns, *map(str, found), "", judgement]) + "\n")
 
 
-def machine(device: str) -> str:
+def machine_name(device: str) -> str:
     if device == "cuda":
-        return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+        return torch.cuda.get_device_name()
     models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     name = models[0].partition(":")[2].strip() if models else platform.processor()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def machine(device: str) -> str:
+    """Return its name, and what of its state a figure depends on."""
+    if device == "cuda":
+        return f"{machine_name(device)}, CUDA {torch.version.cuda}"
     load = ", ".join(f"{value:.2f}" for value in os.getloadavg())
-    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used, load before {load}"
+    return f"{machine_name(device)}, {torch.get_num_threads()} threads used, load before {load}"

@@ -1,9 +1,11 @@
-"""Says where a run's event files lie: in its folder itself, after which TensorBoard then calls the run."""
+"""Says where a run's curves lie: event files in its folder itself, after which TensorBoard calls it, and tables."""
 
 from pathlib import Path
 
 OLDER = "tensorboard"
 """The folder below it in which those of older runs lie, and in which they go on."""
+TABLES = "csv/version_*/metrics.csv"
+"""Those of logger=csv below it, one for each time that the run was started."""
 PREFIX = "events.out.tfevents."
 """How the names of TensorBoard's files begin."""
 
@@ -18,3 +20,8 @@ def event_files(run: Path) -> list[Path]:
     """Return the event files of a run, in the order in which they are read."""
     folder = event_folder(run)
     return sorted(path for path in folder.iterdir() if path.name.startswith(PREFIX)) if folder.is_dir() else []
+
+
+def has_curves(run: Path) -> bool:
+    """Return whether the folder is one of a run under logger=tensorboard or logger=csv."""
+    return bool(event_files(run)) or any(run.glob(TABLES))

@@ -1,11 +1,13 @@
 """Lightning's loggers for services that track experiments, told which run is which: Weights & Biases, and MLflow."""
 
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from core import compat
 
@@ -63,3 +65,10 @@ class MLflow(MLFlowLogger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Send scalars at a step, as Lightning's logger does."""
         super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
+
+    @rank_zero_only
+    def finalize(self, status: str = "success") -> None:
+        """End the run at MLflow, and say how its page is opened where the database is a file."""
+        super().finalize(status)
+        if "://" in (uri := str(self._tracking_uri)) and not uri.startswith("http"):
+            print(f"Curves in MLflow: {shlex.join(['mlflow', 'ui', '--backend-store-uri', uri])}")

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, ConfigDict, Field
 
 from core.atomic_write import write_whole
+from core.event_files import has_curves
 from core.status import EARLY, MAX_WORD, PROVENANCE
 from core.status import read as read_status
 from core.task import LOSS, NATS_PER_TOKEN
@@ -18,7 +19,6 @@ from core.untrusted import MIB, Untrusted, read_json
 from studies.decay import Decay
 from studies.grid import Label, Override, Planned, Seed
 from tools.compare import LATE, Run
-from tools.curves import has_curves
 from tools.stability import MAX_BLOCKS
 
 FINISHED, SPIKING, SLOW = "finished", "spiking", "slow"

@@ -69,7 +69,8 @@ def test_an_older_run_goes_on_where_its_event_files_lie(tmp_path: Path) -> None:
 def test_csv_alone_is_enough_and_a_resumed_run_leaves_the_first_part_alone(tmp_path: Path) -> None:
     folder = run(tmp_path, "run", "logger=csv", *EVERYTHING)
     assert not event_files(folder)
-    assert json.loads((folder / "summary.json").read_text())["tensorboard"] is None
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["tensorboard"], summary["watch"]) == (None, "python -m tools.watch .")
     before = (folder / "csv/version_0/metrics.csv").read_bytes()
     run(tmp_path, "run", "logger=csv", "trainer.max_steps=3", "ckpt_path=last")
     assert (folder / "csv/version_0/metrics.csv").read_bytes() == before
@@ -191,7 +192,9 @@ def test_wandb_without_a_login_is_a_line_and_leaves_nothing(tmp_path: Path, monk
 def test_mlflow_keeps_the_same_curves_in_the_runs_folder(tmp_path: Path) -> None:
     tracking = pytest.importorskip("mlflow.tracking")
     folder = run(tmp_path, "run", "logger=[tensorboard,mlflow]", *EVERYTHING)
-    run(tmp_path, "run", "logger=[tensorboard,mlflow]", "trainer.max_steps=3", "ckpt_path=last")
+    resumed = ["logger=[tensorboard,mlflow]", "trainer.max_steps=3", "ckpt_path=last"]
+    out = train(tmp_path, *tiny_job("run_dir=run", *resumed, *EVERYTHING)).out
+    assert "Curves in MLflow: mlflow ui --backend-store-uri sqlite:///run/mlflow.db\n" in out
     client = tracking.MlflowClient(f"sqlite:///{folder}/mlflow.db")
     (experiment,) = client.search_experiments(filter_string="name = 'spannorm-suite'")
     second, first = client.search_runs([experiment.experiment_id])  # the newest first

@@ -20,10 +20,11 @@ from rich.table import Table
 from core import cli
 from core.dataclass_cli import FIRST
 from core.errors import require
+from core.event_files import has_curves
 from core.printable import cell, printable
 from core.status import MEASURED, read_summary
 from core.task import NATS_PER_TOKEN
-from tools.curves import Curve, from_one, has_curves, read_curves
+from tools.curves import Curve, from_one, read_curves
 from tools.picture import check_picture, save_picture
 from tools.run_facts import as_text, differences, facts
 from tools.run_labels import labels

@@ -15,14 +15,13 @@ from typing import Any, TextIO
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
 from core.errors import one_line
-from core.event_files import event_files
+from core.event_files import TABLES, event_files
 from core.untrusted import MIB, Untrusted, beyond, bound
 
 Curve = tuple[list[int], list[float]]
 """Optimizer steps as loggers number them, from 0, and the value at each."""
 
 PNG = b"\x89PNG\r\n\x1a\n"
-TABLES = "csv/version_*/metrics.csv"
 FILE_BYTES = 4096 * MIB
 """Of all the files of a run's curves together."""
 RECORD_BYTES = 4 * MIB
@@ -38,11 +37,6 @@ MAX_CELLS = 100_000_000
 """Of all the tables of a run together, empty ones included: a row has one for each column, however short it is."""
 FRAME, CHECKSUM = 12, 4  # bytes before and after an event: its length and that one's checksum, its own checksum
 MAX_STEP = 10**15
-
-
-def has_curves(run: Path) -> bool:
-    """Return whether the folder is one of a run under logger=tensorboard or logger=csv."""
-    return bool(event_files(run)) or any(run.glob(TABLES))
 
 
 def read_curves(run: Path) -> dict[str, Curve]:

@@ -14,7 +14,7 @@ from rich.table import Table
 from callbacks.protocols import CountsUnits
 from core.atomic_write import write_whole
 from core.early_end import how_it_ended
-from core.event_files import event_files
+from core.event_files import event_files, has_curves
 from core.printable import cell, printable
 from core.provenance import device_of, provenance
 from core.run_folder import resume_command
@@ -22,7 +22,7 @@ from core.status import DIVERGED, DONE, PROVENANCE, TIMED_OUT
 from core.task import task_of
 
 MEASURED = "run_summary"  # in a checkpoint
-COMMANDS = ("tensorboard", "resume")
+COMMANDS = ("tensorboard", "watch", "resume")
 """Keys of the summary that are command lines."""
 FOR_FILES = (PROVENANCE, "figures", "main")
 """Keys of the summary that are not printed: where it comes from, what stands there by itself, what tools compare by."""
@@ -56,6 +56,7 @@ class RunSummary(L.Callback):
     | total_seconds | of all processes that have trained it, each up to the checkpoint that the next one resumed |
     | parameters, active_parameters | count |
     | tensorboard | command line; null where another logger keeps the curves |
+    | watch | command line of the live page of all runs beside this one; null where it cannot read the curves |
     | resume | command line that goes on: twice as long, or up to the end that a run stopped early did not reach; null |
     | | where there is no last checkpoint, no command line that began the run, no time left, or a loss |
     | | that is no number |
@@ -110,6 +111,7 @@ class RunSummary(L.Callback):
         Console(width=None if Console().is_terminal else 160).print(table)
         words = {
             "tensorboard": "Curves and pictures",
+            "watch": "Beside other runs",
             "resume": "Twice as long" if summary["status"] == DONE else "To go on",
         }
         for key in COMMANDS:
@@ -179,6 +181,9 @@ class RunSummary(L.Callback):
             "last_checkpoint": str(last) if last.exists() else None,
             "tensorboard": shlex.join(["tensorboard", "--logdir", str(self.run_dir)])
             if event_files(self.run_dir)
+            else None,
+            "watch": shlex.join(["python", "-m", "tools.watch", str(self.run_dir.parent)])
+            if has_curves(self.run_dir)
             else None,
             "resume": self._resume_command(trainer, status) if last.exists() else None,
             PROVENANCE: provenance(device_of(trainer), getattr(datamodule, "stream_identity", {}).get("corpus")),

@@ -1,5 +1,6 @@
 """The comparison at sizes that cost nothing: real processes, real peers where they are installed, and its verdicts."""
 
+import json
 import multiprocessing
 from contextlib import nullcontext
 from pathlib import Path
@@ -34,6 +35,14 @@ def test_it_steps_all_in_turn_and_writes_table_chart_and_verdict(
     assert "| `aten::mm` |" in text, "where the time goes"
     assert "Goal 1e-09 times the fastest peer (transformers Mixtral), by the lower end" in text
     assert (tmp_path / "benchmark.png").stat().st_size > 1000
+    assert "Mixture, goal 1e-09:" in text
+    (kept,) = json.loads((tmp_path / "benchmark.json").read_text())
+    found = kept["tables"]["Mixture"]
+    assert found["peer"] == "transformers Mixtral"
+    assert found["least"] <= found["speed"] <= found["most"]
+    assert f"{found['memory']:.2f}, **" in text
+    compare.main(["rounds=1", "threads=1", "only=Mix", f"output={tmp_path}/part.md"])
+    assert not (tmp_path / "part.json").exists(), "a part would stand for the whole"
 
 
 def test_all_take_turns_and_the_first_round_does_not_count() -> None:

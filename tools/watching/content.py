@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from core.event_files import event_files
+from core.event_files import TABLES, event_files
 from core.printable import printable
 from core.untrusted import Untrusted
-from tools.curves import TABLES, Curve, from_one, read_curves, read_pictures
+from tools.curves import Curve, from_one, read_curves, read_pictures
 from tools.run_facts import as_text, differences, facts
 from tools.runs import find, look
 

@@ -27,7 +27,7 @@ KEYS = ["status", "reason", "loss_unit"]
 KEYS += ["train_loss", "val_loss", "val_perplexity", "val_bits_per_byte", "bigram_loss", "unigram_loss"]
 KEYS += ["figures", "main", "steps", "tokens"]
 KEYS += ["tokens_per_second", "seconds", "total_seconds", "parameters", "active_parameters"]
-KEYS += ["best_checkpoint", "last_checkpoint", "tensorboard", "resume", "provenance"]
+KEYS += ["best_checkpoint", "last_checkpoint", "tensorboard", "watch", "resume", "provenance"]
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,7 @@ def test_it_holds_what_it_promises(summary: dict[str, Any], job: Job) -> None:
     assert summary["train_loss"] == pytest.approx(scalars(job.folder, "train/loss")[STEPS - 1])
     assert summary["tokens_per_second"] > summary["tokens"] / summary["seconds"], "seconds include the validation"
     assert summary["tensorboard"] == "tensorboard --logdir run"
+    assert summary["watch"] == "python -m tools.watch ."
     for name in ("best", "last"):
         assert summary[f"{name}_checkpoint"] == f"run/checkpoints/{name}.ckpt"
     assert f"trainer.max_steps={2 * STEPS} run_dir=run ckpt_path=last" in summary["resume"]
@@ -108,6 +109,7 @@ def test_the_console_says_the_same(summary: dict[str, Any], job: Job) -> None:
     assert f"Twice as long: {summary['resume']}\n" in out, "whole, and in one line"
     assert f"Curves and pictures: {summary['tensorboard']}\n" in out
     assert "The overview: http://localhost:6006/#custom_scalars\n" in out
+    assert f"Beside other runs: {summary['watch']}\n" in out
 
 
 def test_no_path_is_cut(tmp_path: Path) -> None:
