@@ -242,5 +242,5 @@ def lacks_memory(error: BaseException) -> bool:
     """Return whether the machine or the device had not the memory that was asked for, or the number overflowed."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    said = ("can't allocate memory", "Storage size calc")
+    said = ("can't allocate memory", "Storage size calc", "out of memory", "ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(words in str(error) for words in said)

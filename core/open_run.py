@@ -42,14 +42,15 @@ class OpenRun:
     data_identity: dict[str, Any] = field(default_factory=dict)
 
 
-def open_run(folder: Path, checkpoint: str = "last", allow: Collection[str] = ()) -> OpenRun:
-    """Load a run's model, on a GPU if there is one, in fp32.
+def open_run(folder: Path, checkpoint: str = "last", allow: Collection[str] = (), device: str | None = None) -> OpenRun:
+    """Load a run's model in fp32.
 
     Args:
         folder: the run's.
         checkpoint: last, best, or the path of one.
         allow: classes of the user's own, and addresses of corpora, that its configuration names; no others are
             imported, or asked.
+        device: where to; None: on a GPU if there is one.
 
     Raises:
         ConfigError: no run, foreign code in it, no such checkpoint, or one that cannot be read as one of this run.
@@ -85,7 +86,7 @@ def open_run(folder: Path, checkpoint: str = "last", allow: Collection[str] = ()
     module = build(config, "module", **of_data(config, saved.get, path.name))
     there = sum(weight.numel() for weight in weights.values())
     require(module.num_parameters[0] <= there, "checkpoint", str(path), described)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+    with torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")):
         module.configure_model()
     try:
         module.load_state_dict(weights)

@@ -1,8 +1,8 @@
 """Shares a machine's GPUs out over the runs of studies: each waits for as many as it trains on, and has them alone.
 
 A GPU in use is a locked file in a folder of the machine's, so that two studies do not take the same one. The training
-process inherits the locks, as it may outlive a study that is killed. Under SLURM, which shares GPUs out itself, nothing
-is done here.
+process inherits the locks, as it may outlive a study that is killed. Each job of SLURM has a folder of its own: two
+jobs on a machine may call different GPUs by the same number.
 """
 
 import fcntl
@@ -58,10 +58,11 @@ def taken(number: int, visible: Sequence[str]) -> Iterator[dict[str, str]]:
         number: of GPUs; 0: no waiting, no variables.
         visible: those to choose from.
     """
-    if number == 0 or "SLURM_JOB_ID" in os.environ:
+    if number == 0:
         yield {}
         return
-    folder = Path(tempfile.gettempdir()) / f"spannorm-gpus-{os.getuid()}"
+    job = os.environ.get("SLURM_JOB_ID", "")
+    folder = Path(tempfile.gettempdir()) / f"spannorm-gpus-{os.getuid()}{job and f'-{job}'}"
     folder.mkdir(mode=0o700, exist_ok=True)
     with ExitStack() as locks:
         found: dict[str, IO[str]] = {}
@@ -69,7 +70,8 @@ def taken(number: int, visible: Sequence[str]) -> Iterator[dict[str, str]]:
             fcntl.flock(queue, fcntl.LOCK_EX)
             while len(found) < number:
                 for name in visible:
-                    if len(found) < number and name not in found and (lock := _lock(folder / f"{name}.lock")):
+                    path = folder / f"{name.replace('/', '-')}.lock"  # of older drivers: MIG-GPU-.../1/0
+                    if len(found) < number and name not in found and (lock := _lock(path)):
                         found[name] = locks.enter_context(lock)
                 if len(found) < number:
                     time.sleep(POLL_SECONDS)

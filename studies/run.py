@@ -5,8 +5,10 @@
     python -m studies.run study=depth scale=gpu hydra/launcher=submitit_slurm hydra.launcher.partition=NAME
 
 Hydra's launchers do the running; on a machine with GPUs each run has as many as it trains on, and waits for them. A run
-that was killed resumes from its last checkpoint; one that had not the memory is no result either, and is run again; one
-that failed is recorded as failed, and the rest goes on. `python -m studies.status` says how far it is.
+that was killed resumes from its last checkpoint. One that was refused, as of a folder that cannot be written to, or had
+not the memory is no result either, and is run again. One that crashed is recorded as broken, and the rest goes on.
+What follows on a selection waits until all that it selects from has its record. `python -m studies.status` says how far
+it is.
 """
 
 import fcntl
@@ -23,9 +25,8 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from core import cli
-from core.errors import ConfigError, one_line, suggest
+from core.errors import ConfigError, UserError, one_line, suggest
 from core.interruption import PEER_LOST
-from core.memory import LACK
 from core.printable import printable
 from core.run_folder import LAST
 from core.saved_config import texts
@@ -39,6 +40,8 @@ from studies.plan import Plan, StudyConfig, is_done, known_runs, lock_of, plan_o
 from studies.record import BROKEN, Record, collect, storable
 
 ROOT = Path(__file__).resolve().parents[1]
+NAMED = 5
+"""Of the runs without a result; the status has them all."""
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="study")
@@ -91,7 +94,7 @@ def with_outcomes(record: Record, folder: Path, outcomes: tuple[str, ...]) -> Re
     from tools.examination.examine import outcomes_of
 
     try:
-        found = outcomes_of(folder, outcomes, allow=named(record))
+        found = outcomes_of(folder, outcomes, allow=named(record), device="cpu")  # the GPUs are other runs'
     except Exception as error:  # a trained run keeps its record
         print(f"{record.name}: no outcomes: {printable(one_line(error))}", file=sys.stderr, flush=True)
         return record
@@ -152,7 +155,7 @@ def train(run: Planned, folder: Path, threads: int) -> Record | str:
     if ended.returncode < 0 or ended.returncode > 128 or ended.returncode == PEER_LOST:
         return "killed; start the study again and it resumes"
     last = (ended.stderr.strip() or ended.stdout.strip() or f"exit code {ended.returncode}").splitlines()[-1]
-    if LACK in last:
+    if ended.returncode == cli.USER_ERROR:  # of this machine, as too little memory, or of what was asked for
         return f"no result, {last.removeprefix('Error: ')}; start the study again and it is run again"
     return collect(run, folder, broken=last)
 
@@ -195,6 +198,13 @@ def main(config: StudyConfig) -> None:
                 num_gpus(next(run for run in batch if run.name == todo[0]))
             sys.argv[1:] = ["--multirun", *overrides, f"run={','.join(todo)}"]
             run_one()
+    without = [run.name for run in known_runs(plan) if not is_done(plan.record_of(run), run)]
+    if without:
+        more = f" and {len(without) - NAMED} more" if len(without) > NAMED else ""
+        raise UserError(
+            f"{len(without)} runs have no result: {', '.join(without[:NAMED])}{more}; why is said above, and the study "
+            "started again goes on with them"
+        )
 
 
 if __name__ == "__main__":

@@ -281,6 +281,11 @@ def test_words_of_errors_without_a_type() -> None:
             torch.empty(size)
         assert compat.lacks_memory(caught.value), caught.value
     assert compat.lacks_memory(MemoryError())
+    for said in (
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`",
+    ):
+        assert compat.lacks_memory(RuntimeError(said))
     assert not compat.lacks_memory(RuntimeError("shape mismatch"))
     import torch.utils.data.dataloader as loader
 

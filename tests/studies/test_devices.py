@@ -101,11 +101,18 @@ def test_a_training_process_that_outlives_its_study_keeps_its_gpu(tmp_path: Path
     again.close()
 
 
-def test_slurm_shares_them_out_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_in_an_allocation_of_slurm_too_and_each_job_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    with taken(1, ["0"]) as variables:
-        assert variables == {}
-    assert not list(tmp_path.iterdir())
+    with taken(1, ["0", "1"]) as first, taken(1, ["0", "1"]) as second:
+        assert [one["CUDA_VISIBLE_DEVICES"] for one in (first, second)] == ["0", "1"]
+        monkeypatch.setenv("SLURM_JOB_ID", "8")  # whose 0 is another one
+        with taken(1, ["0"]) as other:
+            assert other["CUDA_VISIBLE_DEVICES"] == "0"
+
+
+def test_a_part_of_a_gpu_has_slashes_in_its_name() -> None:
+    with taken(1, ["MIG-GPU-8f1a/1/0"]) as variables:
+        assert variables["CUDA_VISIBLE_DEVICES"] == "MIG-GPU-8f1a/1/0"
 
 
 def ended(code: int, error: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Record | str, dict[str, Any]]:
@@ -137,7 +144,13 @@ def test_neither_is_one_that_had_not_the_memory(monkeypatch: pytest.MonkeyPatch)
     assert record.startswith(f"no result, {LACK} (CUDA out of memory. Tried to allocate 2.00 GiB.); data.batch_size")
 
 
-def test_any_other_end_is_a_failure_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    record, _ = ended(2, "Error: model.norm='nosuch' is not valid", monkeypatch)
+def test_neither_is_one_that_was_refused_as_on_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    record, _ = ended(2, "Error: data.root='data' is not valid: expected a folder", monkeypatch)
+    said = "data.root='data' is not valid: expected a folder"
+    assert record == f"no result, {said}; start the study again and it is run again"
+
+
+def test_a_crash_is_a_failure_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    record, _ = ended(1, "Traceback (most recent call last):\nRuntimeError: out of luck", monkeypatch)
     assert isinstance(record, Record)
-    assert (record.status, record.reason) == ("broken", "Error: model.norm='nosuch' is not valid")
+    assert (record.status, record.reason) == ("broken", "RuntimeError: out of luck")

@@ -11,12 +11,17 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import pytest
 import yaml
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+import studies.run
+from core.errors import UserError
 from studies.grid import Study
+from studies.plan import known_runs, planned
 from studies.record import Record
 from tests.support.forked import python
 from tests.support.runs import ROOT, events, scalars, tiny_job
@@ -24,7 +29,7 @@ from tests.support.runs import ROOT, events, scalars, tiny_job
 RECORDS, RUNS = Path("results/studies/mine/laptop"), Path("runs/studies/mine/laptop")
 
 
-def write_study(folder: Path, axes: dict[str, list[str]], seeds: list[int], *overrides: str) -> None:
+def write_study(folder: Path, axes: dict[str, Any], seeds: list[int], *overrides: str) -> None:
     (folder / "study").mkdir()
     scale = {"needs": "little", "overrides": [*tiny_job("callbacks.progress=null"), *overrides]}
     content = {"question": "Which?", "axes": axes, "seeds": seeds, "baseline": None, "scales": {"laptop": scale}}
@@ -47,14 +52,20 @@ def call(folder: Path, module: str, *arguments: str) -> str:
     return ended.out
 
 
+class Crash(L.Callback):
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        raise RuntimeError("out of luck")
+
+
 def test_a_study_from_beginning_to_report(tmp_path: Path) -> None:
-    write_study(tmp_path, {"model.placement": ["spannorm"], "data.seq_len": ["99999999", "32"]}, [0, 1])
+    jobs = {"crash": [f"+callbacks.crash._target_={__name__}.Crash"], "32": ["data.seq_len=32"]}
+    write_study(tmp_path, {"model.placement": ["spannorm"], "job": jobs}, [0, 1])
     out = call(tmp_path, "run", "seeds=[0]", "hydra/launcher=basic")
     assert "mine, laptop: 0 of 2 runs are done" in out
 
-    broken, good = (Record.load(tmp_path / RECORDS / f"spannorm_{length}_seed0.json") for length in (99999999, 32))
+    broken, good = (Record.load(tmp_path / RECORDS / f"spannorm_{job}_seed0.json") for job in jobs)
     assert broken.status == "broken"
-    assert broken.reason.startswith("Error: data.seq_len=99999999 is not valid")
+    assert broken.reason == "RuntimeError: out of luck"
     assert good.status == "collapsed", "two steps teach nothing"
     assert good.first_loss == pytest.approx(good.train_loss[1][0], rel=1e-4)
     norms = list(scalars(tmp_path / RUNS / good.name, "optim/grad_norm").values())
@@ -82,7 +93,7 @@ def test_a_study_from_beginning_to_report(tmp_path: Path) -> None:
     )
 
     status = call(tmp_path, "status")
-    assert re.search(r"spannorm_99999999_seed0 +. broken", status)
+    assert re.search(r"spannorm_crash_seed0 +. broken", status)
     assert re.search(r"spannorm_32_seed1 +. to do", status)
     assert "2 of 4 runs have ended" in status
     check_outcomes(tmp_path, broken, replace(good, status="finished"))
@@ -125,6 +136,36 @@ def test_a_slip_is_said_before_anything_trains(
     assert said in ended.err
     assert ended.err.count("\n") == 1
     assert {path.name for path in tmp_path.iterdir()} == {"study"}
+
+
+def test_what_follows_waits_for_runs_without_a_result_and_they_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of two rates is refused, as of a full disk; the rate is not selected from the other one alone."""
+    write_study(tmp_path, {"model.placement": ["spannorm"], "optim.lr": ["1e-3", "2e-3"]}, [1])
+    path = tmp_path / "study/mine.yaml"
+    path.write_text(path.read_text() + "select_seeds: [0]\n")
+    monkeypatch.chdir(tmp_path)
+    trained: list[str] = []
+
+    def run_one() -> None:
+        plan = planned(arguments)
+        for run in known_runs(plan):
+            if run.name in sys.argv[-1].removeprefix("run=").split(","):
+                trained.append(run.name)
+                point = dict(run.point)
+                record = Record(run.name, point, run.seed, list(run.overrides), "finished", "", val_loss=1.0)
+                if trained != ["spannorm_0.001_seed0"]:  # the first one finds the disk full
+                    record.save(plan.record_of(run))
+
+    arguments = ["study=mine", f"hydra.searchpath=[file://{tmp_path}]", "hydra/launcher=basic"]
+    monkeypatch.setattr(studies.run, "run_one", run_one)
+    monkeypatch.setattr(sys, "argv", ["run"])
+    with pytest.raises(UserError, match=r"^1 runs have no result: spannorm_0\.001_seed0; why is said above"):
+        studies.run.main(arguments)
+    assert trained == ["spannorm_0.001_seed0", "spannorm_0.002_seed0"]
+    studies.run.main(arguments)
+    assert trained[2:] == ["spannorm_0.001_seed0", "spannorm_0.001_seed1"], "the first of equals"
 
 
 def check_outcomes(folder: Path, broken: Record, good: Record) -> None:

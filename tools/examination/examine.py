@@ -38,7 +38,7 @@ class Chosen:
         batch_size: samples side by side; None: as many as the first run was trained on.
         checkpoints: last, best, or a path: one for all, or one for each.
         skip: how blocks are left out.
-        allow: as core.open_run has it.
+        allow, device: as core.open_run has them.
     """
 
     runs: tuple[Path, ...]
@@ -49,6 +49,7 @@ class Chosen:
     checkpoints: tuple[str, ...] = ("last",)
     skip: str = "placement"
     allow: Collection[str] = ()
+    device: str | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def examine(chosen: Chosen) -> tuple[HeldOut, list[Examined]]:
             are no data.
     """
     checkpoints = chosen.checkpoints * len(chosen.runs) if len(chosen.checkpoints) == 1 else chosen.checkpoints
-    first = _open(chosen.runs[0], checkpoints[0], chosen.allow)
+    first = _open(chosen.runs[0], checkpoints[0], chosen)
     length, needed = _wants(first, chosen)
     # All are opened before any is measured: a refusal after that loses what was found.
     for folder, checkpoint in zip(chosen.runs[1:], checkpoints[1:], strict=True):
@@ -114,13 +115,13 @@ def examine(chosen: Chosen) -> tuple[HeldOut, list[Examined]]:
         require_fitting(name, count, sum(batch.num_samples for batch in data.fitting), chosen.tokens)
     examined = []
     for number, (folder, checkpoint) in enumerate(zip(chosen.runs, checkpoints, strict=True)):
-        run = first if number == 0 else _open(folder, checkpoint, chosen.allow)
+        run = first if number == 0 else _open(folder, checkpoint, chosen)
         examined.append(_examine(run, first if number else None, data, chosen))
     return data, examined
 
 
-def _open(folder: Path, checkpoint: str, allow: Collection[str]) -> OpenRun:
-    run = open_run(folder, checkpoint, allow)
+def _open(folder: Path, checkpoint: str, chosen: Chosen) -> OpenRun:
+    run = open_run(folder, checkpoint, chosen.allow, chosen.device)
     valid = "a run of a model of blocks, as lightning_modules.trunk has them"
     require(has_blocks(run.module.model), "RUN", str(folder), valid)
     return run
@@ -136,7 +137,7 @@ def _wants(run: OpenRun, chosen: Chosen) -> tuple[int | None, dict[str, int]]:
 
 def _wants_beside(first: OpenRun, folder: Path, checkpoint: str, chosen: Chosen) -> tuple[int | None, dict[str, int]]:
     """Return the same of another run, which is opened and let go again."""
-    other = _open(folder, checkpoint, chosen.allow)
+    other = _open(folder, checkpoint, chosen)
     _require_same(first, other)
     return _wants(other, chosen)
 
