@@ -55,7 +55,7 @@ def how_it_ended(trainer: L.Trainer) -> tuple[str, str | None]:
     bad = [name for name, loss in losses.items() if loss is not None and not math.isfinite(loss)]
     end = early_end(trainer)
     if bad:
-        return DIVERGED, f"not finite at its end: {', '.join(bad)}{f'; {end.reason}' if end is not None else ''}"
+        return DIVERGED, f"{f'{end.reason}; ' if end is not None else ''}not finite at its end: {', '.join(bad)}"
     return end if end is not None else (DONE, None)
 
 

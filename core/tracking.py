@@ -56,11 +56,15 @@ class MLflow(MLFlowLogger):
     Args:
         run_dir: the run's folder.
         run_name: null: see label_of.
+        tracking_uri: of a server, or a database; null: as MLflow's own variables say.
         options: as in Lightning's logger.
     """
 
-    def __init__(self, run_dir: str | Path, run_name: str | None = None, **options: Any) -> None:
-        super().__init__(run_name=run_name or label_of(Path(run_dir)), **options)
+    def __init__(
+        self, run_dir: str | Path, run_name: str | None = None, tracking_uri: str | None = None, **options: Any
+    ) -> None:
+        super().__init__(run_name=run_name or label_of(Path(run_dir)), tracking_uri=tracking_uri, **options)
+        self.uri = tracking_uri or ""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Send scalars at a step, as Lightning's logger does."""
@@ -70,5 +74,5 @@ class MLflow(MLFlowLogger):
     def finalize(self, status: str = "success") -> None:
         """End the run at MLflow, and say how its page is opened where the database is a file."""
         super().finalize(status)
-        if "://" in (uri := str(self._tracking_uri)) and not uri.startswith("http"):
-            print(f"Curves in MLflow: {shlex.join(['mlflow', 'ui', '--backend-store-uri', uri])}")
+        if self.uri.startswith("sqlite:"):
+            print(f"Curves in MLflow: {shlex.join(['mlflow', 'ui', '--backend-store-uri', self.uri])}")

@@ -53,7 +53,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         "callbacks.anatomy.tokens=64",
         f"+callbacks.poison._target_={__name__}.Poison",
     ]
-    folders = [run(cwd, name, f"experiment={name}", *everything) for name in ("dense_spannorm", "moe_spannorm")]
+    jobs = ("dense_spannorm", "moe_spannorm")
+    folders = [run(cwd, name, f"experiment={name}", *everything, code=3) for name in jobs]
     folders.append(run(cwd, "sources", "model.placement=attnres", "model.norm=gatednorm", "trainer.max_steps=1"))
     for name in ("hc", "gr"):
         folders.append(run(cwd, name, f"model.placement={name}", "trainer.max_steps=1", "trainer.val_check_interval=1"))

@@ -72,7 +72,7 @@ def test_both_write_into_the_folder_that_the_first_one_has_got(tmp_path: Path) -
     for folder in taken:
         folder.mkdir(parents=True)
     both = together(2, tmp_path, command_line, [arguments])
-    assert [finished.code for (finished,) in both] == [0, 0], both
+    assert [finished.code for (finished,) in both] == [3, 3], both
     (ours,) = set((tmp_path / "runs/default").iterdir()) - taken
     assert not any(any(folder.iterdir()) for folder in taken)
     assert {path.name for path in ours.iterdir()} >= {"checkpoints", "config.yaml", "flight_recorder", "summary.json"}

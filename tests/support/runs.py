@@ -150,10 +150,10 @@ def python(cwd: Path, *command: str) -> Finished:
     return Finished(process.returncode, out, err)
 
 
-def run(cwd: Path, run_dir: str, *arguments: str) -> Path:
-    """Train to the end in cwd/RUN_DIR, and return that folder."""
+def run(cwd: Path, run_dir: str, *arguments: str, code: int = 0) -> Path:
+    """Train to the end in cwd/RUN_DIR, which exits with this code, and return that folder."""
     finished = train(cwd, *tiny_job(*arguments), f"run_dir={run_dir}")
-    assert finished.code == 0, finished.err
+    assert finished.code == code, finished.err
     return cwd / run_dir
 
 

@@ -53,7 +53,7 @@ def test_a_run_that_learns_nothing_ends_after_a_fifth(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_no_number_ends_it_at_once(tmp_path: Path) -> None:
     _, status = ended(tmp_path, "optim.lr=1e38", "optim.warmup_steps=0", "trainer.gradient_clip_val=null")
-    assert status["status"] == "stopped"
+    assert status["status"] == "diverged"
     assert isinstance(status["step"], int)
     assert status["step"] < 8
     assert str(status["reason"]).startswith("StopHopeless: training loss nan at step")
