@@ -23,16 +23,22 @@ class Slots(NamedTuple):
         kept: keys and values, each [batch, kv_heads, length, head_dim], keys rotated; empty before the first tokens.
         length: the most tokens that a sequence can have.
         positions: [batch, seq], of the tokens at hand.
+        place: the one that all of them have; None: they have several, or it is not known.
     """
 
     kept: list[Tensor]
     length: int
     positions: Tensor
+    place: int | None
 
     def put(self, keys: Tensor, values: Tensor) -> list[Tensor]:
         """Write those of the tokens at hand, each [batch, kv_heads, seq, head_dim], and return all there are."""
         if not self.kept:  # only now is it known in what dtype, and how many heads this process has
             self.kept.extend(new.new_zeros(*new.shape[:2], self.length, new.size(-1)) for new in (keys, values))
+        if not torch.compiler.is_compiling() and self.place is not None:  # a graph would be made for each place
+            for kept, new in zip(self.kept, (keys, values), strict=True):
+                kept[:, :, self.place] = new[:, :, 0]
+            return self.kept
         rows = torch.arange(len(self.positions), device=self.positions.device)[:, None]
         for kept, new in zip(self.kept, (keys, values), strict=True):
             kept[rows, :, self.positions] = new.transpose(1, 2)
@@ -66,8 +72,12 @@ class KVCache:
 
     def at(self, positions: Tensor) -> Iterator[Slots]:
         """Yield each layer's slots for tokens at these positions [batch, seq]."""
+        places = (
+            set(positions.flatten().tolist()) if positions.device.type == "cpu" else set()
+        )  # a GPU would be waited for
+        place = places.pop() if len(places) == 1 else None
         for kept in self.layers:
-            yield Slots(kept, self.length, positions)
+            yield Slots(kept, self.length, positions, place)
 
     def mask(self, positions: Tensor) -> Tensor:
         """Return who may look at whom, bool [batch, 1, seq, length], filled up: all up to the token's own position."""

@@ -36,11 +36,12 @@ class MoE(nn.Module):
         width = config.moe.num_shared_experts * config.shared_expert_hidden_dim
         self.shared_expert = FeedForward(replace(config, ffn_dim=width), inner_norm) if width else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, RouterStats]:
-        """Return (output of x's shape [batch, seq, dim], this layer's RouterStats)."""
+    def forward(self, x: Tensor, report: bool = True) -> tuple[Tensor, RouterStats | None]:
+        """Return (output of x's shape [batch, seq, dim], this layer's RouterStats; None: they are not wanted)."""
         tokens = x.flatten(0, -2)
-        weights, experts, stats = self.router(tokens)
-        out = self.experts(tokens, weights, experts, stats.tokens_per_expert).view_as(x)
+        weights, experts, stats = self.router(tokens, report)
+        counts = self.router.count(experts) if stats is None else stats.tokens_per_expert
+        out = self.experts(tokens, weights, experts, counts).view_as(x)
         if self.shared_expert is None:
             return out, stats
         shared, _ = self.shared_expert(x)

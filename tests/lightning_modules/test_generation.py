@@ -187,3 +187,10 @@ def test_a_cache_wants_causal_attention() -> None:
     model = Transformer(tiny_config(causal=False), VOCAB_SIZE).eval()
     with pytest.raises(ConfigError, match=r"model\.causal=False is not valid: expected true with a cache"):
         generate(model, tokens(3), 2, 0.0, 0, 16)
+
+
+def test_routers_report_on_training_and_not_on_texts_that_are_written() -> None:
+    model, text = make_model(ffn="moe"), tokens(8)[None]
+    assert len(model(text)[1]) == model.config.num_layers
+    cache = KVCache(model.config.num_layers, LENGTH)
+    assert model(text, torch.arange(8)[None], cache)[1] == []
