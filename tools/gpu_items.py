@@ -38,6 +38,11 @@ TOY: tuple[str, ...] = (
 )
 
 
+MONITORS = ("gradient_health", "signal_propagation", "representation_collapse", "stream_mixing", "source_weights")
+UNWATCHED = tuple(f"callbacks.{name}=null" for name in (*MONITORS, "gate_means"))
+"""Without what only measures: a plan leaves it out, and a model's FLOPs do not count it."""
+
+
 class Finding(NamedTuple):
     """Says what was found of one thing.
 
@@ -76,7 +81,7 @@ class Place(NamedTuple):
     def overrides(self, name: str, *overrides: str, toy: tuple[str, ...] = ()) -> list[str]:
         """Return those of a run in FOLDER/NAME; `toy` counts in the dry run, in the place of what a GPU gets."""
         small = (*TOY, *toy) if self.dry else ("trainer.accelerator=gpu",)
-        return [*overrides, "trainer.log_every_n_steps=1", *small, f"run_dir='{self.folder / name}'"]
+        return ["trainer.log_every_n_steps=1", *overrides, *small, f"run_dir='{self.folder / name}'"]
 
     def train(self, name: str, *overrides: str, toy: tuple[str, ...] = (), **variables: str) -> Any:
         """Train in FOLDER/NAME, and return the run and what its process printed.
@@ -102,25 +107,29 @@ def main_job(place: Place) -> Iterator[Finding]:
     from tools.plan import compose_config, plan
 
     number = 6 if place.dry else 60
-    overrides = ("experiment=moe_spannorm_gpu", *steps(number))
+    overrides = ("experiment=moe_spannorm_gpu", *UNWATCHED, *steps(number))
     run, ended = place.train("main", *overrides, toy=("trainer.precision=bf16-mixed",))
     backend = re.search(r"MoE backend: .*", ended.stdout + ended.stderr)
-    yield Finding("backend of the experts", None, backend[0] if backend else "not said")
+    yield Finding("backend of the experts", None if backend else False, backend[0] if backend else "not said")
     _, losses = run.curve("train/loss")
     yield Finding(f"loss after {number} steps", losses[-1] < losses[0], f"{losses[0]:.3f} -> {losses[-1]:.3f}")
     _, medians = run.curve("train/step_seconds_p50")
     yield Finding("first step, compilation included", None, f"{medians[0]:.1f} s, median step {medians[-1]:.3f} s")
     planned = plan(compose_config([*place.overrides("main", *overrides)])).memory / GIB
     peak = run.curve("train/memory_peak")[1][-1]
-    fits = None if place.dry else peak <= 1.1 * planned
+    fits = None if place.dry else planned / 2 <= peak <= 1.1 * planned
     yield Finding("peak of memory against the plan", fits, f"{peak:.2f} of {planned:.2f} GiB")
     rates = run.curve("train/tokens_per_second")[1][len(losses) // 2 :]
-    yield Finding("tokens per second", None, f"{statistics.median(rates):,.0f}{_mfu(run)}")
+    yield Finding("tokens per second", None, f"{statistics.median(rates):,.0f}")
+    yield _mfu("main job", run, place)
 
 
-def _mfu(run: Any) -> str:
+def _mfu(name: str, run: Any, place: Place) -> Finding:
     values = run.curve("train/mfu")[1]
-    return f", MFU {statistics.median(values[len(values) // 2 :]):.1%}" if values else ", no MFU: the peak is not known"
+    if not values:
+        return Finding(f"MFU, {name}", None if place.dry else False, "none: no peak of this device is known")
+    share = statistics.median(values[len(values) // 2 :])
+    return Finding(f"MFU, {name}", 0 < share < 1, f"{share:.1%}")
 
 
 def gpu_tests(place: Place) -> Iterator[Finding]:
@@ -182,21 +191,27 @@ def document_masks(place: Place) -> Iterator[Finding]:
     from lightning_modules.layers.document_mask import attend, document_mask
 
     device = torch.device(place.device)
-    for length, flex in ((256, True), (192, False)):
+    # Logits of -120 are where cuDNN's gradient was NaN (pytorch/pytorch, issue 196678); rounding is large there.
+    for length, flex, far in ((256, True, False), (192, False, False), (192, False, True)):
         if flex and place.dry:
             yield Finding("document mask, compiled", None, "FlexAttention has no backward pass on a CPU")
             continue
         positions = torch.cat([torch.arange(100), torch.arange(length - 100)])[None].to(device)
         wide = [torch.randn(1, 4, length, 64, device=device) for _ in range(3)]
-        results = []
+        if far:
+            wide[0][..., 0], wide[1][..., 0] = 1.0, -120 * 8.0
+        results = list[list[torch.Tensor]]()
         for dtype, by_flex in ((torch.float32, False), (torch.bfloat16, flex)):
-            inputs = [tensor.to(dtype).requires_grad_() for tensor in wide]
+            inputs = [tensor.to(dtype).detach().requires_grad_() for tensor in wide]
             call: Any = torch.compile(attend) if by_flex else attend
             out = call(*inputs, document_mask(positions, by_flex), False)
-            results.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
-        off = max(float((a - e).norm() / e.norm()) for e, a in zip(*results, strict=True))
-        name = "compiled" if flex else f"uncompiled, length {length}"
-        yield Finding(f"document mask, {name}", off < 0.02, f"{off:.4f} from fp32, gradients included")
+            results.append([out.detach(), *torch.autograd.grad(out.float().square().sum(), inputs)])
+        expected, actual = results
+        finite = all(bool(tensor.isfinite().all()) for tensor in actual)  # max would pass over a NaN
+        off = max(float((a - e).norm() / e.norm()) for e, a in zip(expected, actual, strict=True))
+        name = "compiled" if flex else f"uncompiled, length {length}" + (", logits of -120" if far else "")
+        figure = ("finite" if far else f"{off:.4f} from fp32") if finite else "not all is finite"
+        yield Finding(f"document mask, {name}", finite and (far or off < 0.02), f"{figure}, gradients included")
 
 
 def sharded(place: Place) -> Iterator[Finding]:
@@ -226,10 +241,9 @@ def recompilations(place: Place) -> Iterator[Finding]:
     """Count what torch.compile compiles again while a run trains, validates and ends."""
     compiled = ("model.compile=true",)
     options = ("experiment=moe_spannorm", "trainer.precision=bf16-mixed", *steps(6), *compiled)
-    toy = ("model.compile=false",)
-    _, ended = place.train("compiled", *options, toy=toy, TORCH_LOGS="recompiles")
+    _, ended = place.train("compiled", *options, toy=compiled, TORCH_LOGS="recompiles")
     number = len(re.findall(r"Recompiling function", ended.stderr + ended.stdout))
-    yield Finding("recompilations of a run", None if place.dry else number <= 8, f"{number}")
+    yield Finding("recompilations of a run", number <= 8, f"{number}")
 
 
 def synchronizations(place: Place) -> Iterator[Finding]:
@@ -310,12 +324,10 @@ def mixtures(place: Place) -> Iterator[Finding]:
     command = ["-m", "benchmarks.moe", f"device={place.device}", "experts=8,64", *sizes, f"output={report}"]
     ended = place.python(*command)
     yield Finding("benchmarks.moe, 8 and 64 experts", ended.returncode == 0, _contents(report, ended))
-    if place.dry:
-        return
     report = place.folder / "compare.md"
-    options = ["device=cuda", "only=1B dense", "rounds=5", f"output={report}"]
-    ended = place.python("-m", "benchmarks.compare", *options)
-    yield Finding("dense against the peers", None, _contents(report, ended))
+    options = ["only=Dense, eager", "layers=1", "rounds=1"] if place.dry else ["only=1B dense", "rounds=5"]
+    ended = place.python("-m", "benchmarks.compare", f"device={place.device}", *options, f"output={report}")
+    yield Finding("dense against the peers", ended.returncode == 0, _contents(report, ended))
 
 
 def _contents(report: Path, ended: subprocess.CompletedProcess[str]) -> str:
@@ -330,13 +342,14 @@ def one_billion(place: Place) -> Iterator[Finding]:
     model = ("model.num_layers=16", "model.dim=2048", "model.num_heads=16", "model.ffn_dim=5632", "model.compile=true")
     data = ("data=synthetic", "data.vocab_size=32768", "data.seq_len=4096", "data.batch_size=8", "micro_batch_size=4")
     silent = ("divergence", "flight_recorder", "last_checkpoint", "best_checkpoint", "text_sample")
-    off = tuple(f"callbacks.{name}=null" for name in silent)
+    off = (*(f"callbacks.{name}=null" for name in silent), *UNWATCHED)
     toy = ("data.vocab_size=64", "data.seq_len=63", "micro_batch_size=2", "model.compile=false")
     options = (*model, *data, *off, "trainer.precision=bf16-mixed", *steps(20))
     run, _ = place.train("1b", *options, "trainer.log_every_n_steps=5", toy=toy)
     rate = statistics.median(run.curve("train/tokens_per_second")[1][1:])
     peak = run.curve("train/memory_peak")[1][-1]
-    yield Finding("1B dense at 4096", None, f"{rate:,.0f} tokens/s{_mfu(run)}, peak {peak:.1f} GiB")
+    yield Finding("1B dense at 4096", None, f"{rate:,.0f} tokens/s, peak {peak:.1f} GiB")
+    yield _mfu("1B dense", run, place)
 
 
 ITEMS: dict[str, Callable[[Place], Iterator[Finding]]] = {
