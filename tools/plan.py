@@ -56,7 +56,8 @@ class PlanConfig:
     Attributes:
         overrides: the overrides of the run, as for train.py.
         mfu: the share of the peak that the run reaches.
-        peak_flops: FLOP/s of a device in the run's precision; null: an H100's, 989e12 in bf16 and fp16, 67e12 in fp32.
+        peak_flops: FLOP/s of a device in the run's precision; null: an H100's, 989e12 in bf16 and fp16, 495e12 in fp32,
+            or 67e12 with float32_matmul_precision=highest.
         assumed_vocab_size: the vocabulary of a corpus that is not prepared yet; null: that of the data.
         device_gb: the memory of a device, in GB of 10^9 bytes: say the largest micro_batch_size for nine tenths of it.
     """
@@ -83,8 +84,7 @@ class Precision(NamedTuple):
     Attributes:
         weights: dtype of weights, gradients and the optimizer's state.
         autocast: dtype that matrix products are cast to; None: that of the weights.
-        peak_flops: FLOP/s of an H100 (SXM), dense, in NVIDIA's data sheet; fp32 without TF32, as torch has it unless
-            it is told otherwise.
+        peak_flops: FLOP/s of an H100 (SXM), dense, in NVIDIA's data sheet; of fp32 in TF32, as train.py sets it.
     """
 
     weights: torch.dtype
@@ -94,12 +94,14 @@ class Precision(NamedTuple):
 
 PRECISIONS = {
     "64-true": Precision(torch.float64, None, 67e12),
-    "32-true": Precision(torch.float32, None, 67e12),
+    "32-true": Precision(torch.float32, None, 495e12),
     "16-mixed": Precision(torch.float32, torch.float16, 989e12),
     "bf16-mixed": Precision(torch.float32, torch.bfloat16, 989e12),
     "16-true": Precision(torch.float16, None, 989e12),
     "bf16-true": Precision(torch.bfloat16, None, 989e12),
 }
+WITHOUT_TF32 = 67e12
+"""In the place of 495e12, with float32_matmul_precision=highest."""
 SHORT = {"64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "None": "32-true"}  # Lightning's
 
 
@@ -131,8 +133,9 @@ class Plan(NamedTuple):
         gathered: what FSDP has in full at a time: embedding and head, two blocks, and the gradients of one.
         precision: a key of PRECISIONS.
         compiled: whether torch.compile makes the blocks' kernels; what it fuses away is not known.
-        host_copies: of an optimizer step, for which a GPU and its host wait: in fp32 F.grouped_mm fetches the end of
-            each expert's rows, for three products forward and six backward.
+        host_copies: of an optimizer step, for which a GPU and its host wait: in other precisions than bf16
+            F.grouped_mm fetches the ends of the experts' rows, for three products forward, again where a block is
+            recomputed, and six backward.
         position: what `tokens` counts, and `flops_per_token` is of, in a word.
     """
 
@@ -211,8 +214,9 @@ def plan(config: DictConfig, vocab_size: int | None = None) -> Plan:
         kept_of_gradients=held / (total * size),
         accumulated=accumulated,
     )
-    on_gpu, wide = config.trainer.accelerator != "cpu", name == "32-true" and model.moe.backend in ("auto", "grouped")
-    looped = len(weightless.mixtures()) * model.moe.num_experts if on_gpu and wide else 0
+    looped = not name.startswith("bf16") and model.moe.backend in ("auto", "grouped")
+    mixtures = weightless.mixtures() if looped and config.trainer.accelerator != "cpu" else ()
+    fetches = sum(12 if every is not None and number % every == 0 else 9 for number in mixtures)
     if mesh.tensor > 1:  # what lives shorter than activations is taken as if it were not cut
         peak -= activations(1) - kept
     sequences = config.trainer.accumulate_grad_batches * datamodule.batch_size
@@ -231,7 +235,7 @@ def plan(config: DictConfig, vocab_size: int | None = None) -> Plan:
         mesh=mesh,
         precision=name,
         compiled=module.model_config.compile,
-        host_copies=9 * looped * passes * config.trainer.accumulate_grad_batches,
+        host_copies=fetches * passes * config.trainer.accumulate_grad_batches,
         position=module.task.position,
     )
 
@@ -368,7 +372,7 @@ def make_table(planned: Plan, mfu: float, peak_flops: float) -> Table:
         label = labels.get(name, f"  {name}")
         rows[label] = f"{getattr(planned, name) / GIB:,.2f} GiB"
     if planned.host_copies:
-        rows["copies to the host"] = f"{planned.host_copies:,} a step: grouped products in fp32; bf16-mixed has none"
+        rows["copies to the host"] = f"{planned.host_copies:,} a step: grouped products; in bf16 an H100 has none"
     rows[f"FLOPs per {planned.position}"] = f"{planned.flops_per_token:.3e}"
     rows[f"{planned.position}s"] = f"{tokens:,} ({tokens / planned.active_parameters:,.1f} per active parameter)"
     rows["hours"] = f"{planned.hours(mfu, peak_flops):,.1f} at {mfu:.0%} of {peak_flops / 1e12:,.0f} TFLOP/s a device"
@@ -382,7 +386,9 @@ def main(config: PlanConfig) -> None:
     console = Console()
     composed = compose_config(config.overrides)
     planned = plan(composed, config.assumed_vocab_size)
-    table = make_table(planned, config.mfu, config.peak_flops or PRECISIONS[planned.precision].peak_flops)
+    exact = planned.precision == "32-true" and composed.float32_matmul_precision == "highest"
+    peak_flops = WITHOUT_TF32 if exact else PRECISIONS[planned.precision].peak_flops
+    table = make_table(planned, config.mfu, config.peak_flops or peak_flops)
     if config.device_gb is not None:
         size = largest_micro_batch(composed, config.device_gb, config.assumed_vocab_size)
         table.add_row(f"fits into {config.device_gb:g} GB", f"micro_batch_size={size}" if size else "not one sequence")

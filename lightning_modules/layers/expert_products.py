@@ -127,4 +127,7 @@ LOOP = _register("loop", _loop_matmul, _loop_outer)
 """One matrix product per expert over its contiguous rows; copies the counts to the host."""
 
 GROUPED = _register("grouped", _grouped_matmul, _grouped_outer)
-"""One `F.grouped_mm` for all experts; no host synchronization. Widths must be multiples of 16 bytes; no float64."""
+"""One `F.grouped_mm` for all experts. Widths must be multiples of 16 bytes; no float64."""
+ONE_KERNEL = (9, 10)
+"""Major compute capabilities of the GPUs on which GROUPED is one kernel, in bf16, and the host waits for nothing; else
+F.grouped_mm takes the experts one by one and fetches the ends of their rows (ATen/native/cuda/GroupedBlas.cpp)."""

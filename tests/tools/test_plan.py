@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
@@ -14,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from analysis.memory import peak_of_step, saved_activations
+from core.device_peaks import known_peak
 from core.errors import ConfigError
 from lightning_modules.cross_entropy import LARGE_VOCABULARY
 from lightning_modules.language_module import LanguageModule
@@ -21,7 +23,17 @@ from lightning_modules.layers import expert_products
 from lightning_modules.optimizers import make_optimizer
 from lightning_modules.transformer import Transformer
 from tests.support.models import make_module, tiny_values, tokens
-from tools.plan import PRECISIONS, Mesh, Plan, compose_config, gathered_bytes, largest_micro_batch, main, plan
+from tools.plan import (
+    PRECISIONS,
+    WITHOUT_TF32,
+    Mesh,
+    Plan,
+    compose_config,
+    gathered_bytes,
+    largest_micro_batch,
+    main,
+    plan,
+)
 
 BATCH, SEQ_LEN = 4, 32
 WIDE: dict[str, Any] = {"num_layers": 3, "dim": 64, "ffn_dim": 176}
@@ -291,7 +303,7 @@ def test_several_gpus_are_planned_in_bf16_and_several_cpus_in_fp32(trainer: str)
 
 
 @pytest.mark.parametrize(
-    ("precision", "peak"), [("bf16-mixed", 989), ("bf16", 989), ("16-true", 989), ("32-true", 67), ("64-true", 67)]
+    ("precision", "peak"), [("bf16-mixed", 989), ("bf16", 989), ("16-true", 989), ("32-true", 495), ("64-true", 67)]
 )
 def test_the_hours_follow_the_precision(precision: str, peak: int, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = [*SMALL, "trainer=fsdp", "trainer.max_steps=100000000", f"trainer.precision={precision}"]
@@ -303,20 +315,52 @@ def test_the_hours_follow_the_precision(precision: str, peak: int, capsys: pytes
     assert "of 1 TFLOP/s a device" in capsys.readouterr().out
 
 
+def test_products_that_may_not_be_made_in_tf32_take_longer(capsys: pytest.CaptureFixture[str]) -> None:
+    """And the peaks are those that MFU goes by."""
+    main([*SMALL, "trainer=fsdp", "float32_matmul_precision=highest", "trainer.precision=32-true"])
+    assert "of 67 TFLOP/s a device" in capsys.readouterr().out
+    for name, precision in PRECISIONS.items():
+        if name != "64-true":  # which core/device_peaks.py does not have
+            assert precision.peak_flops == pytest.approx(known_peak("NVIDIA H100 80GB HBM3", name, tf32=True), rel=1e-3)
+    assert pytest.approx(known_peak("NVIDIA H100 80GB HBM3", "32-true", tf32=False), rel=2e-3) == WITHOUT_TF32
+
+
+MIXTURE = ["experiment=moe_spannorm", "data=synthetic", "data.batch_size=8", "model.moe.num_experts=4"]
+MIXTURE += ["model.num_layers=2", "trainer.accumulate_grad_batches=2", "data.seq_len=16"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "copies"),
     [
-        (["trainer.precision=32-true"], 9 * 4 * 2 * 2),
-        (["trainer.precision=32-true", "micro_batch_size=2"], 9 * 4 * 2 * 2 * 4),
+        (["trainer.precision=32-true"], 9 * 2 * 2),
+        (["trainer.precision=16-mixed"], 9 * 2 * 2),
+        (["trainer.precision=32-true", "micro_batch_size=2"], 9 * 2 * 2 * 4),
+        (["trainer.precision=32-true", "model.moe.num_experts=8"], 9 * 2 * 2),
         (["trainer.precision=32-true", "model.moe.backend=loop"], 0),
         (["trainer.precision=bf16-mixed"], 0),
         (["trainer.precision=32-true", "trainer.accelerator=cpu"], 0),
     ],
 )
-def test_copies_to_the_host_are_those_of_grouped_products_in_fp32(overrides: list[str], copies: int) -> None:
-    mixture = ["experiment=moe_spannorm", "data=synthetic", "data.batch_size=8", "model.moe.num_experts=4"]
-    sizes = ["model.num_layers=2", "trainer.accumulate_grad_batches=2", "data.seq_len=16"]
-    assert plan(compose_config([*mixture, *sizes, *overrides])).host_copies == copies
+def test_copies_to_the_host_are_those_of_grouped_products_outside_bf16(overrides: list[str], copies: int) -> None:
+    assert plan(compose_config([*MIXTURE, *overrides])).host_copies == copies
+
+
+@pytest.mark.parametrize("every", [None, 1, 2])
+def test_there_is_one_for_each_grouped_product(every: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    recomputed = {} if every is None else {"activation_checkpointing": True, "activation_checkpoint_every": every}
+    products: list[Any] = []
+    plain = F.grouped_mm
+
+    def grouped_mm(*tensors: Any, **options: Any) -> Any:
+        products.append(plain)
+        return plain(*tensors, **options)
+
+    monkeypatch.setattr(F, "grouped_mm", grouped_mm)
+    module = make_module(ffn="moe", moe={"backend": "grouped", "num_experts": 4}, num_layers=2, **recomputed)
+    module.compute_loss({"tokens": tokens(2, 9)})[0].backward()
+    overrides = [f"model.{name}={value}" for name, value in recomputed.items()]
+    config = compose_config([*MIXTURE, "trainer.accumulate_grad_batches=1", "trainer.precision=32-true", *overrides])
+    assert plan(config).host_copies == len(products)
 
 
 def test_the_micro_batch_that_fits_is_the_largest_one(capsys: pytest.CaptureFixture[str]) -> None:
