@@ -1,12 +1,15 @@
 """Products of fp32 on a GPU: said and set there, and left alone on a CPU, whose curves they would change."""
 
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from core.accelerator import check_matmul_precision, set_matmul_precision
-from core.errors import ConfigError
+from core.errors import ConfigError, UserError
+from tests.support.runs import tiny_job, train
 
 
 @pytest.mark.parametrize(
@@ -37,3 +40,12 @@ def test_it_is_set_on_a_gpu_alone(
 def test_another_word_is_refused(precision: object) -> None:
     with pytest.raises(ConfigError, match=r"float32_matmul_precision=.* expected one of highest, high, medium"):
         check_matmul_precision(precision)
+
+
+def test_a_run_sets_what_is_configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(trainer: Any, precision: str) -> None:
+        raise UserError(f"{precision} on {trainer.strategy.root_device}")
+
+    monkeypatch.setattr("core.accelerator.set_matmul_precision", stop)
+    ended = train(tmp_path, *tiny_job("float32_matmul_precision=medium"), "run_dir=run")
+    assert (ended.code, ended.err) == (2, "Error: medium on cpu\n")

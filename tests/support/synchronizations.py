@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 METHODS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__", "__index__")
+FACTORIES = ("tensor", "as_tensor")
+"""With a device: Python's numbers are copied to it at once."""
 OPERATORS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "bincount")
 HOST_ONLY = ("datamodules", "torch/utils/data")
 """Who works on the host: the batch is not on the device yet."""
@@ -73,7 +75,23 @@ def counting() -> Iterator[Counting]:
 
         return method
 
+    def of_the_host(plain: Any, how: str, where: Callable[..., bool]) -> Any:
+        def function(*arguments: Any, **options: Any) -> Any:
+            if where(*arguments[1:], *options.values()):
+                counter.note(how)
+            return plain(*arguments, **options)
+
+        return function
+
+    # By name: where the device is the CPU as well, others move nothing.
+    to = of_the_host(Tensor.to, "to", lambda *places: "cpu" in [place for place in places if isinstance(place, str)])
     patches = [mock.patch.object(Tensor, name, noting(name)) for name in METHODS]
+    patches.append(mock.patch.object(Tensor, "to", to))
+    for name in FACTORIES:
+        made = of_the_host(
+            getattr(torch, name), name, lambda *given: any(isinstance(x, str | torch.device) for x in given)
+        )
+        patches.append(mock.patch.object(torch, name, made))
     for patch in patches:
         patch.start()
     try:

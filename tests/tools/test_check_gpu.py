@@ -30,7 +30,8 @@ WITHOUT_A_GOAL = {
     "MFU, main job": "none: no peak of this device is known",
     "experts without tokens: megablocks": "needs a CUDA device; docs/megablocks.md says how to install it",
     "document mask, compiled": "FlexAttention has no backward pass on a CPU",
-    "waits for the device in 7 steps": "not counted on a CPU",
+    "waits for the device in 7 steps, no callbacks": "not counted on a CPU",
+    "waits for the device in 7 steps, the default ones": "not counted on a CPU",
     "1B dense at 4096": r"[\d,]+ tokens/s, peak [\d.]+ GiB",
     "MFU, 1B dense": "none: no peak of this device is known",
 }

@@ -347,7 +347,9 @@ def test_copies_to_the_host_are_those_of_grouped_products_outside_bf16(overrides
 
 @pytest.mark.parametrize("every", [None, 1, 2])
 def test_there_is_one_for_each_grouped_product(every: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    recomputed = {} if every is None else {"activation_checkpointing": True, "activation_checkpoint_every": every}
+    recomputed: dict[str, Any] = (
+        {} if every is None else {"activation_checkpointing": True, "activation_checkpoint_every": every}
+    )
     products: list[Any] = []
     plain = F.grouped_mm
 
