@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 from core.chosen_scalars import choose_scalars
+from core.tensorboard import with_overview
 
 MAX_BLOCKS = 16
 """At most so many blocks are written, or TensorBoard's page and the step's time would be deep models' curves."""
@@ -50,7 +51,7 @@ def write_scalars(trainer: L.Trainer, values: Mapping[str, float], step: int) ->
     values = _of_few_blocks(values)
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+            scalars = [Summary.Value(tag=name, simple_value=value) for name, value in with_overview(values).items()]
             logger.experiment.file_writer.add_summary(Summary(value=scalars), step - 1)
         else:
             logger.log_metrics(dict(values), step - 1)

@@ -6,6 +6,8 @@ OLDER = "tensorboard"
 """The folder below it in which those of older runs lie, and in which they go on."""
 TABLES = "csv/version_*/metrics.csv"
 """Those of logger=csv below it, one for each time that the run was started."""
+OVERVIEW = "1_overview"
+"""The group of tags that has some curves a second time, for TensorBoard's page alone."""
 PREFIX = "events.out.tfevents."
 """How the names of TensorBoard's files begin."""
 

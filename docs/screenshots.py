@@ -1,8 +1,10 @@
 """Takes the pictures of docs/monitoring.md again: trains its two runs, and looks at them with Debian's chromium.
 
-    python docs/screenshots.py /tmp/screenshots
+    python docs/screenshots.py /tmp/screenshots             into docs/: look at them
+    python docs/screenshots.py /tmp/before ../of_then before     what TensorBoard shows first, into results/first-sight/
 
-The argument is where the runs go; some three minutes on one core. The pictures go into docs/: look at them.
+The first argument is where the runs go; some three minutes on one core. With two more the healthy run alone is trained,
+by another checkout of the project, and its tabs are taken as they open, in files that begin with the last argument.
 """
 
 import contextlib
@@ -24,14 +26,15 @@ RUNS = {
     "healthy": ["model.placement=spannorm", "model.init=scale_init", "optim.lr=3e-3"],
     "diverging": ["model.placement=postnorm", "model.init=fan_in", "optim.lr=0.1"],
 }
+BOARD = str(Path(sys.executable).with_name("tensorboard"))
 SWITCHES = ["--headless=new", "--no-sandbox", "--disable-3d-apis", "--hide-scrollbars", "--virtual-time-budget=20000"]
 
 
-def train(folder: Path) -> None:
+def train(folder: Path, checkout: Path, *names: str) -> None:
     """Train the runs that are not there yet."""
-    for name, overrides in RUNS.items():
+    for name in names:
         if not (folder / "runs" / name).exists():
-            command = [sys.executable, str(ROOT / "train.py"), *JOB, *overrides, f"run_dir=runs/{name}"]
+            command = [sys.executable, str(checkout / "train.py"), *JOB, *RUNS[name], f"run_dir=runs/{name}"]
             subprocess.run(command, cwd=folder, check=True)
 
 
@@ -56,22 +59,36 @@ def serving(*command: str, cwd: Path) -> Iterator[str]:
 
 
 def take(url: str, name: str, size: tuple[int, int]) -> None:
-    """Take a picture of a page, docs/NAME.png."""
+    """Take a picture of a page, NAME.png below the project's folder."""
     chromium = shutil.which("chromium")
     assert chromium, "apt-get install chromium"
-    picture = ROOT / "docs" / f"{name}.png"
+    picture = ROOT / f"{name}.png"
+    picture.parent.mkdir(parents=True, exist_ok=True)
     window = f"--window-size={size[0]},{size[1]}"
     subprocess.run([chromium, *SWITCHES, window, f"--screenshot={picture}", url], check=True)
+
+
+def for_the_docs(folder: Path) -> None:
+    train(folder, ROOT, "healthy", "diverging")
+    with serving(BOARD, "--logdir", "runs/healthy", "--port", cwd=folder) as page:
+        take(f"{page}#custom_scalars", "docs/monitoring-healthy", (1400, 900))
+    with serving(BOARD, "--logdir", "runs/diverging", "--port", cwd=folder) as page:
+        take(f"{page}#images", "docs/monitoring-diverging", (1400, 900))
+    with serving(sys.executable, str(ROOT / "tools/watch.py"), "runs", cwd=folder) as page:
+        take(page, "docs/monitoring-watch", (1280, 1500))
+
+
+def first_sight(folder: Path, checkout: Path, when: str) -> None:
+    train(folder, checkout, "healthy")
+    with serving(BOARD, "--logdir", "runs", "--port", cwd=folder) as page:
+        for tab in ("timeseries", "custom_scalars", "hparams", "images"):
+            take(f"{page}#{tab}", f"results/first-sight/{when}-{tab}", (1400, 900))
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1]).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    train(folder)
-    board = str(Path(sys.executable).with_name("tensorboard"))
-    with serving(board, "--logdir", "runs/healthy", "--port", cwd=folder) as page:
-        take(f"{page}#custom_scalars", "monitoring-healthy", (1400, 900))
-    with serving(board, "--logdir", "runs/diverging", "--port", cwd=folder) as page:
-        take(f"{page}#images", "monitoring-diverging", (1400, 900))
-    with serving(sys.executable, str(ROOT / "tools/watch.py"), "runs", cwd=folder) as page:
-        take(page, "monitoring-watch", (1280, 1500))
+    if len(sys.argv) == 2:
+        for_the_docs(folder)
+    else:
+        first_sight(folder, Path(sys.argv[2]).absolute(), sys.argv[3])

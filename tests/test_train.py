@@ -20,6 +20,8 @@ LONG += ["optim.schedule=constant", "callbacks.last_checkpoint.every_n_train_ste
 BY_THE_CLOCK = {
     "train/tokens_per_second",
     "train/images_per_second",
+    "1_overview/8_tokens_per_second",
+    "1_overview/8_images_per_second",
     "train/mfu",
     "train/step_seconds_p50",
     "train/step_seconds_p95",

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
 from core.errors import one_line
-from core.event_files import TABLES, event_files
+from core.event_files import OVERVIEW, TABLES, event_files
 from core.untrusted import MIB, Untrusted, beyond, bound
 
 Curve = tuple[list[int], list[float]]
@@ -116,7 +116,8 @@ def read_pictures(run: Path) -> dict[str, tuple[int, bytes]]:
 
 def _of_events(run: Path) -> Iterator[tuple[str, int, float]]:
     for path, step, value in _event_values(run):
-        if value.HasField("simple_value"):  # neither a histogram nor a text
+        # Neither a histogram nor a text, nor one of those that stand there twice.
+        if value.HasField("simple_value") and not value.tag.startswith(f"{OVERVIEW}/"):
             yield value.tag, _event_step(path, value.tag, step), value.simple_value
 
 

@@ -9,9 +9,11 @@ import pytest
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from callbacks.console.dashboard import model_table
+from core.tensorboard import FIRST
 from tests.support.job import Job
 from tests.support.models import make_module
 from tests.support.runs import EventAccumulator, events, run, scalars
+from tools.curves import read_curves
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,19 @@ def test_the_overview_comes_first_and_every_line_in_it_is_a_curve(written: Event
     }
     (norms,) = [chart.multiline.tag for chart in first.chart if chart.title == "gradient norm"]
     assert any(re.match(pattern, "divergence/grad_norm") for pattern in norms), "the spikes, where there are some"
+
+
+def test_time_series_begins_with_an_overview(written: EventAccumulator, job: Job) -> None:
+    """Its groups stand by the alphabet, and the curves of one by their numbers; for the tools there is each once."""
+    tags = sorted(written.Tags()["scalars"])
+    overview = [tag for tag in tags if tag.startswith(tags[0].split("/")[0])]
+    named = {FIRST[tag]: tag for tag in tags if tag in FIRST}
+    assert [tag.split("/")[1] for tag in overview] == sorted(named)
+    assert len(overview) == 7
+    for tag in overview:
+        same = written.Scalars(named[tag.split("/")[1]])
+        assert [(e.step, e.value) for e in written.Scalars(tag)] == [(e.step, e.value) for e in same]
+    assert not read_curves(job.folder).keys() & set(overview)
 
 
 def test_the_baseline_is_a_level_line_over_a_resume(tmp_path: Path) -> None:
