@@ -15,6 +15,8 @@ VERSION := $(or $(VERSION),$(shell $(PYTHON) -c 'import sys; v = sys.version_inf
 MADE := $(VENV)/.made-$(VERSION)
 FOR_TRAINING := $(VENV)/.train-$(VERSION)
 FOR_TESTS := $(VENV)/.test-$(VERSION)
+# Where a GPU is seen, the main job takes it in bf16 and compiled; by trainer=default it would in fp32, as on a CPU.
+ON_GPU = $(shell nvidia-smi -L > /dev/null 2>&1 && echo trainer=auto)
 # The peers' pins and ours do not go together, so they get an environment of their own.
 BENCH := .venv-bench/bin
 FOR_BENCH := .venv-bench/.made-$(VERSION)
@@ -25,9 +27,9 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 train: $(FOR_TRAINING)  ## set up the environment and run the main job; ARGS="trainer.max_steps=20" hands overrides on
-	@! nvidia-smi -L > /dev/null 2>&1 || $(BIN)/python -c "import grouped_gemm" 2> /dev/null \
+	@test -z "$(ON_GPU)" || $(BIN)/python -c "import grouped_gemm" 2> /dev/null \
 		|| echo "A GPU is here: 'make megablocks' builds MegaBlocks for it, which mixtures then train with in bf16"
-	$(BIN)/python train.py experiment=moe_spannorm $(ARGS)
+	$(BIN)/python train.py experiment=moe_spannorm $(ON_GPU) $(ARGS)
 
 megablocks: $(FOR_TRAINING)  ## build MegaBlocks for this machine's GPU; needs nvcc of torch's CUDA version
 	$(BIN)/python -m pip install --quiet -r requirements-build.txt
