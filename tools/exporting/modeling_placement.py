@@ -7,12 +7,14 @@ it.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
@@ -265,10 +267,21 @@ class Attention(nn.Module):
             width = q.size(2) if attention_mask is None else attention_mask.size(-1)
             require(k.size(2) == width, "past_key_values", type(past_key_values).__name__, GROWING)
         is_causal = self.causal and attention_mask is None
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=attention_mask, is_causal=is_causal, enable_gqa=self.is_grouped
-        )
+        with kernels_with_a_gradient(q, attention_mask):
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=attention_mask, is_causal=is_causal, enable_gqa=self.is_grouped
+            )
         return self.o_proj(self.inner_norm(out.transpose(1, 2).flatten(2)))
+
+
+def kernels_with_a_gradient(q: Tensor, attention_mask: Tensor | None) -> AbstractContextManager[Any]:
+    """Leave cuDNN out where an explicit mask is trained with, as of padding: its gradient may be NaN.
+
+    That is so at lengths of 64 mod 128 where the logits are far below 0 (pytorch/pytorch, issue 196678).
+    """
+    if attention_mask is None or not (q.is_cuda and torch.is_grad_enabled()):
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 class FeedForward(nn.Module):

@@ -1,7 +1,10 @@
 """In bf16, on either device: every backend computes what the loop does, compiled or not."""
 
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from lightning_modules.layers import megablocks
 from lightning_modules.layers.moe import MoE
@@ -53,6 +56,21 @@ def test_compiled_in_bf16_it_computes_the_same(backend: str, device: str) -> Non
     with torch.autocast(device, torch.bfloat16):
         expected, actual = layer(x)[0], torch.compile(layer, fullgraph=True, backend=compiler)(x)[0]
     assert (actual - expected).norm() / expected.norm() < CLOSE
+
+
+def test_every_row_of_grouped_products_is_an_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """F.grouped_mm leaves others as the memory was (pytorch/pytorch, issue 193633: NaN on a B300)."""
+    plain, left = F.grouped_mm, []
+
+    def note(a: Any, b: Any, *, offs: Any) -> Any:
+        left.append((a.size(0) if b.dim() == 3 else a.size(1)) - int(offs[-1]))
+        return plain(a, b, offs=offs)
+
+    monkeypatch.setattr(F, "grouped_mm", note)
+    layer = make_layer("cpu", "grouped")
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(torch.randn(2, 256, 32, requires_grad=True))[0].sum().backward()
+    assert left == [0] * 9
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -378,3 +378,28 @@ def test_hidden_states_are_those_of_one_stream() -> None:
     model = modeling.PlacementForCausalLM(config).eval()
     with pytest.raises(ValueError, match="output_hidden_states=True is not valid: expected false: between the bl"):
         model(torch.randint(50, (1, 4)), output_hidden_states=True)
+
+
+class AsIfOnGPU(Tensor):
+    is_cuda = True
+
+
+@pytest.mark.parametrize(("trained", "padded"), [(True, True), (True, False), (False, True)])
+def test_cudnn_is_left_out_where_padding_is_trained_with(
+    trained: bool, padded: bool, models: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its gradient may be NaN, as lightning_modules/layers/document_mask.py has it."""
+    seen, plain = [], F.scaled_dot_product_attention
+
+    def note(*tensors: Tensor, **options: Any) -> Tensor:
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return plain(*tensors, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", note)
+    attention = next(module for module in models["dense"].modules() if type(module).__name__ == "Attention")
+    mask = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril() if padded else None
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    with torch.set_grad_enabled(trained):
+        attention(torch.randn(1, 8, 32).as_subclass(AsIfOnGPU), None, mask, None)
+    assert seen == [before and not (trained and padded)]
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
