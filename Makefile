@@ -53,12 +53,14 @@ check-newest: | $(MADE)  ## which undocumented uses of Lightning and torch still
 	.venv-newest/bin/python -m pip install --quiet --upgrade -r .venv-newest/requirements.txt pytest pytest-timeout
 	.venv-newest/bin/python -m pytest -q tests/core/test_compat.py
 
-bench: $(FOR_BENCH) $(FOR_TESTS)  ## training, generating and evaluating beside peers, and what each thing costs
+bench: $(FOR_BENCH) $(FOR_TESTS)  ## training, generating and evaluating beside peers, what each thing costs, and what users wait for
 	$(BENCH)/python -m benchmarks.compare $(ARGS)
 	$(BENCH)/python -m benchmarks.costs
 	$(BIN)/python -m benchmarks.generation
 	$(BIN)/python -m benchmarks.evaluation
 	$(BIN)/python -m benchmarks.start
+	$(BIN)/python -m benchmarks.busy
+	$(BIN)/python -m benchmarks.small
 
 bench-gpu: $(FOR_BENCH)  ## the same on a GPU
 	$(BENCH)/python -m benchmarks.compare device=cuda $(ARGS)

@@ -18,6 +18,8 @@ RATE, SIDE = "GEMM", {"cpu": 1024, "cuda": 8192}
 """The contender that only multiplies square matrices of that side: what the machine can do."""
 
 PROFILED_STEPS = 3
+SPIN = 100_000
+"""As train.py has it."""
 SMALL = {"vocab_size": 64, "num_layers": 2, "dim": 32, "num_heads": 2, "hidden": 48, "seq_len": 64}
 
 
@@ -27,6 +29,7 @@ class Contender(NamedTuple):
     Attributes:
         name: ours..., a peer of contenders.PEERS, or RATE.
         overrides: of the model's configuration, for ours.
+        spin: how often an idle thread of OpenMP looks for work before it sleeps (GOMP_SPINCOUNT).
     """
 
     name: str
@@ -35,6 +38,7 @@ class Contender(NamedTuple):
     device: str
     threads: int
     overrides: dict[str, Any] | None = None
+    spin: int = SPIN
 
 
 class Result(NamedTuple):
@@ -58,7 +62,7 @@ class Worker:
 
     def __init__(self, contender: Contender) -> None:
         # Set before the child imports torch, as train.py has it: docs/decisions.md.
-        os.environ.update(OMP_NUM_THREADS=str(contender.threads), GOMP_SPINCOUNT="100000")
+        os.environ.update(OMP_NUM_THREADS=str(contender.threads), GOMP_SPINCOUNT=str(contender.spin))
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = _compile_cache().name
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()

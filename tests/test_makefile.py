@@ -13,7 +13,10 @@ PLAIN = "train.py experiment=moe_spannorm"
 
 @pytest.mark.parametrize(
     ("gpus", "command"),
-    [("echo 'GPU 0: NVIDIA H200'", f"{PLAIN} trainer=auto seed=1"), ("echo NVIDIA-SMI has failed; exit 9", f"{PLAIN} seed=1")],
+    [
+        ("echo 'GPU 0: NVIDIA H200'", f"{PLAIN} trainer=auto seed=1"),
+        ("echo NVIDIA-SMI has failed; exit 9", f"{PLAIN} seed=1"),
+    ],
 )
 def test_the_main_job_takes_the_gpu_that_is_seen(gpus: str, command: str, tmp_path: Path) -> None:
     """In bf16 and compiled, as MegaBlocks wants it, which is named there."""
