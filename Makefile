@@ -20,6 +20,8 @@ ON_GPU = $(shell nvidia-smi -L > /dev/null 2>&1 && echo trainer=auto)
 # The peers' pins and ours do not go together, so they get an environment of their own.
 BENCH := .venv-bench/bin
 FOR_BENCH := .venv-bench/.made-$(VERSION)
+BENCHMARKS := compare costs generation evaluation start busy small
+PART ?=
 
 .PHONY: help train megablocks check-gpu test test-slow check-newest bench bench-gpu lint types docs format clean
 
@@ -53,14 +55,10 @@ check-newest: | $(MADE)  ## which undocumented uses of Lightning and torch still
 	.venv-newest/bin/python -m pip install --quiet --upgrade -r .venv-newest/requirements.txt pytest pytest-timeout
 	.venv-newest/bin/python -m pytest -q tests/core/test_compat.py
 
-bench: $(FOR_BENCH) $(FOR_TESTS)  ## training, generating and evaluating beside peers, what each thing costs, and what users wait for
-	$(BENCH)/python -m benchmarks.compare $(ARGS)
-	$(BENCH)/python -m benchmarks.costs
-	$(BIN)/python -m benchmarks.generation
-	$(BIN)/python -m benchmarks.evaluation
-	$(BIN)/python -m benchmarks.start
-	$(BIN)/python -m benchmarks.busy
-	$(BIN)/python -m benchmarks.small
+bench: $(FOR_BENCH) $(FOR_TESTS)  ## all benchmarks of a CPU; PART="start busy" some of them, ARGS="rounds=3" hands fields on
+	@set -e; for part in $(or $(PART),$(BENCHMARKS)); do \
+		case $$part in compare|costs) python=$(BENCH)/python ;; *) python=$(BIN)/python ;; esac; \
+		echo "$$python -m benchmarks.$$part $(ARGS)"; $$python -m benchmarks.$$part $(ARGS); done
 
 bench-gpu: $(FOR_BENCH)  ## the same on a GPU
 	$(BENCH)/python -m benchmarks.compare device=cuda $(ARGS)
