@@ -19,20 +19,17 @@ from typing import NamedTuple
 
 from benchmarks.contenders import Sizes
 from benchmarks.measure import check_counts, judged, machine, report, take_turns
-from benchmarks.workers import SPIN, Contender, Worker, start
+from benchmarks.workers import Contender, Worker, start
 from core import cli
+from core.idle_threads import SPINS, SPINS_BESIDE_OTHERS
 
 JOB = Sizes(257, 4, 128, 4, 128, 256, 8, num_experts=8)
 """Of experiment=moe_spannorm."""
 TOKENS = JOB.batch_size * JOB.seq_len
 THREADS = 2
-WAYS = {
-    "two threads": (THREADS, SPIN),
-    "two that spin 10,000 times": (THREADS, 10_000),
-    "two that spin 1,000 times": (THREADS, 1_000),
-    "one thread": (1, SPIN),
-}
-"""Threads, and how often each looks for work before it sleeps. The first is what train.py does by itself."""
+QUIET, BUSY = "two threads, as begun on a quiet machine", "two threads, as begun on a busy one"
+WAYS = {QUIET: (THREADS, SPINS), BUSY: (THREADS, SPINS_BESIDE_OTHERS), "one thread": (1, SPINS)}
+"""Threads, and how often each looks for work before it sleeps."""
 ONE_BESIDE, OF_FAIR_SHARE = 0.62, 0.7
 """What is asked for: of the speed alone with one process beside it, and of the fair share with several."""
 
@@ -61,19 +58,23 @@ class Row(NamedTuple):
     Attributes:
         beside: how many.
         speeds: tokens/s of each way, in WAYS' order.
-        wanted: tokens/s that are asked for; None beside nothing.
+        wanted: tokens/s that are asked of a run that begins so; None beside nothing.
     """
 
     beside: int
     speeds: list[float]
     wanted: float | None
 
+    @property
+    def met(self) -> bool:
+        return self.wanted is None or self.speeds[list(WAYS).index(BUSY)] >= self.wanted
+
     def __str__(self) -> str:
-        goal = "" if self.wanted is None else f"{self.wanted:,.0f}: {judged(self.speeds[0] >= self.wanted)}"
+        goal = "" if self.wanted is None else f"{self.wanted:,.0f}: {judged(self.met)}"
         return f"| {self.beside} | {' | '.join(f'{speed:,.0f}' for speed in self.speeds)} | {goal} |"
 
 
-HEAD = f"| busy processes | {' | '.join(WAYS)} | asked of the first |\n|---|{'---|' * len(WAYS)}---|"
+HEAD = f"| busy processes | {' | '.join(WAYS)} | asked of the second |\n|---|{'---|' * len(WAYS)}---|"
 
 
 @contextmanager
@@ -110,7 +111,7 @@ def rows(settings: BusyConfig, workers: dict[str, Worker]) -> Iterator[Row]:
 
 def verdict(found: list[Row]) -> str:
     """Return how many goals are met."""
-    goals = [row.speeds[0] >= row.wanted for row in found if row.wanted is not None]
+    goals = [row.met for row in found if row.wanted is not None]
     return f"Goals: {sum(goals)} of {len(goals)} met."
 
 

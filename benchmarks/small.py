@@ -147,11 +147,8 @@ def main(settings: SmallConfig) -> None:
     tokens = torch.randint(VOCAB_SIZE, (max(settings.models), batch, seq + 1))
     model = make_model(settings.job, 0)
     multiply, flops = products(model, batch * seq)
-    ways = {"products": multiply, "step": one(model, tokens[0])}
-    for number in settings.models:
-        models = [make_model(settings.job, seed, "off") for seed in range(number)]
-        ways[f"{number} as one"] = several(models, tokens[:number])
-    seconds = take_turns({name: timed(way) for name, way in ways.items()}, settings.rounds)
+    step_alone = timed(one(model, tokens[0]))
+    seconds = take_turns({"products": timed(multiply), "step": step_alone}, settings.rounds)
     share, step = ratio(seconds["products"], seconds["step"]), statistics.median(seconds["step"])
     multiplying = f"the products of its blocks alone, {flops / (step * share) / 1e9:.0f} GFLOP/s"
     rates = [f"| {1e3 * taken:.1f} | {batch * seq / taken:,.0f} |" for taken in (step, trained)]
@@ -167,7 +164,9 @@ def main(settings: SmallConfig) -> None:
     ]
     gains = []
     for number in settings.models:
-        gains.append(number / ratio(seconds[f"{number} as one"], seconds["step"]))
+        models = [make_model(settings.job, seed, "off") for seed in range(number)]
+        beside = take_turns({"step": step_alone, "several": timed(several(models, tokens[:number]))}, settings.rounds)
+        gains.append(number / ratio(beside["several"], beside["step"]))
         lines.append(f"| {number} | {gains[-1]:.2f} |")
     lines.append(f"\nGoal {GAIN:g} times, or it is not worth a second way of training: {judged(max(gains) >= GAIN)}.")
     print("\n".join(lines))

@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 
 from benchmarks.contenders import Sizes
 from benchmarks.spending import Spending, spending
+from core.idle_threads import SPINS
 
 RATE, SIDE = "GEMM", {"cpu": 1024, "cuda": 8192}
 """The contender that only multiplies square matrices of that side: what the machine can do."""
 
 PROFILED_STEPS = 3
-SPIN = 100_000
-"""As train.py has it."""
 SMALL = {"vocab_size": 64, "num_layers": 2, "dim": 32, "num_heads": 2, "hidden": 48, "seq_len": 64}
 
 
@@ -38,7 +37,7 @@ class Contender(NamedTuple):
     device: str
     threads: int
     overrides: dict[str, Any] | None = None
-    spin: int = SPIN
+    spin: int = SPINS
 
 
 class Result(NamedTuple):

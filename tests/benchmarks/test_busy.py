@@ -21,7 +21,7 @@ def test_it_steps_beside_busy_processes_and_ends_them(tmp_path: Path, monkeypatc
     context = server()
     monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)  # elsewhere each imports torch for itself
     monkeypatch.setattr(busy, "JOB", busy.JOB._replace(num_layers=1, dim=32, num_heads=2, hidden=16, seq_len=16))
-    monkeypatch.setattr(busy, "WAYS", {"first": (1, 1000), "second": (1, 1000)})
+    monkeypatch.setattr(busy, "WAYS", {busy.QUIET: (1, 1000), busy.BUSY: (1, 1000)})
     seen = []
 
     def turns(*arguments: Any) -> Any:
@@ -41,5 +41,5 @@ def test_it_steps_beside_busy_processes_and_ends_them(tmp_path: Path, monkeypatc
 def test_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     assert [busy.wanted(number, 1000.0) for number in (0, 1, 2, 8)] == [None, 620.0, 350.0, 140.0]
-    rows = [busy.Row(0, [9.0], None), busy.Row(1, [6.0, 1.0], 6.0), busy.Row(2, [2.0, 9.0], 3.0)]
-    assert busy.verdict(rows) == "Goals: 1 of 2 met.", "of the first way"
+    rows = [busy.Row(0, [9.0, 1.0, 1.0], None), busy.Row(1, [1.0, 6.0, 1.0], 6.0), busy.Row(2, [9.0, 2.0, 9.0], 3.0)]
+    assert busy.verdict(rows) == "Goals: 1 of 2 met.", "of how a run waits that begins so"
