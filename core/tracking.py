@@ -1,15 +1,28 @@
-"""Lightning's loggers for services that track experiments, told which run is which: Weights & Biases, and MLflow."""
+"""Lightning's loggers for services that track experiments, told which run is which: Weights & Biases, MLflow, Comet."""
 
+import os
 import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
+from lightning.pytorch.loggers import CometLogger, MLFlowLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from core import compat
+from core.errors import UserError, one_line
+
+START_ONLINE = "COMET_START_ONLINE"
+"""Comet's variable; what Lightning passes on in its place does something else."""
+NO_REPORTS = "COMET_ERROR_TRACKING_ENABLE"
+"""Comet's variable for telling its makers of errors, which it does offline, too; read when it is imported."""
+NOTHING_BESIDE: dict[str, Any] = {
+    **dict.fromkeys(("log_code", "log_graph", "log_git_metadata", "log_git_patch", "log_env_details"), False),
+    "auto_output_logging": False,
+    "display_summary_level": 0,
+}
+"""Of Comet's settings."""
 
 
 def label_of(run_dir: Path) -> str:
@@ -76,3 +89,46 @@ class MLflow(MLFlowLogger):
         super().finalize(status)
         if self.uri.startswith("sqlite:"):
             print(f"Curves in MLflow: {shlex.join(['mlflow', 'ui', '--backend-store-uri', self.uri])}")
+
+
+class Comet(CometLogger):
+    """Calls the run at Comet by its folder, and ends it there with the training.
+
+    Lightning's own `online=False` switches everything off, and leaves the end to that of the process: the next run of a
+    sweep would be logged into this one. A resumed run is a second one of that name, and `epoch` is left out as in
+    WeightsAndBiases. Source code, packages and git's state are not sent: RUN/provenance.json has what a run needs of
+    them.
+
+    Args:
+        run_dir: the run's folder; what is kept here lies in its folder `comet`, as a zip for `comet upload`.
+        name: null: see label_of.
+        offline: whether everything is kept here, and nothing is sent.
+        options: as in Lightning's logger.
+
+    Raises:
+        UserError: there is no key, and it is not offline.
+    """
+
+    def __init__(self, run_dir: str | Path, name: str | None = None, offline: bool = False, **options: Any) -> None:
+        folder = Path(run_dir) / "comet"
+        if offline:
+            folder.mkdir(parents=True, exist_ok=True)  # or it takes another one
+        os.environ[START_ONLINE] = str(not offline)
+        os.environ.setdefault(NO_REPORTS, "false")
+        try:
+            super().__init__(
+                name=name or label_of(Path(run_dir)), offline_directory=str(folder), **NOTHING_BESIDE, **options
+            )
+        except ValueError as error:  # without a key
+            help = "COMET_API_KEY has yours, or logger.comet.offline=true keeps everything here"
+            raise UserError(f"logger=comet cannot be had ({one_line(error)}); {help}") from error
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Send scalars at a step, as Lightning's logger does."""
+        super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """End the run at Comet."""
+        super().finalize(status)
+        self.experiment.end()

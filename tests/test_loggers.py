@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -15,7 +16,8 @@ from tensorboard.backend.event_processing.plugin_event_multiplexer import EventM
 from core.event_files import OVERVIEW, event_files
 from core.loggers import own_wandb_run
 from core.tracking import last_run
-from tests.support.runs import events, run, scalars, tiny_job, train
+from tests.support.forked import python
+from tests.support.runs import ROOT, events, run, scalars, tiny_job, train
 from tools.curves import read_curves
 
 EVERYTHING = (  # whatever writes text, histograms or a layout, which only TensorBoard takes
@@ -207,3 +209,38 @@ def test_mlflow_keeps_the_same_curves_in_the_runs_folder(tmp_path: Path) -> None
     assert [part.data.params["asked/trainer/max_steps"] for part in (first, second)] == ["2", "3"]
     assert first.data.params["provenance/torch"] == torch.__version__
     assert "epoch" not in first.data.metrics
+
+
+@pytest.mark.slow  # Comet waits for its threads
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_comet_offline_keeps_each_run_of_a_sweep_by_itself_and_sends_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("comet_ml")
+    job = tiny_job("logger=[tensorboard,comet]", "logger.comet.offline=true", *EVERYTHING)
+    ended = python(tmp_path, "-m", "train", "-m", *job, "hydra.sweep.dir=runs", "seed=0,1", PYTHONPATH=str(ROOT))
+    assert ended.code == 0, ended.err
+    assert "sentry" not in ended.out + ended.err
+    folders = sorted(path.parent for path in tmp_path.rglob("comet"))
+    assert len(folders) == 2
+    for folder in folders:
+        (packed,) = (folder / "comet").glob("*.zip")
+        with zipfile.ZipFile(packed) as file:
+            messages = [json.loads(line)["payload"] for line in file.read("messages.json").decode().splitlines()]
+        for tag in ("train/loss", "gradients/block_1/all"):
+            found = [m["metric"] for m in messages if m.get("metric", {}).get("metricName") == tag]
+            kept = {metric["step"]: float(metric["metricValue"]) for metric in found}
+            assert kept == pytest.approx(scalars(folder, tag), rel=1e-6), tag
+        text = json.dumps(messages)
+        assert "/".join(folder.parts[-2:]) in text, "its name"
+        assert "epoch" not in {m["metric"]["metricName"] for m in messages if "metric" in m}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_comet_without_a_key_is_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("comet_ml")
+    environment = {"PYTHONPATH": str(ROOT), "COMET_API_KEY": "", "HOME": str(tmp_path / "home")}
+    ended = python(tmp_path, "-m", "train", *tiny_job("run_dir=run", "logger=comet"), **environment)
+    assert ended.code == 2, ended.err
+    assert "\nError: logger=comet cannot be had (Comet.ml requires an API key" in f"\n{ended.err}"
+    assert ended.err.endswith("COMET_API_KEY has yours, or logger.comet.offline=true keeps everything here\n")
+    assert not (tmp_path / "run").exists()
