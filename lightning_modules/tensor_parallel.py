@@ -81,7 +81,8 @@ def _cut_attention(attention: Attention, mesh: DeviceMesh) -> None:
 
 def _shared_input(module: nn.Module) -> PrepareModuleInput:
     """Return the first input, which is the same in all processes, with a gradient that is summed over them once."""
-    layouts = (Replicate(), *[None] * (len(signature(module.forward).parameters) - 1))
+    by_position = [one for one in signature(module.forward).parameters.values() if one.kind is not one.KEYWORD_ONLY]
+    layouts = (Replicate(), *[None] * (len(by_position) - 1))
     return PrepareModuleInput(input_layouts=layouts, desired_input_layouts=layouts)
 
 

@@ -124,7 +124,8 @@ class Block(nn.Module):
 
         def ffn(x: Tensor) -> Tensor:
             nonlocal stats
-            out, stats = self.ffn(x, report=slots is None)  # nobody looks at the routers of a text that is written
+            # Nobody looks at the routers of a text that is written.
+            out, stats = self.ffn(x) if slots is None else self.ffn(x, report=False)
             return self._scaled(out)
 
         return self.placement(state, attn, ffn), stats

@@ -82,7 +82,7 @@ def test_training_is_a_coloured_bar_on_a_terminal(tmp_path: Path, no_color: bool
     [
         ("experiment=moe_spannorm", ["experiment=moe_spannorm", "experiment=moe_spannorm_gpu"]),
         ("optim.warm", ["optim.warmup_steps="]),
-        ("logger=", ["logger=csv", "logger=mlflow", "logger=tensorboard", "logger=wandb"]),
+        ("logger=", ["logger=comet", "logger=csv", "logger=mlflow", "logger=tensorboard", "logger=wandb"]),
         ("no.such", []),
     ],
 )

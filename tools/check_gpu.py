@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -118,6 +119,16 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name()
 
 
+@contextlib.contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """Let a time limit's signal end in a report, too."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @cli.tool
 def main(config: CheckConfig) -> None:
     began, found, interrupted = time.monotonic(), list[Finding](), False
@@ -128,7 +139,7 @@ def main(config: CheckConfig) -> None:
         found.append(Finding("torch", False, one_line(error)))
     name = re.sub(r"\W+", "-", device.lower()).strip("-")
     output = config.output or ROOT / f"results/gpu-{name}.md"
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, sigterm_as_ctrl_c():
         for item in config.only or tuple(ITEMS):
             left = 60 * config.minutes - (time.monotonic() - began)
             if left < 5:
@@ -157,5 +168,4 @@ def main(config: CheckConfig) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit's: as SIGINT, it ends in a report
     cli.run(main)

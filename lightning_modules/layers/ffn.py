@@ -45,7 +45,7 @@ class DenseFFN(nn.Module):
         """Return the hidden layer, [batch, seq, hidden_dim]."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, report: bool = True) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor, *, report: bool = True) -> tuple[Tensor, None]:
         """Return (output of x's shape [batch, seq, dim], None: a dense layer has no router statistics to report)."""
         return self.down_proj(self.inner_norm(self.hidden(x))), None
 

@@ -36,7 +36,7 @@ class MoE(nn.Module):
         width = config.moe.num_shared_experts * config.shared_expert_hidden_dim
         self.shared_expert = FeedForward(replace(config, ffn_dim=width), inner_norm) if width else None
 
-    def forward(self, x: Tensor, report: bool = True) -> tuple[Tensor, RouterStats | None]:
+    def forward(self, x: Tensor, *, report: bool = True) -> tuple[Tensor, RouterStats | None]:
         """Return (output of x's shape [batch, seq, dim], this layer's RouterStats; None: they are not wanted)."""
         tokens = x.flatten(0, -2)
         weights, experts, stats = self.router(tokens, report)

@@ -141,7 +141,7 @@ class Router(nn.Module):
     def count(self, experts: Tensor) -> Tensor:
         """Return how many of the assignments [tokens, k] each expert gets, fp32 [num_experts]."""
         flat = experts.flatten()
-        ones = torch.ones(flat.shape, device=flat.device)
+        ones = torch.ones(flat.shape, dtype=torch.float32, device=flat.device)  # in bf16 256 and 1 are 256
         return ones.new_zeros(self.moe.num_experts).index_add(0, flat, ones)
 
     def _select(self, scores: Tensor) -> tuple[Tensor, Tensor]:

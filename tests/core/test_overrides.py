@@ -6,7 +6,7 @@ import pytest
 
 from core.overrides import GRAMMAR, as_lists, choices, given, not_a_choice, parse
 
-LOGGERS = "expected one of csv, mlflow, tensorboard, wandb"
+LOGGERS = "expected one of comet, csv, mlflow, tensorboard, wandb"
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_what_a_field_was_set_to(field: str, arguments: list[str], value: Any) -
 
 
 def test_names_are_those_of_the_files_and_stay_within_the_folder() -> None:
-    assert choices("logger") == ["csv", "mlflow", "tensorboard", "wandb"]
+    assert choices("logger") == ["comet", "csv", "mlflow", "tensorboard", "wandb"]
     assert choices("") == choices("hydra/launcher") == choices("../docs") == choices("nonsense") == []
 
 
