@@ -1,8 +1,14 @@
-"""Ends what a logger leaves open."""
+"""Ends what a logger leaves open, and leaves out what says nothing."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
+
+
+def without_epoch(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metrics of a step less `epoch`, which Lightning adds: the stream is a single one, number 0."""
+    return {name: value for name, value in metrics.items() if name != "epoch"}
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from core.event_files import OVERVIEW, event_folder
+from core.loggers import without_epoch
 
 FIRST = {
     "train/loss": "1_train_loss",
@@ -62,7 +63,7 @@ class TensorBoard(TensorBoardLogger):
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Write scalars at a step, as Lightning's logger does."""
-        super().log_metrics(with_overview({name: v for name, v in metrics.items() if name != "epoch"}), step)
+        super().log_metrics(with_overview(without_epoch(metrics)), step)
 
     @rank_zero_only
     def save(self) -> None:

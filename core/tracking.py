@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from core import compat
 from core.errors import UserError, one_line
+from core.loggers import without_epoch
 
 START_ONLINE = "COMET_START_ONLINE"
 """Comet's variable; what Lightning passes on in its place does something else."""
@@ -51,7 +52,7 @@ class WeightsAndBiases(WandbLogger):
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Send scalars at a step, as Lightning's logger does."""
-        super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
+        super().log_metrics(without_epoch(metrics), step)
 
 
 def last_run(run_dir: Path) -> str | None:
@@ -81,7 +82,7 @@ class MLflow(MLFlowLogger):
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Send scalars at a step, as Lightning's logger does."""
-        super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
+        super().log_metrics(without_epoch(metrics), step)
 
     @rank_zero_only
     def finalize(self, status: str = "success") -> None:
@@ -125,7 +126,7 @@ class Comet(CometLogger):
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Send scalars at a step, as Lightning's logger does."""
-        super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
+        super().log_metrics(without_epoch(metrics), step)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:

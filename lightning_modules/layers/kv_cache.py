@@ -72,9 +72,8 @@ class KVCache:
 
     def at(self, positions: Tensor) -> Iterator[Slots]:
         """Yield each layer's slots for tokens at these positions [batch, seq]."""
-        places = (
-            set(positions.flatten().tolist()) if positions.device.type == "cpu" else set()
-        )  # a GPU would be waited for
+        # A GPU would have to be waited for.
+        places = set(positions.flatten().tolist()) if positions.device.type == "cpu" else set()
         place = places.pop() if len(places) == 1 else None
         for kept in self.layers:
             yield Slots(kept, self.length, positions, place)
