@@ -466,14 +466,19 @@ def _check_same_data(content: dict[str, Any], datamodule: Any) -> None:
         raise ConfigError("data._target_", own, valid)
 
 
+def of_last_process(run_dir: Path, name: str) -> Path:
+    """Return where the process that trained a run last has written a file of this name: of a resume, with its time."""
+    resumed = (path.name for path in run_dir.glob(f"{Path(name).stem}-resumed-*.yaml"))
+    return run_dir / max(resumed, default=name)
+
+
 def read_overrides(run_dir: Path) -> list[str]:
     """Return the overrides of the process that trained a run last, as they were given, references and all.
 
     Raises:
         UserError: they are not there, cannot be read, or are no list of texts.
     """
-    resumed = (path.name for path in run_dir.glob(f"{Path(OVERRIDES).stem}-resumed-*.yaml"))  # with their time
-    path = run_dir / max(resumed, default=OVERRIDES)
+    path = of_last_process(run_dir, OVERRIDES)
     given = read_yaml(path)
     if not isinstance(given, list) or not all(isinstance(override, str) for override in given):
         raise UserError(f"{path} cannot be read as the run's overrides: expected a list of FIELD=VALUE, or []")

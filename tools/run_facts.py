@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from core.run_folder import flatten
+from core.run_folder import flatten, of_last_process
 from core.status import read_origin
 from core.untrusted import Untrusted, read_yaml
 
@@ -28,9 +28,8 @@ def facts(folder: Path) -> dict[str, Any]:
 
 def _settings(folder: Path) -> dict[str, Any]:
     """Return those of the process that trained it last, as read_origin does; what a resume changes is what counts."""
-    resumed = (path.name for path in folder.glob("config-resumed-*.yaml"))
     try:
-        config = read_yaml(folder / max(resumed, default="config.yaml"))
+        config = read_yaml(of_last_process(folder, "config.yaml"))
     except (Untrusted, OSError):
         return {}
     found = flatten(config, ".") if isinstance(config, Mapping) and _is_plain(config) else {}
