@@ -1,7 +1,7 @@
 """A hook of mkdocs that puts results/, which lies beside docs/, into the site.
 
 In the repository a page of docs/ links to ../results/NAME.md, which readers of the repository can follow too. In the
-site the same page is results/NAME.md.
+site the same page is results/NAME.md. A page of results/ links to ../docs/NAME.md in the same way.
 """
 
 from pathlib import Path
@@ -23,5 +23,5 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    """Let links to ../results/ point at the pages' places in the site."""
-    return markdown.replace("](../results/", "](results/")
+    """Let links between docs/ and results/, which lie beside each other, point at the pages' places in the site."""
+    return markdown.replace("](../results/", "](results/").replace("../docs/", "../")
