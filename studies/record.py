@@ -205,13 +205,15 @@ def collect(planned: Planned, folder: Path, broken: str | None = None) -> Record
     stopped = ended.get("reason") if diverged or ended.get("status") in EARLY else None
     stable = run.stability
     baselines = (summary.get("bigram_loss"), summary.get("unigram_loss"))
+    if broken is not None:
+        status = BROKEN
+    elif diverged:
+        status = DIVERGED
+    else:
+        status = judge(losses, val_loss, *baselines, stable.spikes)
     return Record(
         **identity,
-        status=BROKEN
-        if broken is not None
-        else DIVERGED
-        if diverged
-        else judge(losses, val_loss, *baselines, stable.spikes),
+        status=status,
         reason=broken or stopped or "",
         val_loss=_rounded(val_loss),
         bigram_loss=_rounded(baselines[0]),

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -38,8 +39,8 @@ from studies.devices import gpus_wanted, taken, visible_gpus
 from studies.grid import Planned
 from studies.plan import Plan, StudyConfig, is_done, known_runs, lock_of, plan_of, planned, rounds
 from studies.record import BROKEN, Record, collect, storable
+from studies.warm import TRAIN, Ended, warm_process
 
-ROOT = Path(__file__).resolve().parents[1]
 NAMED = 5
 """Of the runs without a result; the status has them all."""
 
@@ -54,9 +55,9 @@ def run_one(config: DictConfig) -> None:
         raise ConfigError("run", config.run, suggest(str(config.run), runs))
     run = runs[config.run]
     folder, path = plan.runs / run.name, plan.record_of(run)
-    with held(folder):
+    with held(folder) as lock:
         if not is_done(path, run):
-            record = train(run, folder, config.threads)
+            record = train(run, folder, config.threads, lock)
             if isinstance(record, str):
                 print(f"{run.name}: {printable(record)}", flush=True)
                 return
@@ -117,16 +118,16 @@ def lacks_outcomes(plan: Plan, run: Planned) -> bool:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Wait until nobody else runs in the folder. The training process inherits the lock: it outlives a killed study."""
+def held(folder: Path) -> Iterator[IO[str]]:
+    """Wait until nobody else runs in the folder. The training process has the lock too: it outlives a killed study."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(lock_of(folder), "w") as lock:
         os.set_inheritable(lock.fileno(), True)
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        yield lock
 
 
-def train(run: Planned, folder: Path, threads: int) -> Record | str:
+def train(run: Planned, folder: Path, threads: int, lock: IO[str]) -> Record | str:
     """Train in the folder, from its last checkpoint if there is one, to the end.
 
     Returns:
@@ -137,9 +138,7 @@ def train(run: Planned, folder: Path, threads: int) -> Record | str:
     resume = ["ckpt_path=last"] if (folder / LAST).exists() else []
     if not resume and folder.exists():
         shutil.rmtree(folder)  # killed before its first checkpoint
-    command = [
-        sys.executable,
-        str(ROOT / "train.py"),
+    arguments = [
         *run.overrides,
         f"seed={run.seed}",
         "blocks=all",  # which records are of
@@ -147,8 +146,13 @@ def train(run: Planned, folder: Path, threads: int) -> Record | str:
         *resume,
     ]
     with taken(num_gpus(run), visible_gpus()) as gpus:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **gpus}
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True, close_fds=False, check=False)
+        if gpus:
+            environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **gpus}
+            command = [sys.executable, TRAIN, *arguments]
+            ran = subprocess.run(command, env=environment, capture_output=True, text=True, close_fds=False, check=False)
+            ended = Ended(ran.returncode, ran.stdout, ran.stderr)
+        else:
+            ended = warm_process(threads).train(arguments, [lock])
     if ended.returncode in (0, cli.DIVERGED):
         return collect(run, folder)
     # By a signal, or as one of several processes of which another was.
@@ -202,8 +206,8 @@ def main(config: StudyConfig) -> None:
     if without:
         more = f" and {len(without) - NAMED} more" if len(without) > NAMED else ""
         raise UserError(
-            f"{len(without)} runs have no result: {', '.join(without[:NAMED])}{more}; why is said above, and the study "
-            "started again goes on with them"
+            f"{len(without)} {'run has' if len(without) == 1 else 'runs have'} no result: "
+            f"{', '.join(without[:NAMED])}{more}; why is said above, and the study started again goes on with them"
         )
 
 

@@ -1,0 +1,145 @@
+"""Trains in forks of a process that has torch and Lightning imported already, so that a run begins at once.
+
+The process computes nothing itself: each run begins as it would in a process of its own, and has the same bits. Of the
+project it imports nothing either, so that every run has the files as they are when it begins. A run outlives a study
+that is killed, and holds the files that were passed to it open until it ends. CUDA does not survive a fork.
+"""
+
+import gc
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from setproctitle import setproctitle
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAIN = str(ROOT / "train.py")
+IMPORTED = ("lightning", "torchmetrics", "tensorboard", "matplotlib.pyplot", "hydra", "pydantic")
+"""What every run imports and takes long."""
+MAX_ORDER, MAX_FILES = 1 << 20, 8
+GONE = b""
+
+
+class Ended(NamedTuple):
+    """Holds how a training process ended.
+
+    Attributes:
+        returncode: as subprocess has it: negative after a signal.
+        stdout, stderr: what it printed.
+    """
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+class WarmProcess:
+    """Trains one run after the other, each in a fork of one process, which is started when the first one is asked for.
+
+    Args:
+        threads: of each run.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._running: tuple[subprocess.Popen[bytes], socket.socket] | None = None
+
+    def train(self, arguments: Sequence[str], held: Sequence[IO[str]] = ()) -> Ended:
+        """Run train.py and return how it ended; as killed, if the process that forks was.
+
+        Args:
+            arguments: of train.py.
+            held: files that the run is to hold open for as long as it lives, as locks.
+        """
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            _, ours = self._running = self._running or _start(self.threads)
+            order = json.dumps(list(arguments)).encode()
+            try:
+                socket.send_fds(ours, [order], [out.fileno(), err.fileno(), *(file.fileno() for file in held)])
+                answer = ours.recv(MAX_ORDER)
+            except ConnectionError:
+                answer = GONE
+            if answer == GONE:  # the next run gets another process
+                self.end()
+            out.seek(0)
+            err.seek(0)
+            said = (file.read().decode(errors="replace") for file in (out, err))
+            return Ended(-signal.SIGKILL if answer == GONE else int(answer), *said)
+
+    def end(self) -> None:
+        """End the process; the next run would start another."""
+        if self._running is not None:
+            process, ours = self._running
+            ours.close()
+            process.wait()
+            self._running = None
+
+
+def _start(threads: int) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    ours, others = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # which keeps messages apart
+    with others:
+        process = subprocess.Popen(
+            [sys.executable, __file__, str(others.fileno())],
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            stdin=subprocess.DEVNULL,
+            pass_fds=[others.fileno()],
+        )
+    return process, ours
+
+
+@cache
+def warm_process(threads: int) -> WarmProcess:
+    """Return the one of this process, for runs of so many threads."""
+    return WarmProcess(threads)
+
+
+def serve(orders: socket.socket) -> list[str]:
+    """Fork for each order, and answer with how the fork ended; end when nobody is left who could ask.
+
+    Returns:
+        In a fork: the arguments of train.py.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the run's, which says what it led to
+    while True:
+        order, files, _, _ = socket.recv_fds(orders, MAX_ORDER, MAX_FILES)
+        if order == GONE:
+            sys.exit()
+        fork = os.fork()
+        if fork == 0:
+            orders.close()
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.dup2(files[0], sys.stdout.fileno())
+            os.dup2(files[1], sys.stderr.fileno())
+            return [str(argument) for argument in json.loads(order)]
+        for file in files:  # or it would hold the locks of runs that have ended
+            os.close(file)
+        _, status = os.waitpid(fork, 0)
+        try:
+            orders.send(str(os.waitstatus_to_exitcode(status)).encode())
+        except BrokenPipeError:
+            sys.exit()
+
+
+def main() -> None:
+    """Take orders at the socket whose descriptor is the argument, and in each fork run train.py."""
+    sys.path[0] = str(ROOT)  # as train.py has it
+    for name in IMPORTED:
+        import_module(name)
+    gc.freeze()  # objects that no fork needs to look through
+    sys.argv = [TRAIN, *serve(socket.socket(fileno=int(sys.argv[1])))]
+    setproctitle(" ".join(("python", *sys.argv)))
+    runpy.run_path(TRAIN, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
