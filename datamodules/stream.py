@@ -93,10 +93,15 @@ class StreamLoader(DataLoader[Batch | UserError]):
             cast(SampleStream, self.dataset).first_sample = self.position()
         with held_back():
             batches = super().__iter__()
-        for batch in batches:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
+        try:
+            for batch in batches:
+                if isinstance(batch, UserError):
+                    raise batch
+                yield batch
+        finally:
+            # An error's traceback would keep it, in a cycle; torch waits five seconds for each process of one that is
+            # collected with a cycle, whose queue then has no thread any more that could tell the process to end.
+            del batches
 
 
 def _shared(tensor: Tensor) -> Tensor:

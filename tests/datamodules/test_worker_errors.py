@@ -1,6 +1,7 @@
 """What is wrong with the data is the same one line, whether train.py reads it itself or through a process."""
 
 import json
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,5 +115,6 @@ def test_the_batches_before_it_come_as_they_are(corpus: Path, workers: int) -> N
     seen = [next(batches)["tokens"].tolist() for _ in range(3)]
     with pytest.raises(CorpusError, match=r"^the end$"):
         next(batches)
+    assert not multiprocessing.active_children(), "they have ended, and nothing waits for them"
     whole = SampleStream(ShuffledSplit(open_split(corpus, "train"), 32, 0), batch_size=4)
     assert seen == [whole.read(number)["tokens"].tolist() for number in range(3)]
