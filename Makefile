@@ -4,6 +4,8 @@ PYTHON ?= python3
 TORCH ?=
 VENV := .venv$(addprefix -torch-,$(TORCH))
 BIN := $(VENV)/bin
+# Bytecode is made of what is imported, when it is: of all that is installed it would take half a minute.
+PIP_INSTALL := python -m pip install --quiet --no-compile
 ARGS ?=
 # .venv holds the packages of one interpreter. What was made is noted under its version, so that another interpreter,
 # asked for by name, makes it anew; without a name, the one that made it stays.
@@ -34,11 +36,12 @@ train: $(FOR_TRAINING)  ## set up the environment and run the main job; ARGS="tr
 	$(BIN)/python train.py experiment=moe_spannorm $(ON_GPU) $(ARGS)
 
 megablocks: $(FOR_TRAINING)  ## build MegaBlocks for this machine's GPU; needs nvcc of torch's CUDA version
-	$(BIN)/python -m pip install --quiet -r requirements-build.txt
+	$(BIN)/$(PIP_INSTALL) -r requirements-build.txt
 	$(BIN)/python -m tools.megablocks
 
 # A file at a time, so that what its tests share is made once, and not once in each process.
-test: $(FOR_TESTS) lint types docs  ## lint, types, documentation, and every test that takes no patience
+test: $(FOR_TESTS)  ## lint, types, documentation, and every test that takes no patience
+	$(MAKE) --no-print-directory --jobs=3 --output-sync lint types docs
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 test-slow: $(FOR_TESTS)  ## the tests that take minutes
@@ -52,7 +55,7 @@ check-gpu:  ## what holds on this machine's GPU, in eight minutes: results/gpu-D
 check-newest: | $(MADE)  ## which undocumented uses of Lightning and torch still hold with their newest versions
 	$(BIN)/python -m venv --clear .venv-newest
 	sed -E 's/(==|~=)[^ ;]+//' requirements.txt > .venv-newest/requirements.txt
-	.venv-newest/bin/python -m pip install --quiet --upgrade -r .venv-newest/requirements.txt pytest pytest-timeout
+	.venv-newest/bin/$(PIP_INSTALL) --upgrade -r .venv-newest/requirements.txt pytest pytest-timeout
 	.venv-newest/bin/python -m pytest -q tests/core/test_compat.py
 
 bench: $(FOR_BENCH) $(FOR_TESTS)  ## all benchmarks of a CPU; PART="start busy" some of them, ARGS="rounds=3" hands fields on
@@ -88,21 +91,21 @@ $(MADE):
 	@touch $@
 
 $(FOR_TRAINING): requirements.txt | $(MADE)
-	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/$(PIP_INSTALL) -r requirements.txt
 	@touch $@
 
 $(FOR_TESTS): $(wildcard requirements*.txt) | $(MADE)
-	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
-	@$(if $(TORCH),$(BIN)/python -m pip install --quiet torch==$(TORCH))
+	$(BIN)/$(PIP_INSTALL) -r requirements-dev.txt
+	@$(if $(TORCH),$(BIN)/$(PIP_INSTALL) torch==$(TORCH))
 	@# Without its dependencies: it asks for Optuna 2. See requirements-sweeps.txt.
-	$(BIN)/python -m pip install --quiet --no-deps hydra-optuna-sweeper==1.3.0
+	$(BIN)/$(PIP_INSTALL) --no-deps hydra-optuna-sweeper==1.3.0
 	@# Its Python files alone, beside any torch and any CUDA toolkit: docs/megablocks.md.
 	$(BIN)/python -m tools.megablocks compiled=false
 	@touch $@ $(FOR_TRAINING)
 
 $(FOR_BENCH): requirements.txt requirements-bench.txt | $(MADE)
 	$(BIN)/python -m venv --clear .venv-bench
-	$(BENCH)/python -m pip install --quiet -r requirements-bench.txt
+	$(BENCH)/$(PIP_INSTALL) -r requirements-bench.txt
 	@# Without their dependencies: they pin other versions than ours. What they import is in requirements-bench.txt.
-	$(BENCH)/python -m pip install --quiet --no-deps litgpt==0.5.13 torchtitan==0.3.0
+	$(BENCH)/$(PIP_INSTALL) --no-deps litgpt==0.5.13 torchtitan==0.3.0
 	@touch $@

@@ -54,6 +54,7 @@ def test_it_goes_on_in_ddp_and_cut_another_way(tmp_path: Path) -> None:
         assert_goes_on(tmp_path, run, curve)
 
 
+@pytest.mark.slow
 def test_those_who_cut_one_model_draw_the_same_numbers_after_two_shared_the_data(tmp_path: Path) -> None:
     own, noted = (f"+callbacks.{n}._target_=tests.support.rank_faults.{n}" for n in ("OwnNumbers", "NoteNumbers"))
     base = ["experiment=moe_spannorm", "model.moe.jitter=0.1", "trainer=fsdp", "run_dir=run", noted]

@@ -92,6 +92,7 @@ def local(tensor: Any) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+@pytest.mark.slow
 def test_each_of_two_takes_what_is_planned(tmp_path: Path) -> None:
     for case, *both in zip(CASES, *together(2, tmp_path, take, CASES), strict=True):
         planned = case.planned()

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pytest
 
 from tests.support.processes import command_line, together
 from tests.support.runs import tiny_job
@@ -31,6 +32,7 @@ def test_a_run_ends_when_all_its_checkpoints_have_their_names(tmp_path: Path) ->
     assert found == {name: f"run/checkpoints/{name}.ckpt" for name in found}
 
 
+@pytest.mark.slow
 def test_training_waits_where_it_is_told_to(tmp_path: Path) -> None:
     options = ["trainer.strategy.asynchronous=false", "callbacks.last_checkpoint.every_n_train_steps=1"]
     look = "+callbacks.look._target_=tests.distributed.test_saving.Look"

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from core.checkpoint import load
@@ -19,6 +20,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 def test_weights_are_the_same_in_any_number_of_processes(tmp_path: Path) -> None:
     first = run(tmp_path, "first", *MOE, "trainer.max_steps=2", "optim.lr=1e-2")
     expected = load(first / "checkpoints/last.ckpt")["state_dict"]

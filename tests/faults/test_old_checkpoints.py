@@ -48,6 +48,7 @@ def test_it_goes_on_in_one_process(tmp_path: Path, name: str) -> None:
     assert_goes_on(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_it_goes_on_in_two_that_share_the_model(tmp_path: Path) -> None:
     jobs = []
     for name, strategy in (("one_file", "fsdp"), ("in_pieces", "fsdp"), ("in_pieces", "ddp")):

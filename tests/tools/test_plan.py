@@ -266,23 +266,24 @@ def test_weights_are_gathered_in_the_type_that_is_asked_for() -> None:
         plan(refused)
 
 
-def test_a_7b_run_is_planned_without_its_weights() -> None:
-    eight = ["experiment=dense_7b", "trainer.devices=8"]
+def test_a_run_of_the_7b_models_blocks_is_planned_without_its_weights() -> None:
+    layers = 4
+    eight = ["experiment=dense_7b", "trainer.devices=8", f"model.num_layers={layers}"]
     whole, sharded = (plan(compose_config([*eight, f"trainer={name}"]), 257) for name in ("ddp", "fsdp"))
     assert (sharded.precision, sharded.compiled) == (whole.precision, whole.compiled) == ("bf16-mixed", True)
     tensor = ["trainer=fsdp", "trainer.strategy.tensor_parallel_size=2", "micro_batch_size=2"]
     cut = plan(compose_config([*eight, *tensor]), 257)
-    blocks = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
-    norms, embeddings = (2 * 32 + 1) * 4096, 2 * 257 * 4096
+    blocks = layers * (4 * 4096**2 + 3 * 4096 * 11008)
+    norms, embeddings = (2 * layers + 1) * 4096, 2 * 257 * 4096
     assert whole.parameters == sharded.parameters == blocks + norms + embeddings
     assert whole.weights == 4 * whole.parameters
     assert sharded.weights == 4 * (whole.parameters // 8)
     assert cut.weights == blocks // 2 + norms + embeddings, "4 bytes, of 4 processes"
     # In a block are two norms, in the last one a third; of two blocks all is there, and the gradients of one.
-    for planned, inside in ((sharded, blocks // 32), (cut, blocks // 64)):
+    for planned, inside in ((sharded, blocks // layers), (cut, blocks // (2 * layers))):
         assert planned.gathered == 4 * (embeddings + 3 * (inside + 3 * 4096))
     assert whole.gathered == 0
-    assert sharded.flops_per_token == 6 * (whole.parameters - embeddings // 2) + 12 * 32 * 4096 * 2048
+    assert sharded.flops_per_token == 6 * (whole.parameters - embeddings // 2) + 12 * layers * 4096 * 2048
     assert sharded.tokens == 100_000 * 512 * 2048
     seconds = sharded.flops_per_token * sharded.tokens / (0.4 * 8 * 989e12)
     assert sharded.hours(0.4, 989e12) == pytest.approx(seconds / 3600)
