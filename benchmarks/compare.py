@@ -181,28 +181,28 @@ def peers_of(rows: list[Row]) -> list[Row]:
     return [row for row in rows if is_peer(row.name)]
 
 
-def fastest_of(peers: list[Row]) -> Row:
-    return min(peers, key=lambda row: row.speed)
+def fastest_of(rows: list[Row]) -> Row:
+    return min(peers_of(rows), key=lambda row: row.speed)
 
 
-def leanest_of(peers: list[Row]) -> Row:
-    return min(peers, key=lambda row: row.result.memory)
+def leanest_of(rows: list[Row]) -> tuple[Row, float]:
+    """Return the peer that needs the least memory, and ours as a part of that."""
+    leanest = min(peers_of(rows), key=lambda row: row.result.memory)
+    return leanest, rows[0].result.memory / leanest.result.memory
 
 
 def of_today(rows: list[Row]) -> dict[str, Any]:
     """Return what days.recorded keeps of a table."""
-    fastest, leanest = fastest_of(peers_of(rows)), leanest_of(peers_of(rows))
+    fastest, (_, lean) = fastest_of(rows), leanest_of(rows)
     least, most = fastest.between
-    memory = rows[0].result.memory / leanest.result.memory
-    return {"peer": fastest.name, "speed": fastest.speed, "least": least, "most": most, "memory": memory}
+    return {"peer": fastest.name, "speed": fastest.speed, "least": least, "most": most, "memory": lean}
 
 
 def verdict(case: Case, rows: list[Row]) -> str:
-    peers = peers_of(rows)
-    if not peers:
+    if not peers_of(rows):
         return "No peer does this at all."
-    fastest, leanest = fastest_of(peers), leanest_of(peers)
-    lean, (least, most) = rows[0].result.memory / leanest.result.memory, fastest.between
+    fastest, (leanest, lean) = fastest_of(rows), leanest_of(rows)
+    least, most = fastest.between
     return (
         f"Goal {case.goal} times the fastest peer ({fastest.name}), by the lower end of the interval: "
         f"{fastest.speed:.2f} ({least:.2f} to {most:.2f}), {judged(least >= case.goal)}. Goal {LEAN} times the memory "
@@ -212,7 +212,7 @@ def verdict(case: Case, rows: list[Row]) -> str:
 
 def bound(rows: list[Row]) -> str:
     """Return about how far ahead a model could be whose products are those of the fastest peer."""
-    peer = fastest_of(peers_of(rows))
+    peer = fastest_of(rows)
     share = sum(value for name, value in peer.spent.shares.items() if name.startswith(KERNELS))
     return (
         f"Matrix products and attention's kernels are {100 * share:.0f} % of {peer.name}'s step: by the same ones, and "
@@ -224,7 +224,7 @@ def bound(rows: list[Row]) -> str:
 
 def profile(rows: list[Row]) -> Iterator[str]:
     """Return where the time goes: the operators that take most of it in ours and in the fastest peer."""
-    both = [rows[0], *sorted(peers_of(rows), key=lambda row: row.speed)[:1]]
+    both = [rows[0], *([fastest_of(rows)] if peers_of(rows) else [])]
     yield from spending.table({row.name: row.spent for row in both})
 
 

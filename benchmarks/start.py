@@ -119,7 +119,7 @@ def first_line(wait: Wait) -> tuple[float, float]:
     before, began = _processor(), time.perf_counter()
     command = [sys.executable, *wait.command]
     with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ, **_OPEN}
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=_environment()
     ) as process:
         assert process.stdout is not None
         seen = next((line for line in process.stdout if line.strip() and line.startswith(wait.line)), None)
@@ -130,7 +130,9 @@ def first_line(wait: Wait) -> tuple[float, float]:
     return seconds, _processor() - before
 
 
-_OPEN = {"PYTHONUNBUFFERED": "1"}
+def _environment() -> dict[str, str]:
+    """Return a user's: without how idle threads wait, which this process has decided for itself (core/idle_threads)."""
+    return {**{name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}, "PYTHONUNBUFFERED": "1"}
 
 
 def _processor() -> float:
@@ -153,7 +155,7 @@ def study(folder: Path, runs: int) -> str:
     where = [f"hydra.searchpath=[file://{folder}/configs]", f"results_dir={folder}/results", f"runs_dir={folder}/runs"]
     command = [sys.executable, "-m", "studies.run", "study=tiny", *where, "hydra.launcher.n_jobs=1"]
     began = time.perf_counter()
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=_environment())
     each = (time.perf_counter() - began) / runs
     records = [json.loads(path.read_text()) for path in (folder / "results/tiny/laptop").glob("*.json")]
     assert len(records) == runs, records

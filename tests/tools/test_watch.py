@@ -5,7 +5,6 @@ import http.client
 import json
 import os
 import re
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 from core import cli
 from core.tensorboard import TensorBoard
 from tests.support.browser import CHROMIUM, WITHOUT, dom
+from tests.support.watch_server import serving
 from tools.curves import read_curves
 from tools.watch import main
 from tools.watching.content import MAX_POINTS, Content
@@ -57,12 +57,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def server(folder: Path) -> Iterator[Watching]:
-    with Watching(folder, 0) as served:
-        thread = threading.Thread(target=served.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with serving(folder) as served:
         yield served
-        served.shutdown()
-        thread.join()
 
 
 def get(server: Watching, path: str, host: str | None = None, method: str = "GET") -> tuple[int, bytes, dict[str, str]]:

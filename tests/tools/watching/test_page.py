@@ -1,6 +1,5 @@
 """The page of tools.watch in a real browser: what it draws, and what it does when somebody chooses."""
 
-import contextlib
 import itertools
 import math
 import re
@@ -16,6 +15,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from tests.support.browser import CHROMIUM, WITHOUT, Browser, Page
+from tests.support.watch_server import serving
 from tools.watching.server import Watching
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=WITHOUT)
@@ -61,19 +61,6 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 def server(folder: Path) -> Iterator[Watching]:
     with serving(folder) as served:
         yield served
-
-
-@contextlib.contextmanager
-def serving(folder: Path) -> Iterator[Watching]:
-    """The page of a folder, served meanwhile."""
-    with Watching(folder, 0) as served:
-        thread = threading.Thread(target=served.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield served
-        finally:
-            served.shutdown()
-            thread.join()
 
 
 def opened(browser: Browser, server: Watching, width: int = 1200, **view: Any) -> Page:
