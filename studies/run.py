@@ -146,7 +146,7 @@ def train(run: Planned, folder: Path, threads: int, lock: IO[str]) -> Record | s
         *resume,
     ]
     with taken(num_gpus(run), visible_gpus()) as gpus:
-        if gpus:
+        if gpus or sys.platform != "linux":
             environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **gpus}
             command = [sys.executable, TRAIN, *arguments]
             ran = subprocess.run(command, env=environment, capture_output=True, text=True, close_fds=False, check=False)

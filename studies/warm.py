@@ -2,7 +2,11 @@
 
 The process computes nothing itself: each run begins as it would in a process of its own, and has the same bits. Of the
 project it imports nothing either, so that every run has the files as they are when it begins. A run outlives a study
-that is killed, and holds the files that were passed to it open until it ends. CUDA does not survive a fork.
+that is killed, and holds the files that were passed to it open until it ends. CUDA does not survive a fork,
+nor do the frameworks of macOS.
+
+To the process goes a byte with the files, then a line with train.py's arguments as JSON; back comes a line with the
+exit status, and only then may the next order come.
 """
 
 import gc
@@ -26,8 +30,9 @@ ROOT = Path(__file__).resolve().parents[1]
 TRAIN = str(ROOT / "train.py")
 IMPORTED = ("lightning", "torchmetrics", "tensorboard", "matplotlib.pyplot", "hydra", "pydantic")
 """What every run imports and takes long."""
-MAX_ORDER, MAX_FILES = 1 << 20, 8
+MAX_FILES = 8
 GONE = b""
+"""What is read where nobody writes any more."""
 
 
 class Ended(NamedTuple):
@@ -63,10 +68,10 @@ class WarmProcess:
         """
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             _, ours = self._running = self._running or _start(self.threads)
-            order = json.dumps(list(arguments)).encode()
             try:
-                socket.send_fds(ours, [order], [out.fileno(), err.fileno(), *(file.fileno() for file in held)])
-                answer = ours.recv(MAX_ORDER)
+                socket.send_fds(ours, [b"+"], [out.fileno(), err.fileno(), *(file.fileno() for file in held)])
+                ours.sendall(json.dumps(list(arguments)).encode() + b"\n")
+                answer = _line(ours)
             except ConnectionError:
                 answer = GONE
             if answer == GONE:  # the next run gets another process
@@ -86,7 +91,7 @@ class WarmProcess:
 
 
 def _start(threads: int) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    ours, others = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # which keeps messages apart
+    ours, others = socket.socketpair()
     with others:
         process = subprocess.Popen(
             [sys.executable, __file__, str(others.fileno())],
@@ -95,6 +100,11 @@ def _start(threads: int) -> tuple[subprocess.Popen[bytes], socket.socket]:
             pass_fds=[others.fileno()],
         )
     return process, ours
+
+
+def _line(of: socket.socket) -> bytes:
+    with of.makefile("rb") as lines:
+        return lines.readline()
 
 
 @cache
@@ -109,10 +119,10 @@ def serve(orders: socket.socket) -> list[str]:
     Returns:
         In a fork: the arguments of train.py.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the run's, which says what it led to
     while True:
-        order, files, _, _ = socket.recv_fds(orders, MAX_ORDER, MAX_FILES)
-        if order == GONE:
+        _, files, _, _ = socket.recv_fds(orders, 1, MAX_FILES)
+        order = _line(orders)
+        if not order.endswith(b"\n"):
             sys.exit()
         fork = os.fork()
         if fork == 0:
@@ -125,13 +135,14 @@ def serve(orders: socket.socket) -> list[str]:
             os.close(file)
         _, status = os.waitpid(fork, 0)
         try:
-            orders.send(str(os.waitstatus_to_exitcode(status)).encode())
+            orders.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
         except BrokenPipeError:
             sys.exit()
 
 
 def main() -> None:
     """Take orders at the socket whose descriptor is the argument, and in each fork run train.py."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the run's, which says what it led to
     sys.path[0] = str(ROOT)  # as train.py has it
     for name in IMPORTED:
         import_module(name)
