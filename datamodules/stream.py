@@ -99,8 +99,8 @@ class StreamLoader(DataLoader[Batch | UserError]):
                     raise batch
                 yield batch
         finally:
-            # An error's traceback would keep it, in a cycle; torch waits five seconds for each process of one that is
-            # collected with a cycle, whose queue then has no thread any more that could tell the process to end.
+            # The traceback of what is raised here would keep it, in a cycle; torch waits five seconds for each process
+            # of one that is collected with a cycle, whose queue has no thread any more that tells the process to end.
             del batches
 
 

@@ -55,7 +55,7 @@ class Study:
 
     Attributes:
         name: that of its file.
-        scale: laptop, gpu or paper, or what else the file has.
+        scale: laptop, day, gpu or paper, or what else the file has.
         question: what it is to answer, in a sentence.
         needs: hardware and time, in words.
         axes: by name; their product is the grid. The first is what the others are seen against.

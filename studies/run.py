@@ -145,8 +145,9 @@ def train(run: Planned, folder: Path, threads: int, lock: IO[str]) -> Record | s
         f"run_dir='{folder}'",
         *resume,
     ]
-    with taken(num_gpus(run), visible_gpus()) as gpus:
-        if gpus or sys.platform != "linux":
+    trainer = trainer_of(run)
+    with taken(num_gpus(trainer), visible_gpus()) as gpus:
+        if gpus or not of_one_process(trainer) or sys.platform != "linux":
             environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **gpus}
             command = [sys.executable, TRAIN, *arguments]
             ran = subprocess.run(command, env=environment, capture_output=True, text=True, close_fds=False, check=False)
@@ -164,19 +165,28 @@ def train(run: Planned, folder: Path, threads: int, lock: IO[str]) -> Record | s
     return collect(run, folder, broken=last)
 
 
-def num_gpus(run: Planned) -> int:
+def trainer_of(run: Planned) -> DictConfig | None:
+    """Return the trainer's settings; None where there is a mistake in the run's overrides, which train.py will say."""
+    try:
+        with composing_anew():
+            trainer: DictConfig = compose_run(run.overrides).trainer
+    except cli.MISTAKES:
+        return None
+    return trainer
+
+
+def num_gpus(trainer: DictConfig | None) -> int:
     """Return on how many GPUs of this machine a run trains.
 
     Raises:
         ConfigError: more than there are.
     """
-    visible = visible_gpus()
-    try:
-        with composing_anew():
-            trainer = compose_run(run.overrides).trainer
-    except cli.MISTAKES:  # which train.py will say
-        return 0
-    return gpus_wanted(trainer, visible)
+    return 0 if trainer is None else gpus_wanted(trainer, visible_gpus())
+
+
+def of_one_process(trainer: DictConfig | None) -> bool:
+    """Return whether a run on a CPU is one process."""
+    return trainer is None or (trainer.devices in (1, "1", "auto") and trainer.get("num_nodes", 1) == 1)
 
 
 def launches_elsewhere(overrides: Sequence[str]) -> bool:
@@ -199,7 +209,7 @@ def main(config: StudyConfig) -> None:
         print(f"{plan.study.name}, {plan.study.scale}: {sum(done.values())} of {len(known)} runs are done", flush=True)
         if todo:
             if not launches_elsewhere(overrides):
-                num_gpus(next(run for run in batch if run.name == todo[0]))
+                num_gpus(trainer_of(next(run for run in batch if run.name == todo[0])))
             sys.argv[1:] = ["--multirun", *overrides, f"run={','.join(todo)}"]
             run_one()
     without = [run.name for run in known_runs(plan) if not is_done(plan.record_of(run), run)]

@@ -26,8 +26,13 @@ from typing import IO, NamedTuple
 
 from setproctitle import setproctitle
 
+if __name__ != "__main__":  # the process that forks imports nothing of the project
+    from core.errors import UserError
+
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = str(ROOT / "train.py")
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Signals that a launcher sends to all: they are the run's, which saves; what forks waits for that."""
 IMPORTED = ("lightning", "torchmetrics", "tensorboard", "matplotlib.pyplot", "hydra", "pydantic")
 """What every run imports and takes long."""
 MAX_FILES = 8
@@ -60,11 +65,14 @@ class WarmProcess:
         self._running: tuple[subprocess.Popen[bytes], socket.socket] | None = None
 
     def train(self, arguments: Sequence[str], held: Sequence[IO[str]] = ()) -> Ended:
-        """Run train.py and return how it ended; as killed, if the process that forks was.
+        """Run train.py and return how it ended; as the process that forks, if that was killed.
 
         Args:
-            arguments: of train.py.
+            arguments: of train.py, for a run of one process: what others print, or hold, is not waited for.
             held: files that the run is to hold open for as long as it lives, as locks.
+
+        Raises:
+            UserError: there is no process that could fork.
         """
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             _, ours = self._running = self._running or _start(self.threads)
@@ -74,20 +82,27 @@ class WarmProcess:
                 answer = _line(ours)
             except ConnectionError:
                 answer = GONE
-            if answer == GONE:  # the next run gets another process
-                self.end()
+            except BaseException:  # the answer may still come: nobody is to take it for that of the next run
+                ours.close()
+                self._running = None
+                raise
+            code = self.end() if answer == GONE else int(answer)
+            if answer == GONE and code >= 0:
+                raise UserError(
+                    f"the process that starts the runs ended by itself, exit code {code}; why is said above"
+                )
             out.seek(0)
             err.seek(0)
             said = (file.read().decode(errors="replace") for file in (out, err))
-            return Ended(-signal.SIGKILL if answer == GONE else int(answer), *said)
+            return Ended(code, *said)
 
-    def end(self) -> None:
-        """End the process; the next run would start another."""
-        if self._running is not None:
-            process, ours = self._running
-            ours.close()
-            process.wait()
-            self._running = None
+    def end(self) -> int:
+        """End the process, and return how it ended; the next run would start another."""
+        if self._running is None:
+            return 0
+        (process, ours), self._running = self._running, None
+        ours.close()
+        return process.wait()
 
 
 def _start(threads: int) -> tuple[subprocess.Popen[bytes], socket.socket]:
@@ -119,6 +134,7 @@ def serve(orders: socket.socket) -> list[str]:
     Returns:
         In a fork: the arguments of train.py.
     """
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in STOPPING}
     while True:
         _, files, _, _ = socket.recv_fds(orders, 1, MAX_FILES)
         order = _line(orders)
@@ -127,9 +143,10 @@ def serve(orders: socket.socket) -> list[str]:
         fork = os.fork()
         if fork == 0:
             orders.close()
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            os.dup2(files[0], sys.stdout.fileno())
-            os.dup2(files[1], sys.stderr.fileno())
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            os.dup2(files[0], 1)
+            os.dup2(files[1], 2)
             return [str(argument) for argument in json.loads(order)]
         for file in files:  # or it would hold the locks of runs that have ended
             os.close(file)
@@ -142,10 +159,13 @@ def serve(orders: socket.socket) -> list[str]:
 
 def main() -> None:
     """Take orders at the socket whose descriptor is the argument, and in each fork run train.py."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the run's, which says what it led to
     sys.path[0] = str(ROOT)  # as train.py has it
+    by_ctrl_c = signal.getsignal(signal.SIGINT)
+    if by_ctrl_c == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # amid the imports it ends the process without a traceback
     for name in IMPORTED:
         import_module(name)
+    signal.signal(signal.SIGINT, by_ctrl_c)
     gc.freeze()  # objects that no fork needs to look through
     sys.argv = [TRAIN, *serve(socket.socket(fileno=int(sys.argv[1])))]
     setproctitle(" ".join(("python", *sys.argv)))

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,14 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import studies.run
 from core.errors import UserError
+from core.status import read as read_status
 from studies.grid import Study
-from studies.plan import known_runs, planned
+from studies.plan import known_runs, lock_of, planned
 from studies.record import Record
 from tests.support.forked import python
+from tests.support.running import command_line, is_held, parent_of, with_text
 from tests.support.runs import ROOT, events, scalars, tiny_job
+from tests.support.waiting import wait_for
 
 RECORDS, RUNS = Path("results/studies/mine/laptop"), Path("runs/studies/mine/laptop")
 
@@ -260,6 +264,30 @@ def test_killed_at_random_times_it_ends_in_the_same_table(tmp_path: Path) -> Non
     call(killed, "run", "hydra.launcher.n_jobs=2")
     assert table(killed) == table(whole)
     assert len(table(whole)) == 2
+
+
+@pytest.mark.slow
+def test_a_run_outlives_its_study_and_holds_its_folder(tmp_path: Path) -> None:
+    write_study(tmp_path, {"model.placement": ["spannorm"]}, [0], "trainer.max_steps=100000")
+    folder = tmp_path / RUNS / "spannorm_seed0"
+    given = command(tmp_path, "run", "hydra/launcher=basic")
+    with (tmp_path / "said").open("w") as said:
+        study = subprocess.Popen(given, cwd=tmp_path, env=ENVIRONMENT, stdout=said, stderr=said, start_new_session=True)
+    try:
+        wait_for(lambda: read_status(folder).get("status") == "running")
+        (run,) = with_text("runs/studies/mine/laptop/spannorm_seed0")
+        forking = parent_of(run)
+        assert "studies/warm.py" in command_line(forking)
+        study.kill()
+        study.wait()
+        assert is_held(lock_of(folder))
+        assert parent_of(run) == forking
+        os.kill(run, signal.SIGKILL)
+        wait_for(lambda: not is_held(lock_of(folder)))
+        wait_for(lambda: not Path(f"/proc/{forking}").exists())
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(study.pid, signal.SIGKILL)
 
 
 @pytest.mark.slow
