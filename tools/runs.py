@@ -13,6 +13,7 @@ import csv
 import json
 import math
 import os
+import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -43,6 +44,7 @@ from core.status import (
     TIMED_OUT,
     is_running,
     read,
+    read_origin,
     read_summary,
 )
 from core.untrusted import Untrusted, bound
@@ -59,6 +61,8 @@ STYLES = {
 }
 WRITTEN = ("status.json", "summary.json", "divergence.md", "events.jsonl", "checkpoints", "config.yaml", OLDER)
 WAS_KILLED = "its process was killed (kill -9, no memory left, or the machine went down)"
+FRESH_SECONDS = 60.0
+"""So long after its last word a run of another machine counts as running, whose lock may not be seen from here."""
 DEEP, BEHIND_LINKS = 8, 2
 """Levels of folders that are looked at, and of those how many behind a link, which may lead anywhere."""
 MOST = 100_000
@@ -124,11 +128,21 @@ def look(folder: Path, now: float) -> Row | None:
     if is_running(folder):
         state, reason = RUNNING, ""
     elif state in (RUNNING, KILLED):
-        state, reason = KILLED, WAS_KILLED
+        state, reason = _without_lock(folder, now - max(written))
     elif state not in STYLES:
         state, reason = FAILED, f"its status is of another version: {state}"
     step, max_steps, val_loss = status.get("step"), status.get("max_steps"), status.get("val_loss")
     return Row(folder, state, step, max_steps, val_loss, now - max(written), reason)
+
+
+def _without_lock(folder: Path, seconds: float) -> tuple[str, str]:
+    """Return the status, and why, of a run that says it is running and whose lock nobody holds, as seen from here."""
+    host = read_origin(folder).get("host")
+    if host in (None, platform.node()):
+        return KILLED, WAS_KILLED
+    if seconds < FRESH_SECONDS:
+        return RUNNING, ""
+    return KILLED, f"{WAS_KILLED}; or it trains on {host}, whose locks this machine may not see"
 
 
 def _modified(path: Path) -> float | None:

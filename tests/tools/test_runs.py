@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import platform
 import shutil
 import signal
 import time
@@ -103,6 +104,25 @@ def test_a_run_is_running_while_its_process_lives_and_killed_when_it_was_killed(
     row = seen(tmp_path / "run")
     assert (row.status, row.reason) == ("killed", WAS_KILLED)
     assert row.step
+
+
+@pytest.mark.parametrize(
+    ("host", "seconds", "status", "reason"),
+    [
+        ("elsewhere", 30, "running", ""),
+        ("elsewhere", 90, "killed", f"{WAS_KILLED}; or it trains on elsewhere, whose locks this machine may not see"),
+        (platform.node(), 30, "killed", WAS_KILLED),
+        (None, 30, "killed", WAS_KILLED),
+    ],
+)
+def test_a_run_of_another_machine_whose_lock_is_not_seen_may_still_run(
+    tmp_path: Path, host: str | None, seconds: int, status: str, reason: str
+) -> None:
+    (tmp_path / "status.json").write_text('{"status": "running", "step": 7, "max_steps": 9}')
+    (tmp_path / "provenance.json").write_text(json.dumps({"host": host} if host else {}))
+    row = look(tmp_path, time.time() + seconds)
+    assert row is not None
+    assert (row.status, row.reason) == (status, reason)
 
 
 @pytest.mark.parametrize(
