@@ -9,6 +9,7 @@ Lightning is imported where it is used, so that what is needed without it does n
 """
 
 import multiprocessing.synchronize
+import re
 import threading
 import traceback
 from collections.abc import Mapping, Sequence
@@ -114,6 +115,15 @@ def is_restoring(error: BaseException) -> bool:
 def lacks_metric(error: BaseException) -> bool:
     """Return whether an EarlyStopping found no metric of its name: Lightning raises no error of a type of its own."""
     return isinstance(error, RuntimeError) and str(error).startswith("Early stopping conditioned on metric")
+
+
+def lacks_compiler(error: BaseException) -> bool:
+    """Return whether torch.compile found no compiler, or not Python's headers, by what it and Triton say of that.
+
+    Triton compiles its launcher by a command, and of a header that is not there says only that the command failed.
+    """
+    said = r"No working C\+\+ compiler found|Failed to find C compiler|Python\.h: No such file"
+    return re.search(rf"{said}|CalledProcessError: Command '\['\S*(cc|clang)'", str(error)) is not None
 
 
 def total_batch(trainer: "L.Trainer") -> int:

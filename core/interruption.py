@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from core.compat import (
     is_restoring,
+    lacks_compiler,
     lacks_metric,
     lacks_shared_memory,
     lost_a_loader_process,
@@ -93,6 +94,10 @@ def _in_words(trainer: L.Trainer, run_dir: Path) -> Iterator[None]:
     except Exception as error:
         if (said := _said_by_a_logger(error)) is not None:
             raise UserError(said) from error
+        if lacks_compiler(error):
+            first = str(error).partition("\n")[0]
+            valid = f"false, or a C++ compiler and Python's headers (g++, python3-dev): {first}"
+            raise ConfigError("model.compile", True, valid) from error
         if not isinstance(error, RuntimeError):
             raise
         if lacks_metric(error):

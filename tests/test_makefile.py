@@ -28,6 +28,16 @@ def test_the_main_job_takes_the_gpu_that_is_seen(gpus: str, command: str, tmp_pa
     said = subprocess.run(make, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
     assert " ".join(said.splitlines()[-1].split()[1:]) == command
     assert ('test -z "trainer=auto"' in said) == ("trainer=auto" in command)
+    assert "echo \"A GPU is here: 'make megablocks' builds MegaBlocks for it" in said
+
+
+def test_another_torch_has_an_environment_of_its_own() -> None:
+    made = ["make", "-n", "test", "TORCH=2.14.1"]
+    said = subprocess.run(made, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert ".venv-torch-2.14.1/bin/python -m pip install" in said
+    assert " torch==2.14.1" in said
+    assert ".venv-torch-2.14.1/bin/python -m pytest" in said
+    assert ".venv/bin" not in said
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,16 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.support.forked import python
 from tests.support.runs import TRAIN, run, tiny_job
 
 
-def test_the_simple_one_prints_its_table_once(tmp_path: Path) -> None:
-    finished = python(tmp_path, str(TRAIN), *tiny_job("profiler=simple", "run_dir=run"))
+@pytest.mark.parametrize("override", ["profiler=simple", "+trainer.profiler=simple"])
+def test_the_simple_one_prints_its_table_once(tmp_path: Path, override: str) -> None:
+    """Ours, and Lightning's own way to it."""
+    finished = python(tmp_path, str(TRAIN), *tiny_job(override, "run_dir=run"))
     assert finished.code == 0, finished.err
     assert (finished.out + finished.err).count("FIT Profiler Report") == 1
     assert "run_training_batch" in finished.out

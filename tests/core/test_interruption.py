@@ -12,6 +12,7 @@ from core.compat import RESTORING
 from core.errors import ConfigError
 from core.interruption import PEER_LOST, report_failures
 from core.run_control import TrainingInterrupted
+from tests.support.runs import TRAIN, python, tiny_job
 
 TRAINER: Any = SimpleNamespace(ckpt_path=None, global_rank=0, interrupted=False)
 
@@ -106,3 +107,29 @@ def test_states_that_cannot_be_restored_end_in_one_line(tmp_path: Path) -> None:
         with pytest.raises(type(error)) as raised, report_failures(trainer, tmp_path):
             raise error.with_traceback(None)
         assert raised.value is error, "a fault of the project keeps its traceback"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx: (None, 'g++')",
+        "RuntimeError: Failed to find C compiler. Please specify via CC environment variable.",
+        "CalledProcessError: Command '['/usr/bin/gcc', '/tmp/x/main.c', '-lcuda']' returned non-zero exit status 1.",
+    ],
+)
+def test_a_compiler_that_is_not_there_is_said(tmp_path: Path, said: str) -> None:
+    """As torch and Triton word it."""
+    valid = r"^model\.compile=True is not valid: expected false, or a C\+\+ compiler"
+    with pytest.raises(ConfigError, match=valid) as caught, report_failures(TRAINER, tmp_path):
+        raise RuntimeError(f"{said}\n\nSet TORCHDYNAMO_VERBOSE=1 for the internal stack trace")
+    assert str(caught.value).endswith(said)
+
+
+@pytest.mark.slow
+def test_a_compiler_that_is_really_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    finished = python(tmp_path, str(TRAIN), *tiny_job("model.compile=true", "run_dir=run"))
+    assert finished.code == 2
+    assert "Error: model.compile=True is not valid: expected false, or a C++ compiler" in finished.err
+    assert "Traceback" not in finished.err

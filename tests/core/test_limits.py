@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -12,7 +13,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from core import memory
 from core.errors import ConfigError, UserError
 from core.limits import VARIABLE, require_at_most
-from core.memory import check_memory, explain_lack, memory_of_machine
+from core.memory import LACK, check_memory, explain_lack, memory_of_machine
 from core.parallel import num_passes
 from datamodules.synthetic import Synthetic
 from lightning_modules.config import ModelConfig
@@ -124,3 +125,20 @@ def test_a_lack_of_memory_is_said_in_one_line() -> None:
     assert "288230376151711744" in str(lack)
     assert explain_lack(RuntimeError("a fault")) is None
     assert explain_lack(MemoryError()) is not None
+
+
+class OutOfMemory(L.Callback):
+    def on_before_backward(self, *_: Any) -> None:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. If reserved but unallocated memory"
+        )
+
+
+def test_a_device_without_memory_ends_a_run_in_a_line(tmp_path: Path) -> None:
+    """Which a study knows as no result: tests/studies/test_devices.py."""
+    given = [*tiny_job("run_dir=run"), f"+callbacks.full._target_={__name__}.OutOfMemory"]
+    finished = train(tmp_path, *given)
+    assert finished.code == 2
+    said = finished.err[finished.err.index("Error:") :]
+    assert said.startswith(f"Error: {LACK} (CUDA out of memory. Tried to allocate 2.00 GiB.); data.batch_size, ")
+    assert said.count("\n") == 1

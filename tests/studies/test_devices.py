@@ -1,11 +1,15 @@
 """One run a GPU: which there are, how many a run trains on, and that nobody else has them meanwhile."""
 
+import os
 import subprocess
+import sys
 import tempfile
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +21,7 @@ from studies import devices, run
 from studies.devices import gpus_wanted, taken, visible_gpus
 from studies.grid import Planned
 from studies.record import Record
+from studies.warm import Ended
 from tests.support.composing import composed
 
 PLANNED = Planned("one", {}, 0, ("trainer.max_steps=1",))
@@ -125,7 +130,8 @@ def ended(code: int, error: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Recor
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
     monkeypatch.setattr(run.subprocess, "run", call)
-    return run.train(PLANNED, Path("nowhere"), 1), called
+    with open(os.devnull) as lock:
+        return run.train(PLANNED, Path("nowhere"), 1, lock), called
 
 
 @pytest.mark.parametrize("code", [-9, 130, 137, 143, PEER_LOST])
@@ -154,3 +160,31 @@ def test_a_crash_is_a_failure_of_the_run(monkeypatch: pytest.MonkeyPatch) -> Non
     record, _ = ended(1, "Traceback (most recent call last):\nRuntimeError: out of luck", monkeypatch)
     assert isinstance(record, Record)
     assert (record.status, record.reason) == ("broken", "RuntimeError: out of luck")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpus", "platform", "forked"),
+    [
+        ((), "", "linux", True),
+        (("trainer.devices=1",), "", "linux", True),
+        (("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"), "", "linux", False),
+        (("trainer.accelerator=gpu",), "0", "linux", False),
+        (("trainer.accelerator=cpu",), "0", "linux", True),
+        ((), "", "darwin", False),
+    ],
+)
+def test_what_is_one_process_on_a_cpu_is_forked(
+    overrides: tuple[str, ...], gpus: str, platform: str, forked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA does not survive a fork, and of several processes all are to be waited for."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    monkeypatch.setattr(sys, "platform", platform)
+    command = mock.Mock(return_value=SimpleNamespace(returncode=-9, stderr="", stdout=""))
+    warm = mock.Mock(**{"train.return_value": Ended(-9, "", "")})
+    monkeypatch.setattr(run.subprocess, "run", command)
+    monkeypatch.setattr(run, "warm_process", lambda threads: warm)
+    with open(os.devnull) as lock:
+        run.train(replace(PLANNED, overrides=overrides), Path("nowhere"), 1, lock)
+    assert (warm.train.called, command.called) == (forked, not forked)
+    if forked:
+        assert warm.train.call_args.args[1] == [lock]

@@ -271,7 +271,7 @@ def test_a_run_of_the_7b_models_blocks_is_planned_without_its_weights() -> None:
     eight = ["experiment=dense_7b", "trainer.devices=8", f"model.num_layers={layers}"]
     whole, sharded = (plan(compose_config([*eight, f"trainer={name}"]), 257) for name in ("ddp", "fsdp"))
     assert (sharded.precision, sharded.compiled) == (whole.precision, whole.compiled) == ("bf16-mixed", True)
-    tensor = ["trainer=fsdp", "trainer.strategy.tensor_parallel_size=2", "micro_batch_size=2"]
+    tensor = ["trainer=fsdp", "trainer.strategy.tensor_parallel_size=2", "micro_batch_size=16"]
     cut = plan(compose_config([*eight, *tensor]), 257)
     blocks = layers * (4 * 4096**2 + 3 * 4096 * 11008)
     norms, embeddings = (2 * layers + 1) * 4096, 2 * 257 * 4096

@@ -1,9 +1,15 @@
 """A sample continues text with text, numbers with numbers, and is left out where the prompt means nothing."""
 
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
+from callbacks.console.text_sample import TextSample
+from datamodules.tokenizers import ByteTokenizer
 from tests.support.runs import events, tiny_job, train
 
 SAMPLE = "callbacks.text_sample={_target_: callbacks.console.text_sample.TextSample, num_tokens: 3, temperature: 0, "
@@ -25,3 +31,26 @@ def test_a_run_on_numbers_continues_numbers_alone(prompt: str, is_there: bool, t
         assert text[:3] == ["3", "1", "4"]
         assert len(text) == 6
         assert all(0 <= int(number) < 64 for number in text)
+
+
+def test_nothing_is_compiled_for_it() -> None:
+    """Of a model that is compiled for training, a sample of other lengths would take minutes."""
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        compiled.append(graph)
+        return graph.forward
+
+    twice = torch.compile(lambda x: 2 * x, backend=backend)
+
+    def generate(prompt: list[int], *_: object, window: int) -> list[int]:
+        return [int(number) for number in twice(torch.tensor(prompt))]
+
+    trainer: Any = SimpleNamespace(
+        datamodule=SimpleNamespace(tokenizer=ByteTokenizer(), seq_len=8), loggers=[], is_global_zero=True
+    )
+    module: Any = SimpleNamespace(generate=generate)
+    TextSample(prompt="ab", num_tokens=1).on_fit_end(trainer, module)
+    assert compiled == []
+    twice(torch.tensor([1]))
+    assert len(compiled) == 1
