@@ -308,6 +308,7 @@ def main(config: CompareConfig) -> None:
             say(f"{bound(rows)}\n")
         for line in profile(rows):
             say(line)
+        output.write_text("\n".join(lines) + "\n")  # what is there if it is ended early
     if config.device == "cuda":
         say("\n## Against the machine\n")
         for line in goals_of_gpu({title: rows[0] for title, rows in measured.items()}, torch.cuda.get_device_name()):
