@@ -66,6 +66,7 @@ class Study:
             run with these, and only each best rate with `seeds`. Empty: `seeds` do both.
         family: labels on the first axis whose comparisons with the baseline are the study's claims, named before it
             is run: p is corrected for their number. Empty: all of them.
+        least_difference: between two outcomes that counts as one; what is smaller is not told apart however sure it is.
         select_overrides: of train.py, for the runs that select alone: shorter ones, as trainer.max_steps=500.
         judge: labels on the first axis that are run with `seeds` once their rates are selected. Empty: all of them.
         rates: {labels on the axes but RATE, joined: learning rate}, where another study has selected it. Empty: the
@@ -85,6 +86,7 @@ class Study:
     overrides: Annotated[tuple[Override, ...], Field(max_length=1000)]
     select_seeds: Annotated[tuple[Seed, ...], Field(max_length=1000)] = ()
     family: Annotated[tuple[Label, ...], Field(max_length=1000)] = ()
+    least_difference: Annotated[float, Field(ge=0, lt=1e6)] = 0.0
     select_overrides: Annotated[tuple[Override, ...], Field(max_length=1000)] = ()
     judge: Annotated[tuple[Label, ...], Field(max_length=1000)] = ()
     rates: Annotated[dict[Label, Annotated[float, Field(gt=0, lt=1e6)]], Field(max_length=MAX_RUNS)] = field(
@@ -183,6 +185,7 @@ FIELDS = (
     "seeds",
     "overrides",
     "family",
+    "least_difference",
     "select_seeds",
     "select_overrides",
     "judge",
@@ -248,6 +251,9 @@ def read(
         require(baseline in judge, "study.judge", judge, f"labels among which is the baseline's, {baseline!r}")
     judged = [label for label in judge or first if label != baseline]
     family = _labels("family", chosen, judged, "labels on the first axis that are judged, other than the baseline")
+    least = chosen.get("least_difference", 0.0)
+    fits = type(least) in (int, float) and 0 <= least < math.inf
+    require(fits, "study.least_difference", least, "a number >= 0")
     select_overrides = _overrides("select_overrides", chosen)
     for key, given_there in (("select_overrides", select_overrides), ("judge", judge)):
         valid = "none without study.select_seeds, which they belong to"
@@ -264,6 +270,7 @@ def read(
         overrides=tuple(dict.fromkeys(overrides)),
         select_seeds=tuple(select_seeds),
         family=tuple(family),
+        least_difference=float(least),
         select_overrides=tuple(select_overrides),
         judge=tuple(judge),
         rates=_rates(axes, factors, chosen["rates_from"], rates_of) if factors else {},

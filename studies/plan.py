@@ -16,6 +16,9 @@ from omegaconf import DictConfig, ListConfig
 from core.dataclass_cli import STUDY_OVERRIDES
 from core.errors import ConfigError, require
 from core.overrides import CONFIGS
+from core.run_folder import LAST, OVERRIDES
+from core.status import SUMMARY
+from core.untrusted import Untrusted, read_yaml
 from studies.grid import LEARNING_RATE, Planned, Study, read
 from studies.record import Record
 from studies.tables import grids, judging_runs, selected
@@ -94,7 +97,8 @@ def selected_rates(results: Path, scale: str, name: str) -> list[tuple[dict[str,
     study = Study.load(folder / "study.yaml")
     if LEARNING_RATE not in study.axes:
         raise ConfigError("study.rates_from", name, f"a study with an axis {LEARNING_RATE}")
-    records = [Record.load(path) for run in study.runs() if (path := folder / f"{run.name}.json").is_file()]
+    paths = ((run, folder / f"{run.name}.json") for run in study.runs())
+    records = [Record.load(path) for run, path in paths if is_done(path, run)]
     grid = grids(study, records).selection
     missing = sum(cell.missing for cell in grid.values())
     if missing:
@@ -143,6 +147,23 @@ def rounds(plan: Plan) -> Iterator[list[Planned]]:
 def is_done(path: Path, run: Planned) -> bool:
     """Return whether there is a record of just this run."""
     return path.exists() and Record.load(path).overrides == list(run.overrides)
+
+
+def was_begun_as(run: Planned, folder: Path) -> bool:
+    """Return whether what the folder holds is a run of these overrides and this seed; an empty one is of any."""
+    if not (folder / OVERRIDES).exists():
+        return not (folder / LAST).exists() and not (folder / SUMMARY).exists()
+    try:
+        saved = read_yaml(folder / OVERRIDES)
+    except Untrusted:
+        return False
+    where = ("run_dir=", "ckpt_path=")
+    return isinstance(saved, list) and [one for one in saved if not str(one).startswith(where)] == settings_of(run)
+
+
+def settings_of(run: Planned) -> list[str]:
+    """Return the overrides that a run is begun with, but for where it lies."""
+    return [*run.overrides, f"seed={run.seed}", "blocks=all"]  # records are of all blocks
 
 
 def lock_of(folder: Path) -> Path:

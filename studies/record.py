@@ -21,7 +21,7 @@ from studies.grid import Label, Override, Planned, Seed
 from tools.compare import LATE, Run
 from tools.stability import MAX_BLOCKS
 
-FINISHED, SPIKING, SLOW = "finished", "spiking", "slow"
+FINISHED, SPIKING, SLOW, SHORT = "finished", "spiking", "slow", "short"
 COLLAPSED, DIVERGED, BROKEN = "collapsed", "diverged", "broken"
 FAILURES = {
     DIVERGED: "the loss is no finite number at the end, or the training loss of the last tenth is above that of the "
@@ -37,6 +37,7 @@ BLEMISHES = {
     SLOW: "the final validation loss is not below that of counted pairs, and nearer to it than to that of counted "
     "tokens: the model learns, and has not learned much in so few steps",
     SPIKING: "more than one in a hundred steps is a spike (analysis/stability.py)",
+    SHORT: "a callback ended it before the last step, as EarlyStopping does: its loss is that of fewer steps",
 }
 """What is said of a run that has ended with a loss like any other."""
 STATUSES = (FINISHED, *FAILURES, *BLEMISHES)
@@ -57,6 +58,7 @@ BY_BLOCK = (
     "representation/block_{}/block_cosine",
 )
 MAX_POINTS, MAX_TIMES = 60, 4
+DIGITS = 5
 MAX_BYTES = 4 * MIB
 """Of a record's file; those of this project have a few kilobytes."""
 
@@ -211,6 +213,8 @@ def collect(planned: Planned, folder: Path, broken: str | None = None) -> Record
         status = DIVERGED
     else:
         status = judge(losses, val_loss, *baselines, stable.spikes)
+        if stopped is not None and status not in FAILURES:
+            status = SHORT
     return Record(
         **identity,
         status=status,
@@ -248,10 +252,12 @@ def judge(
     """
     if val_loss is None or not train_loss or not math.isfinite(train_loss[-1]):
         return DIVERGED
+    # A step that was skipped for a loss that is no number says nothing of those around it.
+    train_loss = [loss for loss in train_loss if math.isfinite(loss)]
     size = max(1, round(LATE * len(train_loss)))
     tenths = [statistics.fmean(train_loss[end - size : end]) for end in range(size, len(train_loss) + 1)]
-    best = min(mean for mean in tenths if math.isfinite(mean))
-    nothing_learned = unigram_loss if unigram_loss is not None else next(filter(math.isfinite, train_loss))
+    best = min(tenths)
+    nothing_learned = unigram_loss if unigram_loss is not None else train_loss[0]
     # Near 0, as of images that are told apart almost all, the noise alone is more than 10 %.
     if tenths[-1] - best > RISE * max(best, nothing_learned - best):
         return DIVERGED
@@ -297,5 +303,5 @@ def _finite(value: float) -> float | None:
 
 
 def _rounded(value: Any) -> Any:
-    """Return the number to five digits, which keeps records small."""
-    return float(f"{value:.5g}") if isinstance(value, float) else value
+    """Return the number to so many digits, which keeps records small."""
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value

@@ -45,6 +45,7 @@ from studies.document import (
     markdown,
 )
 from studies.grid import LEARNING_RATE, Planned, Point, Study
+from studies.plan import was_begun_as
 from studies.record import BLEMISHES, FAILURES, Record, collect, loss_units
 from studies.tables import Cell, Comparison, Grids, compare, corrected, grids, judging_runs, of_outcome, tuned
 from tools.stability import COLUMN_NAMES
@@ -99,6 +100,8 @@ def _collect(runs: Sequence[Planned], folder: Path, records: list[Record], unfin
             if path.exists():
                 records.append(_checked(Record.load(path), run, path))
             elif (folder / run.name / "summary.json").exists():
+                if not was_begun_as(run, folder / run.name):
+                    raise UserError("its folder holds a run of other settings")
                 records.append(collect(run, folder / run.name))
             elif (folder / run.name).exists():
                 unfinished[run.name] = "it has not ended"
@@ -109,6 +112,9 @@ def _collect(runs: Sequence[Planned], folder: Path, records: list[Record], unfin
 def _checked(record: Record, run: Planned, path: Path) -> Record:
     if (record.name, dict(record.point), record.seed) != (run.name, dict(run.point), run.seed):
         raise UserError(f"{path} is the record of another run ({record.name}, seed {record.seed})")
+    if record.overrides != list(run.overrides):
+        changed = sorted({*record.overrides} ^ {*run.overrides}) or ["the order"]
+        raise UserError(f"{path} is the record of a run of other settings ({', '.join(changed)})")
     return record
 
 
@@ -163,8 +169,8 @@ def compile_report(study: Study, known: Grids, unfinished: Sequence[str], folder
         blocks.append(draw("rates", "Loss against learning rate", partial(figures.draw_rates, study, known)))
     if study.baseline is not None:
         blocks += [Heading(f"Against {study.baseline}"), *_comparisons(study, known)]
-    blocks += [Heading("Stability"), *_stability(grid)]
-    blocks += _outcomes(grid)
+    blocks += [Heading("Stability"), *_stability(known.alike)]
+    blocks += _outcomes(known.alike)
     blocks += [Heading("Training failure"), *_failures(grid)]
     blocks += [Heading("Curves"), draw("curves", "Training loss", partial(figures.draw_curves, study, grid))]
     blocks.append(Heading("Over depth"))
@@ -179,7 +185,7 @@ def compile_report(study: Study, known: Grids, unfinished: Sequence[str], folder
     if decays:
         blocks += [Heading("Gradient decay, measured and predicted"), *_decay_table(decays)]
         blocks.append(draw("decay", "Gradient decay", partial(figures.draw_decay, _series(decays))))
-    seconds = _seconds(grid)
+    seconds = _seconds(known.alike)
     if seconds:
         blocks += [Heading("Cost"), draw("cost", "Time of a run", partial(figures.draw_cost, seconds))]
     return [*blocks, Heading("Runs"), *_origins(grid), *_runs_table(grid, folder, output)]
@@ -264,7 +270,8 @@ def _tuned_table(study: Study, known: Grids, unit: str) -> list[Block]:
     )
     if study.select_seeds:
         selecting, judging = _listed(study.select_seeds), _listed(study.seeds)
-        words = f"The rate is selected with seeds {selecting}, the loss is that of seeds {judging}. {words}"
+        shorter = f" and {' '.join(study.select_overrides)}" if study.select_overrides else ""
+        words = f"The rate is selected with seeds {selecting}{shorter}, the loss is that of seeds {judging}. {words}"
     else:
         words = f"The rate is selected by the seeds that judge it, which flatters each a little. {words}"
     return [Paragraph(words), Table(header, rows)]
@@ -303,7 +310,7 @@ def _comparisons(study: Study, known: Grids) -> list[Block]:
     claims = [point for point, _ in compared if point[0] in study.family or not study.family]
     adjusted = dict(zip(claims, corrected([found for point, found in compared if point in claims]), strict=True))
     rows = [
-        [*point, *_compared(found, point in adjusted, adjusted.get(point), more_is_better=outcome != LOSS)]
+        [*point, *_compared(found, point in adjusted, adjusted.get(point), study.least_difference, outcome != LOSS)]
         for point, found in compared
     ]
     axes = [axis for axis in study.axes if not (tuning and axis == LEARNING_RATE)]
@@ -313,12 +320,16 @@ def _comparisons(study: Study, known: Grids) -> list[Block]:
         f"two-sided p of the paired t-test, corrected by Holm over {family}; below {SURE} it counts. Detectable is the "
         "true difference that this many seeds would find in four cases of five, by the deviation that was seen."
     )
+    if study.least_difference:
+        words += f" A difference of less than {study.least_difference:g} counts as none."
     words += " Each at its own best learning rate." if tuning else ""
     header = [*axes, "difference", "95 % interval", "p", "p, Holm", "detectable", "verdict"]
     return [Paragraph(words), Table(header, rows)]
 
 
-def _compared(found: Comparison | None, claimed: bool, adjusted: float | None, more_is_better: bool) -> list[str]:
+def _compared(
+    found: Comparison | None, claimed: bool, adjusted: float | None, least: float, more_is_better: bool
+) -> list[str]:
     if found is None:
         return ["-", "-", "-", "-", "-", "failed in one of the two, or no seed in common"]
     difference = f"{found.difference:+.3f} ({found.seeds})"
@@ -329,14 +340,16 @@ def _compared(found: Comparison | None, claimed: bool, adjusted: float | None, m
     if not claimed or adjusted is None:
         return [*figures, "-", f"{found.detectable:.3f}", "no claim of this study"]
     better = "better" if (found.difference > 0) == more_is_better else "worse"
-    return [*figures, f"{adjusted:.3f}", f"{found.detectable:.3f}", better if adjusted < SURE else "not told apart"]
+    told = adjusted < SURE and abs(found.difference) >= least
+    return [*figures, f"{adjusted:.3f}", f"{found.detectable:.3f}", better if told else "not told apart"]
 
 
 def _stability(grid: dict[Point, Cell]) -> list[Block]:
     words = (
         "Means over the runs of a point: spikes of the training loss in 10,000 steps, 99.9th percentile of the "
         "gradient norm before clipping, share of the steps that were clipped, largest activation in any block. A dash: "
-        "older records have none of these, and a run of less than 201 steps has no spikes."
+        "older records have none of these, and a run of less than 201 steps has no spikes. Where the runs that judge a "
+        "point are others than those that select, as longer ones, the figures are of the judging runs alone."
     )
     rows: list[list[Words]] = []
     for point, cell in grid.items():

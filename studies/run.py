@@ -12,6 +12,7 @@ it is.
 """
 
 import fcntl
+import itertools
 import os
 import shutil
 import subprocess
@@ -31,13 +32,26 @@ from core.interruption import PEER_LOST
 from core.printable import printable
 from core.run_folder import LAST
 from core.saved_config import texts
+from core.status import SUMMARY, TIMED_OUT
+from core.status import read as read_status
 from lightning_modules.composing import compose_run
 from studies.checking import check_runs
 from studies.composing import composing_anew
 from studies.decay import LARGEST_BUILT, measure
 from studies.devices import gpus_wanted, taken, visible_gpus
 from studies.grid import Planned
-from studies.plan import Plan, StudyConfig, is_done, known_runs, lock_of, plan_of, planned, rounds
+from studies.plan import (
+    Plan,
+    StudyConfig,
+    is_done,
+    known_runs,
+    lock_of,
+    plan_of,
+    planned,
+    rounds,
+    settings_of,
+    was_begun_as,
+)
 from studies.record import BROKEN, Record, collect, storable
 from studies.warm import TRAIN, Ended, warm_process
 
@@ -57,6 +71,7 @@ def run_one(config: DictConfig) -> None:
     folder, path = plan.runs / run.name, plan.record_of(run)
     with held(folder) as lock:
         if not is_done(path, run):
+            put_aside(run, folder, path)
             record = train(run, folder, config.threads, lock)
             if isinstance(record, str):
                 print(f"{run.name}: {printable(record)}", flush=True)
@@ -127,24 +142,28 @@ def held(folder: Path) -> Iterator[IO[str]]:
         yield lock
 
 
+def put_aside(run: Planned, folder: Path, path: Path) -> None:
+    """Rename the run's folder and its record where they are of other settings than are planned now."""
+    for there, same in ((folder, was_begun_as(run, folder)), (path, not path.exists())):
+        if not same:
+            ending = there.name.removeprefix(run.name)
+            free = (there.with_name(f"{run.name}.earlier{number}{ending}") for number in itertools.count(1))
+            kept = there.rename(next(name for name in free if not name.exists()))
+            print(f"{run.name}: what lay there is of other settings, and is kept as {printable(str(kept))}", flush=True)
+
+
 def train(run: Planned, folder: Path, threads: int, lock: IO[str]) -> Record | str:
     """Train in the folder, from its last checkpoint if there is one, to the end.
 
     Returns:
         What it came to; or why that is no result, and the run is to be made again.
     """
-    if (folder / "summary.json").exists():  # it ended, but was not recorded
+    if (folder / SUMMARY).exists() and not ran_out_of_time(folder):  # it ended, but was not recorded
         return collect(run, folder)
     resume = ["ckpt_path=last"] if (folder / LAST).exists() else []
     if not resume and folder.exists():
         shutil.rmtree(folder)  # killed before its first checkpoint
-    arguments = [
-        *run.overrides,
-        f"seed={run.seed}",
-        "blocks=all",  # which records are of
-        f"run_dir='{folder}'",
-        *resume,
-    ]
+    arguments = [*settings_of(run), f"run_dir='{folder}'", *resume]
     trainer = trainer_of(run)
     with taken(num_gpus(trainer), visible_gpus()) as gpus:
         if gpus or not of_one_process(trainer) or sys.platform != "linux":
@@ -154,6 +173,8 @@ def train(run: Planned, folder: Path, threads: int, lock: IO[str]) -> Record | s
             ended = Ended(ran.returncode, ran.stdout, ran.stderr)
         else:
             ended = warm_process(threads).train(arguments, [lock])
+    if ended.returncode == 0 and ran_out_of_time(folder):
+        return "out of time; start the study again and it goes on"
     if ended.returncode in (0, cli.DIVERGED):
         return collect(run, folder)
     # By a signal, or as one of several processes of which another was.
@@ -163,6 +184,11 @@ def train(run: Planned, folder: Path, threads: int, lock: IO[str]) -> Record | s
     if ended.returncode == cli.USER_ERROR:  # of this machine, as too little memory, or of what was asked for
         return f"no result, {last.removeprefix('Error: ')}; start the study again and it is run again"
     return collect(run, folder, broken=last)
+
+
+def ran_out_of_time(folder: Path) -> bool:
+    """Return whether the run ended by trainer.max_time: its loss is that of fewer steps than were planned."""
+    return read_status(folder).get("status") == TIMED_OUT
 
 
 def trainer_of(run: Planned) -> DictConfig | None:

@@ -1,6 +1,7 @@
 """A study's records as figures: means over seeds, what failed, what is missing, and how sure a difference is."""
 
 import itertools
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from statsmodels.stats.power import TTestPower
 
 from core.task import LOSS
 from studies.grid import LEARNING_RATE, Planned, Point, Study
-from studies.record import BLEMISHES, Record
+from studies.record import BLEMISHES, DIGITS, Record
 
 CONFIDENCE = 0.95
 POWER = 0.8
@@ -95,6 +96,15 @@ class Grids:
             return self.selection
         return {point: _joined(cell, self.judged[point]) for point, cell in self.selection.items()}
 
+    @property
+    def alike(self) -> dict[Point, Cell]:
+        """Both together; of a point that is judged by other runs than select it, as longer ones, those that judge."""
+        return {point: self._alike(point, cell) for point, cell in self.every.items()}
+
+    def _alike(self, point: Point, both: Cell) -> Cell:
+        kinds = {tuple(record.overrides) for record in both.records}
+        return both if len(kinds) < 2 else self.judged[point]
+
 
 def of_outcome(grid: Mapping[Point, Cell], outcome: str) -> dict[Point, Cell]:
     """Return the same points, of which another outcome is looked at."""
@@ -159,7 +169,8 @@ class Comparison(NamedTuple):
 
     Attributes:
         difference: mean over the shared seeds of the cells' outcome less the baseline's.
-        interval: of 95 %, by Student's t over them; None with fewer than two, or where all differences are equal.
+        interval: of 95 %, by Student's t over them; None with fewer than two, or where all differences are equal to
+            what a record holds of a loss: how far they scatter is then not known.
         p: two-sided, of the paired t-test over them; None likewise.
         detectable: the true difference that such a test would find in four cases of five at p < 0.05, with the
             deviation that was seen; None likewise.
@@ -180,18 +191,30 @@ def compare(ours: Cell, baseline: Cell) -> Comparison | None:
     if not shared or ours.failed or baseline.failed:
         return None
     differences = [mine[seed] - theirs[seed] for seed in shared]
-    mean = statistics.fmean(differences)
-    if len(set(differences)) < 2:
-        return Comparison(mean, None, None, None, len(shared))
+    mean, number = statistics.fmean(differences), len(shared)
+    rounding = max(_rounding(cell[seed]) for cell in (mine, theirs) for seed in shared)
+    if number < 2 or statistics.stdev(differences) <= rounding:
+        return Comparison(mean, None, None, None, number)
     test = stats.ttest_1samp(differences, 0.0)
     interval = test.confidence_interval(CONFIDENCE)
-    power = TTestPower().solve_power(nobs=len(shared), alpha=1 - CONFIDENCE, power=POWER)
+    power = TTestPower().solve_power(nobs=number, alpha=1 - CONFIDENCE, power=POWER)
     detectable = float(power) * statistics.stdev(differences)
-    return Comparison(mean, (float(interval.low), float(interval.high)), float(test.pvalue), detectable, len(shared))
+    return Comparison(mean, (float(interval.low), float(interval.high)), float(test.pvalue), detectable, number)
+
+
+def _rounding(value: float) -> float:
+    """Return the standard deviation of the difference of two such values by their rounding to DIGITS digits."""
+    unit = 10.0 ** (math.floor(math.log10(abs(value))) - DIGITS + 1) if value else 0.0
+    return float(unit / math.sqrt(6))
 
 
 def corrected(comparisons: Sequence[Comparison | None]) -> list[float | None]:
-    """Return the p of each by Holm's step-down over all that have one: the chance that any is found by luck alone."""
-    known = [found.p for found in comparisons if found is not None and found.p is not None]
-    adjusted = iter(multipletests(known, method="holm")[1] if known else [])
-    return [None if found is None or found.p is None else float(next(adjusted)) for found in comparisons]
+    """Return the p of each by Holm's step-down over all: the chance that any is found by luck alone.
+
+    One without a p, as of a scheme that failed, was to be tested all the same and counts among them; its own is None.
+    """
+    known = [1.0 if found is None or found.p is None else found.p for found in comparisons]
+    adjusted = multipletests(known, method="holm")[1] if known else []
+    return [
+        None if found is None or found.p is None else float(p) for found, p in zip(comparisons, adjusted, strict=True)
+    ]

@@ -1,6 +1,5 @@
 """Records and studies from a stranger: read as data, refused or shown as text; nothing runs or leaves its folder."""
 
-import itertools
 import json
 import os
 import re
@@ -59,12 +58,11 @@ CANARIES = (
 def test_what_a_record_names_is_never_run(tmp_path: Path) -> None:
     """By the command line, in a process that would import what a model is made of only if it built one."""
     canary, folder = tmp_path / "canary", tmp_path / "records"
-    plan = study()
-    fill(folder, plan)
-    for run, overrides in zip(plan.runs(), itertools.cycle(CANARIES), strict=False):
-        path = folder / f"{run.name}.json"
-        named = [part if part.startswith("+") else f"+{part}" for part in overrides.format(canary=canary).split(",+")]
-        path.write_text(json.dumps({**json.loads(path.read_text()), "overrides": named}))
+    named = {
+        str(number): [part if part.startswith("+") else f"+{part}" for part in text.format(canary=canary).split(",+")]
+        for number, text in enumerate(CANARIES)
+    }
+    fill(folder, study(axes={"model.placement": named, "seed": {"x": [], "y": []}}, baseline="0"))
     code = "import sys; from studies.report import main; main(); print('torch' in sys.modules)"
     command = [sys.executable, "-c", code, str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -72,7 +70,7 @@ def test_what_a_record_names_is_never_run(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     assert not canary.exists()
     assert ended.stdout.splitlines()[-1] == "False", "no model was built"
-    assert "8 runs are planned (model.placement x seed x 2 seeds); 8 have ended" in (folder / "report.md").read_text()
+    assert "20 runs are planned (model.placement x seed x 2 seeds); 20 have ended" in (folder / "report.md").read_text()
 
 
 class Tags(HTMLParser):

@@ -122,7 +122,9 @@ def test_the_comparisons_are_what_the_records_say(folder: Path) -> None:
     family = yaml.safe_load((folder / "study.yaml").read_text()).get("family") or [labels[0] for labels in rows]
     figures: dict[tuple[str, ...], tuple[float, float, float]] = {}
     for labels, found in known.items():
-        if max(found) - min(found) < 1e-6:  # as of three seeds that tell one image more apart each
+        # Records have five digits, of losses of 1 to 10 or of accuracies below: equal to those, as where three seeds
+        # tell one image more apart each, differences say nothing of how far they scatter.
+        if statistics.stdev(found) <= (1e-5 if more_is_better(folder) else 1e-4) / math.sqrt(6):
             assert said[labels][:3] == [f"{statistics.fmean(found):+.3f} ({len(found)})", "-", "-"], labels
             continue
         error = statistics.stdev(found) / math.sqrt(len(found))
@@ -133,9 +135,12 @@ def test_the_comparisons_are_what_the_records_say(folder: Path) -> None:
         for ours, theirs in zip(figures[labels][:2], re.findall(r"[+-][\d.]+", interval), strict=True):
             assert ours == pytest.approx(float(theirs), abs=0.00051), labels
         assert figures[labels][2] == pytest.approx(float(p), abs=0.00051), labels
-    claims = [labels for labels in figures if labels[0] in family]
+    claims = [labels for labels in rows if labels[0] in family]
+    chances = [figures[labels][2] if labels in figures else 1.0 for labels in claims]
     better = "+" if more_is_better(folder) else "-"
-    for labels, adjusted in zip(claims, holm([figures[labels][2] for labels in claims]), strict=True):
+    for labels, adjusted in zip(claims, holm(chances), strict=True):
+        if labels not in figures:
+            continue
         assert adjusted == pytest.approx(float(said[labels][3]), abs=0.00051), labels
         verdict = ("better" if said[labels][0].startswith(better) else "worse") if adjusted < 0.05 else "not told apart"
         assert said[labels][5] == verdict, labels

@@ -12,7 +12,7 @@ from core import cli
 from studies.grid import Planned, Study
 from studies.record import COLLAPSED, DIVERGED, FINISHED, SLOW, SPIKING, Record, judge
 from studies.report import main, write
-from studies.tables import cells, compare, corrected, grids, judging_runs, tuned
+from studies.tables import Cell, cells, compare, corrected, grids, judging_runs, tuned
 
 RATES = {rate: [f"optim.lr={rate}"] for rate in ("1e-3", "3e-3", "1e-2")}
 PLACEMENTS = {name: [f"model.placement={name}"] for name in ("prenorm", "spannorm", "postnorm")}
@@ -190,9 +190,60 @@ def test_a_status_is_what_the_words_say() -> None:
     assert judge([*near_zero, *[0.06] * 10], 0.05, None, 1.4) == FINISHED, "noise where there is hardly any loss left"
     assert judge([*near_zero, *[0.17] * 10], 0.15, None, 1.4) == DIVERGED
     assert judge([*near_zero, *[0.06] * 10], 0.05, None, None) == FINISHED, "the first loss says what is nothing"
+    skipped = [*[5.0] * 5, float("nan"), *[5.0] * 4]
+    assert judge([*falling[:-10], *skipped], 2.0, *baselines) == DIVERGED, "a step that was skipped hides nothing"
+    assert judge([float("nan")] * 19 + [2.0], 2.0, *baselines) == FINISHED
     assert judge(falling, 2.0, *baselines, 99.0) == FINISHED
     assert judge(falling, 2.0, *baselines, 101.0) == SPIKING
     assert judge(falling, 2.6, *baselines, 101.0) == SLOW
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [((1.8512, 1.8488, 1.8594), (1.8521, 1.8497, 1.8603)), ((2.0, 2.0, 2.25), (2.25, 2.25, 2.5))],
+)
+def test_differences_that_are_equal_by_rounding_alone_have_no_p(
+    ours: tuple[float, ...], theirs: tuple[float, ...]
+) -> None:
+    """A record has five digits; as floats the first three differ in the sixteenth, which made p 1e-26."""
+    grid = cells(STUDY, [record(run, 0.0) for run in STUDY.runs()], STUDY.seeds)
+
+    def cell(point: tuple[str, ...], losses: tuple[float, ...]) -> Cell:
+        records = zip(grid[point].records, losses, strict=True)
+        return replace(grid[point], records=tuple(replace(one, val_loss=loss) for one, loss in records))
+
+    found = compare(cell(("spannorm", "1e-3"), ours), cell(("prenorm", "1e-3"), theirs))
+    assert found is not None
+    assert found.difference == pytest.approx(np.mean(np.subtract(ours, theirs)))
+    assert (found.interval, found.p, found.detectable, found.seeds) == (None, None, None, 3)
+    apart = compare(cell(("spannorm", "1e-3"), (*ours[:2], ours[2] + 2e-4)), cell(("prenorm", "1e-3"), theirs))
+    assert apart is not None
+    assert apart.p is not None
+
+
+def test_a_small_difference_counts_as_none_where_the_study_says_so(tmp_path: Path, undrawn: None) -> None:
+    losses = {"prenorm": (2.0, 2.1, 2.2), "spannorm": (1.991, 2.0911, 2.1909), "postnorm": (2.05, 2.1501, 2.2499)}
+    study = replace(STUDY, axes={"model.placement": {name: PLACEMENTS[name] for name in losses}})
+    for least, verdict in ((0.0, "better"), (0.01, "not told apart")):
+        replace(study, least_difference=least).save(tmp_path / "study.yaml")
+        for run in study.runs():
+            record(run, losses[run.point["model.placement"]][run.seed]).save(tmp_path / f"{run.name}.json")
+        text = write(tmp_path).read_text()
+        found = rows(text, "Against prenorm")
+        assert (found["spannorm"][-1], found["postnorm"][-1]) == (verdict, "worse")
+        assert ("A difference of less than 0.01 counts as none." in text) == (least > 0)
+
+
+def test_a_record_of_other_settings_is_not_the_runs(
+    tmp_path: Path, undrawn: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    STUDY.save(tmp_path / "study.yaml")
+    for run in STUDY.runs():
+        record(run, 2.0).save(tmp_path / f"{run.name}.json")
+    replace(STUDY, overrides=("trainer.max_steps=9",)).save(tmp_path / "study.yaml")
+    text = write(tmp_path).read_text()
+    assert "27 runs are planned (model.placement x optim.lr x 3 seeds); 0 have ended" in text
+    assert "is the record of a run of other settings (trainer.max_steps=9)" in capsys.readouterr().err
 
 
 SELECTING = Study(
@@ -238,6 +289,27 @@ def test_seeds_that_select_a_rate_do_not_judge_it(tmp_path: Path, undrawn: None)
     assert against["spannorm"][1].startswith(f"{np.mean([0.02, 0.08, 0.18]):+.3f} (3)")
 
 
+@pytest.mark.parametrize("shorter", [(), ("trainer.max_steps=5",)])
+def test_figures_of_short_selecting_runs_are_not_mixed_with_those_of_judging_ones(
+    tmp_path: Path, undrawn: None, shorter: tuple[str, ...]
+) -> None:
+    study = replace(SELECTING, select_overrides=shorter)
+    study.save(tmp_path / "study.yaml")
+    grid = [record(run, selection_loss(run)) for run in study.runs()]
+    for one in (*grid, *(record(run, selection_loss(run)) for run in judging_runs(study, grid))):
+        judges = one.seed != 0
+        measured = {"largest_activation": 100.0 if judges else 10.0, "seconds": 100.0 if judges else 10.0}
+        replace(one, **measured, outcomes={"late_drop": 3.0 if judges else 1.0}).save(tmp_path / f"{one.name}.json")
+    text = write(tmp_path).read_text()
+    judged, selecting = "prenorm 3e-3 adamw", "prenorm 1e-3 adamw"
+    found = rows(text, "Stability")
+    assert (found[judged][-1], found[selecting][-1]) == ("100" if shorter else "77.5", "10")
+    found = rows(text, "Outcomes")
+    assert found[judged][0] == ("3 ± 0 (3)" if shorter else "2.5 ± 1 (4)")
+    assert found[selecting][0] == "1 (1)"
+    assert (f"with seeds 0 and {' '.join(shorter)}, the loss" in text) == bool(shorter)
+
+
 def test_what_is_not_to_be_judged_is_not_missing(tmp_path: Path, undrawn: None) -> None:
     study = replace(SELECTING, judge=("prenorm", "spannorm"))
     study.save(tmp_path / "study.yaml")
@@ -265,7 +337,9 @@ def test_intervals_and_corrections_by_their_textbook_formulas() -> None:
     # Noncentral t: power 0.8 at 5 % with three pairs needs 3.26 standard deviations.
     assert found.detectable == pytest.approx(3.2640 * differences.std(ddof=1), rel=1e-3)
     several = [found._replace(p=p) for p in (0.01, 0.04, 0.03)]
-    assert corrected([several[0], None, *several[1:]]) == pytest.approx([0.03, None, 0.06, 0.06])
+    assert corrected(several) == pytest.approx([0.03, 0.06, 0.06])
+    failed = corrected([several[0], None, *several[1:]])
+    assert failed == pytest.approx([0.04, None, 0.09, 0.09]), "one that failed was to be tested, too"
 
 
 def full(run: Planned) -> bool:
