@@ -144,6 +144,20 @@ def prunes_when_an_epoch_ends(callback: "L.Callback") -> bool:
     return bool(getattr(callback, "_prune_on_train_epoch_end", False))
 
 
+def averaged_weights(trainer: "L.Trainer") -> dict[str, Tensor]:
+    """Return what callbacks that average weights keep, themselves and not copies; a callback of ours is one of them."""
+    from lightning.pytorch.callbacks import WeightAveraging
+
+    found: list[Any] = [callback for callback in trainer.callbacks if isinstance(callback, WeightAveraging)]  # type: ignore[attr-defined]
+    models = (callback._average_model for callback in found)
+    return {
+        f"{number}.{name}": tensor
+        for number, model in enumerate(models)
+        if model is not None
+        for name, tensor in model.state_dict().items()
+    }
+
+
 def saves_in_pieces(trainer: "L.Trainer") -> bool:
     """Return whether the strategy has each process save its part, as ModelParallelStrategy does by default."""
     return bool(getattr(trainer.strategy, "_save_distributed_checkpoint", False))

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from lightning_modules.decayed_step import decay_and_add
+
 
 class Lion(torch.optim.Optimizer):
     """Keeps one moment: c = beta1 m + (1 - beta1) g; w = (1 - lr weight_decay) w - lr sign(c); m = beta2 m + (1 -
@@ -39,6 +41,6 @@ class Lion(torch.optim.Optimizer):
                     state["exp_avg"] = torch.zeros_like(parameter)
                 moment = state["exp_avg"]
                 direction = moment.lerp(parameter.grad, 1 - beta1).sign_()
-                parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"])
+                decay_and_add(parameter, group["lr"] * group["weight_decay"], direction, -group["lr"])
                 moment.lerp_(parameter.grad, 1 - beta2)
         return loss

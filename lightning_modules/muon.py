@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from lightning_modules.decayed_step import decay_and_add
 from lightning_modules.width_scaling import WidthScaling
 from spannorm import Matrix
 
@@ -149,8 +150,8 @@ class Muon(torch.optim.Optimizer):
         momentum.lerp_(gradient, 1 - group["momentum"])
         update = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
         update = _orthogonalize_parts(update, group)
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(update, alpha=-group["lr"] * group["update_factor"])
+        decay, factor = group["lr"] * group["weight_decay"], -group["lr"] * group["update_factor"]
+        decay_and_add(parameter, decay, update, factor)
 
 
 def _adamw(fused: bool) -> torch.optim.AdamW:

@@ -24,6 +24,7 @@ from core.compat import (
 )
 from core.errors import ConfigError, InvalidValue, require
 from core.lightning_callbacks import check_callbacks
+from core.precision import describe_narrow_weights
 from core.run_control import take_control
 from core.steps import begin_epoch, completes_step, is_logged, num_steps
 from core.task import Task
@@ -482,6 +483,8 @@ class TransformerModule(L.LightningModule):
             for line in describe_unused(self.model_config, self.optim_config):
                 log.warning(line)
         begin_epoch(self.trainer, self)
+        if self.trainer.is_global_zero and (loss := describe_narrow_weights(str(self.trainer.precision))) is not None:
+            print(loss)
         if self.trainer.is_global_zero and scheduler is not None:
             by_steps = 0 <= self.trainer.max_steps <= self._num_steps
             change = describe_change(self.optim_config, scheduler, self._num_steps, self._num_steps_before, by_steps)

@@ -104,8 +104,9 @@ class Record:
         first_loss: of the first step's training batch.
         spikes: per 10,000 steps; None of a run too short to say, or not logged at every step.
         grad_norm_p999: 99.9th percentile of the gradient norm before clipping.
-        clipped: share of the steps whose gradient was clipped; None without clipping.
-        largest_activation: magnitude in any block's hidden state, at the steps when it was looked at.
+        clipped: share of the steps whose gradient was clipped; None without clipping by the norm.
+        largest_activation: magnitude in any block's hidden state, at the steps when it was looked at; infinite where
+            one was no finite number, None too in older records of such a run.
         outcomes: what was measured of the finished model, by name: analysis.anatomy.registry.outcomes. None: it was no
             finite number, too large a one, or its model has nothing of the kind.
         provenance: commit, versions, machine and corpus, as core/provenance.py has them; empty in older records.

@@ -352,10 +352,13 @@ def _stability(grid: dict[Point, Cell]) -> list[Block]:
         "point are others than those that select, as longer ones, the figures are of the judging runs alone."
     )
     rows: list[list[Words]] = []
+    partial_mean = False
     for point, cell in grid.items():
         columns = [[getattr(record, name) for record in cell.records] for name in COLUMN_NAMES]
         if any(value is not None for values in columns for value in values):
             rows.append([" ".join(point), *(_mean(values) for values in columns)])
+            partial_mean |= any(0 < values.count(None) < len(values) for values in columns)
+    words += " In brackets: of how many runs a mean is, where not of all." if partial_mean else ""
     header = ["", *COLUMN_NAMES.values()]
     return [Paragraph(words), Table(header, rows)] if rows else [Paragraph("These records have none of its figures.")]
 
@@ -389,8 +392,12 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _mean(values: Sequence[float | None]) -> str:
+    """Return the mean of those values that are known, and of how many it is where some are not."""
     found = [value for value in values if value is not None]
-    return f"{statistics.fmean(found):.3g}" if found else "-"
+    if not found:
+        return "-"
+    share = f" ({len(found)} of {len(values)})" if len(found) < len(values) else ""
+    return f"{statistics.fmean(found):.3g}{share}"
 
 
 def _failures(grid: dict[Point, Cell]) -> list[Block]:

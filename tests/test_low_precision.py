@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from analysis.curvature import top_eigenvalue
 from callbacks.monitors.signal_propagation import relative_entropy
 from core.open_run import open_run
-from core.precision import at_least_fp32
+from core.precision import at_least_fp32, describe_narrow_weights
+from lightning_modules.lion import Lion
+from lightning_modules.muon import Muon
 from lightning_modules.sharding import gradient_norm
 from tests.support.runs import load, scalars, tiny_job, train
 from tools.evaluation.corpora import losses_of
@@ -33,6 +35,7 @@ def test_the_reported_losses_are_those_of_the_weights(
     steps += ["optim.eps=1e-4", "optim.lr=1e-5", "callbacks.divergence=null", "callbacks.flight_recorder=null"]
     ended = train(tmp_path, *job, *data, *steps, f"trainer.precision={precision}", "run_dir=run")
     assert ended.code == 0, ended.err
+    assert ended.out.count(f"trainer.precision={precision} keeps the weights in ") == 1
     folder = tmp_path / "run"
     (expected,) = losses_of(open_run(folder, "last"), [], None)
     (validation,) = scalars(folder, "val/loss").values()
@@ -72,6 +75,42 @@ def test_of_images_too(precision: str, tmp_path: Path) -> None:
         assert found == pytest.approx(value, rel=1e-2), tag
     (training,) = scalars(tmp_path / "run", "train/loss").values()
     assert training == pytest.approx(expected["val/loss"], rel=0.1), "other images, but the same untrained weights"
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "lion"])
+def test_decay_counts_in_bf16(optimizer: str) -> None:
+    """By itself a decay of 1.0 would be rounded away at this rate."""
+
+    def norm(decay: float) -> float:
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter((0.02 * torch.randn(64, 64)).bfloat16())
+        group = {"params": [weight], "weight_decay": decay}
+        of_muon = {"matrix_rows": 64 if optimizer == "muon" else 0, "update_factor": 1.6}
+        made = Lion([group], lr=3e-4) if optimizer == "lion" else Muon([{**group, **of_muon}], lr=3e-4, fused=True)
+        for _ in range(600):
+            weight.grad = torch.randn(64, 64).bfloat16()
+            made.step()
+        return weight.float().norm().item()
+
+    assert norm(1.0) < 0.95 * norm(0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_step_of_lion_is_rounded_once_and_in_fp32_to_the_bit_as_ever(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(1000).to(dtype))
+    weight.grad = torch.randn(1000).to(dtype)
+    exact = weight.detach().float().mul_(1 - 0.01 * 0.1).add_(weight.grad.float().sign(), alpha=-0.01)
+    Lion([weight], lr=0.01, weight_decay=0.1).step()
+    assert torch.equal(weight, exact.to(dtype))
+
+
+def test_what_narrow_weights_lose_is_said() -> None:
+    weight = torch.ones(2, dtype=torch.bfloat16)
+    assert torch.equal(weight + torch.tensor([1 / 257, -1 / 513]).bfloat16(), weight)
+    assert "in bfloat16: a step below about 1/256 " in str(describe_narrow_weights("bf16-true"))
+    assert "in float16: a step below about 1/2048 " in str(describe_narrow_weights("16-true"))
+    assert describe_narrow_weights("bf16-mixed") is describe_narrow_weights("32-true") is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

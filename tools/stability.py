@@ -26,8 +26,10 @@ class Stability(NamedTuple):
         spikes: of the training loss, per 10,000 steps (analysis/stability.py); None too of a run of less than 201
             steps, or one that did not log each.
         grad_norm_p999: 99.9th percentile of the gradient norm before clipping.
-        clipped: share of the logged steps whose gradient was clipped; None without clipping.
-        largest_activation: magnitude in any block's hidden state, at the steps when it was looked at.
+        clipped: share of the logged steps whose gradient was clipped; None without clipping, and where it is each entry
+            that is clipped, of which the norm says nothing.
+        largest_activation: magnitude in any block's hidden state, at the steps when it was looked at; infinite where
+            one was no finite number.
     """
 
     spikes: float | None
@@ -49,18 +51,20 @@ def stability(folder: Path, curves: Mapping[str, Curve]) -> Stability:
     limit = _clip_limit(folder)
     blocks = (*range(1, MAX_BLOCKS), "worst")
     activations = (curves.get(f"signal/block_{block}/max", ([], []))[1] for block in blocks)
-    largest = max((value for values in activations for value in values), default=math.nan)
+    largest = [value if math.isfinite(value) else math.inf for values in activations for value in values]
     return Stability(
         spikes=spikes_per_10000(losses) if every_step else None,
         grad_norm_p999=extreme_gradient_norm(norms),
         clipped=clipped_share(norms, limit) if limit else None,
-        largest_activation=largest if math.isfinite(largest) else None,
+        largest_activation=max(largest, default=None),
     )
 
 
 def _clip_limit(folder: Path) -> float | None:
-    """Return trainer.gradient_clip_val of the run's configuration; None: nothing was clipped."""
+    """Return the norm that the run's configuration clips at; None: at none."""
     config = read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else None
     trainer = config.get("trainer") if isinstance(config, dict) else None
-    limit = trainer.get("gradient_clip_val") if isinstance(trainer, dict) else None
+    if not isinstance(trainer, dict) or trainer.get("gradient_clip_algorithm") == "value":
+        return None
+    limit = trainer.get("gradient_clip_val")
     return float(limit) if isinstance(limit, int | float) and 0 < limit < math.inf else None

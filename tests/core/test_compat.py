@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
-from lightning.pytorch.callbacks import ModelPruning
+from lightning.pytorch.callbacks import ModelPruning, WeightAveraging
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -207,6 +207,18 @@ def test_what_lightning_keeps_to_itself_of_what_it_was_told(given: bool) -> None
         strategy=ModelParallelStrategy(save_distributed_checkpoint=given), logger=False, accelerator="cpu"
     )
     assert compat.saves_in_pieces(trainer) is given
+
+
+def test_averages_are_found_as_they_are_kept() -> None:
+    average, model = WeightAveraging(), L.LightningModule()
+    model.layer = nn.Linear(2, 3)
+    trainer = L.Trainer(callbacks=[L.Callback(), average], logger=False, enable_checkpointing=False, accelerator="cpu")
+    assert compat.averaged_weights(trainer) == {}, "of a run that has not begun"
+    average.setup(trainer, model, "fit")
+    found = compat.averaged_weights(trainer)
+    assert found.keys() == {"0.n_averaged", "0.module.layer.weight", "0.module.layer.bias"}
+    found["0.module.layer.bias"].fill_(7.0)
+    assert average._average_model.module.layer.bias.tolist() == [7.0] * 3
 
 
 def test_a_folders_name_of_what_is_no_tensor_is_lightnings() -> None:

@@ -133,6 +133,23 @@ def test_runs_of_images_are_reported_in_their_unit_and_compared_by_accuracy(tmp_
     assert (difference, verdict) == ("+0.060 (3)", "better")
 
 
+def test_means_of_stability_hide_no_run(tmp_path: Path, undrawn: None) -> None:
+    study = replace(STUDY, axes={"model.placement": {name: PLACEMENTS[name] for name in ("prenorm", "spannorm")}})
+    study.save(tmp_path / "study.yaml")
+    activations = {"prenorm": (20.0, float("inf"), 40.0), "spannorm": (20.0, None, 40.0)}
+    for run in study.runs():
+        largest = activations[run.point["model.placement"]][run.seed]
+        written = replace(record(run, 2.0), clipped=0.5, largest_activation=largest)
+        written.save(tmp_path / f"{run.name}.json")
+        assert Record.load(tmp_path / f"{run.name}.json").largest_activation == largest
+    text = write(tmp_path).read_text()
+    assert rows(text, "Stability") == {
+        "prenorm": ["-", "-", "0.5", "inf"],
+        "spannorm": ["-", "-", "0.5", "30 (2 of 3)"],
+    }
+    assert "In brackets: of how many runs" in text
+
+
 def test_a_difference_has_no_p_where_none_can_be_had(folder: Path) -> None:
     grid = cells(STUDY, [record(run, 2.0) for run in STUDY.runs()], STUDY.seeds)
     same = compare(grid["spannorm", "1e-3"], grid["prenorm", "1e-3"])

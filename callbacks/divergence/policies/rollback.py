@@ -11,6 +11,7 @@ from callbacks.divergence.policies.snapshot import Snapshot
 from callbacks.divergence.policies.snapshot_file import SnapshotFile
 from callbacks.protocols import KeepsBeside
 from callbacks.statistics import forget_update
+from core.compat import averaged_weights
 from core.errors import InvalidValue, require
 
 FIELD = "callbacks.divergence.policy_options"
@@ -18,8 +19,8 @@ FIELD = "callbacks.divergence.policy_options"
 
 class Rollback(Policy):
     """An alarm skips its step, which is enough where the data are bad. Where alarms go on although the weights stand
-    still, or the loss climbs or stays up, the weights are bad: they, the optimizer's state and the random numbers are
-    taken back to a snapshot, and the learning rate is cut for a while.
+    still, or the loss climbs or stays up, the weights are bad: they, averages of them, the optimizer's state and the
+    random numbers are taken back to a snapshot, and the learning rate is cut for a while.
 
     The step counter and the data go on: the run is past the data that hurt it, and schedules, positions and logs stay
     what arithmetic says they are. Snapshots lie beside last.ckpt (SnapshotFile); a run resumed without them takes its
@@ -97,7 +98,7 @@ class Rollback(Policy):
         if not self.snapshots:  # no step without an alarm so far, so that the weights are still those of the start
             self._take_snapshot(step)
         snapshot = self._choose(step.number)
-        snapshot.restore(step.pl_module, step.step_override.optimizer)
+        snapshot.restore(step.pl_module, step.step_override.optimizer, averaged_weights(step.trainer))
         forget_update(step.pl_module)
         step.detectors.load_state_dict(snapshot.detectors)
         factor, last = self.cooldown.factor_at(step.number + 1), self.cooldown.last
@@ -109,7 +110,8 @@ class Rollback(Policy):
         self.snapshots = [*self.snapshots[-1:], self._snapshot_of(step)]
 
     def _snapshot_of(self, step: Step) -> Snapshot:
-        return Snapshot(step.number - 1, step.pl_module, step.step_override.optimizer, step.detectors_before)
+        averages = averaged_weights(step.trainer)
+        return Snapshot(step.number - 1, step.pl_module, step.step_override.optimizer, step.detectors_before, averages)
 
     def _choose(self, now: int) -> Snapshot:
         """Return the newest snapshot that is old enough, unless it has just failed; younger ones are given up."""

@@ -1,5 +1,6 @@
 """A snapshot is what a run can be taken back to, kept in memory; snapshot_file.py keeps it over a stop."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -10,22 +11,32 @@ from torch.optim import Optimizer
 
 
 class Snapshot:
-    """Holds this process' weights, optimizer state and random state on the host; of sharded tensors its own part.
+    """Holds this process' weights, their averages, optimizer state and random state on the host; of sharded tensors
+    its own part.
 
-    With AdamW that takes three times the memory of the weights.
+    With AdamW that takes three times the memory of the weights, and once more for each average of them.
 
     Args:
         step: optimizer steps done.
         detectors: their state after that step.
+        averages: of the weights, after that step.
 
     Attributes:
         restored_at: the step before which the run was last taken back to here; None: never.
     """
 
-    def __init__(self, step: int, module: L.LightningModule, optimizer: Optimizer, detectors: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        step: int,
+        module: L.LightningModule,
+        optimizer: Optimizer,
+        detectors: dict[str, Any],
+        averages: Mapping[str, Tensor],
+    ) -> None:
         self.step, self.detectors = step, detectors
         self.restored_at: int | None = None
         self._weights = {name: _copy(tensor) for name, tensor in module.state_dict().items()}
+        self._averages = {name: _copy(tensor) for name, tensor in averages.items()}
         names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
         self._optimizer = {
             names[p]: {key: _copy(x) for key, x in state.items()} for p, state in optimizer.state.items()
@@ -34,10 +45,12 @@ class Snapshot:
         self._cuda_random = torch.cuda.get_rng_state() if module.device.type == "cuda" else None
 
     @torch.no_grad()
-    def restore(self, module: L.LightningModule, optimizer: Optimizer) -> None:
+    def restore(self, module: L.LightningModule, optimizer: Optimizer, averages: Mapping[str, Tensor]) -> None:
         """Put the state back in place, but for the optimizer's groups: learning rates go by a clock that goes on."""
         for name, tensor in module.state_dict().items():
             local(tensor).copy_(self._weights[name])
+        for name, tensor in averages.items():
+            local(tensor).copy_(self._averages[name])
         names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
         for parameter in list(optimizer.state):
             if names[parameter] not in self._optimizer:  # it had not stepped yet
@@ -67,6 +80,7 @@ class Snapshot:
         Raises:
             ValueError: it is not the state of one, or not of this run; says which part.
         """
+        state = {"_averages": {}, **state} if isinstance(state, dict) else state  # older ones have none
         if not isinstance(state, dict) or state.keys() != vars(like).keys():
             raise ValueError("it is no snapshot")
         for name in ("step", "restored_at"):
@@ -74,7 +88,7 @@ class Snapshot:
                 raise ValueError(f"its {name} is no step")
         if not 0 <= state["step"] <= like.step:
             raise ValueError(f"its step is none of 0 to {like.step}")
-        for name in ("_weights", "_optimizer", "detectors"):
+        for name in ("_weights", "_averages", "_optimizer", "detectors"):
             _check_like(state[name], getattr(like, name), name.strip("_"))
         for name in ("_random", "_cuda_random"):
             _check_random(state[name], getattr(like, name), name.strip("_"))

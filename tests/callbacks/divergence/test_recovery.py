@@ -133,6 +133,22 @@ def test_bad_weights_in_the_checkpoint_are_recovered_from(tmp_path: Path) -> Non
     assert_same_run(stopped_and_resumed(tmp_path, BAD_WEIGHTS, 18), whole)
 
 
+def test_the_average_of_the_weights_goes_back_with_them(tmp_path: Path) -> None:
+    """The flipped bit is in the average from step 18 on; so far back at 10, it has those of the steps from 19 on."""
+    job = [*BAD_WEIGHTS, "callbacks=[default,ema]"]
+    whole = run(tmp_path, "whole", *job)
+    assert done(whole)[19] == "rolled back to step 10, learning rate x 0.5 to step 31"
+    last = load(whole / "checkpoints/last.ckpt")
+    assert last["averaging_state"]["n_averaged"] == 10 + 40 - 18
+    averaged, current = (last[part]["model.head.weight"] for part in ("state_dict", "current_model_state"))
+    assert averaged.abs().max() < 2 * current.abs().max()
+    resumed = stopped_and_resumed(tmp_path, job, 18)
+    assert_same_run(resumed, whole)
+    ours = load(resumed / "checkpoints/last.ckpt")
+    for part in ("current_model_state", "averaging_state"):
+        assert_equal(ours[part], last[part], part)
+
+
 @pytest.mark.slow
 def test_bad_weights_in_the_checkpoint_are_recovered_from_on_two_processes(tmp_path: Path) -> None:
     assert train_on_two(tmp_path, *tiny_job(*BAD_WEIGHTS), "run_dir=whole").code == 0

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from callbacks.divergence.policies.snapshot import Snapshot
 from lightning_modules.language_module import LanguageModule
@@ -35,12 +36,12 @@ def test_what_it_took_comes_back() -> None:
     module = make_module(ffn="moe", moe={"balancing": "bias"})
     optimizer = AdamW(module.parameters(), lr=0.1, fused=True)
     train(module, optimizer, 2)
-    snapshot, before = Snapshot(2, module, optimizer, {}), state(module, optimizer)
+    snapshot, before = Snapshot(2, module, optimizer, {}, {}), state(module, optimizer)
     weight = module.model.head.weight  # type: ignore[union-attr]
     train(module, optimizer, 3)
     after = state(module, optimizer)
     optimizer.param_groups[0]["lr"] = 0.05
-    snapshot.restore(module, optimizer)
+    snapshot.restore(module, optimizer, {})
     assert module.model.head.weight is weight, "in place"  # type: ignore[union-attr]
     assert optimizer.param_groups[0]["lr"] == 0.05, "learning rates go by the clock"
     optimizer.param_groups[0]["lr"] = 0.1
@@ -49,12 +50,26 @@ def test_what_it_took_comes_back() -> None:
     torch.testing.assert_close(state(module, optimizer), after, rtol=0, atol=0)
 
 
+def test_averages_of_the_weights_come_back_in_place() -> None:
+    module = make_module()
+    optimizer = AdamW(module.parameters(), lr=0.1)
+    average = AveragedModel(module, use_buffers=True)
+    average.update_parameters(module)
+    before = copy.deepcopy(average.state_dict())
+    snapshot = Snapshot(1, module, optimizer, {}, average.state_dict())
+    train(module, optimizer, 2)
+    average.update_parameters(module)
+    assert not torch.equal(average.state_dict()["module.model.head.weight"], before["module.model.head.weight"])
+    snapshot.restore(module, optimizer, average.state_dict())
+    torch.testing.assert_close(average.state_dict(), before, rtol=0, atol=0)
+
+
 def test_of_an_optimizer_that_had_not_stepped() -> None:
     module = make_module()
     optimizer = AdamW(module.parameters(), lr=0.1)
-    snapshot, before = Snapshot(0, module, optimizer, {}), state(module, optimizer)
+    snapshot, before = Snapshot(0, module, optimizer, {}, {}), state(module, optimizer)
     train(module, optimizer, 1)
-    snapshot.restore(module, optimizer)
+    snapshot.restore(module, optimizer, {})
     torch.testing.assert_close(state(module, optimizer), before, rtol=0, atol=0)
 
 
@@ -72,11 +87,11 @@ def shared(rank: int, folder: Path) -> None:
     shard_rest(module.model, mesh)
     optimizer = AdamW(module.parameters(), lr=0.1)
     train(module, optimizer, 2)
-    snapshot, before = Snapshot(2, module, optimizer, {}), weights(module)
+    snapshot, before = Snapshot(2, module, optimizer, {}, {}), weights(module)
     train(module, optimizer, 2)
     after = weights(module)
     assert not torch.equal(before, after)
-    snapshot.restore(module, optimizer)
+    snapshot.restore(module, optimizer, {})
     assert all(isinstance(parameter, DTensor) for parameter in module.parameters())
     assert torch.equal(weights(module), before)
     train(module, optimizer, 2)

@@ -36,7 +36,7 @@ def take_snapshot(step: int) -> Snapshot:
     optimizer = AdamW(module.parameters(), lr=0.1)
     module(torch.zeros(1, 4, dtype=torch.long))[0].sum().backward()
     optimizer.step()
-    return Snapshot(step, module, optimizer, detectors(2.0).state_dict())
+    return Snapshot(step, module, optimizer, detectors(2.0).state_dict(), {"0.n_averaged": torch.tensor(step)})
 
 
 @pytest.fixture
@@ -87,6 +87,8 @@ INNER: dict[str, tuple[list[str], Any]] = {  # where, and what: a function of wh
     "a state that AdamW does not keep": (["_optimizer", "*"], lambda x: {**x, "more": 1}),
     "a state that lacks one": (["_optimizer", "*"], lambda x: {"step": x["step"]}),
     "a number for a state": (["_optimizer", "*"], lambda x: 1),
+    "an average of another shape": (["_averages", "*"], lambda x: torch.zeros(1)),
+    "no averages": (["_averages"], lambda x: {}),
     "random numbers of another size": (["_random"], lambda x: x[:-1].clone()),
     "random numbers that are floats": (["_random"], lambda x: x.float()),
     "random numbers of a device": (["_cuda_random"], lambda x: "x"),
@@ -136,6 +138,16 @@ def test_a_parameter_that_had_not_stepped_yet_may_be_missing(tmp_path: Path, sna
     content["snapshots"][0]["_optimizer"].popitem()
     torch.save(content, path)
     assert len(load(trainer(tmp_path))) == 1
+
+
+def test_an_older_one_without_averages_serves_a_run_that_has_none(tmp_path: Path, snapshot: Snapshot) -> None:
+    state = snapshot.state_dict()
+    del state["_averages"]
+    without = take_snapshot(7)
+    without._averages = {}
+    assert Snapshot.from_state_dict(state, without).step == 5
+    with pytest.raises(ValueError, match="its averages has other parts"):
+        Snapshot.from_state_dict(state, take_snapshot(7))
 
 
 def test_what_belongs_to_another_checkpoint_does_not(tmp_path: Path, snapshot: Snapshot) -> None:
