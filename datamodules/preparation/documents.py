@@ -31,7 +31,7 @@ class Piece(NamedTuple):
     Attributes:
         text: at most about PIECE_BYTES.
         ends: whether the document ends here.
-        key: what decides on the document's split, if it is not the text.
+        key: of a document's first piece, what decides on its split, if it is not the piece's text.
         split: the one that its source puts it into, where nothing is left to decide.
     """
 
@@ -260,10 +260,18 @@ def _split_text(file: BinaryIO, separator: bytes | None, tally: Tally) -> Iterat
         safe = len(rest) - (len(separator) - 1 if separator else 0)
         if safe > PIECE_BYTES:
             place = _cutting_place(rest[:safe])
-            yield Piece(rest[:place], ends=False)
+            yield Piece(rest[:place], ends=False, key=None if is_open else _key(rest))
             rest, is_open = rest[place:], True
     if rest or is_open:
-        yield Piece(rest, ends=True)
+        yield Piece(rest, ends=True, key=None if is_open else _key(rest))
+
+
+def _key(text: bytes) -> bytes:
+    """Return the first piece that `cut` makes of a document, of which a little more than that is known at least.
+
+    Where a text file's documents are cut depends on what stands before them; their split must not.
+    """
+    return text if len(text) <= PIECE_BYTES else text[: _cutting_place(text[:PIECE_BYTES])]
 
 
 def _cutting_place(text: bytes) -> int:

@@ -56,7 +56,7 @@ class PrepareConfig:
         text_field: the field that holds the text, in JSON lines, parquet files and datasets.
         format: what every file is; auto: as its content and name say.
         separator: what stands between two documents of a text file, as \n\n; null: a file is a document.
-        validation: the share of the documents, chosen by a hash of their text.
+        validation: the share of the documents, chosen by a hash of their text, or of the first MiB of it.
         end_of_document: the token that closes documents; null: the folder's eos_token, or a usual one.
         processes: the number of processes; null: one a core.
         shard_tokens: the number of tokens in a shard.
