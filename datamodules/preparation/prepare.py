@@ -247,6 +247,11 @@ def _tell(tally: Tally, inputs: Inputs, config: PrepareConfig, say: Say) -> None
     elif config.separator is not None and not tally.separators:
         ends = r"; their lines end with \r\n" if tally.carriage_returns else ""
         say(f"separator={config.separator!r} stands nowhere in the text files: each was one document{ends}")
+    elif tally.unseparated:
+        first, *others = tally.unseparated
+        files = f"{len(others) + 1:,} of {tally.text_files:,} text files, {first} the first of them"
+        ends = rf"; lines of {tally.carriage_returns:,} of them end with \r\n" if tally.carriage_returns else ""
+        say(f"separator={config.separator!r} stands nowhere in {files}: each was one document{ends}")
 
 
 @contextmanager
