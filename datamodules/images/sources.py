@@ -114,7 +114,12 @@ def from_pil(image: Any) -> Pixels:
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of 32 bits (PIL's mode {image.mode}), where 8 or 16 are expected")
     if image.mode.startswith("I;16"):  # convert would make all but the darkest 256 of 65,536 levels white
-        return (np.asarray(image) >> 8).astype(np.uint8)[..., None]
+        levels = np.asarray(image)
+        upper = (levels >> 8).astype(np.uint8)
+        transparent = image.info.get("transparency")  # a level of 16 bits, of PNG
+        if transparent is not None:
+            upper[levels == transparent] = 255
+        return upper[..., None]
     gray = image.mode in ("1", "L", "LA", "La")
     if image.has_transparency_data:
         image = image.convert("RGBA")

@@ -31,7 +31,7 @@ class Piece(NamedTuple):
     Attributes:
         text: at most about PIECE_BYTES.
         ends: whether the document ends here.
-        key: what decides on the document's split, if it is not the text.
+        key: of a document's first piece, what decides on its split, if it is not the piece's text.
         split: the one that its source puts it into, where nothing is left to decide.
     """
 
@@ -50,7 +50,8 @@ class Tally:
         empty: records whose text is empty; they are left out.
         text_files: files that were read as plain text.
         separators: where the separator stood in them.
-        carriage_returns: whether one of them has a line that ends with a carriage return.
+        unseparated: names of those with text in which it stood nowhere, so that each became one document.
+        carriage_returns: how many of the unseparated have a line that ends with a carriage return.
         tables_as_text: names of files of comma- or tab-separated values that were read as plain text.
     """
 
@@ -58,7 +59,8 @@ class Tally:
     empty: int = 0
     text_files: int = 0
     separators: int = 0
-    carriage_returns: bool = False
+    unseparated: list[str] = field(default_factory=list)
+    carriage_returns: int = 0
     tables_as_text: list[str] = field(default_factory=list)
 
 
@@ -129,7 +131,8 @@ class Inputs:
                 tally.text_files += 1
                 if suffix_of(path) in (".csv", ".tsv"):
                     tally.tables_as_text.append(str(path))
-                yield from _split_text(_without_mark(file), self.separator.encode() if self.separator else None, tally)
+                separator = self.separator.encode() if self.separator else None
+                yield from _split_text(_without_mark(file), str(path), separator, tally)
 
     def _cut_all(self, texts: Iterator[bytes | None], tally: Tally) -> Iterator[Piece]:
         for text in texts:
@@ -245,14 +248,16 @@ def cut(text: bytes) -> Iterator[Piece]:
         yield Piece(text[start:], ends=True)
 
 
-def _split_text(file: BinaryIO, separator: bytes | None, tally: Tally) -> Iterator[Piece]:
+def _split_text(file: BinaryIO, name: str, separator: bytes | None, tally: Tally) -> Iterator[Piece]:
     rest, is_open = b"", False  # is_open: a piece of this document was handed out already
+    is_separated = carriage_returns = False
     while block := file.read(PIECE_BYTES):
-        tally.carriage_returns = tally.carriage_returns or b"\r\n" in block
+        carriage_returns = carriage_returns or b"\r\n" in block
         rest += block
         if separator:
             *documents, rest = rest.split(separator)
             tally.separators += len(documents)
+            is_separated = is_separated or bool(documents)
             for document in documents:
                 yield from [Piece(b"", ends=True)] if is_open and not document else cut(document)
                 is_open = False
@@ -260,10 +265,21 @@ def _split_text(file: BinaryIO, separator: bytes | None, tally: Tally) -> Iterat
         safe = len(rest) - (len(separator) - 1 if separator else 0)
         if safe > PIECE_BYTES:
             place = _cutting_place(rest[:safe])
-            yield Piece(rest[:place], ends=False)
+            yield Piece(rest[:place], ends=False, key=None if is_open else _key(rest))
             rest, is_open = rest[place:], True
     if rest or is_open:
-        yield Piece(rest, ends=True)
+        if separator and not is_separated:  # counted before the document ends, behind which nobody may read on
+            tally.unseparated.append(name)
+            tally.carriage_returns += carriage_returns
+        yield Piece(rest, ends=True, key=None if is_open else _key(rest))
+
+
+def _key(text: bytes) -> bytes:
+    """Return the first piece that `cut` makes of a document, of which a little more than that is known at least.
+
+    Where a text file's documents are cut depends on what stands before them; their split must not.
+    """
+    return text if len(text) <= PIECE_BYTES else text[: _cutting_place(text[:PIECE_BYTES])]
 
 
 def _cutting_place(text: bytes) -> int:

@@ -56,7 +56,7 @@ class PrepareConfig:
         text_field: the field that holds the text, in JSON lines, parquet files and datasets.
         format: what every file is; auto: as its content and name say.
         separator: what stands between two documents of a text file, as \n\n; null: a file is a document.
-        validation: the share of the documents, chosen by a hash of their text.
+        validation: the share of the documents, chosen by a hash of their text, or of the first MiB of it.
         end_of_document: the token that closes documents; null: the folder's eos_token, or a usual one.
         processes: the number of processes; null: one a core.
         shard_tokens: the number of tokens in a shard.
@@ -247,6 +247,11 @@ def _tell(tally: Tally, inputs: Inputs, config: PrepareConfig, say: Say) -> None
     elif config.separator is not None and not tally.separators:
         ends = r"; their lines end with \r\n" if tally.carriage_returns else ""
         say(f"separator={config.separator!r} stands nowhere in the text files: each was one document{ends}")
+    elif tally.unseparated:
+        first, *others = tally.unseparated
+        files = f"{len(others) + 1:,} of {tally.text_files:,} text files, {first} the first of them"
+        ends = rf"; lines of {tally.carriage_returns:,} of them end with \r\n" if tally.carriage_returns else ""
+        say(f"separator={config.separator!r} stands nowhere in {files}: each was one document{ends}")
 
 
 @contextmanager

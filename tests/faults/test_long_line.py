@@ -15,6 +15,7 @@ from tests.support.runs import ROOT
 
 MEBIBYTE, GIBIBYTE = 1 << 20, 1 << 30
 MOST = 30 * MEBIBYTE  # resident, beyond that for 1 MiB; a shard is mapped to be summed up, so shards are short
+SHORT = (b"first", b"before")  # one is of the training split, one of validation
 PREPARE = """
 import re, sys
 from pathlib import Path
@@ -27,13 +28,13 @@ print(int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text(
 
 
 def write_line(path: Path, num_bytes: int) -> None:
-    """Two documents, so that both splits have one; the second is one line of this length, a hole on the disk.
+    """A short document for each split, and one that is a line of this length, a hole on the disk.
 
     A hole is NUL bytes, which only format="text" takes for text.
     """
     with path.open("wb") as file:
-        file.write(b"first|")
-        file.truncate(len(b"first|") + num_bytes)
+        file.write(b"|".join((*SHORT, b"")))
+        file.truncate(file.tell() + num_bytes)
 
 
 def peak_memory(folder: Path, num_bytes: int) -> int:
@@ -46,7 +47,7 @@ def peak_memory(folder: Path, num_bytes: int) -> int:
     storage = LocalFolder(folder / "corpus")
     index = read_index(storage)
     list(verify(storage, index))
-    assert sum(split.num_bytes for split in index.splits.values()) == len(b"first") + num_bytes
+    assert sum(split.num_bytes for split in index.splits.values()) == sum(map(len, SHORT)) + num_bytes
     return int(ended.stdout)
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from core import cli
 from datamodules.shards import open_split
+from datamodules.stdlib_documents import split_of
 from tests.support.preparing import TEXTS, alive, wait_for
 from tests.support.runs import ROOT, train
 from tools.prepare import main
@@ -29,11 +30,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def documents(folder: Path) -> set[bytes]:
     """The texts of a byte corpus, both splits."""
-    found = set()
-    for name in ("train", "val"):
-        tokens = open_split(folder, name).tokens
-        found |= {bytes(piece[piece < 256].tolist()) for piece in np.split(tokens, np.flatnonzero(tokens == 256))}
-    return found - {b""}
+    return {text for name in ("train", "val") for text in documents_of(folder, name)} - {b""}
+
+
+def documents_of(folder: Path, name: str) -> list[bytes]:
+    """The texts of a byte corpus' split, in order, and an empty one at the end."""
+    tokens = open_split(folder, name).tokens
+    return [bytes(piece[piece < 256].tolist()) for piece in np.split(tokens, np.flatnonzero(tokens == 256))]
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +144,31 @@ def test_a_document_larger_than_memory_is_one_document(tmp_path: Path, monkeypat
     assert documents(tmp_path / "out") == {text.encode() for text in texts}
     splits = json.loads((tmp_path / "out/index.json").read_text())["splits"]
     assert splits["train"]["num_documents"] + splits["val"]["num_documents"] == len(texts)
+
+
+def test_a_long_document_lies_in_one_split_however_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a text file's is cut depends on what stands before it; one that ends the file may even stay whole."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    monkeypatch.setattr("datamodules.preparation.documents.PIECE_BYTES", 1000)
+    short = [f"{n} " * (n + 1) + "short" for n in range(40)] + ["x" * 1000]
+    lines = [f"{n} {'line ' * (n % 7)}\n" * (90 + 40 * (n % 9)) + "end" for n in range(40)]
+    texts = lines + [chr(ord("a") + n) * (1001 + 300 * n) for n in range(20)]
+    mixed = [text for pair in zip(texts, short, strict=False) for text in pair] + texts[len(short) :] + short
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.txt").write_text("\n\n".join(texts))
+    (tmp_path / "in/b.txt").write_text("\n\n".join(mixed))
+    for number, text in enumerate(texts):
+        (tmp_path / f"in/{number}.txt").write_text(text)
+    (tmp_path / "in/c.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    pq.write_table(pa.table({"text": texts}), tmp_path / "in/d.parquet")
+    common = [f"input={tmp_path}/in", "separator=\\n\\n", "validation=0.5", "processes=1", "max_expansion=1000"]
+    prepare(*common, f"output={tmp_path}/out")
+    train, val = (documents_of(tmp_path / "out", name)[:-1] for name in ("train", "val"))
+    assert not set(train) & set(val)
+    assert all((train + val).count(text.encode()) == 5 for text in texts)
+    assert {text for text in short if split_of(text.encode(), 0.5) == "val"} == {t.decode() for t in val} & set(short)
 
 
 def test_killed_it_leaves_no_corpus_and_goes_on_to_the_same_bytes(tmp_path: Path) -> None:

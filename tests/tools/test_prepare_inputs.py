@@ -323,6 +323,25 @@ def test_a_separator_that_never_matches_is_said(prepare: Prepared) -> None:
     assert "separator='x' was not used: no input is a text file" in prepare.said
 
 
+def test_files_in_which_the_separator_stands_nowhere_are_counted_beside_others(prepare: Prepared) -> None:
+    for number in range(30):
+        (prepare.folder / f"{number}.txt").write_bytes(b"one %d\n\ntwo" % number)
+    (prepare.folder / "empty.txt").touch()
+    prepare("*.txt", "separator=\\n\\n")
+    assert "separator" not in prepare.said
+    (prepare.folder / "few.txt").write_bytes(b"a\nb")
+    prepare("*.txt", "separator=\\n\\n")
+    files = f"stands nowhere in 1 of 32 text files, {prepare.folder}/few.txt the first of them"
+    assert f"separator='\\\\n\\\\n' {files}: each was one document\n" in prepare.said
+    (prepare.folder / "carriage.txt").write_bytes(b"one\r\n\r\ntwo" * 200_000)
+    prepare("*.txt", "separator=\\n\\n", "max_text_mb=2")  # which is reached with this file
+    files = f"stands nowhere in 1 of 31 text files, {prepare.folder}/carriage.txt the first of them"
+    assert rf"{files}: each was one document; lines of 1 of them end with \r\n" in prepare.said
+    prepare("*.txt", "separator=\\n\\n")
+    files = f"stands nowhere in 2 of 33 text files, {prepare.folder}/carriage.txt the first of them"
+    assert rf"{files}: each was one document; lines of 1 of them end with \r\n" in prepare.said
+
+
 def test_a_file_that_is_named_twice_is_read_once(prepare: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = prepare.folder / "in"
     folder.mkdir()

@@ -202,6 +202,9 @@ def test_what_is_transparent_lies_on_white(tmp_path: Path) -> None:
     assert decode(tmp_path / "colours.png", "").tolist() == [[[10, 20, 30], [255, 255, 255]]]
     Image.fromarray(colours[..., [0, 3]]).save(tmp_path / "gray.png")
     assert decode(tmp_path / "gray.png", "").tolist() == [[[10], [255]]]
+    for levels in (np.array([[7, 8, 200]], np.uint8), np.array([[0x0701, 0x0702, 0xC801]], np.uint16)):
+        Image.fromarray(levels).save(tmp_path / "level.png", transparency=int(levels[0, 1]))
+        assert decode(tmp_path / "level.png", "")[..., 0].tolist() == [[7, 255, 200]], levels.dtype
     palette = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
     palette.putpalette([10, 20, 30, 40, 50, 60])
     palette.save(tmp_path / "palette.gif", transparency=1)
