@@ -68,6 +68,7 @@ class Taken:
         steps: how many.
         lr: their learning rate.
         new, unused: how many parameters started anew, and how many tensors were not taken.
+        seed: of what starts anew, and of the order of the data; None in older records.
     """
 
     placement: str
@@ -78,6 +79,7 @@ class Taken:
     lr: float
     new: int
     unused: int
+    seed: int | None = None
 
 
 def parse(placement: str) -> tuple[str, dict[str, Any]]:
@@ -128,7 +130,7 @@ def try_placement(config: "DictConfig", run: Path, chosen: SurgeryConfig, placem
     trainer.fit(module, datamodule=datamodule)
     recovered = validate(module, datamodule)
     counts = len(start.new), len(start.unused)
-    return Taken(placement, before, right_after, recovered, chosen.steps, chosen.lr, *counts)
+    return Taken(placement, before, right_after, recovered, chosen.steps, chosen.lr, *counts, chosen.seed)
 
 
 QUIET: dict[str, Any] = {
@@ -150,15 +152,17 @@ def validate(module: Any, datamodule: Any) -> float:
 
 
 def _check_same(taken: Taken, chosen: SurgeryConfig, before: float, path: Path) -> None:
-    """Refuse a record of other steps, another rate or another run, which would stand in the same table.
+    """Refuse a record of other steps, another rate, seed or run, which would stand in the same table.
 
     Raises:
         ConfigError: names the record.
     """
     same = (taken.steps, taken.lr) == (chosen.steps, chosen.lr) and math.isclose(taken.before, before, rel_tol=1e-4)
-    told = f"{path.name} has {taken.steps} steps at {taken.lr:g}, from a loss of {taken.before:.4f}"
-    valid = f"a folder whose records are of this run, {chosen.steps} steps and lr={chosen.lr:g}: {told}"
-    require(same, "output", str(chosen.output), valid)
+    told = f"{path.name} has {taken.steps} steps at {taken.lr:g}, from a loss of {taken.before:.4f}, seed {taken.seed}"
+    valid = (
+        f"a folder whose records are of this run, {chosen.steps} steps, lr={chosen.lr:g} and seed={chosen.seed}: {told}"
+    )
+    require(same and taken.seed in (None, chosen.seed), "output", str(chosen.output), valid)
 
 
 def write_table(output: Path) -> Path:

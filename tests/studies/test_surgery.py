@@ -43,7 +43,7 @@ def test_each_placement_is_measured_before_and_after(
     assert sorted(row[0] for row in rows[1:]) == ["| mixln:post_fraction=0.0", "| postnorm", "| prenorm"]
     surgery.main([str(run), placements, "steps=4", "lr=1e-2", f"output={output}"])
     assert capsys.readouterr().out.count("has its record") == 3
-    for other in ("steps=5", "lr=2e-2"):
+    for other in ("steps=5", "lr=2e-2", "seed=2"):
         with pytest.raises(ConfigError, match=r"output='.*' is not valid: .* 4 steps at 0\.01, from a loss of"):
             surgery.main([str(run), placements, "steps=4", "lr=1e-2", f"output={output}", other])
 
