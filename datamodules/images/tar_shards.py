@@ -214,7 +214,7 @@ def find_shards(path: str) -> dict[str, list[Path]] | None:
             range stands for all numbers in it, with as many digits.
 
     Raises:
-        ConfigError: a shard is missing, or there are too few to hold one out.
+        ConfigError: a shard is missing or no regular file, or there are too few to hold one out.
     """
     folder = Path(path)
     if path.endswith(".tar"):
@@ -223,12 +223,12 @@ def find_shards(path: str) -> dict[str, list[Path]] | None:
         valid = f"files that are there: {len(missing)} of {len(shards)} are not, as {missing[0]}" if missing else ""
         require(not missing, "data.path", path, valid)
     else:
-        of_splits = {split: sorted((folder / split).glob("*.tar")) for split in SPLITS}
+        of_splits = {split: _shards_in(folder / split, path) for split in SPLITS}
         if any(of_splits.values()):
             for split, found in of_splits.items():
                 require(bool(found), "data.path", path, f"a folder with .tar in {folder / split} as well")
             return of_splits
-        shards = sorted(folder.glob("*.tar"))
+        shards = _shards_in(folder, path)
         if not shards:
             return None
     valid = "at least two shards, of which the last is held out; or a folder with train/*.tar and val/*.tar"
@@ -245,6 +245,15 @@ def find_shards(path: str) -> dict[str, list[Path]] | None:
     )
     require(bool(of_train) and apart and not splits[held_out[0]] & TRAIN_WORDS, "data.path", path, valid)
     return {"train": of_train, "val": held_out}
+
+
+def _shards_in(folder: Path, path: str) -> list[Path]:
+    """Return the archives in a folder; a pipe among them is not waited for, nor left out without a word."""
+    found = sorted(folder.glob("*.tar"))
+    others = [str(shard) for shard in found if not shard.is_file()]
+    valid = f"a folder whose .tar are all regular files: {len(others)} are not, as {others[0]}" if others else ""
+    require(not others, "data.path", path, valid)
+    return found
 
 
 def _in_order(shard: Path) -> tuple[str, list[tuple[int, str]]]:

@@ -4,6 +4,7 @@ import os
 import pickle
 import tarfile
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,24 @@ def test_a_pattern_that_names_nothing_is_refused(tmp_path: Path) -> None:
     (folder / "000.tar").rename(folder / "train/000.tar")
     with pytest.raises(ConfigError, match=r"\.tar in .*val as well"):
         data(folder)
+
+
+@pytest.mark.parametrize("place", ["", "train", "val"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "link"])
+def test_what_is_no_file_is_refused_and_not_waited_for(place: str, kind: str, tmp_path: Path) -> None:
+    for folder in {"": [""], "train": ["train", "val"], "val": ["train", "val"]}[place]:
+        for name in ("a", "b"):
+            write_shard(tmp_path / folder / f"{name}.tar", samples(0, 2))
+    shard = tmp_path / place / "b.tar"
+    shard.unlink()
+    make: dict[str, Callable[[], None]] = {
+        "pipe": lambda: os.mkfifo(shard),
+        "device": lambda: shard.symlink_to("/dev/zero"),
+        "link": lambda: shard.symlink_to("nowhere"),
+    }
+    make[kind]()
+    with pytest.raises(ConfigError, match=r"\.tar are all regular files: 1 are not, as .*b\.tar"):
+        data(tmp_path)
 
 
 def test_ranges_keep_their_digits() -> None:
