@@ -22,6 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from core.errors import ConfigError, writing
+from core.printable import printable
 
 WORST_LOSS = 1e6
 """A sweeper is told this of a run without a finite loss: worse than any, but finite, as samplers want it."""
@@ -63,7 +64,7 @@ class SweepNotes(Callback):
                 folder.mkdir(parents=True, exist_ok=True)
                 notes = Path(tempfile.mkdtemp(prefix=".notes-", dir=folder))
         except ConfigError as error:
-            print(f"Error: {error}", file=sys.stderr)
+            print(f"Error: {printable(error, limit=None)}", file=sys.stderr)
             raise SystemExit(2) from None  # Hydra makes a warning of anything else
         (notes / FIXED).write_text(json.dumps(_fixed_fields(config)))
         SweepNotes.own = notes
@@ -150,7 +151,7 @@ def conclude() -> int:
         print(f"\n{len(failures)} of {len(runs)} runs of the sweep failed:", file=sys.stderr)
         for number, failure in failures.items():
             what = " ".join(runs[number]["overrides"])
-            print(f"  {number}{what and f'  {what}'}: {failure.reason}", file=sys.stderr)
+            print(printable(f"  {number}{what and f'  {what}'}: {failure.reason}", limit=None), file=sys.stderr)
     if all(failure.code == 2 for failure in failures.values()) and len(failures) == len(runs):
         _tidy(notes.parent)
     return next(iter(failures.values())).code if failures else 0

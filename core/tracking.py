@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from core import compat
 from core.errors import UserError, one_line
 from core.loggers import without_epoch
+from core.printable import printable
 
 START_ONLINE = "COMET_START_ONLINE"
 """Comet's variable; what Lightning passes on in its place does something else."""
@@ -89,7 +90,8 @@ class MLflow(MLFlowLogger):
         """End the run at MLflow, and say how its page is opened where the database is a file."""
         super().finalize(status)
         if self.uri.startswith("sqlite:"):
-            print(f"Curves in MLflow: {shlex.join(['mlflow', 'ui', '--backend-store-uri', self.uri])}")
+            command = shlex.join(["mlflow", "ui", "--backend-store-uri", self.uri])
+            print(f"Curves in MLflow: {printable(command, limit=None)}")
 
 
 class Comet(CometLogger):

@@ -10,10 +10,12 @@ import numpy.typing as npt
 from numpy.lib.format import open_memmap
 
 from core.errors import one_line
-from core.untrusted import Untrusted, is_within, read_bytes
-from datamodules.index import INDEX_BYTES, ArrayFile, CorpusError, Index, parse_index
+from core.untrusted import Untrusted, is_within, open_regular, read_bytes
+from datamodules.index import HEADER_BYTES, INDEX_BYTES, ArrayFile, CorpusError, Index, parse_index
 
 Tokens = npt.NDArray[Any]
+MAGIC_BYTES = 8
+"""Of a .npy file: its name and its version; behind them stands the length of the header."""
 
 
 class Storage(Protocol):
@@ -111,6 +113,7 @@ def load(path: Path, file: ArrayFile, dtype: str, remedy: str) -> Tokens:
         CorpusError: its header says something else than the index.
     """
     try:
+        _check_header(path)
         # Not np.load, which opens an archive or a pickle where the first bytes are those of one.
         array = open_memmap(path, mode="r").view(np.ndarray)  # slices of a memmap cost several times as much
     except Exception as error:  # numpy evaluates the header as Python's literals, which fails in many ways
@@ -119,6 +122,16 @@ def load(path: Path, file: ArrayFile, dtype: str, remedy: str) -> Tokens:
         found = f"{array.dtype} of shape {array.shape}"
         raise CorpusError(f"{path} holds {found}, its index says {dtype} of shape ({file.length},); {remedy}")
     return array
+
+
+def _check_header(path: Path) -> None:
+    """Refuse a header longer than the writer's, which numpy would read whole before it looks at its length."""
+    with open_regular(path) as file:
+        start = file.read(MAGIC_BYTES + 4)
+    width = 2 if start[6:7] == b"\x01" else 4  # of the length, in bytes, by the version
+    length = MAGIC_BYTES + width + int.from_bytes(start[MAGIC_BYTES : MAGIC_BYTES + width], "little")
+    if length > HEADER_BYTES:
+        raise ValueError(f"its header has {length:,} bytes, where {HEADER_BYTES} are expected")
 
 
 def read_index(storage: Storage) -> Index:

@@ -206,7 +206,7 @@ def main(config: SurgeryConfig) -> None:
         except ConfigError as error:
             if config.placements:
                 raise
-            print(f"{placement}: left out ({one_line(error)})", flush=True)
+            print(f"{printable(placement)}: left out ({printable(one_line(error))})", flush=True)
             continue
         write_whole(path, partial(Path.write_text, data=json.dumps(asdict(taken), indent=2) + "\n"))
         print(f"{printable(placement)}: {before:.3f} -> {taken.right_after:.3f} -> {taken.recovered:.3f}", flush=True)

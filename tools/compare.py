@@ -143,7 +143,9 @@ def make_difference_table(runs: Sequence[Run]) -> Table | None:
     if len(runs) < 2 or not found:
         return None
     names = labels([run.folder for run in runs])
-    table = Table("differs in", *(printable(name, 80).replace("[", r"\[") for name in names))
+    table = Table("differs in")
+    for name in names:
+        table.add_column(cell(name, 80))
     for name, values in list(found.items())[:MAX_DIFFERENCES]:
         table.add_row(cell(name), *(cell(as_text(value), 80) for value in values))
     if len(found) > MAX_DIFFERENCES:

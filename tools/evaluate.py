@@ -20,7 +20,7 @@ from core.atomic_write import write_whole
 from core.dataclass_cli import FIRST
 from core.errors import UserError, require, writing
 from core.event_files import event_folder
-from core.printable import printable
+from core.printable import cell, printable
 from core.untrusted import within
 
 if TYPE_CHECKING:
@@ -93,10 +93,11 @@ def show(losses: "list[Loss]") -> None:
     from tools.evaluation.corpora import buckets
 
     table = Table("corpus", "loss, nats/token", "perplexity", "bits/byte", "tokens")
-    positions = Table("positions", *(loss.name for loss in losses), title="loss by position")
+    positions = Table("positions", title="loss by position")
     for loss in losses:
+        positions.add_column(cell(loss.name))
         bits = "-" if loss.bits_per_byte is None else f"{loss.bits_per_byte:.4f}"
-        table.add_row(loss.name, f"{loss.loss:.4f}", f"{loss.perplexity:,.3f}", bits, f"{loss.tokens:,}")
+        table.add_row(cell(loss.name), f"{loss.loss:.4f}", f"{loss.perplexity:,.3f}", bits, f"{loss.tokens:,}")
     for row in zip(*(buckets(loss.by_position) for loss in losses), strict=True):
         first, last, _ = row[0]
         span = f"{first}" if first == last else f"{first}-{last}"

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from core import cli
 from core.dataclass_cli import FIRST
 from core.errors import UserError, require, writing
+from core.printable import printable
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def _name_as_both_do(path: Path) -> None:
 
 @cli.tool
 def main(config: ExportConfig) -> None:
-    print(export(config))
+    print(printable(export(config), limit=None))
 
 
 if __name__ == "__main__":

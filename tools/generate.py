@@ -8,7 +8,8 @@
 Of a run on numbers (data=synthetic), the prompt is numbers too: prompt="3 1 4".
 
 Ends where the model ends the document, or after `num_tokens`. Of a text longer than `window` the model sees the end
-only. Control characters are shown as symbols on a terminal, and written as they are elsewhere.
+only. On a terminal control characters are shown as symbols and those that turn the direction of text as their escapes;
+elsewhere all are written as they are.
 """
 
 import itertools
@@ -22,6 +23,10 @@ from typing import Any
 from core import cli
 from core.dataclass_cli import FIRST
 from core.errors import UserError, require
+from core.printable import printable
+
+TURNING = [*range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+"""Embeddings, overrides and isolates of Unicode: text behind one is shown in another order than it is written in."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +93,10 @@ def as_text(prompt: list[int], tokens: Iterable[int], tokenizer: Any) -> Iterato
 
 
 def harmless(text: str) -> str:
-    """Return the text with control characters, which could steer a terminal, as symbols; tabs and line ends stay."""
+    """Return the text with nothing that steers a terminal or turns the direction of text; tabs and line ends stay."""
     symbols = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
-    return text.translate({**symbols, 0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)})
+    escapes = {code: printable(chr(code)) for code in TURNING}
+    return text.translate({**symbols, **escapes, 0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)})
 
 
 @cli.tool

@@ -15,6 +15,7 @@ from pathlib import Path
 from core import cli
 from core.dataclass_cli import FIRST
 from core.errors import require
+from core.printable import printable
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class ImportConfig:
 def main(config: ImportConfig) -> None:
     from tools.importing import make_run
 
-    print(make_run(config.folder, config.output, config.seq_len, config.end_of_document))
+    made = make_run(config.folder, config.output, config.seq_len, config.end_of_document)
+    print(printable(made, limit=None))
 
 
 if __name__ == "__main__":

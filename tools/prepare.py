@@ -43,7 +43,7 @@ def run_prepare(config: PrepareConfig) -> None:
             progress.update(task, description="tokenizing", total=total, completed=seen[0], amount=amount)
 
         def say(line: str) -> None:
-            console.print(f"Note: {line}", markup=False, highlight=False, soft_wrap=True)
+            console.print(cell(f"Note: {line}", limit=None), soft_wrap=True)
 
         index = prepare(config, report, say)
     for name in SPLITS:

@@ -236,9 +236,9 @@ def export(rows: Sequence[Row], output: Path) -> None:
 
     def write(unfinished: Path) -> None:
         with unfinished.open("w", newline="") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows({name: _harmless(value) for name, value in row.items()} for row in content)
+            writer = csv.writer(file)
+            writer.writerow(map(_harmless, names))
+            writer.writerows([_harmless(row.get(name)) for name in names] for row in content)
 
     write_whole(output, write)
 

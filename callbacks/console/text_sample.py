@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from core.errors import ConfigError, require
+from core.printable import printable
 from datamodules.tokenizers import tokens_of
 
 
@@ -40,7 +41,7 @@ class TextSample(L.Callback):
             prompt = tokens_of(self.prompt, datamodule.tokenizer, "callbacks.text_sample.prompt")
         except ConfigError as error:  # all is trained: this is no reason to end with an error
             if trainer.is_global_zero:
-                print(f"No text sample: {error}", flush=True)
+                print(f"No text sample: {printable(error, limit=None)}", flush=True)
             return
         try:
             with torch.compiler.set_stance("force_eager"):  # a few short sequences: compiling for them takes minutes

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from core.errors import one_line, require
+from core.untrusted import MIB, beyond, bound
 from datamodules.images.class_folders import ENDINGS, SPLITS
 from datamodules.images.sources import Labels, Pixels, decode
 from datamodules.index import CorpusError
@@ -28,6 +29,10 @@ SPLIT_WORDS = {*TRAIN_WORDS, "val", "valid", "validation", "test", "dev"}
 """Of names of shards, that say of which split they are."""
 MAX_CLASS_BYTES = 32
 """Of a .cls file, which has a number in it."""
+MAX_IMAGE_BYTES = 256 * MIB
+"""Of an image's file, which is read whole: as much as the most pixels that PIL takes to be safe have in memory."""
+MAX_HEADER_BYTES = MIB
+"""Of what tarfile reads at once: headers, and long names, whose sizes stand in the archive."""
 
 
 class Place(NamedTuple):
@@ -64,6 +69,23 @@ def _read(place: Place) -> bytes:
             return archive.read(place.size)
     except OSError as error:
         raise CorpusError(f"{place.shard} cannot be read: {one_line(error)}") from error
+
+
+class _Archive(io.BufferedReader):
+    """An archive whose headers are read, no member's content.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path))
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        most = bound(MAX_HEADER_BYTES)
+        if size is None or not 0 <= size <= most:
+            raise tarfile.ReadError(beyond(f"a header or a name in it has more than {most:,} bytes", MAX_HEADER_BYTES))
+        return super().read(size)
 
 
 class TarShards:
@@ -120,7 +142,7 @@ class TarShards:
         images: dict[str, Place] = {}
         classes: dict[str, Place] = {}
         try:
-            with tarfile.open(shard, "r:") as archive:
+            with _Archive(shard) as file, tarfile.open(fileobj=file, mode="r:") as archive:
                 size = shard.stat().st_size
                 for member in archive:
                     if not member.isreg() or member.issparse():
@@ -137,9 +159,14 @@ class TarShards:
                         self.skipped[ending] += 1
                     elif key in known:
                         raise CorpusError(f"{shard} has two files for the same sample: {member.name}")
+                    elif known is images and member.size > bound(MAX_IMAGE_BYTES):
+                        what = f"{member.name} in {shard} has {member.size:,} bytes"
+                        raise CorpusError(beyond(what, MAX_IMAGE_BYTES))
                     else:
                         known[key] = place
                 _check_end(archive)
+        except RecursionError as error:  # a header of names before another one, and so on
+            raise CorpusError(f"{shard} cannot be read as a tar archive: too many headers before one file") from error
         except (tarfile.TarError, OSError, ValueError) as error:
             raise CorpusError(f"{shard} cannot be read as an uncompressed tar archive: {one_line(error)}") from error
         self.skipped[".cls without an image"] += len(classes.keys() - images.keys())
@@ -170,7 +197,10 @@ def _check_end(archive: tarfile.TarFile) -> None:
 def _label(image: Place, place: Place | None) -> int:
     if place is None:
         raise CorpusError(f"{image.name} in {image.shard} has no class: there is no .cls beside it")
-    text = _read(place)[:MAX_CLASS_BYTES].decode("ascii", "replace").strip()
+    if place.size > MAX_CLASS_BYTES:
+        what = f"{place.name} in {place.shard} has {place.size:,} bytes"
+        raise CorpusError(f"{what}, where the number of a class is expected, in at most {MAX_CLASS_BYTES}")
+    text = _read(place).decode("ascii", "replace").strip()
     if not (text.isascii() and text.isdecimal() and len(text) <= 9):
         raise CorpusError(f"{place.name} in {place.shard} says {text!r}, where the number of a class is expected")
     return int(text)
@@ -184,7 +214,7 @@ def find_shards(path: str) -> dict[str, list[Path]] | None:
             range stands for all numbers in it, with as many digits.
 
     Raises:
-        ConfigError: a shard is missing, or there are too few to hold one out.
+        ConfigError: a shard is missing or no regular file, or there are too few to hold one out.
     """
     folder = Path(path)
     if path.endswith(".tar"):
@@ -193,12 +223,12 @@ def find_shards(path: str) -> dict[str, list[Path]] | None:
         valid = f"files that are there: {len(missing)} of {len(shards)} are not, as {missing[0]}" if missing else ""
         require(not missing, "data.path", path, valid)
     else:
-        of_splits = {split: sorted((folder / split).glob("*.tar")) for split in SPLITS}
+        of_splits = {split: _shards_in(folder / split, path) for split in SPLITS}
         if any(of_splits.values()):
             for split, found in of_splits.items():
                 require(bool(found), "data.path", path, f"a folder with .tar in {folder / split} as well")
             return of_splits
-        shards = sorted(folder.glob("*.tar"))
+        shards = _shards_in(folder, path)
         if not shards:
             return None
     valid = "at least two shards, of which the last is held out; or a folder with train/*.tar and val/*.tar"
@@ -215,6 +245,15 @@ def find_shards(path: str) -> dict[str, list[Path]] | None:
     )
     require(bool(of_train) and apart and not splits[held_out[0]] & TRAIN_WORDS, "data.path", path, valid)
     return {"train": of_train, "val": held_out}
+
+
+def _shards_in(folder: Path, path: str) -> list[Path]:
+    """Return the archives in a folder; a pipe among them is not waited for, nor left out without a word."""
+    found = sorted(folder.glob("*.tar"))
+    others = [str(shard) for shard in found if not shard.is_file()]
+    valid = f"a folder whose .tar are all regular files: {len(others)} are not, as {others[0]}" if others else ""
+    require(not others, "data.path", path, valid)
+    return found
 
 
 def _in_order(shard: Path) -> tuple[str, list[tuple[int, str]]]:

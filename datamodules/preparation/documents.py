@@ -13,6 +13,7 @@ from core.errors import ConfigError, InvalidValue, one_line
 from core.untrusted import Untrusted, check_json
 from datamodules.package_documents import PACKAGES, package_documents
 from datamodules.preparation.bounds import Bounds
+from datamodules.preparation.dataset_card import check_card
 from datamodules.preparation.formats import BYTE_ORDER_MARK, COMPRESSIONS, TABLE_SUFFIXES, open_input, suffix_of
 from datamodules.preparation.inputs import HUB, STDLIB, find_names, num_bytes
 from datamodules.preparation.optional import import_optional
@@ -175,8 +176,13 @@ class Inputs:
     def _from_hub(self, name: str) -> Iterator[bytes | None]:
         datasets = import_optional("datasets", "datasets")
         dataset, _, subset = name.partition(":")
+        if Path(dataset).is_dir():
+            check_card(Path(dataset), f"{HUB}{name}")
         try:
-            rows = iter(datasets.load_dataset(dataset, subset or None, split="train", streaming=True))
+            found = datasets.load_dataset(dataset, subset or None, split="train", streaming=True)
+            # To decode pictures, which nobody looks at, would open or fetch whatever a row calls one.
+            plain = found.decode(False) if found.features else found
+            rows = iter(plain if plain.features != found.features else found)
             number, row = 0, next(rows, None)
         except Exception as error:  # the library raises whatever its file systems do
             raise InvalidValue("input", f"{HUB}{name}", one_line(f"{type(error).__name__}: {error}")) from error

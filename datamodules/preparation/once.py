@@ -4,6 +4,7 @@ import fcntl
 from pathlib import Path
 
 from core.errors import writing
+from core.printable import printable
 from datamodules.preparation.prepare import PrepareConfig, prepare
 
 
@@ -24,7 +25,11 @@ def prepare_once(config: PrepareConfig, announcement: str, compare: bool = False
         with (folder.parent / f".{folder.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not (folder / "index.json").exists():
-                print(announcement, flush=True)
-                prepare(config, say=lambda line: print(line, flush=True))
+                _print(announcement)
+                prepare(config, say=_print)
             elif compare:
                 prepare(config)
+
+
+def _print(line: str) -> None:
+    print(printable(line, limit=None), flush=True)

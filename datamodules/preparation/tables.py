@@ -16,7 +16,7 @@ def texts_of_table(path: Path, column: str, bounds: Bounds) -> Iterator[bytes | 
     """Yield the texts of a column, None where one is null; bytes that are no UTF-8 come as they are.
 
     A text that many rows share is stored once, and stays so in memory: what a small file can become is bounded here,
-    before it is there.
+    before it is there; of a file whose footer understates that, once its first page is (docs/threat_model.md).
 
     Raises:
         ConfigError: it is no parquet, it has no such column, the column holds no text, or a bound is passed.

@@ -16,7 +16,7 @@ import pytest
 
 from core.errors import UserError
 from core.untrusted import MIB
-from datamodules.index import Index, parse_index
+from datamodules.index import ArrayFile, Index, parse_index
 from datamodules.remote import RemoteFolder
 from datamodules.shard_cache import ShardCache
 from datamodules.shards import open_split
@@ -198,6 +198,18 @@ def test_an_archive_of_a_larger_size_is_refused_where_only_the_content_tells(fol
     files = read_index(LocalFolder(folder)).splits["train"].shards
     with pytest.raises(UserError, match="cannot be read"):
         load(path, files[1], "uint16", "")
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_header_that_announces_much_is_refused_before_it_is_read(tmp_path: Path, version: int) -> None:
+    length, path = 64 * MIB, tmp_path / "x.npy"
+    path.write_bytes(b"\x93NUMPY" + bytes([version, 0]) + length.to_bytes(4, "little"))
+    os.truncate(path, length + 128)  # of which nothing but the first bytes takes room on the disk
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"x\.npy cannot be read: its header has 67,108,876 bytes, where 128 are"):
+        load(path, ArrayFile("x.npy", length // 2, SHA), "uint16", "")
+    assert tracemalloc.get_traced_memory()[1] < MIB
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder"])

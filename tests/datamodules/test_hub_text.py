@@ -2,15 +2,21 @@
 
 import json
 import random
+import re
 from pathlib import Path
 
+import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from core.errors import ConfigError
 from datamodules.hub_text import HubText
 from datamodules.preparation import once
+from datamodules.preparation.documents import find_inputs
 from tests.support.runs import run_on, train
+from tests.support.servers import http_server
 
 WORDS = [
     "the",
@@ -136,3 +142,53 @@ def test_a_run_prepares_it_and_its_checkpoint_names_it(texts: list[str], tmp_pat
     refused = train(tmp_path, *chosen, "run_dir=run", "ckpt_path=last", "trainer.max_steps=9")
     assert refused.code == 2
     assert corpus.is_dir()
+
+
+CARDS = {
+    "an address": ("README.md", "configs: [{config_name: default, data_files: 'ADDRESS/spy.jsonl'}]", "an address"),
+    "of a split": (
+        "README.md",
+        "configs: [{config_name: x, data_files: [{split: train, path: ['*.jsonl', 'zip://*::ADDRESS/x.zip']}]}]",
+        "an address",
+    ),
+    "a folder above": ("README.md", "configs: [{config_name: x, data_files: 'a/../../*.jsonl'}]", "leads out"),
+    "a folder elsewhere": ("README.md", "configs: [{config_name: x, data_dir: /etc}]", "leads out"),
+    "a plain file": (".huggingface.yaml", "configs: [{config_name: x, data_files: 'ADDRESS/x'}]", "an address"),
+    "an alias": ("README.md", "x: &a {data_files: b}\ny: *a", "holds the alias"),
+}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_a_folder_that_sends_elsewhere_is_refused_and_nothing_is_fetched(texts: list[str], name: str) -> None:
+    file, settings, reason = CARDS[name]
+    Path("served").mkdir()
+    write(texts)
+    with http_server(Path("served")) as server:
+        settings = settings.replace("ADDRESS", server.address)
+        Path("hub", file).write_text(settings if file != "README.md" else f"---\n{settings}\n---\n# Texts\n")
+        with pytest.raises(ConfigError, match=rf"hf:hub.*hub/{re.escape(file)} .*{reason}"):
+            next(find_inputs(["hf:hub"]).pieces())
+        assert not server.asked
+
+
+@pytest.mark.parametrize("settings", ["configs: [{config_name: default, data_files: '*.jsonl'}]", "license: mit", None])
+def test_a_card_that_names_files_of_its_folder_is_read(texts: list[str], settings: str | None) -> None:
+    write(texts[:3])
+    Path("hub/README.md").write_text("# Texts\n---\n" if settings is None else f"---\n{settings}\n---\n# Texts\n")
+    assert [piece.text.decode() for piece in find_inputs(["hf:hub"]).pieces()] == texts[:3]
+
+
+def test_pictures_beside_the_text_are_not_opened(texts: list[str]) -> None:
+    Path("served").mkdir()
+    with http_server(Path("served")) as server:
+        kind = datasets.Features({"text": datasets.Value("string"), "picture": datasets.Image()})
+        table = pa.table(
+            {"text": ["a"], "picture": pa.array([{"bytes": None, "path": f"{server.address}/x.png"}])},
+            schema=kind.arrow_schema,
+        )
+        Path("hub").mkdir(exist_ok=True)
+        for path in Path("hub").iterdir():
+            path.unlink()
+        pq.write_table(table, "hub/x.parquet")
+        assert [piece.text for piece in find_inputs(["hf:hub"]).pieces()] == [b"a"]
+        assert not server.asked

@@ -7,6 +7,7 @@ import random
 import resource
 import struct
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from core.errors import UserError
 from core.status import is_locked, is_running, read, read_summary
-from core.untrusted import Untrusted
+from core.untrusted import MIB, Untrusted
 from tests.support.forked import python
 from tests.support.runs import Finished
 from tools.curves import read_curves
@@ -62,6 +63,25 @@ def test_names_and_reasons_are_text(tmp_path: Path) -> None:
     refused = tool(tmp_path, "runs", f"no{EVIL}")
     assert refused.code == 2
     assert not set(refused.err) & {"\x1b", "\x07", "\u202e"}
+
+
+def test_a_record_over_many_lines_is_refused_before_it_is_built(tmp_path: Path) -> None:
+    table = tmp_path / "csv/version_0/metrics.csv"
+    table.parent.mkdir(parents=True)
+    table.write_text('step,a\n0,1\n"x\n' + 'yz","x\n' * 200_000 + '"\n')
+    tracemalloc.start()
+    with pytest.raises(Untrusted, match=r"metrics\.csv cannot be read as a table of curves: unexpected end of data"):
+        read_curves(tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < MIB
+    tracemalloc.stop()
+
+
+def test_a_table_is_read_as_csv_has_it(tmp_path: Path) -> None:
+    """Short, long and empty rows, quotes and a row that is still being written."""
+    table = tmp_path / "csv/version_0/metrics.csv"
+    table.parent.mkdir(parents=True)
+    table.write_text('step,"a ""b"", c",d\r\n0,1,\r\n\r\n1,,2\r\n2\r\n3,4,5,6\r\n4,7')
+    assert read_curves(tmp_path) == {'a "b", c': ([0, 3], [1.0, 4.0]), "d": ([1, 3], [2.0, 5.0])}
 
 
 def fifo(path: Path) -> None:

@@ -16,7 +16,7 @@ from core import cli
 from tests.support.forked import started
 from tests.support.runs import TRAIN, run, tiny_job, train
 from tools.run_facts import differences, facts
-from tools.runs import WAS_KILLED, Row, age, find, look, main
+from tools.runs import WAS_KILLED, Row, age, export, find, look, main
 
 NAN = "+callbacks.break._target_=tests.tools.test_runs.Break"
 
@@ -229,6 +229,14 @@ def test_all_that_is_known_of_the_runs_can_be_written(schemes: Path, capsys: pyt
     assert not any(name.startswith("module.") for name in rows[0])
     first = json.loads(Path("all.json").read_text())[0]
     assert (first["run"], first["torch"], first["model.compile"]) == ("runs/a", "=2.13", False)
+
+
+def test_no_setting_is_a_formula_by_its_name(tmp_path: Path) -> None:
+    config = {'=HYPERLINK("http://evil", "click")': 1, "@SUM(A1)": 2, "model.dim": 64}
+    export([Row(tmp_path / "run", "done", 1, 1, 1.0, 1.0, "", config)], tmp_path / "all.csv")
+    names, values = csv.reader((tmp_path / "all.csv").read_text().splitlines())
+    assert names[-3:] == ['\'=HYPERLINK("http://evil", "click")', "'@SUM(A1)", "model.dim"]
+    assert values[-3:] == ["1", "2", "64"]
 
 
 @pytest.mark.parametrize(

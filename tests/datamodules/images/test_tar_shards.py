@@ -1,7 +1,10 @@
 """Shards as webdataset writes them give the images that went in, and are refused where they are not whole."""
 
+import os
 import pickle
 import tarfile
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 
 from core.errors import ConfigError
+from core.untrusted import MIB
 from datamodules.images.image_folder import ImageFolder
 from datamodules.images.tar_shards import expand
 from datamodules.index import CorpusError
@@ -173,6 +177,40 @@ def test_what_is_no_sample_is_refused(files: Files, message: str, tmp_path: Path
         data(tmp_path).check()
 
 
+def promise(path: Path, *members: tuple[str, int, bytes]) -> None:
+    """A sparse archive: (name, size, kind) of its members, which have nothing but zeros in them."""
+    with path.open("wb") as file:
+        for name, size, kind in members:
+            header = tarfile.TarInfo(name)
+            header.size, header.type = size, kind
+            file.write(header.tobuf(tarfile.GNU_FORMAT))
+            file.seek(-(-size // 512) * 512, os.SEEK_CUR)
+        file.write(bytes(1024))
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("k.png", 0, tarfile.REGTYPE), ("k.cls", 64 * MIB, tarfile.REGTYPE)], r"k\.cls in .* has 67,108,864 bytes"),
+        ([("k.png", 33, tarfile.REGTYPE), ("k.cls", 33, tarfile.REGTYPE)], "where the number of a class is expected"),
+        ([("k.png", 256 * MIB + 1, tarfile.REGTYPE)], "has 268,435,457 bytes; the bound is 268,435,456"),
+        ([("x", 64 * MIB, tarfile.GNUTYPE_LONGNAME)], "a name in it has more than 1,048,576 bytes; the bound is"),
+        ([("x", 64 * MIB, tarfile.XHDTYPE)], "a name in it has more than 1,048,576 bytes; the bound is"),
+        ([("x", 9, tarfile.XGLTYPE)] * 3000, "too many headers before one file"),
+    ],
+)
+def test_a_member_that_promises_much_is_refused_before_it_is_read(
+    members: list[tuple[str, int, bytes]], message: str, tmp_path: Path
+) -> None:
+    write_shard(tmp_path / "a.tar", samples(0, 2))
+    promise(tmp_path / "b.tar", *members)
+    tracemalloc.start()
+    with pytest.raises(CorpusError, match=message):
+        data(tmp_path).check()
+    assert tracemalloc.get_traced_memory()[1] < 32 * MIB
+    tracemalloc.stop()
+
+
 def test_a_pattern_that_names_nothing_is_refused(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "shards")
     for pattern, message in (
@@ -187,6 +225,24 @@ def test_a_pattern_that_names_nothing_is_refused(tmp_path: Path) -> None:
     (folder / "000.tar").rename(folder / "train/000.tar")
     with pytest.raises(ConfigError, match=r"\.tar in .*val as well"):
         data(folder)
+
+
+@pytest.mark.parametrize("place", ["", "train", "val"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "link"])
+def test_what_is_no_file_is_refused_and_not_waited_for(place: str, kind: str, tmp_path: Path) -> None:
+    for folder in {"": [""], "train": ["train", "val"], "val": ["train", "val"]}[place]:
+        for name in ("a", "b"):
+            write_shard(tmp_path / folder / f"{name}.tar", samples(0, 2))
+    shard = tmp_path / place / "b.tar"
+    shard.unlink()
+    make: dict[str, Callable[[], None]] = {
+        "pipe": lambda: os.mkfifo(shard),
+        "device": lambda: shard.symlink_to("/dev/zero"),
+        "link": lambda: shard.symlink_to("nowhere"),
+    }
+    make[kind]()
+    with pytest.raises(ConfigError, match=r"\.tar are all regular files: 1 are not, as .*b\.tar"):
+        data(tmp_path)
 
 
 def test_ranges_keep_their_digits() -> None:
