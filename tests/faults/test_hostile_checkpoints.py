@@ -148,12 +148,20 @@ def shared(levels: int) -> dict[str, Any]:
     return value
 
 
-BEST = {"best_k_models": {"/x/run/checkpoints/../../victim": 1.0}, "best_model_path": ""}
+def best(path: str, **others: Any) -> tuple[str, Any]:
+    """What makes Lightning remove a path, as soon as another checkpoint is better."""
+    state = {"best_k_models": {path: 1.0}, "kth_best_model_path": path, "best_model_path": "", **others}
+    return "callbacks/ModelCheckpoint{}", state
+
+
 EDITS: dict[str, tuple[str, Any]] = {
     "a step that is a path": ("global_step", "x/../../../PWN"),
     "a step in the loops": ("loops/fit_loop/epoch_loop.batch_progress/total/ready", "../x"),
     "a negative step": ("global_step", -1),
-    "a file to remove": ("callbacks/ModelCheckpoint{}", BEST),
+    "a file to remove": best("/x/run/checkpoints/../../victim", dirpath="/x/run/checkpoints"),
+    "a folder to remove": best("local:///x/victim", dirpath="/x/run/checkpoints"),
+    "a bucket to remove": best("s3://bucket/victim"),
+    "a file elsewhere to remove": best("/x/victim"),
     "weights that are none": ("state_dict/model.head.weight", "x"),
     "a vocabulary of 10^15": ("hyper_parameters/vocab_size", 10**15),
     "2^40 values": ("hyper_parameters/x", shared(40)),
