@@ -75,6 +75,11 @@ class HFImages(ImageDataModule):
         self.image_column, self.label_column = image_column, label_column
         self.save_hyperparameters()
 
+    @property
+    def fetched_from_hub(self) -> dict[str, str]:
+        """What it asks the hub for, by field; of what is in its cache, whether that is still the newest."""
+        return {} if Path(self.path).is_dir() else {"data.path": self.path}
+
     def prepare_data(self) -> None:
         """Fetch the dataset into the cache of Hugging Face, unless it is there.
 
