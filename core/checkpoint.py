@@ -20,7 +20,8 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         Exception: of many kinds; it is not whole, or no checkpoint at all.
     """
-    return checked(sharded_checkpoint.load(path) if path.is_dir() else tensor_archive.load(path, mapped=True))
+    content = sharded_checkpoint.load(path) if path.is_dir() else tensor_archive.load(path, mapped=True)
+    return checked(content, path.parent)
 
 
 def load_beside_weights(path: Path) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def load_beside_weights(path: Path) -> dict[str, Any]:
         return load(path)  # which maps the weights, and does not read them
     meta = sharded_checkpoint.load_meta(path)
     values = sharded_checkpoint.read_index(path).plain_values()
-    checked({**(values if isinstance(values, dict) else {}), **meta})
+    checked({**(values if isinstance(values, dict) else {}), **meta}, path.parent)
     return meta
 
 
@@ -54,7 +55,12 @@ class CheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
         # Not mapped: the run would go on to use the file's memory for the optimizer's state.
-        return load(Path(path)) if Path(path).is_dir() else checked(tensor_archive.load(Path(path)))
+        path = Path(path)
+        return load(path) if path.is_dir() else checked(tensor_archive.load(path), path.parent)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        # Lightning's own removes by fsspec, whatever a path names: local:///home/me is no file below this folder there.
+        remove(Path(path))
 
 
 def put_in_place(whole: Path, path: Path) -> None:

@@ -1,8 +1,9 @@
 """Types and bounds what a checkpoint says of its run, before anybody counts with it or makes a path of it."""
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import PurePath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ STEPS_DONE = (
     ("loops", "fit_loop", "epoch_loop.manual_optimization.optim_step_progress", "total", "completed"),
 )
 PATHS = ("best_model_path", "kth_best_model_path", "last_model_path", "dirpath")  # of Lightning's ModelCheckpoint
+ELSEWHERE = ("::", "://")
+"""fsspec, which Lightning removes checkpoints by, takes such a path for an address: local:///home/me is one as well."""
 
 
 def data_states(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -41,8 +44,12 @@ def data_states(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: state for name, state in content.items() if isinstance(state, dict) and "stream_identity" in state}
 
 
-def checked(content: Any) -> dict[str, Any]:
+def checked(content: Any, folder: Path | None = None) -> dict[str, Any]:
     """Return the same content, of which each part that is there has the type that this project and Lightning give it.
+
+    Args:
+        content: of a checkpoint.
+        folder: in which the checkpoint lies; None: it is in no file.
 
     Raises:
         Untrusted: names the part, what it is and what would be valid.
@@ -83,7 +90,7 @@ def checked(content: Any) -> dict[str, Any]:
     for name, state in content.get("callbacks", {}).items():
         # Not by its name, which is that of its class: the user's own may be a ModelCheckpoint too.
         if isinstance(state, dict) and not state.keys().isdisjoint((*PATHS, "best_k_models")):
-            _check_paths(str(name), state)
+            _check_paths(str(name), state, folder)
         elif name == "RandomState":
             _check_generators(state)
         elif name in OF_NUMBERS:
@@ -179,14 +186,31 @@ def _check_number(name: str, value: Any) -> None:
         raise _wrong(name, value, "a list of numbers" if listed else "a number")
 
 
-def _check_paths(name: str, state: dict[Any, Any]) -> None:
-    """Refuse paths out of the folder of checkpoints: Lightning removes there what is worse than the best."""
+def _check_paths(name: str, state: dict[Any, Any], folder: Path | None) -> None:
+    """Refuse paths out of the folder of checkpoints: Lightning removes there what is worse than the best.
+
+    That folder is the one that the state names, wherever its run lies today. In another one Lightning takes over
+    best_model_path alone: once a run has moved, that may lead into its old folder, and nothing is removed there.
+    """
     best = state.get("best_k_models", {})
     if not isinstance(best, dict):
         raise _wrong(f"callbacks.{name}.best_k_models", best, "a group of values")
-    for path in (*(state[key] for key in PATHS if state.get(key) is not None), *best):
-        if not isinstance(path, str) or ".." in PurePath(path).parts or "\0" in path:
-            raise _wrong(f"callbacks.{name}", path, "the path of a checkpoint, without ..")
+    named = [(key, state[key]) for key in PATHS if state.get(key) is not None]
+    named += [("best_k_models", path) for path in best]
+    for key, path in named:
+        is_plain = isinstance(path, str) and "\0" not in path and not any(sign in path for sign in ELSEWHERE)
+        if not is_plain or ".." in Path(path).parts:
+            raise _wrong(f"callbacks.{name[:60]}.{key}", path, "the path of a checkpoint, without .., :: or ://,")
+    home = state.get("dirpath")
+    if home is None and folder is not None:
+        home = os.path.realpath(folder)
+    has_moved = state.get("dirpath") is not None and not best and not state.get("kth_best_model_path")
+    for key, path in named:
+        if key == "dirpath" or not path or (key == "best_model_path" and has_moved):
+            continue
+        # Lightning looks no closer: it follows no links.
+        if home is None or Path(home).absolute() not in Path(path).absolute().parents:
+            raise _wrong(f"callbacks.{name[:60]}.{key}", path, f"a path below {home or 'its dirpath'}")
 
 
 def _count(name: str, value: Any) -> None:

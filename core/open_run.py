@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from core.build import build, of_data
 from core.checkpoint_path import checkpoint_path
 from core.errors import ConfigError, one_line, require
-from core.saved_config import load_config, refuse_addresses
+from core.saved_config import load_config, refuse_addresses, refuse_hub
 
 WRITTEN = {"root": "data", "cache_dir": "data/cache"}
 IMPORTED = "datamodules.tokenizer_only.TokenizerOnly"
@@ -48,8 +48,8 @@ def open_run(folder: Path, checkpoint: str = "last", allow: Collection[str] = ()
     Args:
         folder: the run's.
         checkpoint: last, best, or the path of one.
-        allow: classes of the user's own, and addresses of corpora, that its configuration names; no others are
-            imported, or asked.
+        allow: classes of the user's own, addresses of corpora, and names on the Hugging Face hub, that its
+            configuration names; no others are imported, or asked.
         device: where to; None: on a GPU if there is one.
 
     Raises:
@@ -119,10 +119,10 @@ def open_data(config: DictConfig, allow: Collection[str] = ()) -> Any:
 
     Args:
         config: the whole configuration.
-        allow: addresses of corpora that the user vouches for.
+        allow: addresses of corpora, and names on the Hugging Face hub, that the user vouches for.
 
     Raises:
-        ConfigError: it cannot be made, or lies at an address that is not allowed.
+        ConfigError: it cannot be made, or lies at an address, or on the hub, that is not allowed.
     """
     data = config.get("data")
     require(isinstance(data, DictConfig), "data", data, "a group with a _target_")
@@ -140,4 +140,5 @@ def open_data(config: DictConfig, allow: Collection[str] = ()) -> Any:
             datamodule = build(config, "data")
         else:
             datamodule.tidies = False
+    refuse_hub(datamodule, allow)
     return datamodule

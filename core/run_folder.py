@@ -40,9 +40,9 @@ WITHOUT_RUN = "a folder without a run in it, or ckpt_path=last beside it to resu
 OVERRIDES = "overrides.yaml"
 LAST, PREVIOUS = Path("checkpoints/last.ckpt"), Path("checkpoints/previous.ckpt")
 NOTES = r"((config|overrides)(-resumed-[\w-]+)?\.yaml|provenance(-resumed-[\w-]+)?\.json)"
-BEGINNING = rf"{NOTES}|{re.escape(STATUS)}|{re.escape(EVENTS)}.*|{OLDER_EVENTS}|csv|flight_recorder"
+BEGINNING = rf"{NOTES}|{re.escape(STATUS)}|{re.escape(EVENTS)}.*|{OLDER_EVENTS}|csv|flight_recorder|anatomy"
 """The names of what a run writes into its folder before the end of its first step."""
-WRITTEN = rf"{BEGINNING}|checkpoints|wandb|mlflow\.db|(divergence|events|summary|status)\..*"
+WRITTEN = rf"{BEGINNING}|checkpoints|comet|profile|wandb|mlflow\.db.*|(divergence|events|summary|status)\..*"
 """The names of all that a run writes into its folder, or removes there."""
 MAY_CHANGE = {  # in a resumed run: how it computes, and what follows from the step alone
     "model.compile",

@@ -196,3 +196,21 @@ def refuse_addresses(data: DictConfig, allow: Collection[str] = ()) -> None:
             reason = "the saved configuration names an address, of which nothing is fetched by itself"
             reason += f"; allow={value} asks there"
             raise InvalidValue(f"data.{field}", value, reason)
+
+
+def refuse_hub(datamodule: Any, allow: Collection[str] = ()) -> None:
+    """Refuse to ask the Hugging Face hub for what the data of such a run are made of, before its user has said so.
+
+    Args:
+        datamodule: not yet prepared. Where it has `fetched_from_hub`, that is what it would ask for, by field.
+        allow: names of datasets, as the run has them, and of tokenizers, as hf:NAME.
+
+    Raises:
+        ConfigError: one is not allowed; names the first, and how to allow all that are not.
+    """
+    wanted: dict[str, str] = getattr(datamodule, "fetched_from_hub", {})
+    names = {field: value for field, value in wanted.items() if value not in allow}
+    if names:
+        field, value = next(iter(names.items()))
+        reason = "the saved configuration names it on the Hugging Face hub, of which nothing is fetched by itself"
+        raise InvalidValue(field, value, f"{reason}; allow={','.join(names.values())} asks there")

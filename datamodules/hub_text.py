@@ -72,6 +72,21 @@ class HubText(TokenDataModule):
     def folder(self) -> Path:
         return Path(self.preparation.output)
 
+    @property
+    def _is_here(self) -> bool:
+        """Whether what the corpus is made of is on this machine, which is looked at again when the corpus is there."""
+        # What the hub holds, only reading it tells.
+        return Path(self.dataset.partition(":")[0]).is_dir() or Path(self.preparation.tokenizer).exists()
+
+    @property
+    def fetched_from_hub(self) -> dict[str, str]:
+        """What preparing it may ask the hub for, by field; a folder's README may name data elsewhere as well."""
+        is_made, tokenizer = (self.folder / "index.json").exists(), self.preparation.tokenizer
+        found = {} if is_made else {"data.name": self.dataset}
+        if tokenizer.startswith(HUB) and (self._is_here or not is_made):
+            found["data.tokenizer"] = tokenizer
+        return found
+
     @cached_property
     def vocab_size(self) -> int:
         """The number of tokens, which is known before the corpus is there.
@@ -101,9 +116,7 @@ class HubText(TokenDataModule):
         most = self.preparation.max_text_mb
         amount = "all" if most is None else f"the first {most} MB"
         with _as_data_fields(self.dataset):
-            # What the hub holds, only reading it tells.
-            is_here = Path(self.dataset.partition(":")[0]).is_dir() or Path(self.preparation.tokenizer).exists()
-            prepare_once(self.preparation, f"Preparing {self.folder}: {amount} of {self.dataset}, once", is_here)
+            prepare_once(self.preparation, f"Preparing {self.folder}: {amount} of {self.dataset}, once", self._is_here)
         found = self.index.vocab_size
         valid = f"a tokenizer of at most {found} tokens: the text has no more pairs"
         require(found == self.vocab_size, "data.tokenizer", self.preparation.tokenizer, valid)

@@ -55,6 +55,8 @@ class BestCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the state, under another `save_top_k` too: the best checkpoints of before are kept."""
         super().load_state_dict(state_dict)
+        if self.dirpath and Path(self.dirpath).absolute() not in Path(self.best_model_path).absolute().parents:
+            self.best_model_path = ""  # of another folder, which the run has left: it is not the best of this one
         path, worst_first = self._path_of_best, self.mode == "min"
         if path is not None and str(path) in self.best_k_models:  # there was one, under the name of the best
             own = path.with_stem(f"{path.stem}-before")

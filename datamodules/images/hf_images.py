@@ -1,6 +1,7 @@
 """Images of a Hugging Face dataset: from the hub or its cache, or a folder that save_to_disk has written."""
 
 import hashlib
+import io
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -10,27 +11,39 @@ import numpy as np
 
 from core.errors import ConfigError, InvalidValue, UserError, one_line, require
 from datamodules.images.image_datamodule import ImageDataModule
-from datamodules.images.sources import Labels, Pixels, from_pil, reading
+from datamodules.images.sources import Labels, Pixels, decode
+from datamodules.index import CorpusError
 
 
 class HFImageSplit:
     """The images of one split of a dataset.
 
+    They are decoded here. datasets would open what a row names in the place of its bytes: any file of the user's, or an
+    address.
+
     Args:
         rows: the split, a datasets.Dataset.
-        image: name of the column with the images.
+        image: name of the column with the images, which is a datasets.Image.
         labels: the class of each.
     """
 
     def __init__(self, rows: Any, image: str, labels: Labels) -> None:
-        self.rows, self.column, self.labels = rows, image, labels
+        import datasets
+
+        self.column, self.labels, self.mode = image, labels, rows.features[image].mode
+        self.rows = rows.cast_column(image, datasets.Image(mode=self.mode, decode=False))
 
     def name(self, index: int) -> str:
         return f"image {index} of the dataset"
 
     def image(self, index: int) -> Pixels:
-        with reading(self.name(index)):
-            return from_pil(self.rows[index][self.column])
+        name, row = self.name(index), self.rows[index][self.column]
+        content = row["bytes"] if row is not None else None
+        if content is None:
+            there = f"names {str(row['path'])[:100]!r}" if row is not None and row["path"] is not None else "is empty"
+            remedy = "a dataset that save_to_disk or push_to_hub has written has its images in it"
+            raise CorpusError(f"{name} {there}, where the bytes of an image are expected: {remedy}")
+        return decode(io.BytesIO(content), name, self.mode)
 
 
 class HFImages(ImageDataModule):
@@ -75,6 +88,11 @@ class HFImages(ImageDataModule):
         self.image_column, self.label_column = image_column, label_column
         self.save_hyperparameters()
 
+    @property
+    def fetched_from_hub(self) -> dict[str, str]:
+        """What it asks the hub for, by field; of what is in its cache, whether that is still the newest."""
+        return {} if Path(self.path).is_dir() else {"data.path": self.path}
+
     def prepare_data(self) -> None:
         """Fetch the dataset into the cache of Hugging Face, unless it is there.
 
@@ -109,9 +127,18 @@ class HFImages(ImageDataModule):
         return {split: self.rows(split) for split in self.splits}
 
     def source(self, split: str) -> HFImageSplit:
+        import datasets
+
         rows = self._rows[split]
-        feature, labels = rows.features[self.label_column], rows.with_format("numpy")[self.label_column][:]
+        feature = rows.features[self.image_column]
+        valid = f"a column of images, datasets.Image: {self.splits[split]} has {feature}"
+        require(isinstance(feature, datasets.Image), "data.image_column", self.image_column, valid)
+        feature = rows.features[self.label_column]
         valid = f"a column with the number of each image's class: {self.splits[split]} has {feature}"
+        # Before they are read: another kind would be decoded, from wherever its rows say.
+        plain = isinstance(feature, datasets.ClassLabel | datasets.Value)
+        require(plain, "data.label_column", self.label_column, valid)
+        labels = rows.with_format("numpy")[self.label_column][:]
         is_one = isinstance(labels, np.ndarray) and labels.ndim == 1 and labels.dtype.kind in "iu"
         require(is_one, "data.label_column", self.label_column, valid)
         return HFImageSplit(rows, self.image_column, labels.astype(np.int64))

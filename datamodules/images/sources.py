@@ -16,6 +16,8 @@ Pixels = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
 ORIENTATION = 0x0112
 """EXIF's tag of how a picture is to be turned to stand upright."""
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""That are read, whatever a file is called: of PIL's others one starts Ghostscript, and hardly any is looked after."""
 
 
 class ImageSource(Protocol):
@@ -82,21 +84,26 @@ def reading(name: str) -> Iterator[None]:
         raise CorpusError(f"{name} cannot be read as an image: {one_line(error)}") from error
 
 
-def decode(file: Any, name: str) -> Pixels:
-    """Return the pixels of an image's file, gray or in colours, as PIL reads it.
+def decode(file: Any, name: str, mode: str | None = None) -> Pixels:
+    """Return the pixels of an image's file, of one of FORMATS, gray or in colours, as PIL reads it.
 
     Args:
         file: its path, or an open file.
         name: what it is called in a message.
+        mode: of PIL, that the image is converted to before; None: the file's.
 
     Raises:
         UserError, CorpusError: see `reading`.
     """
     with reading(name):
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
 
-        with Image.open(file) as image:
-            return from_pil(image)
+        try:
+            opened = Image.open(file, formats=FORMATS)
+        except UnidentifiedImageError as error:
+            raise ValueError(f"its content is none of {', '.join(FORMATS)}, or damaged") from error
+        with opened as image:
+            return from_pil(image if mode in (None, image.mode) else image.convert(mode))
 
 
 def from_pil(image: Any) -> Pixels:

@@ -40,3 +40,16 @@ def test_a_folder_stays_where_the_file_cannot_be_written(folder: Path) -> None:
         CheckpointIO().save_checkpoint({"step": 6}, folder)
     assert (folder / "piece").read_text() == "of step 4"
     assert list(folder.parent.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("address", ["local://{}", "file://{}", "dir::file://{}"])
+def test_nothing_is_removed_that_is_named_by_an_address(folder: Path, address: str) -> None:
+    """Lightning's own removes a folder by any name that fsspec has for it."""
+    CheckpointIO().remove_checkpoint(address.format(folder))
+    assert (folder / "piece").exists()
+    CheckpointIO().remove_checkpoint(str(folder))
+    assert not folder.exists()
+    CheckpointIO().remove_checkpoint(folder)
+    folder.write_text("a file")
+    CheckpointIO().remove_checkpoint(folder)
+    assert not folder.exists()

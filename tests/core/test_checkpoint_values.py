@@ -130,16 +130,76 @@ class Mine(ModelCheckpoint):
     """The user's own, whose state goes by its own name."""
 
 
-@pytest.mark.parametrize("kind", [BestCheckpoint, ModelCheckpoint, Mine])
-@pytest.mark.parametrize("place", ["best_k_models", "best_model_path", "kth_best_model_path", "last_model_path"])
-def test_no_callback_is_led_out_of_its_folder(kind: type[ModelCheckpoint], place: str, tmp_path: Path) -> None:
-    """Lightning deletes what is no longer among the best where the path begins with its folder's, `..` or not."""
-    callback = kind(dirpath=tmp_path, monitor="val/loss")
-    path = f"{tmp_path}/../mine"
-    state = {**callback.state_dict(), place: {path: 1.0} if place == "best_k_models" else path}
-    with pytest.raises(Untrusted, match="where the path of a checkpoint, without"):
-        checked({"callbacks": {callback.state_key: state}})
-    checked({"callbacks": {callback.state_key: callback.state_dict()}})
+KINDS = [BestCheckpoint, ModelCheckpoint, Mine]
+PLACES = ["best_k_models", "best_model_path", "kth_best_model_path", "last_model_path"]
+WAYS_OUT = {
+    "upwards": "{folder}/../mine",
+    "elsewhere": "{folder}-of-mine/x.ckpt",
+    "relative": "mine/x.ckpt",
+    "the folder": "{folder}",
+    "of this machine": "local:///mine",
+    "of this machine, below": "local://{folder}/x.ckpt",
+    "a file": "file:///mine",
+    "a bucket": "s3://bucket/mine",
+    "in a chain": "{folder}/x.ckpt::local:///mine",
+    "no text": 5,
+}
+
+
+def kept(kind: type[ModelCheckpoint], folder: Path) -> tuple[ModelCheckpoint, dict[str, Any]]:
+    """A callback, and the state of one that has saved two."""
+    callback = kind(dirpath=folder, monitor="val/loss", save_top_k=2)
+    first, second = (str(folder / f"best-step={step}.ckpt") for step in (1, 2))
+    paths = {"best_model_path": first, "kth_best_model_path": second, "best_k_models": {first: 1.0, second: 2.0}}
+    return callback, {**callback.state_dict(), **paths}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("way", WAYS_OUT)
+@pytest.mark.parametrize("names_it", [True, False])
+def test_no_callback_is_led_out_of_its_folder(
+    kind: type[ModelCheckpoint], place: str, way: str, names_it: bool, tmp_path: Path
+) -> None:
+    """Lightning deletes what is no longer among the best by fsspec, which takes it for a place on any file system."""
+    callback, state = kept(kind, tmp_path)
+    if not names_it:
+        del state["dirpath"]  # then the callback takes all of the state for its own
+    checked({"callbacks": {callback.state_key: state}}, tmp_path)
+    path = WAYS_OUT[way]
+    path = path.format(folder=tmp_path) if isinstance(path, str) else path
+    state[place] = {**state[place], path: 1.0} if place == "best_k_models" else path
+    with pytest.raises(Untrusted, match=f"{place} is .*, where (the path of a checkpoint, without|a path below)"):
+        checked({"callbacks": {callback.state_key: state}}, tmp_path)
+
+
+@pytest.mark.parametrize("path", ["local:///mine", "/mine/..", "a::b", 5])
+def test_the_folder_itself_is_a_plain_path(path: Any) -> None:
+    with pytest.raises(Untrusted, match=r"dirpath is .*, where the path of a checkpoint, without"):
+        checked({"callbacks": {"ModelCheckpoint{}": {"dirpath": path}}})
+
+
+@pytest.mark.parametrize("folder", ["logs/checkpoints", ""])
+def test_relative_paths_are_below_a_relative_folder(folder: str) -> None:
+    """As Lightning makes them of a logger's relative folder."""
+    path = str(Path(folder) / "epoch=0.ckpt")
+    state = {"dirpath": folder, "best_k_models": {path: 1.0}, "best_model_path": path, "last_model_path": ""}
+    checked({"callbacks": {"ModelCheckpoint{}": state}}, Path("run/checkpoints"))
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_run_saves_that_has_moved_is_taken(kind: type[ModelCheckpoint], tmp_path: Path) -> None:
+    """Lightning takes over the old place of the best checkpoint, and saves it again before there is a new one."""
+    callback, state = kept(kind, tmp_path / "old")
+    for place in ("new", "newer"):
+        checked({"callbacks": {callback.state_key: state}}, tmp_path / place)
+        callback = kind(dirpath=tmp_path / place, monitor="val/loss", save_top_k=2)
+        callback.load_state_dict(state)
+        state = callback.state_dict()
+        assert state["best_k_models"] == {}
+    if kind is BestCheckpoint:
+        assert state["best_model_path"] == "", "what lies elsewhere is given no second name in this run"
 
 
 def test_an_integer_that_python_does_not_write_out_is_refused() -> None:

@@ -1,6 +1,7 @@
 """A run folder from anywhere is looked at when it is taken: nothing trains in one that could not be left well."""
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from core.event_files import event_files
-from core.run_folder import read_overrides, resume_command
+from core.run_folder import WRITTEN, read_overrides, resume_command
+from core.status import LOCK
 from tests.support.fuzz.sandbox import tree
-from tests.support.runs import tiny_job, train
+from tests.support.runs import ROOT, tiny_job, train
 
 JOB = ["trainer.max_steps=2", "callbacks.last_checkpoint.every_n_train_steps=1"]
 GOING_ON = [*tiny_job(*JOB), "run_dir=run", "trainer.max_steps=4"]
@@ -60,9 +62,24 @@ def snapshots(run: Path, outside: Path) -> None:
     (run / "checkpoints").symlink_to(os.path.relpath(outside, run))
 
 
+WRITERS = {
+    "callbacks/anatomy": ("anatomy",),
+    "callbacks/checkpointing": ("checkpoints", "checkpoints/last.ckpt"),
+    "callbacks/console": ("status.json", "status.json.new", "summary.json"),
+    "callbacks/divergence": ("events.jsonl", "divergence.md", "flight_recorder"),
+    "logger/comet": ("comet",),
+    "logger/csv": ("csv",),
+    "logger/mlflow": ("mlflow.db", "mlflow.db-journal"),
+    "logger/tensorboard": ("tensorboard", "events.out.tfevents.1"),
+    "logger/wandb": ("wandb",),
+    "profiler/advanced": ("profile",),
+    "profiler/torch": ("profile",),
+}
+"""The configurations that are given the run's folder, and what is written there on behalf of each."""
+GROUPS = ("callbacks", "logger", "profiler")
 LINKS = {
+    **{name: away(name) for names in WRITERS.values() for name in names},
     "checkpoints": snapshots,
-    **{name: away(name) for name in ("tensorboard", "events.jsonl", "status.json.new", "checkpoints/last.ckpt")},
     "deep": lambda run, outside: (run / "checkpoints/step_3").symlink_to(outside),
 }
 
@@ -72,6 +89,42 @@ def test_no_link_leads_a_run_out_of_its_folder(cwd: Path, kind: str) -> None:
     (cwd / "outside").mkdir()
     LINKS[kind](cwd / "run", cwd / "outside")
     assert_refused(cwd, "leads out of it by a link, through which the run would write and delete; remove the link")
+
+
+def test_all_that_write_into_a_run_are_known_above() -> None:
+    """Another one belongs into WRITERS, and what it writes into core.run_folder.WRITTEN."""
+    files = [path for group in GROUPS for path in (ROOT / "configs" / group).glob("*.yaml")]
+    given = {f"{path.parent.name}/{path.stem}" for path in files if "${run_dir}" in path.read_text()}
+    assert given == WRITERS.keys()
+
+
+ALL_CALLBACKS = "callbacks=[{}]".format(",".join(sorted(path.stem for path in (ROOT / "configs/callbacks").glob("*"))))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "names"),
+    [
+        ([ALL_CALLBACKS, "logger=[tensorboard,csv]", "profiler=advanced"], {"anatomy", "csv", "profile"}),
+        pytest.param(["logger=mlflow"], {"mlflow.db"}, marks=pytest.mark.slow),
+        pytest.param(["logger=wandb", "logger.wandb.offline=true"], {"wandb"}, marks=pytest.mark.slow),
+        pytest.param(["logger=comet", "logger.comet.offline=true"], {"comet"}, marks=pytest.mark.slow),
+        pytest.param(["profiler=torch", "trainer.max_steps=6"], {"profile"}, marks=pytest.mark.slow),
+    ],
+    ids=["quick", "mlflow", "wandb", "comet", "torch"],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_run_writes_nothing_else_into_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], names: set[str]
+) -> None:
+    for logger, package in {"mlflow": "mlflow", "wandb": "wandb", "comet": "comet_ml"}.items():
+        if f"logger={logger}" in overrides:
+            pytest.importorskip(package)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    finished = train(tmp_path, *tiny_job("run_dir=run"), *overrides)
+    assert finished.code == 0, finished.err
+    written = {path.name for path in (tmp_path / "run").iterdir()}
+    assert written >= names
+    assert {name for name in written if not re.fullmatch(rf"{WRITTEN}|{LOCK}", name)} == set()
 
 
 def test_links_that_wandb_made_for_an_older_run_are_no_way_out(cwd: Path) -> None:

@@ -148,12 +148,20 @@ def shared(levels: int) -> dict[str, Any]:
     return value
 
 
-BEST = {"best_k_models": {"/x/run/checkpoints/../../victim": 1.0}, "best_model_path": ""}
+def best(path: str, **others: Any) -> tuple[str, Any]:
+    """What makes Lightning remove a path, as soon as another checkpoint is better."""
+    state = {"best_k_models": {path: 1.0}, "kth_best_model_path": path, "best_model_path": "", **others}
+    return "callbacks/ModelCheckpoint{}", state
+
+
 EDITS: dict[str, tuple[str, Any]] = {
     "a step that is a path": ("global_step", "x/../../../PWN"),
     "a step in the loops": ("loops/fit_loop/epoch_loop.batch_progress/total/ready", "../x"),
     "a negative step": ("global_step", -1),
-    "a file to remove": ("callbacks/ModelCheckpoint{}", BEST),
+    "a file to remove": best("/x/run/checkpoints/../../victim", dirpath="/x/run/checkpoints"),
+    "a folder to remove": best("local:///x/victim", dirpath="/x/run/checkpoints"),
+    "a bucket to remove": best("s3://bucket/victim"),
+    "a file elsewhere to remove": best("/x/victim"),
     "weights that are none": ("state_dict/model.head.weight", "x"),
     "a vocabulary of 10^15": ("hyper_parameters/vocab_size", 10**15),
     "2^40 values": ("hyper_parameters/x", shared(40)),
@@ -270,6 +278,52 @@ def test_an_address_in_a_saved_configuration_is_not_asked_before_its_user_says_s
     for corpus in getattr(data, "corpora", [data]):
         assert corpus.storage is not None
     assert asked == addresses
+
+
+HUB_TEXT = {"_target_": "datamodules.hub_text.HubText", "root": "data", "seq_len": 32, "batch_size": 4}
+HUB_IMAGES = {"_target_": "datamodules.images.hf_images.HFImages", "num_classes": 2, "batch_size": 4, "image_size": 8}
+ON_HUB = {
+    "text": ({**HUB_TEXT, "name": "you/tracker:small", "tokenizer": "byte"}, ["you/tracker:small"]),
+    "tokenizer": ({**HUB_TEXT, "name": "you/text", "tokenizer": "hf:you/tok"}, ["you/text", "hf:you/tok"]),
+    "a folder": ({**HUB_TEXT, "name": "folder", "tokenizer": "hf:you/tok"}, ["folder", "hf:you/tok"]),
+    "images": ({**HUB_IMAGES, "path": "you/pictures"}, ["you/pictures"]),
+}
+
+
+@pytest.mark.parametrize("kind", ON_HUB)
+def test_the_hub_is_not_asked_before_its_user_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Nor for what a folder's README names, as datasets reads it."""
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    data, names = ON_HUB[kind]
+    config = OmegaConf.create({"data": data})
+    for number, allow in enumerate([[], names[:-1]][: len(names)]):
+        with pytest.raises(ConfigError, match="on the Hugging Face hub, of which nothing is fetched") as error:
+            open_data(config, allow)
+        assert error.value.value == names[number]
+        assert str(error.value).endswith(f"; allow={','.join(names[number:])} asks there")
+    open_data(config, names)
+
+
+def test_a_corpus_that_was_made_of_a_dataset_is_read_without_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a folder, its files and the tokenizer are looked at again; pictures in a folder are read."""
+    monkeypatch.chdir(tmp_path)
+    for kind, asked in (("text", None), ("tokenizer", None), ("a folder", "hf:you/tok")):
+        config = OmegaConf.create({"data": ON_HUB[kind][0]})
+        data = open_data(config, ON_HUB[kind][1])
+        data.folder.mkdir(parents=True)
+        (data.folder / "index.json").write_text("{}")
+        Path("folder").mkdir(exist_ok=True)
+        if asked is None:
+            open_data(config)
+        else:
+            with pytest.raises(ConfigError, match=f"data.tokenizer='{asked}'"):
+                open_data(config)
+    open_data(OmegaConf.create({"data": {**HUB_IMAGES, "path": "folder"}}))
 
 
 def test_opening_a_run_writes_nowhere_but_in_the_working_folder(

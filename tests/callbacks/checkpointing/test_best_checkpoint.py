@@ -61,6 +61,19 @@ def test_a_run_that_goes_on_keeps_the_best_of_before(before: int, after: int, tm
     assert load(folder / "checkpoints/best.ckpt")["global_step"] == best
 
 
+def test_a_run_that_has_moved_goes_on(tmp_path: Path) -> None:
+    """Twice, and the second time its checkpoint is of a step before any validation in the new place."""
+    job = ["trainer.val_check_interval=1", "callbacks.best_checkpoint.save_top_k=2", "trainer.limit_val_batches=1"]
+    folder = run(tmp_path, "run", *job, "trainer.max_steps=2")
+    folder.rename(tmp_path / "moved")
+    job[0] = "trainer.val_check_interval=100"
+    run(tmp_path, "moved", *job, "trainer.max_steps=3", "ckpt_path=last")
+    (tmp_path / "moved").rename(tmp_path / "again")
+    job[0] = "trainer.val_check_interval=1"
+    folder = run(tmp_path, "again", *job, "trainer.max_steps=4", "ckpt_path=last")
+    assert kept(folder)["best.ckpt"] == 4
+
+
 class Ruin(L.Callback):
     """Each step makes the weights worse."""
 

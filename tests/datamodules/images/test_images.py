@@ -1,5 +1,7 @@
 """Images by number: the same at any number of processes and after a stop, cut to size, and refused where broken."""
 
+import io
+import json
 import os
 import shutil
 import sys
@@ -420,6 +422,7 @@ def save_dataset(folder: Path, labels: list[Any], kind: Any, image: Any = None) 
     import datasets
 
     picture = Image.fromarray(np.zeros((6, 6, 3), np.uint8)) if image is None else image
+    kind = datasets.Value(kind) if isinstance(kind, str) else kind
     features = datasets.Features({"img": datasets.Image(), "label": kind})
     rows = {"img": [picture] * len(labels), "label": labels}
     split = datasets.Dataset.from_dict(rows, features=features)
@@ -458,6 +461,110 @@ def test_a_damaged_image_of_a_dataset_is_named(tmp_path: Path, monkeypatch: pyte
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
         with pytest.raises(CorpusError, match=r"image [01] of the dataset cannot be read as an image.*decompression"):
             large.check()
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def other_formats() -> dict[str, bytes]:
+    """Files of formats that PIL reads, and nobody trains on."""
+    found = {"EPS": EPS}
+    for kind in ("ICO", "TGA", "PCX", "SGI"):
+        buffer = io.BytesIO()
+        Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(buffer, kind)
+        found[kind] = buffer.getvalue()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["EPS", "ICO", "TGA", "PCX", "SGI"])
+def test_no_other_format_is_read_whatever_a_file_is_called(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PIL starts a program for an EPS."""
+    started: list[Any] = []
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *arguments, **_: started.append(arguments))
+    content = other_formats()[kind]
+    (tmp_path / "cat.png").write_bytes(content)
+    for file in (tmp_path / "cat.png", io.BytesIO(content)):
+        with pytest.raises(CorpusError, match=r"cat\.png cannot be read as an image: its content is none of BMP, GIF"):
+            decode(file, "cat.png")
+    row = {"bytes": content, "path": "cat.png"}
+    with pytest.raises(CorpusError, match=r"image [01] of the dataset .* its content is none of BMP, GIF"):
+        save_dataset(tmp_path / "saved", [0, 1], "int64", row).check()
+    assert not started
+
+
+@pytest.mark.parametrize("kind", ["BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP"])
+def test_the_usual_formats_are_read(kind: str, tmp_path: Path) -> None:
+    """MPO is what telephones write as jpg."""
+    more = {"save_all": True, "append_images": [Image.new("RGB", (6, 6))]} if kind == "MPO" else {}
+    Image.new("RGB", (6, 6), "red").save(tmp_path / "x", kind, **more)
+    content = (tmp_path / "x").read_bytes()
+    assert decode(tmp_path / "x", "x").shape == (6, 6, 3)
+    data = save_dataset(tmp_path / "saved", [0, 1], "int64", {"bytes": content, "path": None})
+    assert np.array_equal(data.source("train").image(0), decode(tmp_path / "x", "x"))
+
+
+def names_in_place_of_bytes(folder: Path, name: str, column: str) -> HFImages:
+    """A dataset of save_to_disk, in whose rows a name stands in the place of an image."""
+    import datasets
+    import pyarrow as pa
+
+    picture = Image.fromarray(np.zeros((6, 6, 3), np.uint8))
+    save_dataset(folder, [0, 1], "int64", picture)
+    for split in ("train", "test"):
+        named = pa.array([{"bytes": None, "path": name}] * 2, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+        table = pa.table({"img": named, "label": pa.array([0, 1]) if column == "img" else named})
+        (file,) = (folder / split).glob("*.arrow")
+        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        if column == "label":
+            info = folder / split / "dataset_info.json"
+            content = json.loads(info.read_text())
+            content["features"]["label"] = datasets.Features({"x": datasets.Image()}).to_dict()["x"]
+            info.write_text(json.dumps(content))
+    return HFImages(str(folder), num_classes=3, batch_size=2, image_size=6)
+
+
+@pytest.mark.parametrize("column", ["img", "label"])
+@pytest.mark.parametrize("kind", ["a file", "an address"])
+def test_what_a_dataset_names_in_the_place_of_an_image_is_not_opened(
+    column: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (6, 6)).save(tmp_path / "secret.png")
+    name = str(tmp_path / "secret.png") if kind == "a file" else "http://localhost:9/spy.png"
+    data = names_in_place_of_bytes(tmp_path / "saved", name, column)
+    opened: list[str] = []
+    open_image = Image.open
+    monkeypatch.setattr(Image, "open", lambda file, *a, **k: opened.append(file) or open_image(file, *a, **k))
+    monkeypatch.setattr("datasets.features.image.xopen", lambda *arguments, **_: opened.append(arguments))
+    if column == "label":
+        with pytest.raises(ConfigError, match=r"data\.label_column='label' .* train has Image"):
+            data.check()
+    else:
+        with pytest.raises(CorpusError, match=r"image 0 of the dataset names '.*', where the bytes of an image are"):
+            data.source("train").image(0)
+    assert not opened
+
+
+def test_a_column_that_is_not_of_images_is_refused(tmp_path: Path) -> None:
+    data = save_dataset(tmp_path, [0, 1], "int64")
+    data.image_column = "label"
+    with pytest.raises(ConfigError, match=r"data\.image_column='label' .* datasets\.Image: train has Value"):
+        data.check()
+
+
+def test_the_mode_of_a_datasets_images_is_kept(tmp_path: Path) -> None:
+    import datasets
+
+    picture = Image.fromarray(np.arange(108).astype(np.uint8).reshape(6, 6, 3))
+    features = datasets.Features({"img": datasets.Image(mode="L"), "label": datasets.Value("int64")})
+    split = datasets.Dataset.from_dict({"img": [picture] * 2, "label": [0, 1]}, features=features)
+    datasets.DatasetDict(train=split, test=split).save_to_disk(tmp_path / "gray")
+    data = HFImages(
+        str(tmp_path / "gray"), num_classes=2, batch_size=2, image_size=6, num_channels=1, mean=[0], std=[1]
+    )
+    assert np.array_equal(data.source("train").image(1)[..., 0], np.asarray(picture.convert("L")))
 
 
 def test_a_scene_has_as_many_shapes_like_the_framed_one_as_it_says() -> None:
