@@ -4,8 +4,6 @@ PYTHON ?= python3
 TORCH ?=
 VENV := .venv$(addprefix -torch-,$(TORCH))
 BIN := $(VENV)/bin
-# Bytecode is made of what is imported, when it is: of all that is installed it would take half a minute.
-PIP_INSTALL := python -m pip install --quiet --no-compile
 ARGS ?=
 # .venv holds the packages of one interpreter. What was made is noted under its version, so that another interpreter,
 # asked for by name, makes it anew; without a name, the one that made it stays.
@@ -36,7 +34,7 @@ train: $(FOR_TRAINING)  ## set up the environment and run the main job; ARGS="tr
 	$(BIN)/python train.py experiment=moe_spannorm $(ON_GPU) $(ARGS)
 
 megablocks: $(FOR_TRAINING)  ## build MegaBlocks for this machine's GPU; needs nvcc of torch's CUDA version
-	$(BIN)/$(PIP_INSTALL) -r requirements-build.txt
+	$(BIN)/python -m pip install --quiet -r requirements-build.txt
 	$(BIN)/python -m tools.megablocks
 
 # A file at a time, so that what its tests share is made once, and not once in each process.
@@ -55,7 +53,7 @@ check-gpu:  ## what holds on this machine's GPU, in eight minutes: results/gpu-D
 check-newest: | $(MADE)  ## which undocumented uses of Lightning and torch still hold with their newest versions
 	$(BIN)/python -m venv --clear .venv-newest
 	sed -E 's/(==|~=)[^ ;]+//' requirements.txt > .venv-newest/requirements.txt
-	.venv-newest/bin/$(PIP_INSTALL) --upgrade -r .venv-newest/requirements.txt pytest pytest-timeout
+	.venv-newest/bin/python -m pip install --quiet --upgrade -r .venv-newest/requirements.txt pytest pytest-timeout
 	.venv-newest/bin/python -m pytest -q tests/core/test_compat.py
 
 bench: $(FOR_BENCH) $(FOR_TESTS)  ## all benchmarks of a CPU; PART="start busy" some of them, ARGS="rounds=3" hands fields on
@@ -91,21 +89,21 @@ $(MADE):
 	@touch $@
 
 $(FOR_TRAINING): requirements.txt | $(MADE)
-	$(BIN)/$(PIP_INSTALL) -r requirements.txt
+	$(BIN)/python -m pip install --quiet -r requirements.txt
 	@touch $@
 
 $(FOR_TESTS): $(wildcard requirements*.txt) | $(MADE)
-	$(BIN)/$(PIP_INSTALL) -r requirements-dev.txt
-	@$(if $(TORCH),$(BIN)/$(PIP_INSTALL) torch==$(TORCH))
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	@$(if $(TORCH),$(BIN)/python -m pip install --quiet torch==$(TORCH))
 	@# Without its dependencies: it asks for Optuna 2. See requirements-sweeps.txt.
-	$(BIN)/$(PIP_INSTALL) --no-deps hydra-optuna-sweeper==1.3.0
+	$(BIN)/python -m pip install --quiet --no-deps hydra-optuna-sweeper==1.3.0
 	@# Its Python files alone, beside any torch and any CUDA toolkit: docs/megablocks.md.
 	$(BIN)/python -m tools.megablocks compiled=false
 	@touch $@ $(FOR_TRAINING)
 
 $(FOR_BENCH): requirements.txt requirements-bench.txt | $(MADE)
 	$(BIN)/python -m venv --clear .venv-bench
-	$(BENCH)/$(PIP_INSTALL) -r requirements-bench.txt
+	$(BENCH)/python -m pip install --quiet -r requirements-bench.txt
 	@# Without their dependencies: they pin other versions than ours. What they import is in requirements-bench.txt.
-	$(BENCH)/$(PIP_INSTALL) --no-deps litgpt==0.5.13 torchtitan==0.3.0
+	$(BENCH)/python -m pip install --quiet --no-deps litgpt==0.5.13 torchtitan==0.3.0
 	@touch $@

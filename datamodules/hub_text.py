@@ -74,13 +74,13 @@ class HubText(TokenDataModule):
 
     @property
     def _is_here(self) -> bool:
-        """Whether what the corpus is made of is on this machine, which is looked at again when the corpus is there."""
+        """Return whether what the corpus is made of is on this machine: it is looked at again when the corpus is there."""
         # What the hub holds, only reading it tells.
         return Path(self.dataset.partition(":")[0]).is_dir() or Path(self.preparation.tokenizer).exists()
 
     @property
     def fetched_from_hub(self) -> dict[str, str]:
-        """What preparing it may ask the hub for, by field; a folder's README may name data elsewhere as well."""
+        """Return what preparing it may ask the hub for, by field; a folder's README may name data elsewhere as well."""
         is_made, tokenizer = (self.folder / "index.json").exists(), self.preparation.tokenizer
         found = {} if is_made else {"data.name": self.dataset}
         if tokenizer.startswith(HUB) and (self._is_here or not is_made):

@@ -26,15 +26,13 @@ from typing import IO, NamedTuple
 
 from setproctitle import setproctitle
 
-if __name__ != "__main__":  # the process that forks imports nothing of the project
-    from core.errors import UserError
-
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = str(ROOT / "train.py")
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Signals that a launcher sends to all: they are the run's, which saves; what forks waits for that."""
 IMPORTED = ("lightning", "torchmetrics", "tensorboard", "matplotlib.pyplot", "hydra", "pydantic")
 """What every run imports and takes long."""
+START = "import runpy, sys; runpy.run_path(sys.argv[1])['main']()"
 MAX_FILES = 8
 GONE = b""
 """What is read where nobody writes any more."""
@@ -88,6 +86,8 @@ class WarmProcess:
                 raise
             code = self.end() if answer == GONE else int(answer)
             if answer == GONE and code >= 0:
+                from core.errors import UserError  # not above: the process that forks has nothing of the project
+
                 raise UserError(
                     f"the process that starts the runs ended by itself, exit code {code}; why is said above"
                 )
@@ -109,7 +109,7 @@ def _start(threads: int) -> tuple[subprocess.Popen[bytes], socket.socket]:
     ours, others = socket.socketpair()
     with others:
         process = subprocess.Popen(
-            [sys.executable, __file__, str(others.fileno())],
+            [sys.executable, "-c", START, __file__, str(others.fileno())],
             env={**os.environ, "OMP_NUM_THREADS": str(threads)},
             stdin=subprocess.DEVNULL,
             pass_fds=[others.fileno()],
@@ -158,7 +158,7 @@ def serve(orders: socket.socket) -> list[str]:
 
 
 def main() -> None:
-    """Take orders at the socket whose descriptor is the argument, and in each fork run train.py."""
+    """Take orders at the socket whose descriptor is the last argument, and in each fork run train.py."""
     sys.path[0] = str(ROOT)  # as train.py has it
     by_ctrl_c = signal.getsignal(signal.SIGINT)
     if by_ctrl_c == signal.default_int_handler:
@@ -167,10 +167,6 @@ def main() -> None:
         import_module(name)
     signal.signal(signal.SIGINT, by_ctrl_c)
     gc.freeze()  # objects that no fork needs to look through
-    sys.argv = [TRAIN, *serve(socket.socket(fileno=int(sys.argv[1])))]
+    sys.argv = [TRAIN, *serve(socket.socket(fileno=int(sys.argv[2])))]
     setproctitle(" ".join(("python", *sys.argv)))
     runpy.run_path(TRAIN, run_name="__main__")
-
-
-if __name__ == "__main__":
-    main()

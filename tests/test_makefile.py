@@ -24,7 +24,7 @@ def test_the_main_job_takes_the_gpu_that_is_seen(gpus: str, command: str, tmp_pa
     (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{gpus}\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    make = ["make", "-n", "train", "ARGS=seed=1"]
+    make = ["make", "-n", "--no-print-directory", "train", "ARGS=seed=1"]
     said = subprocess.run(make, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
     assert " ".join(said.splitlines()[-1].split()[1:]) == command
     assert ('test -z "trainer=auto"' in said) == ("trainer=auto" in command)

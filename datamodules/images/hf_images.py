@@ -90,7 +90,7 @@ class HFImages(ImageDataModule):
 
     @property
     def fetched_from_hub(self) -> dict[str, str]:
-        """What it asks the hub for, by field; of what is in its cache, whether that is still the newest."""
+        """Return what it asks the hub for, by field; of what is in its cache, whether that is still the newest."""
         return {} if Path(self.path).is_dir() else {"data.path": self.path}
 
     def prepare_data(self) -> None:

@@ -36,6 +36,7 @@ def assert_goes_on(folder: Path, run: Run, curve: list[dict[str, float]]) -> Non
     assert losses(curve) == pytest.approx(losses(whole)[SAVED_AT:], rel=1e-5), run
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_goes_on_in_one_and_in_four(tmp_path: Path) -> None:
     together(2, tmp_path, train, SAVED)
     cases = going_on(SAVED, "fsdp", 4)

@@ -64,6 +64,7 @@ def test_without_a_launcher_all_save_when_their_group_is_terminated(tmp_path: Pa
     assert_same(tmp_path / "run", alone)
 
 
+@pytest.mark.slow
 def test_a_ctrl_c_before_the_first_step_ends_all_at_once(tmp_path: Path) -> None:
     early = "+callbacks.early._target_=tests.support.rank_faults.InterruptEarly"
     finished = python(tmp_path, str(TRAIN), *tiny_job(*STEPS, *DDP, "trainer.devices=2", early))

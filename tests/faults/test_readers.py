@@ -9,20 +9,23 @@ import pytest
 
 from core.event_files import event_files
 from studies.grid import Study
+from studies.plan import settings_of
 from studies.report import load, write
 from tests.support.forked import started
 from tests.support.runs import TRAIN, run, tiny_job
 from tools.compare import Run, make_table
 from tools.runs import find, look
 
-STUDY = Study("rates", "laptop", "Which?", "little", {"optim.lr": {"1e-3": ["optim.lr=1e-3"]}}, None, (0, 1), ())
 BUSY = ["trainer.max_steps=60", "trainer.val_check_interval=5", "callbacks.last_checkpoint.every_n_train_steps=1"]
+JOB = tuple(tiny_job(*BUSY, "callbacks.run_status.every_seconds=0"))
+STUDY = Study("rates", "laptop", "Which?", "little", {"optim.lr": {"1e-3": ["optim.lr=1e-3"]}}, None, (0, 1), JOB)
 
 
 def test_everything_that_reads_runs_reads_one_that_trains(tmp_path: Path) -> None:
     STUDY.save(tmp_path / "study.yaml")
-    name = STUDY.runs()[0].name
-    command = [str(TRAIN), *tiny_job(*BUSY, "callbacks.run_status.every_seconds=0"), f"run_dir={name}"]
+    planned = STUDY.runs()[0]
+    name = planned.name
+    command = [str(TRAIN), *settings_of(planned), f"run_dir={name}"]
     statuses, states = [], []
     with started(tmp_path, *command) as training:
         while training.process.is_alive():
