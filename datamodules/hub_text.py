@@ -74,7 +74,7 @@ class HubText(TokenDataModule):
 
     @property
     def _is_here(self) -> bool:
-        """Return whether what the corpus is made of is on this machine: it is looked at again when the corpus is there."""
+        """Return whether what it is made of is on this machine, which is looked at again when the corpus is there."""
         # What the hub holds, only reading it tells.
         return Path(self.dataset.partition(":")[0]).is_dir() or Path(self.preparation.tokenizer).exists()
 
