@@ -47,6 +47,7 @@ def test_the_reported_losses_are_those_of_the_weights(
     assert float(best) == pytest.approx(validation), "what picks the best checkpoint"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true", "bf16-mixed"])
 def test_of_images_too(precision: str, tmp_path: Path) -> None:
     """Single images, so that there are more of them than bfloat16 can count."""

@@ -223,6 +223,7 @@ def test_instruments_measure_images(run: Path, tmp_path: Path) -> None:
     assert found["expert_share"]["scalars"].keys() == {"busiest_expert"}
 
 
+@pytest.mark.slow
 def test_runs_of_images_stand_side_by_side_where_their_images_are_the_same(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -282,6 +283,7 @@ def test_masks_of_another_rate_ask_for_something_else(tmp_path: Path) -> None:
         examine(Chosen((tmp_path / "0.15", tmp_path / "0.5"), ("layer_drop",)))
 
 
+@pytest.mark.slow
 def test_a_study_measures_outcomes_of_images(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     planned = Planned("run", {}, 0, ())
     names = ("late_drop", "bf16_same", "kind_information")

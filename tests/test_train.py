@@ -34,7 +34,10 @@ MODELS["masked"] = ["experiment=mlm_spannorm"]
 MODELS["vision"] = ["experiment=vision_spannorm", "model.ffn=moe", "model.moe.jitter=0.3"]
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[] if name in ("dense", "moe") else pytest.mark.slow) for name in MODELS],
+)
 def model(request: pytest.FixtureRequest) -> list[str]:
     """A run of 8 steps of 2 batches each, validated and saved every second step, and saved every third."""
     return [*MODELS[request.param], *LONG]
@@ -160,7 +163,9 @@ def test_ctrl_c_before_the_first_step_says_that_nothing_was_saved(tmp_path: Path
     assert load(tmp_path / "run/checkpoints/last.ckpt")["global_step"] == 2
 
 
-@pytest.mark.parametrize("end", [3, 4], ids=["between validations", "at a validation"])
+@pytest.mark.parametrize(
+    "end", [pytest.param(3, id="between validations"), pytest.param(4, id="at a validation", marks=pytest.mark.slow)]
+)
 def test_a_finished_run_can_be_made_longer(tmp_path: Path, model: list[str], uninterrupted: Path, end: int) -> None:
     run(tmp_path, "run", *model, f"trainer.max_steps={end}")
     first = (tmp_path / "run/config.yaml").read_bytes()

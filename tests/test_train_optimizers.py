@@ -24,7 +24,9 @@ CHOICES = {
 MONITORED = ["+callbacks=curvature", "callbacks.divergence.policy=zclip", "optim.schedule=constant"]
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize(
+    "choice", [pytest.param(choice, marks=[] if choice in ("muon", "lion") else pytest.mark.slow) for choice in CHOICES]
+)
 def test_resumed_is_uninterrupted_and_monitors_hold(
     choice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

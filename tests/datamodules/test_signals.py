@@ -185,7 +185,8 @@ def _have_a_fork_server(told: Connection) -> None:
 
 
 @only_where_sender_known
-@pytest.mark.parametrize("start", [pytest.param(_fork_another_after_it, marks=pytest.mark.slow), _have_a_fork_server])
+@pytest.mark.slow
+@pytest.mark.parametrize("start", [_fork_another_after_it, _have_a_fork_server])
 def test_only_its_parents_end_ends_it(start: Callable[[Connection], None]) -> None:
     # Forked, it would take this process' fork server, if there is one, for its own.
     context = multiprocessing.get_context("spawn")

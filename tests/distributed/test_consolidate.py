@@ -14,6 +14,7 @@ from tools.consolidate import consolidate
 JOB = ["experiment=moe_spannorm", "optim.schedule=constant"]
 
 
+@pytest.mark.slow
 def test_one_process_two_and_one_file(tmp_path: Path) -> None:
     whole = run(tmp_path, "whole", *JOB, "trainer.max_steps=4")
     run(tmp_path, "run", *JOB)

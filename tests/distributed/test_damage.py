@@ -41,6 +41,7 @@ def assert_passed_over(run: Path, ended: Finished) -> None:
     assert_began(run, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spoil", "name"),
     [

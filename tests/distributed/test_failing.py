@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from core.cli import USER_ERROR
 from tests.support.processes import command_line, together
 from tests.support.runs import tiny_job
@@ -27,6 +29,7 @@ CASES = {
 REASON = {"renamed": "No space left on device", "piece": "File too large", "file": "File too large"}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_one_cannot_write_ends_all_with_the_same_error(tmp_path: Path) -> None:
     jobs = [[*tiny_job(*EVERY, *options), f"run_dir={name.replace(' ', '_')}"] for name, options in CASES.items()]
     both = together(2, tmp_path, command_line, jobs)

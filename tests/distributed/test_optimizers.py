@@ -35,7 +35,11 @@ def alone(run: Run) -> Run:
 
 
 @pytest.mark.parametrize(
-    "cases", [pytest.param(CASES, id="two"), pytest.param([case("mesh", "moe", MUON, num_processes=4)], id="four")]
+    "cases",
+    [
+        pytest.param(CASES, id="two"),
+        pytest.param([case("mesh", "moe", MUON, num_processes=4)], id="four", marks=pytest.mark.slow),
+    ],
 )
 def test_steps_are_those_of_one_process(tmp_path: Path, cases: list[Run]) -> None:
     first, *others = together(cases[0].num_processes, tmp_path, train, cases)

@@ -88,6 +88,7 @@ def fit(folder: Path, job: tuple[str, str]) -> Seen:
     return seen
 
 
+@pytest.mark.slow
 def test_half_is_sent_the_stream_stays_whole_and_gradients_are_added_up_in_fp32(tmp_path: Path) -> None:
     jobs = [(name, param_dtype) for name in MODELS for param_dtype in ("float32", "bfloat16")]
     first, second = (dict(zip(jobs, found, strict=True)) for found in together(2, tmp_path, fit, jobs))

@@ -39,6 +39,7 @@ def assert_same(ours: Path, theirs: Path, at: int) -> None:
     assert not first["cpu"].equal(second["cpu"])
 
 
+@pytest.mark.slow
 def test_the_end_of_a_run_is_the_same_on_both(tmp_path: Path) -> None:
     interrupt = f"{{_target_: tests.support.rank_faults.SignalLast, signum: {int(signal.SIGUSR1)}, step: 4}}"
     cases = [

@@ -12,6 +12,7 @@ from tests.support.documented_ways import RUN, prepare, way_of
 COMMANDS = [command for page in PAGES for command in commands(page)]
 DIFFERENT = list({command.text: command for command in reversed(COMMANDS)}.values())[::-1]
 """Each once, where it is shown first."""
+FIRST_READ = "README.md"
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,11 @@ def cwd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", DIFFERENT, ids=lambda command: f"{command.page}:{command.line}")
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(command, marks=[] if command.page == FIRST_READ else pytest.mark.slow) for command in DIFFERENT],
+    ids=lambda command: f"{command.page}:{command.line}",
+)
 def test_it_works(command: Command, cwd: Path, tmp_path: Path) -> None:
     shutil.copytree(cwd, tmp_path, dirs_exist_ok=True)  # whatever the order, no command depends on another
     way = way_of(command)

@@ -35,6 +35,7 @@ def learns(model: torch.nn.Module, batch: Batch, optimizer: torch.optim.Optimize
     return not still and losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ffn", ["dense", "mlp", "moe"])
 @pytest.mark.parametrize(("axis", "name"), [(axis, name) for axis, names in ALL.items() for name in names])
 def test_every_placement_init_and_norm_learns_images(axis: str, name: str, ffn: str) -> None:

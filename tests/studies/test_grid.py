@@ -24,7 +24,7 @@ def scales() -> list[Any]:
     found = []
     for name in STUDIES:
         for scale in OmegaConf.load(CONFIGS / f"study/{name}.yaml").scales:
-            quick = (name, scale) in (("main", "day"), ("stress", "laptop"), ("placement_by_init", "laptop"))
+            quick = (name, scale) in (("main", "day"), ("placement_by_init", "laptop"))
             slow = [] if quick else [pytest.mark.slow]
             found.append(pytest.param(name, str(scale), marks=slow, id=f"{name}-{scale}"))
     return found

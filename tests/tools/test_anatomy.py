@@ -54,6 +54,7 @@ def report(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.slow
 def test_two_runs_stand_side_by_side(report: Path, runs: list[Path]) -> None:
     content = json.loads((report / "report.json").read_text())
     assert content["text"]["tokens"] == 336  # seven sequences of the shorter length
@@ -109,6 +110,7 @@ def test_comparisons_are_of_the_first_run_and_the_other(report: Path, runs: list
     np.testing.assert_raises(AssertionError, np.testing.assert_allclose, found, np.transpose(found), rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_fields_reach_what_they_are_for(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def found(*arguments: str) -> dict[str, Any]:
         output = tmp_path / f"report{len(list(tmp_path.iterdir()))}"
@@ -361,6 +363,7 @@ def test_runs_of_other_tokens_are_not_compared(
     assert math.isfinite(content["runs"][0]["findings"]["lens"]["scalars"]["lens_effective_share"])
 
 
+@pytest.mark.slow
 def test_attention_crosses_documents_where_it_did_in_training(tmp_path: Path) -> None:
     """Whichever run comes first, the losses are those of each by itself."""
     corpus, folders = bpe_corpus(tmp_path / "bpe"), []
@@ -431,6 +434,7 @@ def test_what_was_not_kept_is_not_drawn(
     assert ("## Over training" in (output / "report.md").read_text()) is bool(pictures)
 
 
+@pytest.mark.slow
 def test_compare_shows_outcomes_of_the_same_text(
     runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
