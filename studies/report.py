@@ -25,6 +25,7 @@ from core.dataclass_cli import FIRST
 from core.errors import ConfigError, UserError
 from core.printable import printable
 from core.provenance import FIELDS
+from core.status import SUMMARY
 from core.task import LOSS
 from core.untrusted import is_within
 from studies import figures
@@ -99,7 +100,7 @@ def _collect(runs: Sequence[Planned], folder: Path, records: list[Record], unfin
         try:
             if path.exists():
                 records.append(_checked(Record.load(path), run, path))
-            elif (folder / run.name / "summary.json").exists():
+            elif (folder / run.name / SUMMARY).exists():
                 if not was_begun_as(run, folder / run.name):
                     raise UserError("its folder holds a run of other settings")
                 records.append(collect(run, folder / run.name))

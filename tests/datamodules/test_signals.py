@@ -25,6 +25,7 @@ from datamodules.tokenizers import ByteTokenizer
 from tests.support.forked import python
 from tests.support.preparing import TEXTS, alive, wait_for
 from tests.support.rank_faults import send_from_outside
+from tests.support.running import stopping
 from tests.support.runs import ROOT, TRAIN, assert_began, load, run, scalars, tiny_job
 
 only_where_sender_known = pytest.mark.skipif(not SENDER_KNOWN, reason="helpers get the signals as before")
@@ -131,12 +132,6 @@ def test_a_process_that_only_begins_leaves_them_too() -> None:
     process.terminate()
     process.join(20)
     assert process.exitcode == 0
-
-
-def stopping(pid: int, which: str) -> set[signal.Signals]:
-    """Those of STOPPING in a process' "SigBlk" (held back from its main thread) or "ShdPnd" (sent, not yet taken)."""
-    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    return {signum for signum in STOPPING if int(fields[which], 16) >> (signum - 1) & 1}
 
 
 @only_where_sender_known

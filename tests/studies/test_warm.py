@@ -3,7 +3,6 @@
 import fcntl
 import json
 import os
-import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import pytest
 import studies.warm
 from core.errors import UserError
 from studies.warm import WarmProcess
-from tests.support.running import command_line, is_held, parent_of, with_text
+from tests.support.running import command_line, is_held, parent_of, stopping, with_text
 from tests.support.runs import ROOT, python, scalars, tiny_job
 from tests.support.waiting import wait_for
 
@@ -61,12 +60,6 @@ def standing_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmProces
 
 def losses(folder: Path) -> dict[str, dict[int, float]]:
     return {tag: scalars(folder, tag) for tag in ("train/loss", "val/loss")}
-
-
-def handled(process: int) -> set[int]:
-    """Return the signals that the process has handlers for."""
-    (mask,) = re.findall(r"^SigCgt:\s*(\w+)$", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
-    return {number for number in range(1, 65) if int(mask, 16) >> (number - 1) & 1}
 
 
 def test_runs_one_after_the_other_have_the_bits_of_one_in_a_process_of_its_own(tmp_path: Path) -> None:
@@ -115,7 +108,7 @@ def test_signals_to_all_are_the_runs(standing_in: WarmProcess, tmp_path: Path) -
         assert "studies/warm.py" in command_line(forking)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             os.kill(forking, number)
-        wait_for(lambda: signal.SIGTERM in handled(run))
+        wait_for(lambda: signal.SIGTERM in stopping(run, "SigCgt"))
         os.kill(run, signal.SIGTERM)
         ended = training.result(timeout=60)
     assert ended.returncode == 128 + signal.SIGTERM

@@ -1,8 +1,11 @@
 """What Linux says of processes that run, and of locks that are held."""
 
 import fcntl
+import signal
 from contextlib import suppress
 from pathlib import Path
+
+from core.signals import STOPPING
 
 
 def is_held(lock: Path) -> bool:
@@ -21,6 +24,15 @@ def command_line(process: int) -> str:
 
 def parent_of(process: int) -> int:
     return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def stopping(pid: int, which: str) -> set[signal.Signals]:
+    """Those of STOPPING in a mask of the process' main thread.
+
+    "SigBlk" are held back, "ShdPnd" sent and not yet taken; for "SigCgt" the process has handlers.
+    """
+    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return {signum for signum in STOPPING if int(fields[which], 16) >> (signum - 1) & 1}
 
 
 def with_text(text: str) -> list[int]:
